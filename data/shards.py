@@ -1,0 +1,116 @@
+"""Token shards on disk, and what the data scripts share: header, checks, whole-or-nothing writes, errors.
+
+A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then that
+many little-endian uint16 token ids. Nothing may follow the last token.
+"""
+
+import contextlib
+import hashlib
+import os
+import struct
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = HEADER_INTS * 4
+TOKEN_BYTES = 2
+MAX_VOCAB_SIZE = 65_535  # ids are uint16
+PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+
+
+class DataError(Exception):
+    """A mistake in the input that the user can mend; its message is one line with the way out."""
+
+
+def shard_header(token_count: int) -> bytes:
+    """The 1,024 header bytes of a shard with `token_count` tokens."""
+    return struct.pack(f"<{HEADER_INTS}i", MAGIC, VERSION, token_count, *[0] * (HEADER_INTS - 3))
+
+
+def check_shard(path: Path) -> int:
+    """Number of tokens of the shard at `path`; DataError unless header and size are exactly right."""
+    path = Path(path)
+    size_bytes = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(HEADER_BYTES)
+    way_out = "delete it and download or build it again"
+    if len(head) < HEADER_BYTES:
+        raise DataError(f"{path}: {size_bytes} bytes, a shard header alone has {HEADER_BYTES}: {way_out}")
+    magic, version, token_count = struct.unpack_from("<3i", head)
+    if magic != MAGIC:
+        raise DataError(f"{path}: magic number {magic}, a token shard has {MAGIC}: {way_out}")
+    if version != VERSION:
+        raise DataError(f"{path}: shard version {version}, only {VERSION} is known: {way_out}")
+    expected_bytes = HEADER_BYTES + TOKEN_BYTES * token_count
+    if token_count < 0 or size_bytes != expected_bytes:
+        raise DataError(f"{path}: header says {token_count} tokens, so {expected_bytes} bytes, "
+                        f"but the file has {size_bytes}: {way_out}")
+    return token_count
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Token ids [token_count] uint16 of a checked shard, mapped from the file, not loaded."""
+    if check_shard(path) == 0:
+        return np.zeros(0, "<u2")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+
+
+def write_shard(path: Path, token_arrays, token_count: int) -> str:
+    """Write the arrays one after the other as one shard of `token_count` tokens; its sha256 in hex."""
+    digest = hashlib.sha256()
+    written_tokens = 0
+    with atomic_write(path) as file:
+        header = shard_header(token_count)
+        file.write(header)
+        digest.update(header)
+        for array in token_arrays:
+            block = np.ascontiguousarray(array, dtype="<u2").tobytes()
+            file.write(block)
+            digest.update(block)
+            written_tokens += len(array)
+        if written_tokens != token_count:
+            raise AssertionError(f"{path}: {written_tokens} tokens written, {token_count} announced")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path):
+    """A binary file that appears at `path` complete on leaving the block, or not at all on an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.chmod(temporary, 0o644)  # mkstemp gives 600, which other users of a shared disk cannot read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file in hex, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def exit_code_of(main, arguments) -> int:
+    """Run `main(arguments)`; what the user can mend becomes one line on stderr and exit code 2."""
+    try:
+        main(arguments)
+    except (DataError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,91 @@
+"""What the tests share: a tiny corpus with its own tokenizer, tiny settings, and ways to run the script."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train_gpt  # noqa: E402
+
+VOCAB = 320
+# A model of three blocks that trains in a second, with every part of the default one switched on.
+TINY = dict(VOCAB_SIZE=VOCAB, DEVICE="cpu", TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=384, MICRO_BATCH_TOKENS=384, NUM_LAYERS=3,
+            MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, ROPE_DIMS=4, ROPE_NTK_REFERENCE=16, XSA_LAST_N=3, BIGRAM_VOCAB_SIZE=64,
+            BIGRAM_DIM=8, VE_DIM=8, VE_LAYERS="1,2", ITERATIONS=6, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, WARMDOWN_ITERS=3,
+            MUON_MOMENTUM_WARMUP_STEPS=4, VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=5, EVAL_STRIDE=8, EVAL_BATCH_SEQS=8,
+            TTT_CHUNK_TOKENS=96, TTT_BATCH_SEQS=16, TTT_EPOCHS=2, TTT_LR=0.05)
+WORDS = ("river stone quiet lamp orchard winter copper signal harbor meadow paper engine violet thunder basket garden mirror "
+         "candle forest bridge window silver ocean timber castle rocket planet hollow ribbon marble café naïve 北京").split()
+
+
+def clean_environ(**variables):
+    """This process's environment without any setting of the script, plus `variables`; one thread, so that sums repeat."""
+    known = {f.name.upper() for f in train_gpt.fields(train_gpt.Settings)}
+    base = {k: v for k, v in os.environ.items() if k not in known and not k.startswith("TORCHELASTIC")}
+    return {**base, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
+
+
+def write_shard(path, tokens):
+    header = np.zeros(256, "<i4")
+    header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, len(tokens)
+    Path(path).write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with two train shards, one validation shard (1,031 tokens) and the tokenizer; and the documents."""
+    folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    documents = [" ".join(rng.choice(WORDS, rng.integers(5, 40))) + f" {rng.integers(10**6)}." for _ in range(400)]
+    (folder / "text.txt").write_text("\n".join(documents), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tiny"), vocab_size=VOCAB, model_type="bpe", byte_fallback=True,
+        split_digits=True, add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=True,
+        minloglevel=2, num_threads=1)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tiny.model"))
+    tokens = [t for ids in tokenizer.encode(documents) for t in [1, *ids]]
+    write_shard(folder / "fineweb_val_000000.bin", tokens[:1031])
+    write_shard(folder / "fineweb_train_000000.bin", tokens[1031:6031])
+    write_shard(folder / "fineweb_train_000001.bin", tokens[6031:9031])
+    return SimpleNamespace(folder=folder, tokenizer=tokenizer, model=folder / "tiny.model", tokens=np.array(tokens),
+                           documents=documents)
+
+
+@pytest.fixture
+def tiny(corpus):
+    """tiny(NAME=value, ...) → Settings of the tiny model, resolved as from the environment."""
+    def make(**variables):
+        environ = {**TINY, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model, **variables}
+        return train_gpt.resolve_settings({k: str(v) for k, v in environ.items()})[0]
+    return make
+
+
+@pytest.fixture
+def run_script(corpus, tmp_path):
+    """run_script(ranks=1, NAME=value, ...) → the finished process, with .result (logs/run.json) and .log where written."""
+    def run(*flags, ranks=1, tiny=True, script=ROOT / "train_gpt.py", **variables):
+        out = Path(variables.setdefault("OUT_DIR", tmp_path))
+        base = {**TINY, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model, "RUN_ID": "run"} if tiny else {}
+        launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                      f"--nproc_per_node={ranks}"]
+        done = subprocess.run([*launch, str(script), *flags], env=clean_environ(**{**base, **variables}), cwd=tmp_path,
+                              capture_output=True, text=True, timeout=300)
+        result, log = out / "logs" / "run.json", out / "logs" / "run.txt"
+        done.result = json.loads(result.read_text()) if result.exists() else None
+        done.log = log.read_text() if log.exists() else ""
+        return done
+    return run
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in one order, so that equal inputs give equal bits."""
+    torch.set_num_threads(1)

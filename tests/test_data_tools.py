@@ -1,0 +1,695 @@
+"""Tests of data/: shards, the download against a server on loopback, the builder, the demo corpus, the report."""
+
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import struct
+import subprocess
+import sys
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sentencepiece")
+pytest.importorskip("zstandard")
+pytest.importorskip("huggingface_hub")
+import sentencepiece
+import zstandard
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+sys.path.insert(0, str(DATA))
+import build_dataset
+import cached_challenge_fineweb as cached
+import demo_corpus
+import shards
+from shards import BOS_ID, DataError
+
+WORDS = ("river stone quiet lamp orchard winter copper signal harbor meadow paper engine violet thunder basket "
+         "garden mirror candle forest bridge window silver ocean timber castle rocket planet hollow ribbon marble").split()
+FAST = settings(max_examples=40, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """`count` different documents of 30 to 80 words; numbers and accents included."""
+    rng = np.random.default_rng(seed)
+    return [f"Document {seed}-{i}, café №{i}.\n" + " ".join(rng.choice(WORDS, rng.integers(30, 80))) for i in range(count)]
+
+
+def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    made = build_dataset.Settings("x", vocab_size=320)
+    path.write_bytes(build_dataset.train_tokenizer(made, build_dataset.ListDocuments([t + " in 1984" * 9 for t in sentences(60)]), 0))
+    return path
+
+
+def documents_of(folder: Path, split: str) -> list[tuple[int, ...]]:
+    """Token tuples of the documents of a split, without BOS; the stream must start with BOS."""
+    tokens = np.concatenate([shards.read_shard(p) for p in sorted(folder.glob(f"fineweb_{split}_*.bin"))])
+    assert tokens[0] == BOS_ID
+    return [tuple(d[1:].tolist()) for d in np.split(tokens, np.flatnonzero(tokens == BOS_ID))[1:]]
+
+
+def texts_of(folder: Path, split: str, tokenizer_path: Path) -> list[str]:
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+    return tokenizer.decode([list(d) for d in documents_of(folder, split)])
+
+
+def folded(text: str) -> str:
+    return " ".join(text.replace("№", "No").split())
+
+
+def run_builder(*arguments) -> None:
+    build_dataset.main([str(a) for a in (*arguments, "--workers", 1) if a is not None])
+
+
+# ---- shards ---------------------------------------------------------------------------------
+
+@FAST
+@given(st.lists(st.lists(st.integers(0, 65_535), max_size=50), max_size=5))
+def test_shard_round_trip(tmp_path, arrays):
+    path = tmp_path / "s.bin"
+    tokens = [token for array in arrays for token in array]
+    sha256 = shards.write_shard(path, [np.array(a, dtype=np.uint16) for a in arrays], len(tokens))
+    raw = path.read_bytes()
+    assert struct.unpack("<256i", raw[:1024]) == (20240520, 1, len(tokens)) + (0,) * 253
+    assert list(struct.unpack(f"<{len(tokens)}H", raw[1024:])) == tokens
+    assert shards.read_shard(path).tolist() == tokens
+    assert sha256 == hashlib.sha256(raw).hexdigest()
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "0 bytes"),
+    (shards.shard_header(2)[:1000], "1000 bytes"),
+    (struct.pack("<256i", 777, 1, 2, *[0] * 253) + b"abcd", "magic number 777"),
+    (struct.pack("<256i", 20240520, 9, 2, *[0] * 253) + b"abcd", "version 9"),
+    (shards.shard_header(2) + b"abc", "2 tokens, so 1028 bytes, but the file has 1027"),
+    (shards.shard_header(2) + b"abcde", "has 1029"),
+    (shards.shard_header(-1), "-1 tokens"),
+])
+def test_bad_shard_is_named_with_what_was_found(tmp_path, content, message):
+    path = tmp_path / "bad.bin"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        shards.check_shard(path)
+    assert "bad.bin" in str(caught.value) and "again" in str(caught.value)
+
+
+def test_atomic_write_leaves_the_old_file_and_no_rest_on_error(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), shards.atomic_write(path) as file:
+        file.write(b"new")
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+# ---- download -------------------------------------------------------------------------------
+
+class StandIn:
+    """A server on loopback with the two requests huggingface_hub makes; `files` maps remote paths to bytes.
+
+    `cut` maps a path to the bytes after which its next transfers break; `requests` lists (method, path, range).
+    """
+
+    def __init__(self):
+        self.files, self.cut, self.cuts_left, self.requests = {}, {}, 0, []
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self):
+                stand_in.answer(self, body=False)
+
+            def do_GET(self):
+                stand_in.answer(self, body=True)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def answer(self, request, body: bool) -> None:
+        path = request.path.split("/resolve/main/")[-1]
+        range_ = request.headers.get("Range")
+        self.requests.append((request.command, path, range_))
+        content = self.files.get(path) if request.path.startswith("/datasets/some/repo/") else None
+        if content is None:
+            request.send_response(404)
+            request.send_header("X-Error-Code", "EntryNotFound")
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        start = int(range_.split("=")[1].split("-")[0]) if range_ else 0
+        request.send_response(206 if range_ else 200)
+        request.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        request.send_header("X-Repo-Commit", "0" * 40)
+        request.send_header("Content-Length", str(len(content) - start))
+        if range_:
+            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        request.end_headers()
+        if body:
+            self.send_body(request, path, content, start)
+
+    def send_body(self, request, path: str, content: bytes, start: int) -> None:
+        if path in self.cut and self.cuts_left:
+            self.cuts_left -= 1
+            request.wfile.write(content[start:self.cut[path]])
+            request.close_connection = True
+            request.wfile.flush()
+            return
+        request.wfile.write(content[start:])
+
+    def transfers(self) -> list[str]:
+        return [path for method, path, _ in self.requests if method == "GET"]
+
+
+def shard_bytes(seed: int, count: int = 3000) -> bytes:
+    tokens = np.random.default_rng(seed).integers(0, 1024, count).astype("<u2")
+    return shards.shard_header(count) + tokens.tobytes()
+
+
+FOLDER = "datasets/datasets/fineweb10B_sp1024/"
+TRAIN_0, TRAIN_1, VAL_0 = (FOLDER + f"fineweb_{name}.bin" for name in ("train_000000", "train_000001", "val_000000"))
+
+
+@pytest.fixture
+def hub(tokenizer_path):
+    stand_in = StandIn()
+    manifest = {"datasets": [{"name": "fineweb10B_sp1024", "path": "datasets/fineweb10B_sp1024",
+                              "tokenizer_name": "sp_bpe_1024", "stats": {"files_train": 2, "files_val": 1}}],
+                "tokenizers": [{"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model"}]}
+    stand_in.manifest = manifest
+    stand_in.files = {"datasets/manifest.json": json.dumps(manifest).encode(),
+                      "datasets/tokenizers/fineweb_1024_bpe.model": tokenizer_path.read_bytes(),
+                      "datasets/docs_selected.jsonl": b'{"text": "a"}\n',
+                      "datasets/docs_selected.source_manifest.json": b"{}",
+                      TRAIN_0: shard_bytes(0), TRAIN_1: shard_bytes(1), VAL_0: shard_bytes(2)}
+    yield stand_in
+    stand_in.server.shutdown()
+    stand_in.server.server_close()
+
+
+def fetch(hub: StandIn, data_root: Path, *arguments, offline: bool = False) -> subprocess.CompletedProcess:
+    """Run the script with `data_root` as its folder, as a user would; HF_ENDPOINT leads to the stand-in."""
+    data_root.mkdir(exist_ok=True)
+    for name in ("cached_challenge_fineweb.py", "shards.py"):
+        (data_root / name).write_bytes((DATA / name).read_bytes())
+    return run_at(hub, data_root, offline, str(data_root / "cached_challenge_fineweb.py"), *map(str, arguments))
+
+
+def run_at(hub: StandIn, data_root: Path, offline: bool, *command: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(data_root / "hf"), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_TELEMETRY": "1", "MATCHED_FINEWEB_REPO_ID": "some/repo", "NO_PROXY": "127.0.0.1"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def local(data_root: Path, remote_path: str) -> Path:
+    return data_root / remote_path.removeprefix("datasets/")
+
+
+def assert_one_line_error(process, *parts: str) -> None:
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    for part in parts:
+        assert part in last
+
+
+def test_download_brings_everything_and_repeats_nothing(hub, tmp_path):
+    process = fetch(hub, tmp_path / "data", "--train-shards", 1, "--with-docs")
+    assert process.returncode == 0, process.stderr
+    expected = {path for path in hub.files if path != TRAIN_1}
+    assert {path for path in hub.files if local(tmp_path / "data", path).exists()} == expected
+    for path in expected:
+        assert local(tmp_path / "data", path).read_bytes() == hub.files[path]
+    hub.requests.clear()
+    process = fetch(hub, tmp_path / "data", "--train-shards", 2)
+    assert process.returncode == 0, process.stderr
+    assert hub.transfers() == ["datasets/manifest.json", TRAIN_1]
+
+
+def test_truncated_and_foreign_local_files_are_replaced(hub, tmp_path):
+    data = tmp_path / "data"
+    for path, content in [(TRAIN_0, hub.files[TRAIN_0][:-2]), (VAL_0, b"x" * 4000),
+                          ("datasets/tokenizers/fineweb_1024_bpe.model", b"not a model")]:
+        local(data, path).parent.mkdir(parents=True, exist_ok=True)
+        local(data, path).write_bytes(content)
+    process = fetch(hub, data, "--train-shards", 1)
+    assert process.returncode == 0, process.stderr
+    for path in (TRAIN_0, VAL_0, "datasets/tokenizers/fineweb_1024_bpe.model"):
+        assert local(data, path).read_bytes() == hub.files[path]
+
+
+def test_broken_connection_goes_on_where_it_stopped(hub, tmp_path):
+    hub.files[TRAIN_0] = shard_bytes(5, 6_500_000)  # the hub library writes blocks of 10 MiB
+    hub.cut, hub.cuts_left = {TRAIN_0: 12_000_000}, 1
+    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
+    if process.returncode:  # older hub versions give up here, and go on in the next run
+        assert_one_line_error(process, "fineweb_train_000000.bin", "again")
+        assert not local(tmp_path / "data", TRAIN_0).exists()
+        process = fetch(hub, tmp_path / "data", "--train-shards", 1)
+    assert process.returncode == 0, process.stderr
+    assert local(tmp_path / "data", TRAIN_0).read_bytes() == hub.files[TRAIN_0]
+    ranges = [range_ for method, path, range_ in hub.requests if path == TRAIN_0 and method == "GET"]
+    assert ranges[0] is None and len(ranges) == 2
+    assert int(re.fullmatch(r"bytes=(\d+)-(\d+)?", ranges[1])[1]) >= 10 << 20
+
+
+def test_interrupted_run_is_resumed_without_fetching_whole_shards_again(hub, tmp_path):
+    second = hub.files.pop(TRAIN_1)
+    process = fetch(hub, tmp_path / "data", "--train-shards", 2)
+    assert_one_line_error(process, "fineweb_train_000001.bin", "does not exist", "1 of the 2 train shards")
+    assert local(tmp_path / "data", TRAIN_0).exists() and not local(tmp_path / "data", TRAIN_1).exists()
+    hub.files[TRAIN_1] = second
+    hub.requests.clear()
+    assert fetch(hub, tmp_path / "data", "--train-shards", 2, "--skip-manifest").returncode == 0
+    assert hub.transfers() == [TRAIN_1]
+
+
+@pytest.mark.parametrize("content, found", [
+    (shard_bytes(0)[:-1], "3000 tokens, so 7024 bytes, but the file has 7023"),
+    (struct.pack("<i", 42) + shard_bytes(0)[4:], "magic number 42")])
+def test_bad_shard_on_the_server_gets_no_name(hub, tmp_path, content, found):
+    hub.files[TRAIN_0] = content
+    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
+    assert_one_line_error(process, "fineweb_train_000000.bin", found, "MATCHED_FINEWEB_REPO_ID")
+    assert hub.transfers().count(TRAIN_0) == 2
+    assert not local(tmp_path / "data", TRAIN_0).exists()
+
+
+def test_damaged_copy_in_the_hub_cache_is_not_used_twice(hub, tmp_path):
+    data = tmp_path / "data"
+    filled = run_at(hub, data, False, "-c", "from huggingface_hub import hf_hub_download as get\n"
+                    f"get('some/repo', {TRAIN_0!r}, repo_type='dataset')")
+    assert filled.returncode == 0, filled.stderr
+    blob = next(path for path in (data / "hf").rglob("blobs/*") if path.is_file())
+    blob.write_bytes(b"damaged")
+    process = fetch(hub, data, "--train-shards", 1)
+    assert process.returncode == 0, process.stderr
+    assert local(data, TRAIN_0).read_bytes() == hub.files[TRAIN_0]
+
+
+def test_more_shards_than_there_are(hub, tmp_path):
+    process = fetch(hub, tmp_path / "data", "--train-shards", 3)
+    assert_one_line_error(process, "--train-shards 3", "has 2 train shards", "2 or fewer")
+    assert hub.transfers() == ["datasets/manifest.json"]
+
+
+def test_without_manifest_the_known_names_are_probed(hub, tmp_path):
+    hub.files[FOLDER + "fineweb_val_000001.bin"] = shard_bytes(7)
+    del hub.files["datasets/manifest.json"]
+    process = fetch(hub, tmp_path / "data", "--train-shards", 1, "--skip-manifest")
+    assert process.returncode == 0, process.stderr
+    assert "1 train and 2 validation shards" in process.stdout
+    assert local(tmp_path / "data", "datasets/tokenizers/fineweb_1024_bpe.model").exists()
+    assert_one_line_error(fetch(hub, tmp_path / "data"), "manifest.json", "does not exist")
+
+
+def test_no_connection_is_said_so(hub, tmp_path):
+    process = fetch(hub, tmp_path / "data", "--skip-manifest", offline=True)
+    assert_one_line_error(process, "fineweb_1024_bpe.model", "cannot be reached", "HF_ENDPOINT")
+
+
+@pytest.mark.parametrize("stats", [{}, {"stats": None}, {"stats": {"files_train": "many"}}])
+def test_manifest_without_stats_is_tolerated(stats):
+    entry = cached.dataset_entry({"datasets": [{"name": "fineweb10B_sp1024", **stats}]}, "fineweb10B_sp1024", True)
+    assert cached.file_count(entry, "train") is None
+    assert cached.dataset_folder(entry, "fineweb10B_sp1024") == "datasets/fineweb10B_sp1024"
+    cached.check_request(1000, entry, "x")
+
+
+def test_variants_and_unknown_datasets():
+    assert cached.dataset_name("sp8192") == "fineweb10B_sp8192"
+    assert cached.dataset_name("byte260") == "fineweb10B_byte260"
+    for variant in ("sp", "1024", "sp10k", "../sp1024", ""):
+        with pytest.raises(DataError, match="--variant"):
+            cached.dataset_name(variant)
+    with pytest.raises(DataError, match="no dataset fineweb10B_sp1, only a"):
+        cached.dataset_entry({"datasets": [{"name": "a"}]}, "fineweb10B_sp1", strict=True)
+
+
+@pytest.mark.parametrize("path", ["../x.model", "/etc/x.model", "tokenizers/../../x.model", "c:/x.model", "a\\..\\x/y.model"])
+def test_manifest_cannot_lead_out_of_the_data_folder(path):
+    manifest = {"tokenizers": [{"name": "t", "model_path": path}]}
+    with pytest.raises(DataError, match="out of the data folder"):
+        cached.tokenizer_paths(manifest, {"tokenizer_name": "t"}, "sp1024")
+    with pytest.raises(DataError, match="out of the data folder"):
+        cached.dataset_folder({"path": path}, "x")
+
+
+# ---- builder --------------------------------------------------------------------------------
+
+def test_built_dataset_round_trips_and_its_manifest_counts(tmp_path):
+    texts = sentences(80)
+    source = write_jsonl(tmp_path / "tales.jsonl", texts)
+    run_builder(source, "--out-root", tmp_path, "--vocab-size", 400, "--val-docs", 9, "--shard-tokens", 1000)
+    folder, tokenizer = tmp_path / "datasets/tales", tmp_path / "tokenizers/tales_400_bpe.model"
+    train, val = texts_of(folder, "train", tokenizer), texts_of(folder, "val", tokenizer)
+    assert Counter(train + val) == Counter(map(folded, texts)) and len(val) == 9
+    assert train != [t for t in map(folded, texts) if t in train], "training documents are not shuffled"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for split, decoded in (("train", train), ("val", val)):
+        entry = manifest["splits"][split]
+        assert entry["documents"] == len(decoded)
+        assert entry["utf8_bytes"] == sum(len(t.encode()) for t in decoded)
+        assert [f["tokens"] for f in entry["files"][:-1]] == [1000] * (len(entry["files"]) - 1)
+        assert entry["tokens"] == sum(f["tokens"] for f in entry["files"]) == sum(len(d) + 1 for d in documents_of(folder, split))
+        for file in entry["files"]:
+            assert hashlib.sha256((folder / file["name"]).read_bytes()).hexdigest() == file["sha256"]
+            assert shards.check_shard(folder / file["name"]) == file["tokens"]
+    assert manifest["tokenizer"]["sha256"] == shards.sha256_file(tokenizer)
+    assert sorted(os.listdir(tmp_path / "datasets")) == ["tales"]  # no temporary folder left
+
+
+def test_new_tokenizer_has_the_challenge_settings(tokenizer_path):
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+    assert [tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id()] == [0, 1, 2, 3]
+    assert tokenizer.encode("river", out_type=str)[0][0] != "▁"          # no dummy prefix
+    assert tokenizer.is_byte(tokenizer.encode("\U0001d11e")[0])          # byte fallback
+    assert tokenizer.decode(tokenizer.encode("２３")) == "23"              # NFKC
+    assert tokenizer.encode("1984", out_type=str) == list("1984")        # digits split, however often they recur
+
+
+def test_tokenizer_sees_no_validation_text():
+    docs = build_dataset.ListDocuments(sentences(50))
+    limit = build_dataset.val_key_limit(build_dataset.Settings("x", val_docs=20), docs)
+    sample = build_dataset.sample_documents(docs, 1337, limit)
+    assert len(sample) == 30 and all(build_dataset.text_key(t, 1337) >= limit for t in sample)
+
+
+@FAST
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(8, 40))
+def test_tokenizer_lines_lose_nothing_and_are_short(text, width):
+    build_dataset.TOKENIZER_LINE_BYTES, before = width, build_dataset.TOKENIZER_LINE_BYTES
+    try:
+        lines = list(build_dataset.tokenizer_lines([text]))
+    finally:
+        build_dataset.TOKENIZER_LINE_BYTES = before
+    assert "".join(lines) == "".join(text.splitlines())
+    assert all(0 < len(line.encode()) <= width for line in lines)
+
+
+@FAST
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), min_size=1, max_size=12),
+       val_texts=st.none() | st.lists(st.text("ab \n", max_size=4), min_size=1, max_size=6), seed=st.integers(0, 9))
+def test_train_and_validation_are_disjoint(tmp_path, tokenizer_path, texts, val_texts, seed):
+    made = build_dataset.Settings("d", tmp_path, tokenizer_path, val_fraction=None if val_texts else 0.4,
+                                  seed=seed, force=True)
+    val = build_dataset.ListDocuments(val_texts) if val_texts else None
+    try:
+        build_dataset.build(made, build_dataset.ListDocuments(texts + texts[:2]), val)
+    except DataError:
+        return  # one side empty
+    train, val = (documents_of(tmp_path / "datasets/d", split) for split in ("train", "val"))
+    assert not set(train) & set(val)
+    assert len(set(val)) == len(val)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+    known = {tuple(tokenizer.encode(t)) for t in texts + (val_texts or [])}
+    assert set(train) | set(val) == known - {()}
+
+
+def test_copies_of_validation_documents_leave_training(tmp_path, tokenizer_path):
+    texts = sentences(20)
+    source = write_jsonl(tmp_path / "t.jsonl", texts + [texts[3].replace(" ", "  ")])
+    val = write_jsonl(tmp_path / "v.jsonl", texts[:5] + texts[:1])
+    run_builder(source, "--out-root", tmp_path, "--tokenizer", tokenizer_path, "--val-input", val)
+    assert texts_of(tmp_path / "datasets/t", "val", tokenizer_path) == [folded(t) for t in texts[:5]]
+    assert sorted(texts_of(tmp_path / "datasets/t", "train", tokenizer_path)) == sorted(map(folded, texts[5:]))
+    splits = json.loads((tmp_path / "datasets/t/manifest.json").read_text())["splits"]
+    assert splits["train"]["dropped_copies_of_validation"] == 6 and splits["val"]["dropped_repeats"] == 1
+
+
+def test_same_bytes_whatever_the_workers_and_another_seed_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_dataset, "BATCH_CHARS", 2000)  # many batches
+    source = write_jsonl(tmp_path / "t.jsonl", sentences(150))
+    contents = []
+    for run, (workers, seed) in enumerate([(1, 5), (2, 5), (1, 6)]):
+        root = tmp_path / str(run)
+        build_dataset.main([str(source), "--out-root", str(root), "--vocab-size", "350", "--val-fraction", "0.2",
+                            "--workers", str(workers), "--seed", str(seed)])
+        contents.append({p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()})
+    assert contents[0] == contents[1] and len(contents[0]) == 4
+    assert all(contents[0][name] != contents[2][name] for name in contents[0])
+
+
+def compressed(suffix: str, content: bytes) -> bytes:
+    half = len(content) // 2
+    pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    return pack(content[:half]) + pack(content[half:])  # two members or frames, as parallel compressors write
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
+def test_every_compression(tmp_path, suffix):
+    texts = sentences(300)
+    content = "".join(json.dumps({"body": t}) + "\n" for t in texts).encode()
+    path = tmp_path / f"t.jsonl{suffix}"
+    path.write_bytes(compressed(suffix, content))
+    assert list(build_dataset.FileDocuments([path], "body").read("x")) == texts
+    if suffix:
+        path.write_bytes(compressed(suffix, content)[:-30])
+        with pytest.raises(DataError, match=rf"t\.jsonl\{suffix}, after line \d+: damaged"):
+            list(build_dataset.FileDocuments([path], "body").read("x"))
+        path.write_bytes(b"plain text")
+        with pytest.raises(DataError, match="damaged or not really"):
+            list(build_dataset.FileDocuments([path], "body").read("x"))
+
+
+@pytest.mark.parametrize("line, message", [
+    (b'{"text": "a', "line 3: not valid JSON"), (b'["a"]', "line 3: no string under 'text', found a list"),
+    (b'{"txt": "a"}', "line 3: no string under 'text', found keys ['txt']"), (b'{"text": 5}', "line 3: no string"),
+    (b'{"text": "\xff"}', "line 3: not UTF-8"), (b'{"text": "\\ud800"}', "line 3: half of a surrogate")])
+def test_bad_json_line_is_named(tmp_path, line, message):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
+    with pytest.raises(DataError, match=re.escape(f"{path}, {message}")):
+        list(build_dataset.FileDocuments([path]).read("x"))
+
+
+@pytest.mark.parametrize("separator, expected", [
+    (None, ["a" * 1500 + "\n\n" + "b" * 600, "c\n\nd"]), ("", ["a" * 1500, "b" * 600, "c", "d"]),
+    ("c", ["a" * 1500 + "\n\n" + "b" * 600 + "\n", "\nd"])])
+def test_plain_text_is_cut_where_help_says(tmp_path, separator, expected):
+    path = tmp_path / "t.txt"
+    path.write_text("a" * 1500 + "\n\n" + "b" * 600 + "\n\nc\n\nd\n")
+    assert list(build_dataset.FileDocuments([path], separator=separator).read("x")) == expected
+
+
+def test_documents_are_read_lazily(tokenizer_path):
+    """The pool must not read far ahead of what is consumed, or a corpus would end up in memory."""
+    taken = []
+    items = (taken.append(i) or ["a river"] for i in range(1000))
+    results = build_dataset.parallel_map(_encode_nothing, items, workers=2)
+    next(results)
+    assert len(taken) <= 8
+    results.close()
+
+
+def _encode_nothing(texts):
+    return texts
+
+
+@FAST
+@given(st.lists(st.integers(1, 30), max_size=12), st.integers(1, 40))
+def test_shards_join_to_the_documents(lengths, shard_tokens):
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = np.arange(starts[-1])
+    pieces = build_dataset._pieces(tokens, starts[:-1], np.array(lengths, dtype=np.int64), shard_tokens)
+    parts = [np.concatenate([*next(pieces), np.zeros(0, int)]) for _ in range(-(-len(tokens) // shard_tokens))]
+    assert all(len(part) == shard_tokens for part in parts[:-1])
+    assert np.concatenate([np.zeros(0, int), *parts]).tolist() == tokens.tolist()
+
+
+@FAST
+@given(st.lists(st.text("abc", min_size=1, max_size=3), max_size=40), st.integers(1, 12), st.integers(0, 3))
+def test_val_docs_are_counted_exactly(texts, count, seed):
+    made = build_dataset.Settings("x", val_docs=count, seed=seed)
+    if len(set(texts)) <= count:
+        with pytest.raises(DataError, match=f"there are {len(set(texts))} different documents"):
+            build_dataset.val_key_limit(made, build_dataset.ListDocuments(texts))
+        return
+    limit = build_dataset.val_key_limit(made, build_dataset.ListDocuments(texts))
+    assert sum(build_dataset.text_key(t, seed) < limit for t in set(texts)) == count
+
+
+def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path):
+    source = write_jsonl(tmp_path / "t.jsonl", sentences(30))
+    arguments = [source, "--out-root", tmp_path, "--tokenizer", tokenizer_path, "--val-docs", 3]
+    run_builder(*arguments)
+    marker = tmp_path / "datasets/t/marker"
+    marker.touch()
+    with pytest.raises(DataError, match=r"datasets/t exists already.*--force"):
+        run_builder(*arguments)
+    assert marker.exists()
+    bad = write_jsonl(tmp_path / "bad.jsonl", ["a"], field="other")
+    with pytest.raises(DataError, match="no string under"):
+        run_builder(bad, "--name", "t", "--force", *arguments[1:])
+    assert marker.exists() and os.listdir(tmp_path / "datasets") == ["t"]  # a failed build changes nothing
+    run_builder(*arguments, "--force")
+    assert not marker.exists() and os.listdir(tmp_path / "datasets") == ["t"]
+
+
+def test_old_dataset_stays_if_the_new_one_cannot_be_moved(tmp_path):
+    (tmp_path / "target").mkdir()
+    with pytest.raises(OSError):
+        build_dataset.publish(tmp_path / "missing", tmp_path / "target")
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_errors_are_one_line_and_exit_code_2(tmp_path, tokenizer_path):
+    source = write_jsonl(tmp_path / "t.jsonl", ["a", "b"])
+    process = subprocess.run([sys.executable, DATA / "build_dataset.py", source, "--out-root", tmp_path,
+                              "--vocab-size", "65536", "--workers", "0"], capture_output=True, text=True)
+    assert_one_line_error(process, "--vocab-size 65536", "65535", "--workers 0")
+    assert not (tmp_path / "datasets").exists()
+
+
+@pytest.mark.parametrize("texts, arguments, message", [
+    ([], [], "no training document"), (["", " \n"], [], "no training document"),
+    (sentences(5), ["--val-docs", 5], "there are 5 different documents"),
+    (sentences(3), ["--vocab-size", 30_000], "--vocab-size 30000: SentencePiece refuses"),
+    (sentences(3), ["--vocab-size", 300, "--val-fraction", 1e-9], "fell to validation"),
+    (sentences(3), ["--name", "../up"], "--name '../up'"), (sentences(3), ["--val-fraction", 1.5], "--val-fraction 1.5"),
+    (sentences(3), ["--tokenizer", "none.model"], "none.model: no such file"),
+    (sentences(3), ["--demo"], "--demo has its own text")])
+def test_what_cannot_be_built_is_explained(tmp_path, texts, arguments, message):
+    source = write_jsonl(tmp_path / "t.jsonl", texts)
+    with pytest.raises(DataError, match=re.escape(message)):
+        run_builder(source, "--out-root", tmp_path, *arguments)
+    assert not list((tmp_path / "datasets").glob("*")) and not (tmp_path / "tokenizers").exists()
+
+
+def test_unusable_tokenizers_and_paths(tmp_path, monkeypatch, tokenizer_path):
+    (tmp_path / "junk.model").write_bytes(b"junk")
+    with pytest.raises(DataError, match="not a SentencePiece model"):
+        build_dataset.load_tokenizer(str(tmp_path / "junk.model"))
+    monkeypatch.setattr(build_dataset, "MAX_VOCAB_SIZE", 300)
+    build_dataset.load_tokenizer.cache_clear()
+    with pytest.raises(DataError, match="320 pieces, uint16 shards hold at most 300"):
+        build_dataset.load_tokenizer(str(tokenizer_path))
+    foreign = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences(20)), model_writer=foreign,
+                                             vocab_size=80, model_type="bpe", bos_id=2, eos_id=1, minloglevel=2)
+    (tmp_path / "foreign.model").write_bytes(foreign.getvalue())
+    with pytest.raises(DataError, match="BOS has id 2, shards need 1"):
+        build_dataset.load_tokenizer(str(tmp_path / "foreign.model"))
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "none", "is not there")):
+        with pytest.raises(DataError, match=message):
+            build_dataset.FileDocuments([path])
+
+
+# ---- demo and report ------------------------------------------------------------------------
+
+def test_module_text_holds_docstrings_and_comment_blocks_in_order():
+    source = ('#!/bin/x\n"""Top."""\n# A comment that is long enough to count as\n# one block.\n# no\nx = 1\n'
+              'class A(B):\n    """Of A."""\n    def f(self, n=2):\n        "Of f."\n        s = "# not a comment"\n# short\n')
+    assert demo_corpus.module_text(source) == (
+        "Top.\n\nA comment that is long enough to count as\none block.\nno\n\nclass A(B)\nOf A.\n\nf(self, n=2)\nOf f.")
+    assert demo_corpus.module_text("def f(:") == ""
+
+
+def test_training_loses_the_paragraphs_that_validation_has():
+    own = "This paragraph belongs to the training text alone, " * 5
+    copy = "A sentence that is found word for word on both sides of the split, to be dropped."
+    near = copy.replace("dropped", "dropped from training")
+    val = ["Something else entirely stands here before the copy. " * 4 + "\n\n" + copy]
+    assert demo_corpus.drop_copies([f"{own}\n\n{copy}\n\n{near}"], val) == [own]
+    assert demo_corpus.without_repeats([f"{copy}\n\nNote.", f"Note.\n\n{copy}"]) == [f"{copy}\n\nNote.", "Note."]
+
+
+def test_split_takes_whole_documents_and_drops_copies_from_training():
+    copy = "This sentence is in every document, and may therefore stay on one side only."
+    texts = [f"{text}\n\n{text[::-1]}\n\n{copy}" for text in sentences(40)]
+    train, val = demo_corpus.split(texts, seed=1, val_fraction=0.1)
+    assert 3 <= len(val) <= 6 and set(val) < set(texts) and len(train) + len(val) == len(texts)
+    assert not any(copy in text for text in train)
+    assert (train, val) != demo_corpus.split(texts, seed=2, val_fraction=0.1)
+
+
+def check_demo(root: Path, manifest: dict) -> None:
+    folder, tokenizer_path = root / "datasets/demo", root / "tokenizers/demo_1024_bpe.model"
+    train, val = (texts_of(folder, split, tokenizer_path) for split in ("train", "val"))
+    train_text, val_text = "\n".join(train).encode(), "\n".join(val).encode()
+
+    def xz(data: bytes) -> int:
+        return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
+
+    extra_bytes = xz(train_text + b"\n" + val_text) - xz(train_text)
+    val_bytes = sum(len(t.encode()) for t in val)
+    assert manifest["xz_bits_per_byte"] == pytest.approx(8 * extra_bytes / val_bytes)
+    assert manifest["xz_bytes"]["val_text"] == manifest["splits"]["val"]["utf8_bytes"] == val_bytes
+    runs = lambda texts: {tuple(w[i:i + 40]) for t in texts for w in [t.split()] for i in range(len(w) - 39)}
+    assert not runs(train) & runs(val), "40 words in a row stand on both sides"
+    assert json.loads((folder / "manifest.json").read_text()) == manifest
+
+
+def test_small_demo(tmp_path):
+    made = build_dataset.Settings("demo", tmp_path)
+    check_demo(tmp_path, build_dataset.build_demo(made, max_modules=40))
+
+
+@pytest.mark.slow
+def test_full_demo(tmp_path):
+    manifest = build_dataset.build_demo(build_dataset.Settings("demo", tmp_path, workers=2))
+    check_demo(tmp_path, manifest)
+    assert manifest["splits"]["train"]["utf8_bytes"] > 2_000_000
+    assert 100_000 < manifest["splits"]["val"]["utf8_bytes"] < 250_000
+    assert 1 < manifest["xz_bits_per_byte"] < 3
+
+
+@pytest.fixture
+def demo_manifest(tmp_path) -> Path:
+    path = tmp_path / "datasets/demo/manifest.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"xz_bits_per_byte": 2.0, "xz_bytes": {"val_text": 1000}}))
+    return path
+
+
+def test_report_compares_the_best_score(tmp_path, demo_manifest, capsys):
+    result = tmp_path / "r.json"
+    result.write_text(json.dumps({"val_bpb": {"float": 1.4, "int6": 1.6, "sliding": 1.5, "ttt": None}, "total_bytes": 900, "scored_bytes": 990}))
+    build_dataset.main(["--report", str(result), "--out-root", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "2.0000" in lines[0] and "float 1.4000, int6 1.6000, sliding 1.5000" in lines[1] and "99.0%" in lines[1]
+    assert lines[2] == "sliding / xz = 0.750: the model needs 25.0% less than xz"
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "is not there"), ("{", "cannot be read as JSON"), ("[]", "holds a list"),
+    ({"scored_bytes": 990}, "val_bpb is None"), ({"val_bpb": {"int6": "low"}, "scored_bytes": 9}, "val_bpb.int6 is 'low'"),
+    ({"val_bpb": {"int6": float("nan")}, "scored_bytes": 9}, "val_bpb.int6 is nan"),
+    ({"val_bpb": {"int6": 1.0}, "scored_bytes": 1001}, "scored_bytes is 1001"),
+    ({"val_bpb": {"int6": 1.0}}, "scored_bytes is None")])
+def test_report_refuses_a_wrong_result(tmp_path, demo_manifest, content, message):
+    result = tmp_path / "r.json"
+    if content is not None:
+        result.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(DataError, match=re.escape(message)):
+        build_dataset.report(result, demo_manifest)
+
+
+def test_report_needs_the_demo(tmp_path):
+    result = tmp_path / "r.json"
+    result.write_text(json.dumps({"val_bpb": {"int6": 1.0}, "scored_bytes": 9}))
+    with pytest.raises(DataError, match="run build_dataset.py --demo first"):
+        build_dataset.report(result, tmp_path / "none.json")
