@@ -123,18 +123,21 @@ class Settings:
                            choices=("0", "1", "bos"))
     bigram_vocab_size: int = arch(2048, "buckets", "of the hashed bigram embedding", off="0", low=0)
     bigram_dim: int = arch(128, "channels", "of the bigram embedding", low=1)
+    trigram_vocab_size: int = arch(0, "buckets", "of a hashed trigram embedding", off="0", low=0)
+    trigram_dim: int = arch(128, "channels", "of the trigram embedding", low=1)
     ve_enabled: int = arch(1, "flag", "shared value embedding", off="0", choices=FLAG)
     ve_dim: int = arch(128, "channels", "of the value embedding", low=1)
     ve_layers: str = arch("9,10", "block list", "blocks whose values get it", off="empty")
     # −0.0010 (value residual) and −0.0005 to −0.0010 (gate) at full scale, −0.015 and −0.003 in short runs.
-    value_residual: str = arch("pair", "name", "V ← a·V₀ + b·V; 1 means pair", off="0",
-                               choices=("0", "1", "pair", "sigmoid", "shortcut", "half"))
+    value_residual: str = arch("pair", "name", "V ← a·V₀ + b·V; 1: pair; embed: block output + λ·x₀", off="0",
+                               choices=("0", "1", "pair", "sigmoid", "shortcut", "half", "embed"))
     gated_attention: str = arch("head", "name", "gate on attention output; 1 means head", off="0",
                                 choices=("0", "1", "head", "scalar"))
 
     matrix_lr: float = opt(0.025, "per step", "Muon, matrices", low=0)
     scalar_lr: float = opt(0.025, "per step", "AdamW, scales, gates and mixes", low=0)
     tied_embed_lr: float = opt(0.035, "per step", "AdamW, embedding tables", low=0)
+    proj_optimizer: str = opt("muon", "name", "of the two small embeddings' projections", choices=("muon", "adamw"))
     muon_wd: float = opt(0.04, "× lr", "decoupled weight decay of Muon", off="0", low=0)
     adam_wd: float = opt(0.04, "× lr", "decoupled weight decay of AdamW", off="0", low=0)
     muon_momentum: float = opt(0.99, "factor", "Nesterov momentum after its warm-up", low=0, high=0.9999)
@@ -165,15 +168,32 @@ class Settings:
     qat_enabled: int = sched(0, "flag", "fake quantization from the first step", off="0", choices=FLAG)
     late_qat_threshold: float = sched(0.15, "× lr", "fake quantization begins when the rate is below this share",
                                       off="0", low=0, high=1)
+    crownq_lambda: float = sched(0.0, "× loss", "penalty on the quantization error a row will have (CROWN-Q)", off="0",
+                                 low=0)
+    crownq_warmdown_only: int = sched(1, "flag", "the penalty waits for fake quantization", off="0", choices=FLAG)
     val_loss_every: int = sched(4000, "steps", "between validations while training", off="0: only after the last step",
                                 low=0)
     train_log_every: int = sched(500, "steps", "between log lines after step 10", low=1)
 
     attn_bits: int = quant(6, "bits", "attention matrices; 16 keeps fp16", choices=(4, 5, 6, 7, 8, 16))
     mlp_bits: int = quant(6, "bits", "MLP matrices; 16 keeps fp16", choices=(4, 5, 6, 7, 8, 16))
-    embed_bits: int = quant(8, "bits", "embedding tables; 16 keeps fp16", choices=(4, 5, 6, 7, 8, 16))
-    proj_bits: int = quant(16, "bits", "projections of the bigram and value embeddings", choices=(4, 5, 6, 7, 8, 16))
+    embed_bits: int = quant(8, "bits", "token and value embedding tables", choices=(4, 5, 6, 7, 8, 16))
+    bigram_bits: int = quant(8, "bits", "bigram and trigram tables", choices=(4, 5, 6, 7, 8, 16))
+    proj_bits: int = quant(16, "bits", "projections of the small embeddings", choices=(4, 5, 6, 7, 8, 16))
+    fp16_keep_name_patterns: str = quant("", "name parts", "tensors kept as fp16, commas between", off="empty")
     gptq_lite: int = quant(1, "flag", "search the clip of every row; off: the row's maximum", off="0", choices=FLAG)
+    quant_clip_scope: str = quant("row", "name", "search per row, or one quantile for a whole matrix as ancestors did",
+                                  choices=("row", "matrix"))
+    quant_step_floor: float = quant(0.0, "weight", "least step of int4–int7 rows; 0.03226 (1/31) as ancestors did",
+                                    off="0", low=0)
+    prune_frac: float = quant(0.0, "share", "of the smallest weights of each matrix and table set to zero", off="0",
+                              low=0, high=0.9)
+    gptq: int = quant(0, "flag", "full GPTQ: error compensation by Hessians from training tokens", off="0", choices=FLAG)
+    gptq_batches: int = quant(8, "passes", "of MICRO_BATCH_TOKENS per rank, for the Hessians", low=1)
+    gptq_reserve_seconds: float = quant(10.0, "s", "of the training clock kept for the Hessians", low=0)
+    gptq_act_order: int = quant(0, "flag", "columns in falling order of the Hessian's diagonal", off="0", choices=FLAG)
+    gptq_damp: float = quant(0.01, "× mean diagonal", "added to the Hessian's diagonal", low=1e-6, high=1)
+    codec: str = quant("lzma", "name", "of the artifact; zstd needs the zstandard package", choices=("lzma", "zstd"))
     artifact_budget_bytes: int = quant(16_000_000, "bytes", "cap on code + model; the model gets what the code leaves",
                                        low=1)
 
@@ -182,11 +202,20 @@ class Settings:
     eval_batch_seqs: int = evaluation(32, "windows", "per rank and pass", low=1)
     ttt_enabled: int = evaluation(1, "flag", "score-first test-time training over the sliding windows (−0.0021 to "
                                   "−0.0033)", off="0", choices=FLAG)
-    ttt_lr: float = evaluation(0.002, "per step", "SGD, falling by a cosine over the chunks", low=0)
+    ttt_optimizer: str = evaluation("sgd", "name", "with TTT_MOMENTUM, or AdamW (0.9, 0.999)", choices=("sgd", "adamw"))
+    ttt_params: str = evaluation("all", "name", "tail: last blocks, scalars, token table; scalars: no matrix or table",
+                                 choices=("all", "tail", "scalars"))
+    ttt_lr: float = evaluation(0.002, "per step", "falling by a cosine over the chunks", low=0)
+    ttt_lr_floor: float = evaluation(0.0, "× lr", "where that cosine ends", low=0, high=1)
+    ttt_intra_cosine: int = evaluation(0, "flag", "times a cosine inside each chunk", off="0", choices=FLAG)
+    ttt_proj_lr_mult: float = evaluation(1.0, "× lr", "of the MLP's down matrices", low=0)
+    ttt_fc_lr_mult: float = evaluation(1.0, "× lr", "of the MLP's up matrices", low=0)
+    ttt_temp: float = evaluation(1.0, "temperature", "fixed, on the logits while TTT scores and trains", low=0.1, high=10)
     ttt_momentum: float = evaluation(0.9, "factor", "SGD", low=0, high=0.9999)
     ttt_epochs: int = evaluation(3, "passes", "over each scored chunk", low=0)
     ttt_chunk_tokens: int = evaluation(32768, "tokens", "scored before each adaptation", low=2)
     ttt_freeze_blocks: int = evaluation(0, "blocks", "the first so many are not adapted", off="0", low=0)
+    ttt_unfreeze_blocks: int = evaluation(2, "blocks", "the last so many with TTT_PARAMS=tail", low=0)
     ttt_batch_seqs: int = evaluation(256, "rows", "per TTT step, over all ranks (eight ranks held 8 × 32)", low=1)
     ttt_grad_clip: float = evaluation(1.0, "norm", "after the reduction over ranks", off="0", low=0)
 
@@ -213,13 +242,22 @@ class Settings:
         return [int(i) for i in self.ve_layers.split(",") if i.strip()] if self.ve_enabled else []
 
     @property
+    def xsa_blocks(self):
+        """Blocks with exclusive self-attention; counted over cores where blocks share them, as #537 did."""
+        return [i for i in range(self.num_layers) if i % self.cores >= self.cores - self.xsa_last_n]
+
+    @property
     def quant_label(self):
         """Name of the quantized model in log keys and results: int6, or int5_6 for int5 MLP and int6 attention."""
         return f"int{self.mlp_bits}" if self.mlp_bits == self.attn_bits else f"int{self.mlp_bits}_{self.attn_bits}"
 
 
-# A row holds only what differs from the defaults.
-PRESETS = {
+# The common base of the ancestors (#414). Each preset's line in the README says what ours does differently.
+_PR414 = dict(
+    train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, xsa_last_n=4, smear_gate="1", value_residual="0",
+    gated_attention="0", muon_coefficients="classic", lr_floor=0.0, swa_enabled=1, ttt_enabled=0)
+_PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw", ttt_enabled=1)
+PRESETS = {  # a row holds only what differs from the defaults
     "demo": dict(
         data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model", run_id="demo",
         train_seq_len=256, train_batch_tokens=8192, micro_batch_tokens=8192, num_layers=6, model_dim=192, num_heads=6,
@@ -227,12 +265,55 @@ PRESETS = {
         max_wallclock_seconds=120.0, warmup_steps=1, warmdown_iters=250, muon_momentum=0.95,
         muon_momentum_warmup_steps=200, val_loss_every=0, train_log_every=50, eval_stride=64, ttt_chunk_tokens=8192,
         ttt_batch_seqs=32),
+    "pr414": _PR414,
+    "pr549": _PR549,
+    "pr1092": dict(_PR549, leaky_slope=0.75, bigram_vocab_size=2048, xsa_last_n=11, max_wallclock_seconds=580.0,
+                   ttt_lr=0.03),
+    "pr657": dict(_PR414, leaky_slope=0.5, value_residual="sigmoid"),
+    "pr490": dict(
+        _PR414, leaky_slope=0.5, value_residual="pair", gated_attention="head", xsa_last_n=0, rope_dims=0, ln_scale=0,
+        ve_enabled=0, bigram_vocab_size=4096, swa_enabled=0, iterations=9000, warmdown_iters=1200, muon_momentum=0.95,
+        muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500, late_qat_threshold=0.0, gptq=1, prune_frac=0.02,
+        val_loss_every=1000, train_log_every=200, ttt_enabled=1, ttt_optimizer="adamw", ttt_params="tail", ttt_lr=1e-4,
+        ttt_chunk_tokens=131072),
+    "pr537": dict(
+        _PR414, leaky_slope=0.5, unique_layers=10, seed=42, iterations=5200, warmdown_iters=3000, adam_wd=0.01,
+        ema_enabled=0, late_qat_threshold=0.1, mlp_bits=5, bigram_bits=6, proj_bits=6,
+        fp16_keep_name_patterns="tok_emb,cores.2.attn.k", gptq_lite=0, prune_frac=0.03, codec="zstd", val_loss_every=500,
+        train_log_every=100, ttt_enabled=1, ttt_epochs=30, ttt_freeze_blocks=2, ttt_proj_lr_mult=3.0, ttt_fc_lr_mult=0.5,
+        ttt_intra_cosine=1),
 }
 
-# Published names that are spelt otherwise here.
-ALIASES = {"VRL_ENABLED": ("VALUE_RESIDUAL", {"0": "0", "1": "sigmoid"}), "GA_ENABLED": ("GATED_ATTENTION", None),
-           "WEIGHT_DECAY": ("MUON_WD", None), "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None),
-           "ROPE_REFERENCE_LEN": ("ROPE_NTK_REFERENCE", None)}
+# Published names that are spelt otherwise here: name → (our name, {its value: ours} or None for the same values).
+ALIASES = {
+    "VRL_ENABLED": ("VALUE_RESIDUAL", {"0": "0", "1": "sigmoid"}), "GA_ENABLED": ("GATED_ATTENTION", None),
+    "VRL": ("VALUE_RESIDUAL", {"0": "0", "1": "sigmoid"}), "WEIGHT_DECAY": ("MUON_WD", None),
+    "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None), "TTT_TEMPERATURE": ("TTT_TEMP", None),
+    "MLP_ACTIVATION": ("LEAKY_SLOPE", {"relu_sq": "0", "leaky_relu_sq": "0.5"}),
+    "LATE_QAT": ("LATE_QAT_THRESHOLD", {"0": "0", "1": "0.15"}),
+    "TTT_PERLAYER_LR": ("TTT_PROJ_LR_MULT", {"0": "1", "1": "3"}),
+    "ALL_INT5": ("ATTN_BITS", {"0": "6", "1": "5"}),
+}
+
+# Published names that nothing here obeys: name → (the value that changes nothing and is let through, why not others).
+REFUSED = {
+    "DTG_ENABLED": ("0", "the dynamic token gate never gained anything where it was published"),
+    "MTP_NUM_HEADS": ("0", "multi-token heads were declared and never used"),
+    "MTP_LOSS_WEIGHT": ("0.2", "multi-token heads were declared and never used"),
+    "LAWA_ENABLED": ("0", "LAWA was declared and never used: EMA_ENABLED or SWA_ENABLED average the weights"),
+    "LAWA_K": ("10", "see LAWA_ENABLED"), "LAWA_FREQ": ("100", "see LAWA_ENABLED"),
+    "TIE_EMBEDDINGS": ("1", "an untied head costs bytes and was never used: the head is the token table"),
+    "EMBED_LR": ("0.6", "belongs to an untied head: set TIED_EMBED_LR"),
+    "HEAD_LR": ("0.008", "belongs to an untied head: set TIED_EMBED_LR"),
+    "GRAD_QUANT": ("0", "its published code read it and did nothing with it"),
+    "MUON_BETA2": ("0.95", "its published code read it and did nothing with it"),
+    "VAL_BATCH_SIZE": ("524288", "set EVAL_BATCH_SEQS, windows per rank and pass"),
+    "XSA_START_LAYER": ("-4", "set XSA_LAST_N, counted from the end"),
+    "QUANT_EVAL_EVERY": ("0", "the quantized model is scored once, from the file"),
+    "INT8_CLIP_PERCENTILE": ("99.99984", "the clip of every row is searched: GPTQ_LITE"),
+    "CONTROL_TENSOR_NAME_PATTERNS": ("", "which tensor goes where is a table by kind: see --dry-run"),
+    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": ("", "small tensors are fp16; FP16_KEEP_NAME_PATTERNS keeps others"),
+}
 
 # What the launcher, the libraries and the shell set: never ours, however close to one of our names.
 FOREIGN_PREFIXES = ("TORCH", "PYTORCH", "NCCL", "CUDA", "OMP", "MKL", "GLOO", "TRITON", "PYTHON", "HF_", "NVIDIA", "LC_",
@@ -290,7 +371,7 @@ def contradictions(s):
     need(s.rope_dims % 2 == 0 and s.rope_dims <= s.head_dim,
          f"ROPE_DIMS={s.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS={s.head_dim}")
     need(s.rope_dims != 2 or not s.rope_ntk_reference, "ROPE_DIMS=2 cannot be stretched: set ROPE_NTK_REFERENCE=0")
-    need(s.xsa_last_n <= s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}")
+    need(s.xsa_last_n <= s.cores, f"XSA_LAST_N={s.xsa_last_n} exceeds the {s.cores} blocks with matrices of their own")
     need(s.unique_layers <= s.num_layers, f"UNIQUE_LAYERS={s.unique_layers} exceeds NUM_LAYERS={s.num_layers}")
     need(s.ttt_freeze_blocks <= s.num_layers, f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} exceeds NUM_LAYERS={s.num_layers}")
     need(s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 leaves no bucket beside the first position's: 0 or at least 2")
@@ -317,7 +398,7 @@ def resolve_settings(environ, stored=None):
     `stored` are values from an artifact. Raises UserError that lists every problem at once.
     """
     specs = {f.name.upper(): f for f in fields(Settings)}
-    texts, problems = {}, near_misses(environ, [*specs, *ALIASES])
+    texts, problems = {}, near_misses(environ, [*specs, *ALIASES, *REFUSED])
     for name, text in environ.items():
         if name in specs:
             texts[name] = (name, text)
@@ -327,10 +408,13 @@ def resolve_settings(environ, stored=None):
                 problems.append(f"{name}={text}: must be one of {', '.join(mapping)} (stands for {target})")
             elif target not in environ:
                 texts[target] = (name, mapping[text] if mapping else text)
+        elif name in REFUSED and text != REFUSED[name][0]:
+            problems.append(f"{name}={text}: not supported: {REFUSED[name][1]}")
     preset = environ.get("PRESET", "").strip()
     if preset and preset not in PRESETS:
         problems.append(f"PRESET={preset}: unknown; there are {', '.join(PRESETS)}")
-    values = dict(stored or PRESETS.get(preset, {}), preset=preset or (stored or {}).get("preset", ""))
+    values = dict(PRESETS.get(preset, {}), preset=preset)
+    values.update(stored or {})
     for target, (name, text) in texts.items():
         try:
             values[specs[target].name] = parse_value(specs[target], text)
@@ -879,13 +963,15 @@ class Block(nn.Module):
         super().__init__()
         D = s.model_dim
         self.input_scale = 1 / math.sqrt(index + 1) if s.ln_scale else 1.0
-        self.xsa = index >= s.num_layers - s.xsa_last_n
+        self.xsa = index in s.xsa_blocks
         self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
         if s.resid_mix:
             self.resid_mix = nn.Parameter(torch.stack((torch.ones(D), torch.zeros(D))))
         initial, self.value_weights = VALUE_RESIDUALS.get(s.value_residual, (None, None)) if index else (None, None)
         if initial:
             self.value_residual = vector(*initial)
+        if s.value_residual == "embed":
+            self.embed_shortcut = vector(0.0)
         self.detach_first = s.value_residual == "half"
 
     def mix_value(self, v, first_v):
@@ -898,28 +984,33 @@ class Block(nn.Module):
     def forward(self, x_BTD, x0_BTD, core, first_v, rotary, value_embedding, fake_quant):
         """The block's output [B,T,D] and its own V before the value residual."""
         dtype = x_BTD.dtype
+        shortcut = self.embed_shortcut.to(dtype) * x0_BTD if hasattr(self, "embed_shortcut") else 0
         if hasattr(self, "resid_mix"):
             mix = self.resid_mix.to(dtype)
             x_BTD = mix[0] * x_BTD + mix[1] * x0_BTD
         attn, v = core.attn(self.input_scale * rms_norm(x_BTD), rotary, self.xsa, value_embedding,
                             lambda own: self.mix_value(own, first_v), fake_quant)
         y = x_BTD + self.attn_scale.to(dtype) * attn
-        return y + self.mlp_scale.to(dtype) * core.mlp(self.input_scale * rms_norm(y), fake_quant), v
+        return y + self.mlp_scale.to(dtype) * core.mlp(self.input_scale * rms_norm(y), fake_quant) + shortcut, v
 
 
-class BigramHash(nn.Module):
-    """An embedding of (token, previous token), hashed into buckets; the last bucket is the first position's."""
+class HashEmbedding(nn.Module):
+    """An embedding of a token and those before it, hashed into buckets; the last bucket is for row beginnings.
 
-    def __init__(self, s):
+    Bucket of position t: (36313·xₜ XOR 27191·xₜ₋₁ [XOR 51497·xₜ₋₂]) mod (buckets − 1).
+    """
+    FACTORS = (36313, 27191, 51497)
+
+    def __init__(self, s, order, buckets, dim, scale):
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(s.bigram_vocab_size, s.bigram_dim))
-        self.proj, self.scale = matrix(s.model_dim, s.bigram_dim), vector(0.05)
+        self.order, self.table = order, nn.Parameter(torch.zeros(buckets, dim))
+        self.proj, self.scale = matrix(s.model_dim, dim), vector(scale)
 
     def buckets(self, tokens_BT):
-        """((36313·tₙ) XOR (27191·tₙ₋₁)) mod (buckets − 1)."""
-        last = self.table.size(0) - 1
-        hashed = ((36313 * tokens_BT[:, 1:]) ^ (27191 * tokens_BT[:, :-1])) % last
-        return F.pad(hashed, (1, 0), value=last)
+        last, T = self.table.size(0) - 1, tokens_BT.size(1)
+        reach = self.order - 1
+        terms = [factor * tokens_BT[:, reach - back: T - back] for back, factor in enumerate(self.FACTORS[: self.order])]
+        return F.pad(functools.reduce(torch.bitwise_xor, terms) % last, (reach, 0), value=last)
 
     def forward(self, tokens_BT, dtype):
         return linear(F.embedding(self.buckets(tokens_BT), self.table).to(dtype), self.proj) * self.scale.to(dtype)
@@ -948,21 +1039,27 @@ class GPT(nn.Module):
         self.s, self.dtype = s, dtype
         D, skips = s.model_dim, s.num_layers // 2 if s.unet_skips else 0
         self.tok_emb = matrix(s.vocab_size, D)
-        self.bigram = BigramHash(s) if s.bigram_vocab_size else None
+        self.bigram = HashEmbedding(s, 2, s.bigram_vocab_size, s.bigram_dim, 0.05) if s.bigram_vocab_size else None
+        self.trigram = HashEmbedding(s, 3, s.trigram_vocab_size, s.trigram_dim, 0.03) if s.trigram_vocab_size else None
         self.ve = ValueEmbedding(s) if s.ve_blocks else None
         if s.smear_gate != "0":
             self.smear = nn.Parameter(torch.zeros(D))
         self.cores = nn.ModuleList(Core(s, attend) for _ in range(s.cores))
         self.blocks = nn.ModuleList(Block(s, i) for i in range(s.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(skips, D)) if skips else None
+        for i, core in enumerate(self.cores):  # a core's gradient is the mean over the blocks that share it (#537)
+            uses = len(range(i, s.num_layers, s.cores))
+            for p in core.parameters() if uses > 1 else ():
+                p.register_hook(lambda grad, uses=uses: grad / uses)
         for name, table in zip(("cos", "sin"), rotary_tables(s, max(s.train_seq_len, s.window))):
             self.register_buffer(name, table, persistent=False)
 
     def embed(self, tokens_BT):
         """RMS of token + bigram embedding, smeared with the token before: [B,T,D]."""
         e = F.embedding(tokens_BT, self.tok_emb).to(self.dtype)
-        if self.bigram is not None:
-            e = e + self.bigram(tokens_BT, self.dtype)
+        for hashed in (self.bigram, self.trigram):
+            if hashed is not None:
+                e = e + hashed(tokens_BT, self.dtype)
         x = rms_norm(e)
         if self.s.smear_gate == "0":
             return x
@@ -987,9 +1084,9 @@ class GPT(nn.Module):
         logits = linear(rms_norm(x), self.tok_emb).float()
         return s.logit_softcap * torch.tanh(logits / s.logit_softcap) if s.logit_softcap else logits
 
-    def forward(self, tokens_BT, targets_BT, fake_quant=False):
+    def forward(self, tokens_BT, targets_BT, fake_quant=False, temperature=1.0):
         """nll of each target [B,T], nats, fp32. `fake_quant` is an argument, so that a compiler cannot fold it away."""
-        logits = self.logits(tokens_BT, fake_quant)
+        logits = self.logits(tokens_BT, fake_quant) / temperature
         return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
 
 
@@ -1005,8 +1102,9 @@ class Kind:
 KINDS = {
     "attn": Kind("muon", "matrix_lr", "muon_wd", "attn_bits"),
     "mlp": Kind("muon", "matrix_lr", "muon_wd", "mlp_bits"),
-    "proj": Kind("muon", "matrix_lr", "muon_wd", "proj_bits"),
+    "proj": Kind("proj_optimizer", "matrix_lr", "muon_wd", "proj_bits"),
     "table": Kind("adamw", "tied_embed_lr", "adam_wd", "embed_bits"),
+    "hashed": Kind("adamw", "tied_embed_lr", "adam_wd", "bigram_bits"),
     "control": Kind("adamw", "scalar_lr", "adam_wd", ""),  # scales, gains, gates, mixes: always fp16
 }
 
@@ -1018,7 +1116,8 @@ def kind_of(name):
         return "attn"
     if parts[0] == "cores" and parts[-1] in ("up", "down"):
         return "mlp"
-    return {"tok_emb": "table", "table": "table", "proj": "proj"}.get(parts[-1], "control")
+    return {"tok_emb": "table", "ve.table": "table", "bigram.table": "hashed", "trigram.table": "hashed"}.get(
+        name, "proj" if parts[-1] == "proj" else "control")
 
 
 @torch.no_grad()
@@ -1117,14 +1216,15 @@ class Optimizers:
     def __init__(self, model, s, rt):
         self.s, self.rt = s, rt
         by_kind = {kind: [p for name, p in model.named_parameters() if kind_of(name) == kind] for kind in KINDS}
+        optimizer_of = {kind: getattr(s, row.optimizer, row.optimizer) for kind, row in KINDS.items()}
         shapes = {}
         for kind, row in KINDS.items():
-            for p in by_kind[kind] if row.optimizer == "muon" else ():
+            for p in by_kind[kind] if optimizer_of[kind] == "muon" else ():
                 shapes.setdefault((row.lr, row.weight_decay, min(p.shape), max(p.shape)), []).append(p)
         self.muon = [(MuonGroup(params, rt), getattr(s, lr), getattr(s, wd)) for (lr, wd, *_), params in shapes.items()]
         groups = [dict(params=by_kind[kind], lr=getattr(s, row.lr), base_lr=getattr(s, row.lr),
                        weight_decay=getattr(s, row.weight_decay))
-                  for kind, row in KINDS.items() if row.optimizer == "adamw" and by_kind[kind]]
+                  for kind, row in KINDS.items() if optimizer_of[kind] == "adamw" and by_kind[kind]]
         self.adamw = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=True)
         self.small = [p for group in groups for p in group["params"]]
         grouped = [id(p) for group, *_ in self.muon for p in group.params] + [id(p) for p in self.small]
@@ -1187,8 +1287,9 @@ def muon_momentum(s, step):
 
 
 def out_of_time(s, step, elapsed_ms):
-    """True where the next step, at the mean pace so far, would end after the cap."""
-    return bool(s.max_wallclock_seconds and step and elapsed_ms * (step + 1) / step > 1000 * s.max_wallclock_seconds)
+    """True where the next step, at the mean pace so far, would end after the cap (less what GPTQ keeps for itself)."""
+    budget_ms = 1000 * (s.max_wallclock_seconds - (s.gptq_reserve_seconds if s.gptq else 0))
+    return bool(s.max_wallclock_seconds and step and elapsed_ms * (step + 1) / step > budget_ms)
 
 
 def fake_quant_on(s, scale):
@@ -1261,18 +1362,93 @@ def fp16_steps(steps_R):
     return steps_R.clamp(max=65504.0).half().float()
 
 
-def fit_steps(w_RC, bits, search=True):
+def fit_steps(w_RC, bits, s):
     """The step of every row, fp16-representable: the clip among the quantiles of |w| with the least squared error.
 
-    GPTQ-lite, decided for each row by itself; without `search` the clip is the row's maximum.
+    GPTQ-lite, decided for each row by itself (QUANT_CLIP_SCOPE=matrix: one quantile for all rows, as the ancestors did);
+    with GPTQ_LITE=0 the clip is the row's maximum.
     """
     magnitude = w_RC.abs()
-    quantiles = CLIP_QUANTILES if search else (1.0,)
-    clips = torch.quantile(magnitude, torch.tensor(quantiles, device=w_RC.device), dim=1) if search else magnitude.amax(1)[None]
-    candidates = [fp16_steps(clip / code_limit(bits)) for clip in clips]
-    errors = [(w_RC - from_codes(to_codes(w_RC, steps, bits), steps)).square().sum(1) for steps in candidates]
-    best = torch.stack(errors).argmin(0)
-    return torch.stack(candidates).gather(0, best[None])[0]
+    if s.gptq_lite:
+        clips = torch.quantile(magnitude, torch.tensor(CLIP_QUANTILES, device=w_RC.device), dim=1)
+    else:
+        clips = magnitude.amax(1)[None]
+    floor = s.quant_step_floor if bits < 8 else 0.0
+    candidates = fp16_steps((clips / code_limit(bits)).clamp_min(floor))
+    errors = torch.stack([(w_RC - from_codes(to_codes(w_RC, steps, bits), steps)).square().sum(1) for steps in candidates])
+    if s.quant_clip_scope == "matrix":
+        errors = errors.sum(1, keepdim=True).expand_as(errors)
+    return candidates.gather(0, errors.argmin(0)[None])[0]
+
+
+def prune(w, share):
+    """w with the given share of its smallest magnitudes set to zero."""
+    dropped = int(share * w.numel())
+    return torch.where(w.abs() > w.abs().flatten().kthvalue(dropped).values, w, 0.0) if dropped else w
+
+
+def gptq_codes(w_RC, steps_R, bits, hessian_CC, s, block=128):
+    """Codes with error compensation: each column's rounding error is spread over the columns not yet rounded.
+
+    GPTQ (Frantar et al. 2022) with the Cholesky factor of the inverse Hessian; hessian = Σ xxᵀ of the matrix' inputs.
+    """
+    hessian, w = hessian_CC.double(), w_RC.double()
+    diagonal = hessian.diagonal().clone()
+    order = diagonal.argsort(descending=True) if s.gptq_act_order else torch.arange(len(diagonal), device=w.device)
+    hessian = hessian + torch.diag(torch.where(diagonal > 0, 0.0, 1.0) + s.gptq_damp * diagonal.mean())
+    w, hessian = w[:, order], hessian[order][:, order]
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    for begin in range(0, w.size(1), block):
+        end = min(begin + block, w.size(1))
+        errors = torch.zeros(w.size(0), end - begin, dtype=w.dtype, device=w.device)
+        for j in range(begin, end):
+            codes[:, j] = to_codes(w[:, j: j + 1].float(), steps_R, bits)[:, 0]
+            errors[:, j - begin] = (w[:, j] - codes[:, j] * steps_R) / factor[j, j]
+            w[:, j:end] -= errors[:, j - begin, None] * factor[j, j:end]
+        w[:, end:] -= errors @ factor[begin:end, end:]
+    return torch.empty_like(codes).index_copy_(1, order, codes)
+
+
+class HessianRecorder(torch.overrides.TorchFunctionMode):
+    """Σ xxᵀ over the inputs x of every attention and MLP matrix while the model runs, eagerly, inside of this context.
+
+    The forward is the one that trains: the matrix behind a product is found by following its cast.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.names = {id(p): name for name, p in model.named_parameters() if kind_of(name) in ("attn", "mlp")}
+        self.casts, self.sums = {}, {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.to and id(args[0]) in self.names:
+            self.casts[id(out)] = (self.names[id(args[0])], out)  # holding `out` keeps its id its own
+        elif func is F.linear and id(args[1]) in self.casts:
+            name, _ = self.casts.pop(id(args[1]))
+            x = args[0].flatten(0, -2).float()
+            self.sums[name] = self.sums.get(name, 0) + x.mT @ x
+        return out
+
+
+@torch.no_grad()
+def collect_hessians(model, batches_of_rows, rt):
+    """{matrix: Σ xxᵀ over the rows of all ranks}. Raises AssertionError if a matrix was never met."""
+    recorder = HessianRecorder(model)
+    for rows in batches_of_rows:
+        with recorder:
+            model(rows[:, :-1].long(), rows[:, 1:].long())
+    missing = set(recorder.names.values()) - set(recorder.sums)
+    rt.log(f"gptq_calibration:done matched:{len(recorder.sums)} of {len(recorder.names)} matrices")
+    assert not missing, f"no Hessian for {sorted(missing)}"
+    return {name: rt.sum_(total) for name, total in recorder.sums.items()}
+
+
+def crown_q(model):
+    """Σ over matrices and rows of mean(w²)·(rowmax/15)²/12: what rounding to a 15th of the maximum will cost (#693)."""
+    matrices = [p for name, p in model.named_parameters() if kind_of(name) in ("attn", "mlp")]
+    return sum((w.square().mean(1) * (w.abs().amax(1) / 15).square() / 12).sum() for w in matrices)
 
 
 @dataclass
@@ -1290,34 +1466,50 @@ class Quantized:
 
 
 def bits_of(name, s):
+    """Bits of a parameter in the artifact: its kind's, unless it is kept as fp16 by name."""
+    keep = any(part.strip() and part.strip() in name for part in s.fp16_keep_name_patterns.split(","))
     row = KINDS[kind_of(name)]
-    return getattr(s, row.bits) if row.bits else 16
+    return getattr(s, row.bits) if row.bits and not keep else 16
 
 
-def quantize(state, s):
+def quantize(state, s, hessians=None):
     """A function of a widening factor f that gives {name: Quantized} with all steps multiplied by f.
 
-    Steps are searched once, with f = 1. Raises UserError if a weight is not finite or too large for fp16.
+    Steps are searched once, with f = 1. With `hessians` their matrices get full GPTQ. Raises UserError if a weight is not
+    finite or too large for fp16.
     """
     fitted = {}
     for name, w in state.items():
-        w = w.detach().float().cpu()
-        if not torch.isfinite(w).all() or (bits_of(name, s) == 16 and w.abs().max() > 65504):
+        w, bits = w.detach().float(), bits_of(name, s)
+        if not torch.isfinite(w).all() or (bits == 16 and w.abs().max() > 65504):
             raise UserError(f"{name}: holds {float(w.abs().max())}, not a weight that can be stored: training diverged; "
                             "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
-        bits = bits_of(name, s)
-        fitted[name] = (w, bits, fit_steps(w, bits, bool(s.gptq_lite)) if bits < 16 else None)
+        if bits < 16:
+            w = prune(w, s.prune_frac)
+        fitted[name] = (w, bits, fit_steps(w, bits, s) if bits < 16 else None)
 
-    def at(widening):
-        out = {}
-        for name, (w, bits, steps) in fitted.items():
-            if bits == 16:
-                out[name] = Quantized(16, half=w.half(), shape=tuple(w.shape))
-            else:
-                wide = fp16_steps(steps * widening)
-                out[name] = Quantized(bits, to_codes(w, wide, bits), wide, shape=tuple(w.shape))
-        return out
-    return at
+    def stored(name, w, bits, steps, widening):
+        if bits == 16:
+            return Quantized(16, half=w.half().cpu(), shape=tuple(w.shape))
+        wide = fp16_steps(steps * widening)
+        exact = hessians is not None and name in hessians
+        codes = gptq_codes(w, wide, bits, hessians[name], s) if exact else to_codes(w, wide, bits)
+        return Quantized(bits, codes.cpu(), wide.cpu(), shape=tuple(w.shape))
+
+    return lambda widening: {name: stored(name, *entry, widening) for name, entry in fitted.items()}
+
+
+def error_report(state, tensors, hessians):
+    """Lines that say how large the error of each quantized tensor is: of the weights, and of the outputs with a Hessian."""
+    for name, w in state.items():
+        if tensors[name].bits < 16:
+            w = w.detach().float().cpu()
+            error, line = w - tensors[name].weights(), f"quantized {name} bits:{tensors[name].bits}"
+            line += f" weight_error:{float(error.norm() / w.norm().clamp_min(1e-30)):.5f}"
+            if hessians and name in hessians:
+                outputs, wrong = (float(((x @ hessians[name].cpu()) * x).sum()) for x in (w, error))
+                line += f" output_error:{math.sqrt(max(wrong, 0) / max(outputs, 1e-30)):.5f}"
+            yield line
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1333,8 +1525,38 @@ ARTIFACT_MOST_BYTES = 1 << 30  # a body beyond this is refused before anything i
 # Codes look like noise to a match finder: a shallow search and no literal context are smaller and 3× faster here.
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORMAL, mf=lzma.MF_BT4, nice_len=64, depth=1,
                      dict_size=1 << 16)]
-TIED_TO_THE_RUN = ("preset", "run_id", "device", "precision", "compile", "attention", "out_dir", "eval_only", "scores_path",
-                   "data_path", "tokenizer_path", "val_limit_tokens")
+TIED_TO_THE_RUN = ("run_id", "device", "precision", "compile", "attention", "out_dir", "eval_only", "scores_path",
+                   "val_limit_tokens")
+
+
+def zstd():
+    """The zstandard package, asked for by CODEC=zstd alone. Raises UserError where it is missing."""
+    try:
+        return importlib.import_module("zstandard")
+    except ImportError as problem:
+        raise UserError("CODEC=zstd: the zstandard package is not installed; pip install zstandard, or CODEC=lzma") from problem
+
+
+def compress(codec, body):
+    if codec == "zstd":
+        return zstd().ZstdCompressor(level=22).compress(body)
+    return lzma.compress(body, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+
+
+def decompress(codec, payload, most_bytes):
+    """At most `most_bytes` + 1 bytes of the body: the one more says that it is too long. Raises ValueError."""
+    if codec == "lzma":
+        try:
+            return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(payload, max_length=most_bytes + 1)
+        except (lzma.LZMAError, EOFError) as problem:
+            raise ValueError(problem) from problem
+    if codec != "zstd":
+        raise ValueError(f"codec {codec!r}")
+    package = zstd()
+    try:
+        return package.ZstdDecompressor(max_window_size=1 << 27).stream_reader(io.BytesIO(payload)).read(most_bytes + 1)
+    except package.ZstdError as problem:
+        raise ValueError(problem) from problem
 
 
 class ArtifactError(UserError):
@@ -1358,8 +1580,10 @@ def encode_artifact(tensors, s, widening):
     index = json.dumps(dict(settings=stored, widening=widening, tensors=[[n, tensors[n].bits, tensors[n].shape] for n in order]),
                        separators=(",", ":")).encode()
     body = index + codes + steps + halves
-    header = json.dumps(dict(codec="lzma", body_bytes=len(body), index_bytes=len(index)), separators=(",", ":")).encode()
-    content = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + lzma.compress(body, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    header = dict(codec=s.codec, body_bytes=len(body), index_bytes=len(index))
+    header.update({"zstandard": zstd().__version__} if s.codec == "zstd" else {})
+    header = json.dumps(header, separators=(",", ":")).encode()
+    content = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + compress(s.codec, body)
     return content + hashlib.sha256(content).digest()
 
 
@@ -1375,14 +1599,13 @@ def artifact_body(content):
         header_bytes, = struct.unpack_from("<I", content, start - 4)
         header = json.loads(content[start: start + header_bytes])
         body_bytes, index_bytes = int(header["body_bytes"]), int(header["index_bytes"])
-        if header["codec"] != "lzma" or not 0 <= index_bytes <= body_bytes <= ARTIFACT_MOST_BYTES:
+        if not 0 <= index_bytes <= body_bytes <= ARTIFACT_MOST_BYTES:
             raise ValueError(f"header {header}")
-        reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-        body = reader.decompress(content[start + header_bytes: -32], max_length=body_bytes + 1)
+        body = decompress(header["codec"], content[start + header_bytes: -32], body_bytes)
         if len(body) != body_bytes:
             raise ValueError(f"body of {len(body)} bytes where the header says {body_bytes}")
         return json.loads(body[:index_bytes]), memoryview(body)[index_bytes:]
-    except (ValueError, TypeError, KeyError, RecursionError, lzma.LZMAError, struct.error) as problem:
+    except (ValueError, TypeError, KeyError, RecursionError, struct.error) as problem:
         raise ArtifactError(f"not readable as an artifact: {type(problem).__name__}: {problem}") from problem
 
 
@@ -1418,11 +1641,11 @@ def decode_artifact(content):
         raise ArtifactError(f"not readable as an artifact: {type(problem).__name__}: {problem}") from problem
 
 
-def pack(state, s, budget_bytes, log=lambda line: None):
+def pack(state, s, budget_bytes, log=lambda line: None, hessians=None):
     """The artifact's bytes, at most `budget_bytes`: if int6 with the best steps is too large, every step is widened by
     one factor, the smallest found by secant and bisection that fits. Raises UserError if even 64× does not fit.
     """
-    at = quantize(state, s)
+    at = quantize(state, s, hessians)
     coded = sum(w.numel() for name, w in state.items() if bits_of(name, s) < 16)
     content = encode_artifact(at(1.0), s, 1.0)
     if len(content) <= budget_bytes:
@@ -1605,36 +1828,60 @@ def evaluate(model, tokens, byte_table, s, rt, label, stride, adapter=None):
     return dict(ledger.result(byte_table), seconds=time.perf_counter() - started), ledger
 
 
-class SGDAdapter:
-    """Test-time training: SGD with momentum on scored tokens, the rate falling by a cosine over the chunks."""
+def adapted(name, s):
+    """Does test-time training change this parameter?"""
+    part, _, rest = name.partition(".")
+    index = int(rest.split(".")[0]) if part in ("blocks", "cores") else None
+    if s.ttt_params == "scalars":
+        return kind_of(name) == "control"
+    if s.ttt_params == "tail":
+        last = range(s.num_layers - s.ttt_unfreeze_blocks, s.num_layers)
+        inside = index in last if part == "blocks" else index in {i % s.cores for i in last}
+        return inside or name == "tok_emb" or (kind_of(name) == "control" and "scale" in name)
+    return index is None or index >= s.ttt_freeze_blocks
+
+
+class Adapter:
+    """Test-time training: scored tokens in, weights changed. One persistent optimizer over the whole evaluation."""
 
     def __init__(self, model, forward, s, rt):
         self.s, self.rt, self.forward = s, rt, forward
-        frozen = tuple(f"{part}.{i}." for part in ("blocks", "cores") for i in range(s.ttt_freeze_blocks))
-        named = list(model.named_parameters())
-        for name, p in named:
-            p.requires_grad_(not (frozen and name.startswith(frozen)))
-        self.params = [p for _, p in named if p.requires_grad]
+        multipliers, total = {}, 0
+        for name, p in model.named_parameters():
+            p.requires_grad_(adapted(name, s))
+            total += p.numel()
+            if p.requires_grad:
+                factor = {"down": s.ttt_proj_lr_mult, "up": s.ttt_fc_lr_mult}.get(name.rsplit(".", 1)[-1], 1.0)
+                multipliers.setdefault(factor, []).append(p)
+        groups = [dict(params=params, factor=factor) for factor, params in multipliers.items()]
+        self.params = [p for params in multipliers.values() for p in params]
         self.trained = sum(p.numel() for p in self.params)
-        self.frozen = sum(p.numel() for _, p in named) - self.trained
-        self.optimizer = torch.optim.SGD(self.params, lr=s.ttt_lr, momentum=s.ttt_momentum)
+        self.frozen = total - self.trained
+        self.optimizer = (torch.optim.SGD(groups, lr=s.ttt_lr, momentum=s.ttt_momentum) if s.ttt_optimizer == "sgd" else
+                          torch.optim.AdamW(groups, lr=s.ttt_lr, betas=(0.9, 0.999), weight_decay=0.0))
 
     def adapt(self, ledger, first, last, share_done):
-        """Scored targets [first, last) in, weights changed. Steps are over rows of all ranks, so their number is none."""
-        rows = ledger.rows_for_adapting(first, last, self.s.train_seq_len)
-        self.optimizer.param_groups[0]["lr"] = self.s.ttt_lr * 0.5 * (1 + math.cos(math.pi * share_done))
-        for _ in range(self.s.ttt_epochs):
-            for batch in rows.split(self.s.ttt_batch_seqs):
-                self._step(batch)
+        """Train on targets [first, last), all scored before; `share_done` of the chunks lie behind (0 to 1).
+
+        Steps run over the rows of all ranks, so that the number of ranks changes nothing.
+        """
+        s = self.s
+        rows = ledger.rows_for_adapting(first, last, s.train_seq_len)
+        batches = rows.split(s.ttt_batch_seqs) * s.ttt_epochs
+        across = s.ttt_lr_floor + (1 - s.ttt_lr_floor) * 0.5 * (1 + math.cos(math.pi * share_done))
+        for k, batch in enumerate(batches):
+            inside = 0.5 * (1 + math.cos(math.pi * k / len(batches))) if s.ttt_intra_cosine else 1.0
+            for group in self.optimizer.param_groups:
+                group["lr"] = s.ttt_lr * across * inside * group["factor"]
+            self._step(batch)
 
     def _step(self, batch):
+        """One step on the mean nll of the batch: gradients summed over ranks, then clipped by their global norm."""
         begin, end = self.rt.share(len(batch))
         per_pass = max(1, self.s.micro_batch_tokens // self.s.train_seq_len)
-        for rows in batch[begin:end].to(self.rt.device).split(per_pass):
-            if len(rows):
-                (self.forward(rows[:, :-1], rows[:, 1:]).sum() / batch[:, 1:].numel()).backward()
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.params])
-        self.rt.sum_(flat)
+        for rows in batch[begin:end].to(self.rt.device).split(per_pass) if end > begin else ():
+            (self.forward(rows[:, :-1], rows[:, 1:]).sum() / batch[:, 1:].numel()).backward()
+        flat = self.rt.sum_(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.params]))
         if self.s.ttt_grad_clip:
             flat *= (self.s.ttt_grad_clip / (flat.norm() + 1e-6)).clamp(max=1.0)
         for p, g in zip(self.params, flat.split([p.numel() for p in self.params])):
@@ -1668,6 +1915,8 @@ class Trainer:
             nll = self.forward(micro[:, :-1].long(), micro[:, 1:].long(), fake_quant).sum() / total
             nll.backward()
             loss += nll.detach()
+        if self.s.crownq_lambda and (fake_quant or not self.s.crownq_warmdown_only):
+            (self.s.crownq_lambda / self.rt.world_size * crown_q(self.model)).backward()
         return loss * self.rt.world_size, self.optimizers.step(scale, momentum)
 
     def warm_up(self):
@@ -1727,6 +1976,21 @@ class Trainer:
         rt.log(f"{'ema' if 'EMA' in applied else 'average'}:applying {applied} weights" if applied else "average:none, weights as trained")
         return step, elapsed
 
+    def hessians(self, stream, step):
+        """Hessians of the matrices on the training rows that would have come next, and the milliseconds they took."""
+        self.rt.synchronize()
+        started, position = time.perf_counter(), step * self.rows_per_step
+        self.rt.log(f"gptq_calibration:start passes:{self.s.gptq_batches} rows:{self.micro_rows} ranks:{self.rt.world_size}")
+
+        def batches():
+            for i in range(self.s.gptq_batches):
+                first = position + (i * self.rt.world_size + self.rt.rank) * self.micro_rows
+                yield stream.rows(first, first + self.micro_rows).to(self.rt.device)
+
+        hessians = collect_hessians(self.model, batches(), self.rt)
+        self.rt.synchronize()
+        return hessians, 1000 * (time.perf_counter() - started)
+
     def _log_step(self, loss, norm, step, elapsed, scale):
         mean = self.rt.sum_(loss.clone()).item() / self.rt.world_size
         if not math.isfinite(mean) or not math.isfinite(norm.item()):
@@ -1776,7 +2040,7 @@ def log_shape(s, rt, counts):
     """Parameters by group and what a step holds."""
     rt.log("parameters: " + " ".join(f"{kind}:{n}" for kind, n in counts.items()))
     rt.log(f"model_params:{sum(counts.values())}")
-    rt.log(f"XSA:last_{s.xsa_last_n} active_layers:{list(range(s.num_layers - s.xsa_last_n, s.num_layers))}")
+    rt.log(f"XSA:last_{s.xsa_last_n} active_layers:{s.xsa_blocks}")
     rt.log(f"tokens_per_step:{s.train_batch_tokens} rows:{s.train_batch_tokens // s.train_seq_len} "
            f"row_tokens:{s.train_seq_len}")
 
@@ -1797,9 +2061,10 @@ def dry_run(s, ranks):
 def run_evaluations(model, forward, path, s, rt, tokens, byte_table):
     """Read the artifact from disk and score it: plain, sliding, TTT. Returns {kind: result} and the last ledger."""
     label, results = s.quant_label, {}
+    tempered = forward if s.ttt_temp == 1 else lambda x, y: forward(x, y, False, s.ttt_temp)
 
     def timed(kind, key, stride, note="", adapter=None):
-        results[kind], ledger = evaluate(forward, tokens, byte_table, s, rt, kind, stride, adapter)
+        results[kind], ledger = evaluate(tempered if adapter else forward, tokens, byte_table, s, rt, kind, stride, adapter)
         r = results[kind]
         for suffix, digits in (("", 4), ("_exact", 8)):
             rt.log(f"{key}{suffix} val_loss:{r['val_loss']:.{digits}f} val_bpb:{r['val_bpb']:.{digits}f} {note}"
@@ -1811,7 +2076,7 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table):
     if s.eval_stride:
         ledger = timed("sliding", f"final_{label}_sliding_window", s.eval_stride, f"stride:{s.eval_stride} ")
     if s.ttt_enabled:
-        adapter = SGDAdapter(model, forward, s, rt)
+        adapter = Adapter(model, tempered, s, rt)
         starts, firsts = window_plan(len(tokens) - 1, s.window, s.eval_stride)
         rt.log(f"ttt_sliding:start chunks={len(chunk_plan(firsts, len(tokens) - 1, s.ttt_chunk_tokens))} "
                f"chunk_tokens={s.ttt_chunk_tokens} total_windows={len(starts)} stride={s.eval_stride} ttt_lr={s.ttt_lr} "
@@ -1828,6 +2093,8 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     stream, trainer = TrainStream(s), Trainer(model, forward, s, rt)
     trainer.warm_up()
     steps, train_ms = trainer.train(stream, lambda step: evaluate(forward, tokens, byte_table, s, rt, "validation", s.window)[0])
+    hessians, calibration_ms = trainer.hessians(stream, steps) if s.gptq else (None, 0.0)
+    train_ms += calibration_ms
     if rt.device.type == "cuda":
         rt.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
                f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
@@ -1837,8 +2104,11 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     started, problem = time.perf_counter(), ""
     if rt.rank == 0:
         try:
-            content = pack(dict(model.named_parameters()), s, s.artifact_budget_bytes - SCRIPT.stat().st_size, rt.log)
+            state = dict(model.named_parameters())
+            content = pack(state, s, s.artifact_budget_bytes - SCRIPT.stat().st_size, rt.log, hessians)
             write_whole(path, content)
+            for line in error_report(state, decode_artifact(content)[1], hessians):
+                rt.log(line, console=False)
         except UserError as error:
             problem = str(error)
     if rt.from_rank0(float(bool(problem))):
@@ -1859,9 +2129,9 @@ def report(s, rt, path, counts, trained, results, ledger, eval_seconds):
         scored_targets=last["targets"], scored_bytes=last["bytes"], peak_memory_bytes=rt.peak_memory_bytes(),
         val_loss={kind: r["val_loss"] for kind, r in results.items()},
         val_bpb={kind: r["val_bpb"] for kind, r in results.items()}, ledger_sha256=last["sha256"], artifact=str(path))
-    rt.log(f"Serialized model {label}+lzma: {model_bytes} bytes")
+    rt.log(f"Serialized model {label}+{s.codec}: {model_bytes} bytes")
     rt.log(f"Code size: {len(code)} bytes")
-    rt.log(f"Total submission size {label}+lzma: {total} bytes of {s.artifact_budget_bytes}")
+    rt.log(f"Total submission size {label}+{s.codec}: {total} bytes of {s.artifact_budget_bytes}")
     rt.log(f"code_sha256:{result['code_sha256']}")
     rt.log(f"seconds: train {trained['train_seconds']:.1f} of {s.max_wallclock_seconds:g}, pack {trained['pack_seconds']:.1f}, "
            f"evaluation {eval_seconds:.1f}")
@@ -1886,7 +2156,8 @@ def settings_of_artifact(path, environ):
     except (KeyError, ValueError) as problem:
         raise ArtifactError(f"{path}: holds a setting that this script does not have: {problem}") from problem
     s, explicit = resolve_settings({k: v for k, v in environ.items() if k != "PRESET"}, stored)
-    fixed = [name for name in stored if known[name].metadata["section"] != "Evaluation" and getattr(s, name) != stored[name]]
+    fixed = [name for name in stored if getattr(s, name) != stored[name] and (
+        known[name].metadata["section"] == "Model" or name in ("vocab_size", "bos_token", "train_seq_len", "attn_bits", "mlp_bits"))]
     if fixed:
         raise UserError(f"EVAL_ONLY={path}: made with other settings: " + "; ".join(
             f"{name.upper()}={stored[name]}, not {getattr(s, name)}" for name in fixed) + "; unset these")
@@ -1933,14 +2204,14 @@ def main(argv, environ):
         torch._dynamo.config.cache_size_limit = 64
         rt = Runtime(s, ranks)
         run_job(s, rt, explicit)
+        rt.close()
         return 0
     except UserError as problem:
-        if rt is None or rt.rank == 0 or rt.log_path is None:
-            print(f"error: {problem}", file=sys.stderr, flush=True)
+        rank = rt.rank if rt else int(environ.get("RANK", 0) if environ.get("RANK", "0").isdigit() else 0)
+        if rank:  # what all ranks met is said once, by rank 0, whose end also ends the others
+            time.sleep(5)
+        print(f"error{f' on rank {rank}' if rank else ''}: {problem}", file=sys.stderr, flush=True)
         return 2
-    finally:
-        if rt:
-            rt.close()
 
 
 if __name__ == "__main__":

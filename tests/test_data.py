@@ -1,0 +1,269 @@
+"""Data: what open_shard refuses, which tokens are validated, and the order of training rows."""
+
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, write_shard
+
+import train_gpt
+from train_gpt import Batches, Runtime, TrainStream, UserError, load_validation, open_shard
+
+T = 8  # row length of the synthetic shards
+LENGTHS = (5 * T + 1, 3 * T + 4, T, 7 * T, 2 * T + 1)  # 5, 3, 0, 6 and 2 rows: with a rest, without, too short for one
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Five train shards in which no token occurs twice, so that a row's first token says where it comes from."""
+    path, begin = tmp_path_factory.mktemp("shards"), 0
+    for i, n in enumerate(LENGTHS):
+        write_shard(path / f"fineweb_train_{i:06d}.bin", np.arange(begin, begin + n))
+        begin += n
+    write_shard(path / "fineweb_val_000000.bin", np.arange(100))
+    write_shard(path / "fineweb_val_000001.bin", np.arange(100, 203))
+    return path
+
+
+FILE_ROWS = [list(range(sum(LENGTHS[:i]) + r * T, sum(LENGTHS[:i]) + r * T + T + 1))
+             for i, n in enumerate(LENGTHS) for r in range((n - 1) // T)]  # every row as it lies on disk
+EPOCH = len(FILE_ROWS)
+
+
+@pytest.fixture
+def stream(tiny, folder):
+    """stream(NAME=value, ...) → TrainStream over the synthetic shards."""
+    return lambda **variables: TrainStream(tiny(**{**dict(DATA_PATH=folder, VOCAB_SIZE=1000, TRAIN_SEQ_LEN=T), **variables}))
+
+
+def runtime(rank=0, world_size=1):
+    """A place among ranks without any process group."""
+    rt = object.__new__(Runtime)
+    rt.rank, rt.world_size, rt.device = rank, world_size, torch.device("cpu")
+    return rt
+
+
+# -- shards
+
+def header(magic=20240520, version=1, count=10):
+    words = np.zeros(256, "<i4")
+    words[:3] = magic, version, count
+    return words.tobytes()
+
+
+BAD_SHARDS = {
+    "empty": (b"", "0 bytes", "1024"),
+    "no header": (b"x" * 1023, "1023 bytes", "1024"),
+    "truncated": (header() + b"\0" * 19, "1043 bytes", "10 tokens = 1044 bytes"),
+    "a token short": (header() + b"\0" * 18, "1042 bytes", "10 tokens = 1044 bytes"),
+    "too long": (header() + b"\0" * 22, "1046 bytes", "10 tokens = 1044 bytes"),
+    "no tokens": (header(count=0), "1024 bytes", "0 tokens"),
+    "negative count": (header(count=-1) + b"\0" * 20, "1044 bytes", "-1 tokens"),
+    "foreign magic": (header(magic=20240521) + b"\0" * 20, "20240521", "20240520"),
+    "wrong version": (header(version=2) + b"\0" * 20, "20240520, 2", "20240520, 1"),
+    "text": (b"The quick brown fox. " * 60, "543516756", "20240520"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SHARDS)
+def test_bad_shards_are_refused_by_path_and_value(tmp_path, case):
+    content, *words = BAD_SHARDS[case]
+    path = tmp_path / "fineweb_train_000000.bin"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        open_shard(path)
+    assert str(caught.value).startswith(f"{path}: ") and all(word in str(caught.value) for word in words)
+    assert train_gpt.GET_DATA in str(caught.value)
+
+
+def test_good_shard_is_mapped(tmp_path):
+    tokens = np.array([0, 1, 258, 65535, 7])
+    write_shard(tmp_path / "s.bin", tokens)
+    found = open_shard(tmp_path / "s.bin")
+    assert isinstance(found, np.memmap) and found.dtype == np.uint16 and not found.flags.writeable
+    assert found.tolist() == tokens.tolist()
+
+
+def test_missing_folder_is_named(tiny, tmp_path):
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match=rf"DATA_PATH={tmp_path}/none: no fineweb_{split}_"):
+            train_gpt.shard_paths(tiny(DATA_PATH=tmp_path / "none"), split)
+
+
+def test_shard_that_vanished_is_named(tiny, tmp_path):
+    """A dangling link, as an emptied download cache leaves it, is found by name and is not there."""
+    (tmp_path / "fineweb_train_000000.bin").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="fineweb_train_000000.bin"):
+        TrainStream(tiny(DATA_PATH=tmp_path))
+
+
+def test_shards_are_sorted_by_name(tiny, tmp_path):
+    for name in ("fineweb_train_000010", "fineweb_train_000002", "fineweb_val_000000", "fineweb_train_000001"):
+        write_shard(tmp_path / f"{name}.bin", [1, 2, 3])
+    (tmp_path / "fineweb_train_000003.bin.part").write_bytes(b"")
+    names = [p.name for p in train_gpt.shard_paths(tiny(DATA_PATH=tmp_path), "train")]
+    assert names == [f"fineweb_train_{i:06d}.bin" for i in (1, 2, 10)]
+
+
+def test_find_upward_looks_here_then_above_the_script(tmp_path, monkeypatch):
+    script, here = tmp_path / "a" / "b" / "train_gpt.py", tmp_path / "elsewhere"
+    script.parent.mkdir(parents=True)
+    here.mkdir()
+    monkeypatch.setattr(train_gpt, "SCRIPT", script)
+    monkeypatch.chdir(here)
+    assert str(train_gpt.find_upward("data/x")) == "data/x"  # nowhere: as given, for the error message
+    for folder in (tmp_path, tmp_path / "a", tmp_path / "a" / "b"):  # each nearer to the script than the one before
+        (folder / "data" / "x").mkdir(parents=True)
+        assert train_gpt.find_upward("data/x") == folder / "data" / "x"
+    (here / "data" / "x").mkdir(parents=True)
+    assert train_gpt.find_upward("data/x").resolve() == here / "data" / "x"
+    assert train_gpt.find_upward(tmp_path / "a" / "data" / "x") == tmp_path / "a" / "data" / "x"
+    assert train_gpt.find_upward(tmp_path / "data" / "y") == tmp_path / "data" / "y"
+
+
+# -- validation tokens
+
+@pytest.mark.parametrize("length", [2, 7, 32, 101, 202])
+def test_validation_is_the_first_whole_rows_of_targets(tiny, folder, length):
+    tokens = load_validation(tiny(DATA_PATH=folder, TRAIN_SEQ_LEN=length, TRAIN_BATCH_TOKENS=length, EVAL_STRIDE=1,
+                                  TTT_CHUNK_TOKENS=1000))
+    targets = (203 - 1) // length * length
+    assert tokens.tolist() == list(range(targets + 1)) and tokens.dtype == np.uint16
+
+
+def test_validation_limit_keeps_the_beginning(tiny, folder):
+    assert load_validation(tiny(DATA_PATH=folder, VAL_LIMIT_TOKENS=100)).tolist() == list(range(3 * 32 + 1))
+    assert load_validation(tiny(DATA_PATH=folder, VAL_LIMIT_TOKENS=64)).tolist() == list(range(2 * 32 + 1))
+
+
+@pytest.mark.parametrize("count, window", [(32, 0), (1, 0), (64, 40), (64, 64)])
+def test_validation_shorter_than_a_row_is_refused(tiny, tmp_path, count, window):
+    write_shard(tmp_path / "fineweb_val_000000.bin", range(count))
+    with pytest.raises(UserError, match=rf"{tmp_path}: {count} validation tokens, a row needs {64 if window else 32} \+ 1"):
+        load_validation(tiny(DATA_PATH=tmp_path, EVAL_SEQ_LEN=window))
+    write_shard(tmp_path / "fineweb_val_000001.bin", range(65 - count))
+    load_validation(tiny(DATA_PATH=tmp_path, EVAL_SEQ_LEN=window))
+
+
+def test_foreign_validation_token_is_named(tiny, tmp_path):
+    write_shard(tmp_path / "fineweb_val_000000.bin", [1] * 50)
+    write_shard(tmp_path / "fineweb_val_000001.bin", [1] * 50 + [TINY["VOCAB_SIZE"]])
+    with pytest.raises(UserError, match=r"fineweb_val_000001.bin: holds token 320, outside of VOCAB_SIZE=320"):
+        load_validation(tiny(DATA_PATH=tmp_path))
+    write_shard(tmp_path / "fineweb_val_000001.bin", [1] * 50 + [TINY["VOCAB_SIZE"] - 1])
+    load_validation(tiny(DATA_PATH=tmp_path))
+
+
+# -- the training stream
+
+def epoch_rows(stream, epoch=0):
+    return stream.rows(epoch * EPOCH, (epoch + 1) * EPOCH).tolist()
+
+
+def test_training_shards_are_mapped(stream):
+    assert all(isinstance(tokens, np.memmap) for tokens in stream().shards)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sequential"])
+def test_each_row_of_an_epoch_comes_exactly_once(stream, order):
+    """Rows are whole slices of a shard: what an epoch gives, sorted, is what lies on disk."""
+    s = stream(TRAIN_ORDER=order)
+    assert s.epoch_rows == EPOCH == 16
+    for epoch in range(3):
+        assert sorted(epoch_rows(s, epoch)) == FILE_ROWS
+
+
+def test_sequential_order_is_the_order_on_disk(stream):
+    s = stream(TRAIN_ORDER="sequential")
+    assert epoch_rows(s) == FILE_ROWS and epoch_rows(s, 5) == FILE_ROWS
+
+
+def test_shuffled_order_depends_on_seed_and_position_alone(stream):
+    a, b = stream(SEED=3), stream(SEED=3)
+    forwards = [a.row(p).tolist() for p in range(3 * EPOCH)]
+    backwards = [b.row(p).tolist() for p in reversed(range(3 * EPOCH))]
+    assert forwards == backwards[::-1]
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert stream(SEED=3, MODEL_DIM=64).rows(5, 21).tolist() == forwards[5:21]
+
+
+def test_shuffled_order_differs_by_seed_and_epoch(stream):
+    orders = [epoch_rows(stream(SEED=seed), epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
+    orders.append(FILE_ROWS)
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+
+
+def test_shuffling_keeps_a_shard_together(stream):
+    """Shuffled rows inside shuffled shards: one shard is read at a time."""
+    border = np.cumsum(LENGTHS)
+    shards = [int(np.searchsorted(border, row[0], side="right")) for row in epoch_rows(stream())]
+    runs = [a for a, b in zip(shards, [None, *shards]) if a != b]
+    assert sorted(runs) == [0, 1, 3, 4]
+
+
+def test_rows_are_int32_of_row_length_and_one(stream):
+    rows = stream().rows(14, 19)
+    assert rows.dtype == torch.int32 and rows.shape == (5, T + 1)
+
+
+def test_shards_without_a_row_are_refused(tiny, tmp_path):
+    write_shard(tmp_path / "fineweb_train_000000.bin", range(32))
+    with pytest.raises(UserError, match=r"no shard holds a row of TRAIN_SEQ_LEN=32 \+ 1 tokens"):
+        TrainStream(tiny(DATA_PATH=tmp_path))
+
+
+def test_foreign_training_token_is_named(stream, folder):
+    """The first shards hold tokens under 100, later ones do not."""
+    s = stream(VOCAB_SIZE=100, BOS_TOKEN=1, TRAIN_ORDER="sequential")
+    good = [r for r in FILE_ROWS if max(r) < 100]
+    assert s.rows(0, len(good)).tolist() == good
+    with pytest.raises(UserError, match=r"fineweb_train_000003.bin: holds token \d+, outside of VOCAB_SIZE=100"):
+        s.rows(0, EPOCH)
+
+
+# -- batches
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_together_read_the_stream_in_order(stream, world_size):
+    """Step by step, the rows of all ranks one after another are the stream's, across epochs, for any world size."""
+    s, per_step, steps = stream(), 6, 6
+    ranks = [Batches(s, runtime(rank, world_size), per_step) for rank in range(world_size)]
+    for step in range(steps):
+        rows = [batches.next() for batches in ranks]
+        assert {len(r) for r in rows} == {per_step // world_size}
+        assert torch.cat(rows).tolist() == [s.row(p).tolist() for p in range(step * per_step, (step + 1) * per_step)]
+    for batches in ranks:
+        batches.close()
+
+
+def test_close_ends_the_loading_thread(stream):
+    before = set(threading.enumerate())
+    batches = Batches(stream(), runtime(), 4)
+    batches.next()
+    assert set(threading.enumerate()) > before
+    batches.close()
+    assert set(threading.enumerate()) == before
+    with pytest.raises(RuntimeError):
+        batches.worker.submit(print)
+
+
+def test_loading_errors_reach_the_training_loop():
+    def rows(first, last):
+        if first == 4:
+            raise UserError("token outside")
+        return torch.zeros(last - first, T + 1, dtype=torch.int32)
+    batches = Batches(SimpleNamespace(rows=rows), runtime(), 4)
+    batches.next()
+    with pytest.raises(UserError, match="token outside"):
+        batches.next()
+    batches.close()
+
+
+@pytest.mark.parametrize("n, world_size", [(1, 1), (6, 3), (7, 3), (2, 5), (0, 4)])
+def test_shares_cover_everything_once(n, world_size):
+    shares = [runtime(rank, world_size).share(n) for rank in range(world_size)]
+    assert [i for begin, end in shares for i in range(begin, end)] == list(range(n))
+    assert max(e - b for b, e in shares) - min(e - b for b, e in shares) <= 1

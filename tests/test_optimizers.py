@@ -1,0 +1,271 @@
+"""Newton–Schulz, Muon and AdamW against slow references in float64, on one rank and on several."""
+
+import math
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+
+CLASSIC = (3.4445, -4.7750, 2.0315)
+# Where five iterations take the singular values of a normalized matrix that lie in [0.003, 1]: near 1, but not 1.
+BOUNDS = {"classic": (0.68, 1.21), "polar": (0.858, 1.142)}
+
+
+def iterate(sigma, coefficients, steps):
+    """What Newton–Schulz makes of singular values: σ ← aσ + bσ³ + cσ⁵."""
+    for i in range(steps):
+        a, b, c = coefficients[min(i, len(coefficients) - 1)]
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
+    return sigma
+
+
+def by_svd(g, coefficients, steps=5):
+    """Newton–Schulz of one matrix by its definition, through the SVD, in float64."""
+    g = np.asarray(g, np.float64)
+    u, sigma, vh = np.linalg.svd(g, full_matrices=False)
+    return (u * iterate(sigma / (np.linalg.norm(g) + 1e-7), coefficients, steps)) @ vh
+
+
+def random_matrix(seed, rows, columns, decay=1.0):
+    """A matrix whose singular values span a factor of 1/decay."""
+    rng = np.random.default_rng(seed)
+    u, _ = np.linalg.qr(rng.standard_normal((rows, rows)))
+    v, _ = np.linalg.qr(rng.standard_normal((columns, rows)))
+    return (u * np.geomspace(1, decay, rows)) @ v.T
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-4)])
+@pytest.mark.parametrize("rows, columns, decay", [(8, 8, 1.0), (16, 40, 0.1), (12, 12, 0.05), (1, 7, 1.0)])
+def test_newton_schulz_keeps_singular_vectors(name, dtype, tolerance, rows, columns, decay):
+    coefficients, g = train_gpt.NEWTON_SCHULZ[name], random_matrix(rows, rows, columns, decay)
+    x = train_gpt.newton_schulz(torch.from_numpy(g)[None].float(), coefficients, 5, dtype)[0]
+    assert x.dtype == dtype
+    expected = by_svd(torch.from_numpy(g).float().numpy(), coefficients)
+    np.testing.assert_allclose(x.double().numpy(), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_newton_schulz_brings_singular_values_near_one(name):
+    low, high = BOUNDS[name]
+    ends = iterate(np.linspace(0.003, 1, 200001), train_gpt.NEWTON_SCHULZ[name], 5)
+    assert low <= ends.min() and ends.max() <= high
+    g = random_matrix(3, 24, 60, decay=0.1)
+    x = train_gpt.newton_schulz(torch.from_numpy(g)[None], train_gpt.NEWTON_SCHULZ[name], 5, torch.float64)[0]
+    sigma = np.linalg.svd(x.numpy(), compute_uv=False)
+    assert low <= sigma.min() and sigma.max() <= high
+
+
+def test_classic_coefficients_are_the_published_ones():
+    assert train_gpt.NEWTON_SCHULZ["classic"] == [CLASSIC]
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_newton_schulz_of_zero_is_zero(name):
+    x = train_gpt.newton_schulz(torch.zeros(2, 4, 6), train_gpt.NEWTON_SCHULZ[name], 5, torch.float32)
+    assert (x == 0).all()
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_newton_schulz_batched_equals_one_by_one(name):
+    g = torch.randn(5, 12, 20, dtype=torch.float64) * torch.tensor([1e-4, 1, 3, 1e3, 1e6], dtype=torch.float64)[:, None, None]
+    whole = train_gpt.newton_schulz(g, train_gpt.NEWTON_SCHULZ[name], 5, torch.float64)
+    single = torch.cat([train_gpt.newton_schulz(one[None], train_gpt.NEWTON_SCHULZ[name], 5, torch.float64) for one in g])
+    torch.testing.assert_close(whole, single, rtol=0, atol=1e-12)
+
+
+# -- the whole optimizer ---------------------------------------------------------------------------------------------
+
+MATRICES = (".q", ".k", ".v", ".o", ".up", ".down", ".proj")  # Muon's: matrices of blocks and the two projections
+TABLES = ("tok_emb", ".table")
+
+
+class Reference:
+    """Muon and AdamW one parameter at a time in float64, from their definitions."""
+
+    def __init__(self, model, s):
+        self.s, self.t = s, 0
+        self.w = {n: p.detach().double().numpy().copy() for n, p in model.named_parameters()}
+        self.m = {n: np.zeros_like(w) for n, w in self.w.items()}
+        self.v = {n: np.zeros_like(w) for n, w in self.w.items()}
+
+    def step(self, grads, lr_scale, momentum):
+        s, self.t = self.s, self.t + 1
+        norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+        clip = min(1.0, s.grad_clip_norm / (norm + 1e-6)) if s.grad_clip_norm else 1.0
+        for name, w in self.w.items():
+            g = grads[name] * clip
+            if name.endswith(MATRICES):
+                self.m[name] = momentum * self.m[name] + g
+                update = by_svd(g + momentum * self.m[name], train_gpt.NEWTON_SCHULZ[s.muon_coefficients], s.muon_backend_steps)
+                w *= 1 - s.matrix_lr * lr_scale * s.muon_wd
+                w -= s.matrix_lr * lr_scale * math.sqrt(max(1, w.shape[0] / w.shape[1])) * update
+            else:
+                lr = lr_scale * (s.tied_embed_lr if name.endswith(TABLES) else s.scalar_lr)
+                self.m[name] = s.beta1 * self.m[name] + (1 - s.beta1) * g
+                self.v[name] = s.beta2 * self.v[name] + (1 - s.beta2) * g**2
+                w *= 1 - lr * s.adam_wd
+                w -= lr * (self.m[name] / (1 - s.beta1**self.t)) / (np.sqrt(self.v[name] / (1 - s.beta2**self.t)) + s.adam_eps)
+        return norm
+
+
+def alone(dtype=torch.float32):
+    """One rank, in this process."""
+    same = lambda x: x  # noqa: E731
+    return SimpleNamespace(rank=0, world_size=1, dtype=dtype, compile=False, sum_=same, reduce_scatter=same, all_gather=same)
+
+
+class ThreadRank:
+    """A rank that is a thread: the collectives by their definitions, through a list that all threads see."""
+
+    def __init__(self, rank, board, barrier):
+        self.rank, self.board, self.barrier, self.world_size = rank, board, barrier, len(board)
+        self.dtype, self.compile = torch.float32, False
+
+    def exchange(self, x):
+        self.board[self.rank] = x.clone()
+        self.barrier.wait(60)
+        everyone = list(self.board)
+        self.barrier.wait(60)
+        return everyone
+
+    def sum_(self, x):
+        return x.copy_(torch.stack(self.exchange(x)).sum(0))
+
+    def reduce_scatter(self, x):
+        assert len(x) % self.world_size == 0, "the number of matrices must be padded to the ranks"
+        return torch.stack(self.exchange(x)).sum(0).chunk(self.world_size)[self.rank]
+
+    def all_gather(self, x):
+        return torch.cat(self.exchange(x))
+
+
+def fresh_model(s):
+    torch.manual_seed(5)
+    model = train_gpt.GPT(s)
+    train_gpt.init_weights(model, s)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def random_grads(model, steps, size=0.05):
+    """{name: gradient} per step, float32 values."""
+    rng = np.random.default_rng(1)
+    return [{n: (size * rng.standard_normal(p.shape)).astype(np.float32) for n, p in model.named_parameters()} for _ in range(steps)]
+
+
+def run_on_ranks(s, ranks, grads, schedule):
+    """Every rank's parameters after those steps, each rank holding its own uneven share of every gradient; and norms."""
+    board, barrier = [None] * ranks, threading.Barrier(ranks)
+    shares = np.random.default_rng(2).dirichlet(np.ones(ranks))
+    models, norms, problems = [fresh_model(s) for _ in range(ranks)], [[] for _ in range(ranks)], []
+
+    def work(rank):
+        try:
+            rt = ThreadRank(rank, board, barrier) if ranks > 1 else alone()
+            optimizers = train_gpt.Optimizers(models[rank], s, rt)
+            for g, (scale, momentum) in zip(grads, schedule):
+                for n, p in models[rank].named_parameters():
+                    p.grad = torch.from_numpy(g[n] * np.float32(shares[rank]))
+                norms[rank].append(float(optimizers.step(scale, momentum)))
+                assert all(p.grad is None for p in models[rank].parameters())
+        except BaseException as problem:
+            problems.append(problem)
+            barrier.abort()
+    threads = [threading.Thread(target=work, args=(r,)) for r in range(ranks)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not problems, problems
+    return models, norms
+
+
+SCHEDULE = [(1.0, 0.9), (1.0, 0.93), (0.7, 0.95), (0.1, 0.95)]
+
+
+@pytest.mark.parametrize("variables", [
+    dict(MUON_COEFFICIENTS="classic"), dict(MUON_COEFFICIENTS="polar", GRAD_CLIP_NORM=0),
+    dict(MUON_COEFFICIENTS="polar", MUON_WD=0.3, ADAM_WD=0.2, GRAD_CLIP_NORM=0.01)])
+def test_steps_equal_the_slow_reference(tiny, variables):
+    s = tiny(**variables)
+    model = fresh_model(s)
+    reference, grads = Reference(model, s), random_grads(model, len(SCHEDULE))
+    models, norms = run_on_ranks(s, 1, grads, SCHEDULE)
+    for (scale, momentum), g, norm in zip(SCHEDULE, grads, norms[0]):
+        assert norm == pytest.approx(reference.step({n: x.astype(np.float64) for n, x in g.items()}, scale, momentum), rel=1e-5)
+    for name, p in models[0].named_parameters():
+        np.testing.assert_allclose(p.detach().numpy(), reference.w[name], atol=2e-5, err_msg=name)
+
+
+def test_shapes_are_transposed_where_rows_exceed_columns(tiny):
+    """The reference test above meets tall, wide and square matrices, and more than one of them in a group."""
+    shapes = {n: tuple(p.shape) for n, p in fresh_model(tiny()).named_parameters() if n.endswith(MATRICES)}
+    assert {"tall", "wide", "square"} == {"tall" if r > c else "wide" if r < c else "square" for r, c in shapes.values()}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5])
+def test_ranks_that_do_not_divide_the_matrices_change_nothing(tiny, ranks):
+    s = tiny(GRAD_CLIP_NORM=0.5)
+    grads = random_grads(fresh_model(s), len(SCHEDULE))
+    (one,), (norms,) = run_on_ranks(s, 1, grads, SCHEDULE)
+    several, several_norms = run_on_ranks(s, ranks, grads, SCHEDULE)
+    for model, its_norms in zip(several, several_norms):
+        assert its_norms == pytest.approx(norms, rel=1e-5)
+        for (name, p), q in zip(one.named_parameters(), model.parameters()):
+            torch.testing.assert_close(q, p, rtol=0, atol=1e-5, msg=name)
+            assert torch.equal(q, dict(several[0].named_parameters())[name]), f"{name}: ranks must not drift apart"
+
+
+def test_padding_meets_a_group_it_must_pad(tiny):
+    model = fresh_model(tiny())
+    rt = alone()
+    rt.world_size = 4
+    groups = [group for group, *_ in train_gpt.Optimizers(model, tiny(), rt).muon]
+    assert {g.padding for g in groups} != {0}
+    assert all((len(g.params) + g.padding) % 4 == 0 and g.padding < 4 for g in groups)
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_together(tiny):
+    s = tiny(GRAD_CLIP_NORM=0.25)
+    model, (grads,) = fresh_model(s), random_grads(fresh_model(s), 1)
+    optimizers = train_gpt.Optimizers(model, s, alone())
+    for n, p in model.named_parameters():
+        p.grad = torch.from_numpy(grads[n])
+    optimizers.step(1.0, 0.9)
+    # After the first step momenta are the clipped gradients themselves (Adam's times 1 − β₁).
+    seen = [group.momentum.double().square().sum() for group, *_ in optimizers.muon]
+    seen += [(optimizers.adamw.state[p]["exp_avg"].double() / (1 - s.beta1)).square().sum() for p in optimizers.small]
+    assert math.sqrt(sum(seen)) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_gradients_below_the_norm_are_not_scaled(tiny):
+    models = [run_on_ranks(tiny(GRAD_CLIP_NORM=clip), 1, random_grads(fresh_model(tiny()), 2, 1e-5), SCHEDULE[:2])[0][0]
+              for clip in (0, 10)]
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters()))
+
+
+@pytest.mark.parametrize("variables", [
+    {}, dict(BIGRAM_VOCAB_SIZE=0, VE_ENABLED=0), dict(UNIQUE_LAYERS=2, XSA_LAST_N=2), dict(GATED_ATTENTION="scalar", VALUE_RESIDUAL="sigmoid"),
+    dict(GATED_ATTENTION=0, VALUE_RESIDUAL=0, SMEAR_GATE=0, UNET_SKIPS=0, RESID_MIX=0)])
+def test_every_parameter_is_in_exactly_one_group(tiny, variables):
+    s = tiny(**variables)
+    model = fresh_model(s)
+    optimizers = train_gpt.Optimizers(model, s, alone())
+    names = {id(p): n for n, p in model.named_parameters()}
+    muon = [names[id(p)] for group, *_ in optimizers.muon for p in group.params]
+    adamw = [names[id(p)] for group in optimizers.adamw.param_groups for p in group["params"]]
+    assert sorted(muon + adamw) == sorted(names.values())
+    assert set(muon) == {n for n in names.values() if n.endswith(MATRICES)}
+    rates = {names[id(p)]: group["base_lr"] for group in optimizers.adamw.param_groups for p in group["params"]}
+    assert all(rate == (s.tied_embed_lr if n.endswith(TABLES) else s.scalar_lr) for n, rate in rates.items())
+
+
+def test_a_parameter_without_a_group_is_refused(tiny, monkeypatch):
+    monkeypatch.setitem(train_gpt.KINDS, "control", train_gpt.Kind("nobody", "scalar_lr", "adam_wd", ""))
+    with pytest.raises(AssertionError, match="exactly one group"):
+        train_gpt.Optimizers(fresh_model(tiny()), tiny(), alone())

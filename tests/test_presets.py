@@ -1,0 +1,265 @@
+"""Every ancestor's preset: its parameter count to the unit, and a whole run of it, shrunk to seconds."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+from conftest import TINY
+
+COUNTS = dict(pr414=26_993_756, pr549=26_928_220, pr1092=26_993_756, pr657=26_993_766, pr490=27_137_221, pr537=24_634_452)
+# Only sizes and lengths: what makes a preset itself (parts, optimizers, bits, averaging, TTT) stays its own.
+SHRINK = {k: TINY[k] for k in ("VOCAB_SIZE", "DEVICE", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS", "MICRO_BATCH_TOKENS", "MODEL_DIM",
+                               "NUM_HEADS", "NUM_KV_HEADS", "ROPE_NTK_REFERENCE", "BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "VE_DIM",
+                               "MAX_WALLCLOCK_SECONDS", "WARMUP_STEPS")}
+SHRINK.update(ITERATIONS=12, WARMDOWN_ITERS=12, SWA_EVERY=1, EVAL_STRIDE=16, TTT_CHUNK_TOKENS=256, VAL_LOSS_EVERY=0, GPTQ_BATCHES=1)
+
+
+def settings_of(preset, **more):
+    environ = {k: str(v) for k, v in {"PRESET": preset, **more}.items()}
+    return train_gpt.resolve_settings(environ)[0]
+
+
+def run_preset(preset, corpus, folder, **more):
+    """main() of the shrunk preset, in this process; the result file and the log."""
+    rope = {} if preset == "pr490" else {"ROPE_DIMS": 4}
+    environ = dict(SHRINK, PRESET=preset, DATA_PATH=corpus.folder, TOKENIZER_PATH=corpus.model, OUT_DIR=folder, RUN_ID="run",
+                   **rope, **more)
+    assert train_gpt.main([], {k: str(v) for k, v in environ.items()}) == 0
+    log = (folder / "logs/run.txt").read_text().split("=" * 100)[-1]  # what follows the source
+    return json.loads((folder / "logs/run.json").read_text()), log
+
+
+@pytest.mark.parametrize("preset", COUNTS)
+def test_parameter_count_to_the_unit(preset):
+    assert sum(train_gpt.parameter_counts(settings_of(preset)).values()) == COUNTS[preset]
+
+
+def test_ttt_of_pr537_trains_the_published_number_of_parameters():
+    s = settings_of("pr537")
+    with torch.device("meta"):
+        model = train_gpt.GPT(s)
+    assert sum(p.numel() for name, p in model.named_parameters() if train_gpt.adapted(name, s)) == 19_911_748
+
+
+@pytest.mark.parametrize("preset", COUNTS)
+def test_preset_trains_packs_and_scores(preset, corpus, tmp_path):
+    result, log = run_preset(preset, corpus, tmp_path, **({"TTT_EPOCHS": 2} if preset == "pr537" else {}))
+    s = settings_of(preset)
+    kinds = {"float", s.quant_label, "sliding"} | ({"ttt"} if s.ttt_enabled else set())
+    assert set(result["val_bpb"]) == kinds and all(0 < v < 20 for v in result["val_bpb"].values())
+    assert result["preset"] == preset and result["steps"] == 12
+    stored, tensors, _ = train_gpt.read_artifact(tmp_path / "final_model.int6.ptz")
+    assert {t.bits for n, t in tensors.items() if train_gpt.kind_of(n) == "mlp"} == {s.mlp_bits}
+    assert ("swa:start" in log) == bool(s.swa_enabled)
+    assert ("late_qat:enabled" in log) == bool(s.late_qat_threshold)
+    assert f"Total submission size {s.quant_label}+{s.codec}:" in log
+
+
+def test_pr537_shares_a_core_and_marks_xsa_by_core():
+    s = settings_of("pr537")
+    assert s.xsa_blocks == [6, 7, 8, 9] and s.cores == 10
+    assert train_gpt.bits_of("tok_emb", s) == train_gpt.bits_of("cores.2.attn.k", s) == 16
+    assert train_gpt.bits_of("cores.3.attn.k", s) == train_gpt.bits_of("bigram.table", s) == 6
+
+
+def test_shared_core_gets_the_mean_of_its_gradients(tiny):
+    s = tiny(NUM_LAYERS=3, UNIQUE_LAYERS=2, XSA_LAST_N=0)
+    rt = train_gpt.Runtime(s)
+    shared, _ = train_gpt.build_model(s, rt)
+    own, _ = train_gpt.build_model(tiny(NUM_LAYERS=3, XSA_LAST_N=0), rt)
+    with torch.no_grad():
+        for p in shared.parameters():
+            p.normal_(std=0.1)
+        values = dict(shared.named_parameters())
+        for name, p in own.named_parameters():
+            p.copy_(values[name.replace("cores.2.", "cores.0.")])
+    tokens = torch.randint(s.vocab_size, (2, 9))
+    for model in (shared, own):
+        model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+    a, b, c = shared.cores[0].mlp.up.grad, own.cores[0].mlp.up.grad, own.cores[2].mlp.up.grad
+    torch.testing.assert_close(a, (b + c) / 2)
+
+
+def test_scalar_only_ttt_moves_scalars_alone(corpus, tiny):
+    s = tiny(TTT_PARAMS="scalars", TTT_LR="0.01")
+    rt = train_gpt.Runtime(s)
+    model, _ = train_gpt.build_model(s, rt)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    adapter = train_gpt.Adapter(model, model, s, rt)
+    train_gpt.evaluate(model, train_gpt.load_validation(s), train_gpt.ByteTable(s), s, rt, "ttt", s.eval_stride, adapter)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert all(train_gpt.kind_of(n) == "control" for n in moved)
+    assert {"skip_weights", "smear", *(f"cores.{i}.attn.{p}" for i in range(3) for p in ("q_gain", "gate_bias")),
+            *(f"blocks.{i}.{p}" for i in range(3) for p in ("attn_scale", "mlp_scale", "resid_mix"))} <= moved
+
+
+def test_tail_ttt_trains_last_blocks_scalars_and_token_table():
+    s = settings_of("pr490")
+    with torch.device("meta"):
+        model = train_gpt.GPT(s)
+    trained = {n for n, _ in model.named_parameters() if train_gpt.adapted(n, s)}
+    assert {"tok_emb", "cores.10.mlp.up", "cores.9.attn.q", "blocks.0.attn_scale", "bigram.scale"} <= trained
+    assert not {"cores.8.mlp.up", "bigram.table", "blocks.8.resid_mix", "skip_weights"} & trained
+
+
+def test_learning_rate_multipliers_by_matrix(tiny):
+    s = tiny(TTT_PROJ_LR_MULT="3", TTT_FC_LR_MULT="0.5")
+    model, _ = train_gpt.build_model(s, rt := train_gpt.Runtime(s))
+    factors = {id(p): g["factor"] for g in train_gpt.Adapter(model, model, s, rt).optimizer.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        assert factors[id(p)] == (3.0 if name.endswith(".down") else 0.5 if name.endswith(".up") else 1.0)
+
+
+# --- the quantizer's variants
+
+def weights_and_inputs(rows=24, columns=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, columns, generator=generator)
+    x = torch.randn(300, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    return w, x
+
+
+def slow_gptq(w, steps, limit, hessian, damp, order):
+    """Optimal brain quantization column by column with the explicit inverse of what is left: no Cholesky, no blocks."""
+    w, codes = w.double().clone(), torch.zeros(w.shape, dtype=torch.int8)
+    hessian = hessian.double() + damp * hessian.double().diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    left = list(order)
+    while left:
+        inverse = torch.linalg.inv(hessian[left][:, left])
+        j = left[0]
+        codes[:, j] = (w[:, j].float() / steps).round().clamp(-limit, limit).to(torch.int8)
+        error = (w[:, j] - codes[:, j] * steps.double()) / inverse[0, 0]
+        w[:, left] -= error[:, None] * inverse[0]
+        left = left[1:]
+    return codes
+
+
+@pytest.mark.parametrize("act_order", [0, 1])
+def test_gptq_equals_the_explicit_inverse(tiny, act_order):
+    s, (w, x) = tiny(GPTQ_ACT_ORDER=act_order), weights_and_inputs()
+    hessian, steps = x.T @ x, train_gpt.fit_steps(w, 6, s)
+    order = (hessian.diagonal().argsort(descending=True) if act_order else torch.arange(40)).tolist()
+    slow = slow_gptq(w, steps, 31, hessian, s.gptq_damp, order)
+    for block in (8, 128):
+        fast = train_gpt.gptq_codes(w, steps, 6, hessian, s, block)
+        assert (fast != slow).float().mean() < 0.002  # ties at half a step may fall either way
+
+
+def test_gptq_lowers_the_error_of_the_outputs(tiny):
+    s, (w, x) = tiny(), weights_and_inputs()
+    steps = train_gpt.fit_steps(w, 4, s)
+    error = [float((x @ (w - train_gpt.from_codes(codes, steps)).T).square().sum())
+             for codes in (train_gpt.to_codes(w, steps, 4), train_gpt.gptq_codes(w, steps, 4, x.T @ x, s))]
+    assert error[1] < 0.65 * error[0]
+
+
+def test_gptq_bears_an_input_that_is_always_zero(tiny):
+    w, x = weights_and_inputs()
+    x[:, 3] = 0
+    steps = train_gpt.fit_steps(w, 6, tiny())
+    codes = train_gpt.gptq_codes(w, steps, 6, x.T @ x, tiny())
+    assert torch.equal(codes[:, 3], train_gpt.to_codes(w, steps, 6)[:, 3])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_hessians_are_those_of_the_inputs(tiny, precision):
+    """Of every matrix, in both precisions; q's is Σ uuᵀ of the normalized input, found by asking the model itself."""
+    s = tiny(PRECISION=precision)
+    rt = train_gpt.Runtime(s)
+    model, _ = train_gpt.build_model(s, rt)
+    rows = [torch.randint(s.vocab_size, (3, s.train_seq_len + 1)) for _ in range(2)]
+    hessians = train_gpt.collect_hessians(model, rows, rt)
+    assert set(hessians) == {n for n, _ in model.named_parameters() if train_gpt.kind_of(n) in ("attn", "mlp")}
+    expected = 0
+    handle = model.cores[1].attn.register_forward_pre_hook(lambda module, args: seen.append(args[0].float()))
+    seen = []
+    with torch.no_grad():
+        for r in rows:
+            model(r[:, :-1], r[:, 1:])
+    handle.remove()
+    expected = sum(u.flatten(0, 1).T @ u.flatten(0, 1) for u in seen)
+    for part in "qkv":
+        torch.testing.assert_close(hessians[f"cores.1.attn.{part}"], expected)
+
+
+def test_matrix_wide_clip_with_floor_is_the_ancestors_rule(tiny):
+    s = tiny(QUANT_CLIP_SCOPE="matrix", QUANT_STEP_FLOOR=str(1 / 31))
+    w, _ = weights_and_inputs()
+    w[:12] *= 0.2  # rows whose maximum is below 1 meet the floor
+    best = None
+    for p in train_gpt.CLIP_QUANTILES:
+        clip = torch.quantile(w.abs(), p, dim=1) if p < 1 else w.abs().amax(1)
+        steps = (clip / 31).clamp_min(1 / 31).half().float()
+        error = ((w / steps[:, None]).round().clamp(-31, 31) * steps[:, None] - w).square().mean()
+        if best is None or error < best[0]:
+            best = (error, steps)
+    torch.testing.assert_close(train_gpt.fit_steps(w, 6, s), best[1], rtol=0, atol=0)
+    assert not torch.equal(train_gpt.fit_steps(w, 6, tiny()), best[1])
+
+
+def test_pruning_drops_the_smallest_share():
+    w = torch.randn(50, 40)
+    pruned = train_gpt.prune(w, 0.03)
+    assert int((pruned == 0).sum()) == 60 and w[pruned == 0].abs().max() < w[pruned != 0].abs().min()
+    assert torch.equal(train_gpt.prune(w, 0.0), w)
+
+
+def test_crown_q_by_hand(tiny):
+    model, _ = train_gpt.build_model(s := tiny(), train_gpt.Runtime(s))
+    total = 0.0
+    for name, p in model.named_parameters():
+        if name.startswith("cores.") and name.split(".")[-1] in ("q", "k", "v", "o", "up", "down"):
+            for row in p.detach().double().numpy():
+                total += np.mean(row ** 2) * (np.abs(row).max() / 15) ** 2 / 12
+    assert train_gpt.crown_q(model).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_crown_q_enters_the_gradient_once_whatever_the_ranks(corpus, tmp_path):
+    losses = [run_preset("pr657", corpus, tmp_path / str(x), CROWNQ_LAMBDA=x, LATE_QAT_THRESHOLD=0, CROWNQ_WARMDOWN_ONLY=0,
+                         TRAIN_LOG_EVERY=1)[0]["val_loss"]["float"] for x in (0, 100)]
+    assert losses[0] != losses[1]
+
+
+def test_zstd_artifact_reads_back_and_names_its_version(corpus, tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    run_preset("pr414", corpus, tmp_path, CODEC="zstd", EVAL_STRIDE=0)
+    content = (tmp_path / "final_model.int6.ptz").read_bytes()
+    assert b'"codec":"zstd"' in content and f'"zstandard":"{zstandard.__version__}"'.encode() in content
+    train_gpt.decode_artifact(content)
+
+
+# --- published names
+
+def test_refused_names_give_their_reason_and_let_their_harmless_value_through():
+    harmless = {name: value for name, (value, _) in train_gpt.REFUSED.items()}
+    assert train_gpt.resolve_settings(harmless)[0] == train_gpt.Settings()
+    with pytest.raises(train_gpt.UserError) as error:
+        train_gpt.resolve_settings({name: "7" for name in train_gpt.REFUSED})
+    for name, (_, reason) in train_gpt.REFUSED.items():
+        assert re.search(rf"^  {name}=7: not supported: {re.escape(reason)}$", str(error.value), re.M)
+
+
+def test_every_published_name_is_understood():
+    """Own setting, alias, or refused with the reason: nothing that a published command sets is silently ignored."""
+    published = """DATA_PATH TOKENIZER_PATH RUN_ID SEED VAL_BATCH_SIZE VAL_LOSS_EVERY TRAIN_LOG_EVERY ITERATIONS WARMDOWN_ITERS
+    WARMUP_STEPS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN EVAL_SEQ_LEN MAX_WALLCLOCK_SECONDS QK_GAIN_INIT VOCAB_SIZE NUM_LAYERS
+    NUM_KV_HEADS MODEL_DIM NUM_HEADS MLP_MULT TIE_EMBEDDINGS ROPE_BASE LOGIT_SOFTCAP EMBED_LR HEAD_LR TIED_EMBED_LR
+    TIED_EMBED_INIT_STD MATRIX_LR SCALAR_LR MUON_MOMENTUM MUON_BACKEND_STEPS MUON_MOMENTUM_WARMUP_START
+    MUON_MOMENTUM_WARMUP_STEPS BETA1 BETA2 ADAM_EPS GRAD_CLIP_NORM EVAL_STRIDE MTP_NUM_HEADS MTP_LOSS_WEIGHT MUON_BETA2
+    SWA_ENABLED SWA_EVERY MUON_WD ADAM_WD QAT_ENABLED BIGRAM_VOCAB_SIZE BIGRAM_DIM XSA_LAST_N ROPE_DIMS LN_SCALE DTG_ENABLED
+    LATE_QAT_THRESHOLD VE_ENABLED VE_DIM VE_LAYERS CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS LAWA_ENABLED
+    LAWA_K LAWA_FREQ GATED_ATTENTION VALUE_RESIDUAL TTT_ENABLED TTT_LR TTT_EPOCHS TTT_CHUNK_TOKENS TTT_FREEZE_BLOCKS
+    TTT_MOMENTUM TTT_BATCH_SEQS TTT_GRAD_CLIP TTT_OPTIMIZER TTT_TEMP TRIGRAM_VOCAB_SIZE TRIGRAM_DIM GRAD_QUANT VRL_ENABLED
+    GA_ENABLED CROWNQ_LAMBDA VRL CROWNQ_WARMDOWN_ONLY EMA_ENABLED EMA_DECAY LATE_QAT QAT_THRESHOLD TTT_UNFREEZE_BLOCKS
+    XSA_START_LAYER TTT_TEMPERATURE UNIQUE_LAYERS MLP_ACTIVATION WEIGHT_DECAY EVAL_BATCH_SEQS SWA_START_FRAC ALL_INT5 PRUNE_FRAC
+    GPTQ_LITE QUANT_EVAL_EVERY TTT_PERLAYER_LR TTT_PROJ_LR_MULT TTT_FC_LR_MULT TTT_INTRA_COSINE FP16_KEEP_NAME_PATTERNS
+    INT8_CLIP_PERCENTILE""".split()
+    own = {f.name.upper() for f in train_gpt.fields(train_gpt.Settings)}
+    assert not set(published) - own - set(train_gpt.ALIASES) - set(train_gpt.REFUSED)

@@ -1,0 +1,214 @@
+"""Learning rate, momentum, the clock, fake quantization and weight averaging."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings, strategies as st
+from torch import nn
+
+import train_gpt
+from train_gpt import Settings
+
+quick = settings(deadline=None, database=None, max_examples=300)
+floors = st.floats(0, 1)
+warmdowns = st.integers(0, 10**5)
+iterations = st.integers(1, 10**5)
+paces_ms = st.floats(0.01, 10**5)
+caps = st.floats(0.1, 10**5)
+
+
+@st.composite
+def runs(draw):
+    """Settings that end by iterations, by the clock, or by whichever is first."""
+    ends = draw(st.sampled_from(["iterations", "clock", "both"]))
+    return replace(Settings(), lr_floor=draw(floors), warmdown_iters=draw(warmdowns),
+                   iterations=0 if ends == "clock" else draw(iterations),
+                   max_wallclock_seconds=0.0 if ends == "iterations" else draw(caps))
+
+
+@quick
+@given(runs(), st.integers(0, 2 * 10**5), st.floats(0.001, 10**9))
+def test_lr_scale_lies_between_the_floor_and_one(s, step, elapsed):
+    assert s.lr_floor <= train_gpt.lr_scale(s, step, elapsed if step else 0.0) <= 1
+
+
+@quick
+@given(runs(), st.integers(1, 2 * 10**5), st.floats(0.001, 10**9), st.floats(1, 100))
+def test_lr_scale_never_rises_with_time(s, step, elapsed, factor):
+    assert train_gpt.lr_scale(s, step, elapsed * factor) <= train_gpt.lr_scale(s, step, elapsed) + 1e-12
+
+
+@quick
+@given(runs(), st.integers(0, 10**5), st.integers(1, 1000), paces_ms)
+def test_lr_scale_never_rises_at_a_steady_pace(s, step, more, pace):
+    assert train_gpt.lr_scale(s, step + more, (step + more) * pace) <= train_gpt.lr_scale(s, step, step * pace) + 1e-9
+
+
+@quick
+@given(st.integers(1, 10**4), st.integers(1, 10**4), st.integers(1, 10**4))
+def test_by_iterations_it_is_the_published_line(total, warmdown, step):
+    assume(warmdown <= total and step <= total)
+    s = replace(Settings(), lr_floor=0.0, warmdown_iters=warmdown, iterations=total, max_wallclock_seconds=0.0)
+    remaining = total - step
+    assert train_gpt.lr_scale(s, step, 1.0) == pytest.approx(remaining / warmdown if remaining <= warmdown else 1.0, abs=1e-12)
+
+
+@quick
+@given(caps, st.integers(1, 10**4), st.integers(1, 10**4), paces_ms)
+def test_by_the_clock_it_is_the_published_line(cap, warmdown, step, pace):
+    """scale = remaining / (warmdown · elapsed/step) once that is below one."""
+    s = replace(Settings(), lr_floor=0.0, warmdown_iters=warmdown, iterations=0, max_wallclock_seconds=cap)
+    elapsed, length = step * pace, warmdown * pace
+    assume(length <= 1000 * cap)
+    expected = min(max((1000 * cap - elapsed) / length, 0.0), 1.0)
+    assert train_gpt.lr_scale(s, step, elapsed) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("by_clock", [False, True])
+@pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
+def test_a_warmdown_longer_than_the_run_spans_the_run(by_clock, floor):
+    s = replace(Settings(), lr_floor=floor, warmdown_iters=10**6, iterations=0 if by_clock else 200,
+                max_wallclock_seconds=20.0 if by_clock else 0.0)  # 200 steps of 100 ms
+    for step in range(201):
+        assert train_gpt.lr_scale(s, step, step * 100.0) == pytest.approx(floor + (1 - floor) * (1 - step / 200), abs=1e-9)
+
+
+def test_without_warmdown_the_rate_stays_full():
+    s = replace(Settings(), warmdown_iters=0, iterations=10, max_wallclock_seconds=1.0)
+    assert [train_gpt.lr_scale(s, i, 99.0 * i) for i in range(11)] == [1.0] * 11
+
+
+def test_the_nearer_end_rules():
+    s = replace(Settings(), lr_floor=0.0, warmdown_iters=100, iterations=1000, max_wallclock_seconds=100.0)
+    assert train_gpt.lr_scale(s, 950, 950.0) == pytest.approx(0.5)        # 1 ms a step: the iterations end it
+    assert train_gpt.lr_scale(s, 190, 95_000.0) == pytest.approx(0.1)     # 500 ms a step: the clock ends it
+
+
+def test_muon_momentum_is_a_line_then_constant():
+    s = replace(Settings(), muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500)
+    for step, expected in ((0, 0.92), (750, 0.955), (1500, 0.99), (9000, 0.99)):
+        assert train_gpt.muon_momentum(s, step) == pytest.approx(expected, abs=1e-12)
+    assert train_gpt.muon_momentum(replace(s, muon_momentum_warmup_steps=0), 0) == 0.99
+
+
+@quick
+@given(caps, st.floats(0.001, 0.5))
+def test_no_step_is_begun_that_would_pass_the_cap_and_none_is_wasted(cap, share):
+    """At a steady pace the run takes the most steps that fit, up to rounding of the clock."""
+    s, pace, step = replace(Settings(), max_wallclock_seconds=cap), 1000 * cap * share, 0
+    while not train_gpt.out_of_time(s, step, step * pace):
+        step += 1
+    assert step * pace <= 1000 * cap * (1 + 1e-9)
+    assert (step + 1) * pace > 1000 * cap * (1 - 1e-9)
+
+
+@quick
+@given(caps, st.integers(1, 10**6), st.floats(0.001, 10**9))
+def test_out_of_time_foresees_the_end_of_the_next_step(cap, step, elapsed):
+    s = replace(Settings(), max_wallclock_seconds=cap)
+    assert train_gpt.out_of_time(s, step, elapsed) == (elapsed + elapsed / step > 1000 * cap) or \
+        math.isclose(elapsed + elapsed / step, 1000 * cap, rel_tol=1e-12)
+
+
+def test_without_a_cap_time_never_runs_out():
+    assert not train_gpt.out_of_time(replace(Settings(), max_wallclock_seconds=0.0), 10, 1e12)
+
+
+def test_fake_quant_begins_below_the_threshold():
+    late = replace(Settings(), qat_enabled=0, late_qat_threshold=0.15)
+    assert [train_gpt.fake_quant_on(late, x) for x in (1.0, 0.15, 0.1499, 0.0)] == [False, False, True, True]
+    assert not train_gpt.fake_quant_on(replace(late, late_qat_threshold=0.0), 0.0)
+    assert train_gpt.fake_quant_on(replace(late, qat_enabled=1), 1.0)
+
+
+# -- averaging -------------------------------------------------------------------------------------------------------
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5))
+
+
+def trained(s, steps, scale=lambda step: 1.0):
+    """A toy whose weights jump at every step, averaged by `s`; the weights of each step [steps, 17] in float64; the rest."""
+    torch.manual_seed(0)
+    model, history, firsts = Toy(), [], []
+    average = train_gpt.WeightAverage(model, s)
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn_like(p) + 0.01 * step)
+        history.append(flat(model))
+        if average.update(step, scale(step)):
+            firsts.append(step)
+    return model, np.array(history), average, firsts
+
+
+def flat(model):
+    return np.concatenate([p.detach().double().numpy().ravel() for p in model.parameters()])
+
+
+def ema_of(history, decay):
+    """Σ d^(n−i)·wᵢ / Σ d^(n−i), written out."""
+    weights = decay ** np.arange(len(history) - 1, -1, -1.0)
+    return (weights[:, None] * history).sum(0) / weights.sum()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50, 700])
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.997])
+def test_ema_is_the_bias_corrected_weighted_sum(steps, decay):
+    model, history, average, _ = trained(replace(Settings(), ema_decay=decay), steps)
+    assert average.apply() == "EMA"
+    np.testing.assert_allclose(flat(model), ema_of(history, decay), atol=1e-5)
+
+
+def late(step):
+    return 1.0 if step <= 30 else 0.1
+
+
+def test_swa_mean_is_applied():
+    s = replace(Settings(), ema_enabled=0, swa_enabled=1, swa_every=7, swa_start_frac=0.2)
+    model, history, average, firsts = trained(s, 80, late)
+    snapshots = [step for step in range(31, 81) if step % 7 == 0]
+    assert firsts == [35] and average.apply() == "SWA"
+    np.testing.assert_allclose(flat(model), history[[i - 1 for i in snapshots]].mean(0), atol=1e-5)
+
+
+def test_ema_and_swa_give_the_mean_of_both():
+    s = replace(Settings(), ema_decay=0.9, swa_enabled=1, swa_every=7, swa_start_frac=0.2)
+    model, history, average, _ = trained(s, 80, late)
+    swa = history[[i - 1 for i in range(31, 81) if i % 7 == 0]].mean(0)
+    assert average.apply() == "EMA and SWA"
+    np.testing.assert_allclose(flat(model), (ema_of(history, 0.9) + swa) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("s", [replace(Settings(), ema_enabled=0),
+                               replace(Settings(), ema_enabled=0, swa_enabled=1, swa_every=1000)])
+def test_without_an_average_weights_stay_as_trained(s):
+    model, history, average, _ = trained(s, 40, late)
+    assert average.apply() == ""
+    assert (flat(model) == history[-1]).all()
+
+
+def test_no_step_at_all_leaves_the_initial_weights():
+    torch.manual_seed(0)
+    model = Toy()
+    before = flat(model)
+    assert train_gpt.WeightAverage(model, Settings()).apply() == ""
+    assert (flat(model) == before).all()
+
+
+def test_averages_do_not_alias_the_weights():
+    """The average of n equal weights stays itself when the weights go on."""
+    model = Toy()
+    average = train_gpt.WeightAverage(model, replace(Settings(), swa_enabled=1, swa_every=1))
+    before = flat(model)
+    average.update(1, 0.0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    average.apply()
+    np.testing.assert_allclose(flat(model), before, atol=1e-6)
