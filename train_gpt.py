@@ -43,6 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SCRIPT = Path(__file__).resolve()
 
@@ -383,6 +384,12 @@ def contradictions(s):
     need(not s.ttt_enabled or s.ttt_chunk_tokens >= max(T, s.window),
          f"TTT_CHUNK_TOKENS={s.ttt_chunk_tokens} must hold a row of {max(T, s.window)} tokens, or set TTT_ENABLED=0")
     need(s.iterations or s.max_wallclock_seconds or s.eval_only, "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: nothing ends")
+    need(not s.gptq or not s.max_wallclock_seconds or s.gptq_reserve_seconds < s.max_wallclock_seconds,
+         f"GPTQ_RESERVE_SECONDS={s.gptq_reserve_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}")
+    need(s.ttt_unfreeze_blocks <= s.num_layers,
+         f"TTT_UNFREEZE_BLOCKS={s.ttt_unfreeze_blocks} exceeds NUM_LAYERS={s.num_layers}")
+    need(s.trigram_vocab_size != 1, "TRIGRAM_VOCAB_SIZE=1 leaves no bucket beside that of row beginnings: 0 or at least 2")
+    need(s.mlp_hidden >= 1, f"MLP_MULT={s.mlp_mult} × MODEL_DIM={s.model_dim} leaves no hidden channel")
     try:
         bad = [i for i in s.ve_blocks if not 0 <= i < s.num_layers]
         need(not bad and len(set(s.ve_blocks)) == len(s.ve_blocks),
@@ -420,7 +427,9 @@ def resolve_settings(environ, stored=None):
             values[specs[target].name] = parse_value(specs[target], text)
         except ValueError as problem:
             problems.append(f"{name}={text}: {problem}")
-    values = {k: {"value_residual": "pair", "gated_attention": "head"}.get(k, v) if v == "1" else v for k, v in values.items()}
+    for name, meaning in (("value_residual", "pair"), ("gated_attention", "head")):  # 1 is the published way to say on
+        if values.get(name) == "1":
+            values[name] = meaning
     resolved = Settings(**values)
     problems += contradictions(resolved)
     if problems:
@@ -848,6 +857,14 @@ def flash_backend(module, function):
         out = flash(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out
     return attend
+
+
+def sdpa_priority(rt):
+    """A context in which PyTorch's own attention takes cuDNN first on Hopper, where it is the fastest of its kernels."""
+    if rt.device.type != "cuda" or torch.cuda.get_device_capability(rt.device) < (9, 0):
+        return contextlib.nullcontext()
+    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels, set_priority=True)
 
 
 FLASH_PACKAGES = {"fa3": ("flash_attn_interface", "flash_attn_func"), "fa4": ("flash_attn.cute", "flash_attn_func"),
@@ -2203,7 +2220,8 @@ def main(argv, environ):
             return 0
         torch._dynamo.config.cache_size_limit = 64
         rt = Runtime(s, ranks)
-        run_job(s, rt, explicit)
+        with sdpa_priority(rt):
+            run_job(s, rt, explicit)
         rt.close()
         return 0
     except UserError as problem:

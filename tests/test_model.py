@@ -1,0 +1,548 @@
+"""Model: every formula against a slow float64 reference, causality, fake quantization, initial weights, back ends."""
+
+import inspect
+import math
+import re
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from conftest import VOCAB
+from hypothesis import given, settings as hypothesis_settings, strategies as st
+
+import train_gpt
+from train_gpt import GPT, KINDS, Settings, UserError, fake_quantize, init_weights, kind_of, sdpa
+
+CPU = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+
+
+def randomized(s, seed=0, dtype=torch.float32):
+    """A model all of whose parameters are random, scales, gains, gates and mixes too."""
+    model, generator = GPT(s, dtype), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            draw = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.copy_(draw / math.sqrt(p.size(1)) if kind_of(name) in ("attn", "mlp", "proj") else 0.7 * draw)
+    return model.to(dtype)
+
+
+def random_rows(s, count=2, length=10, seed=0):
+    """Tokens with two document beginnings, one of them in the middle of a row."""
+    rows = torch.randint(4, s.vocab_size, (count, length + 1), generator=torch.Generator().manual_seed(seed))
+    rows[0, 0] = rows[-1, length // 2] = s.bos_token
+    return rows
+
+
+# -- the reference: one row at a time, float64, straight from the definitions
+
+def rms(x):
+    return x / (x.square().mean(-1, keepdim=True) + 2.0 ** -23).sqrt()
+
+
+def rounded(w, bits):
+    """Row by row to integers of ±(2^(bits−1)−1) steps; the gradient is that of w itself."""
+    most = 2 ** (bits - 1) - 1
+    rows = []
+    for row in w.detach():
+        step = max(row.abs().max().item() / most, 1e-12)
+        rows.append(torch.tensor([min(max(round(x.item() / step), -most), most) * step for x in row], dtype=torch.float64))
+    return w + (torch.stack(rows) - w).detach()
+
+
+def rotated(head, s):
+    """[T, E] of one head: channel j and j + r/2 turn by t·base^(−2j/r), the channels from r on pass."""
+    r, base = s.rope_dims or s.head_dim, s.rope_base
+    if s.rope_ntk_reference and s.train_seq_len > s.rope_ntk_reference:
+        base = base * (s.train_seq_len / s.rope_ntk_reference) ** (r / (r - 2))
+    out = []
+    for t, x in enumerate(head):
+        angles = [t * base ** (-2 * j / r) for j in range(r // 2)]
+        first = [x[j] * math.cos(a) + x[j + r // 2] * math.sin(a) for j, a in enumerate(angles)]
+        second = [-x[j] * math.sin(a) + x[j + r // 2] * math.cos(a) for j, a in enumerate(angles)]
+        out.append(torch.stack([*first, *second, *x[r:]]))
+    return torch.stack(out)
+
+
+def hashed_embedding(p, name, row, factors):
+    last, order = p[f"{name}.table"].size(0) - 1, len(factors)
+    buckets = []
+    for t in range(len(row)):
+        bucket = 0
+        for back, factor in enumerate(factors):
+            bucket ^= factor * row[t - back]
+        buckets.append(bucket % last if t >= order - 1 else last)
+    return p[f"{name}.table"][buckets] @ p[f"{name}.proj"].T * p[f"{name}.scale"]
+
+
+def embedded(p, s, row):
+    e = p["tok_emb"][row]
+    if s.bigram_vocab_size:
+        e = e + hashed_embedding(p, "bigram", row, (36313, 27191))
+    if s.trigram_vocab_size:
+        e = e + hashed_embedding(p, "trigram", row, (36313, 27191, 51497))
+    x = rms(e)
+    if s.smear_gate == "0":
+        return x
+    g, out = 1 / (1 + torch.exp(-p["smear"])), []
+    for t in range(len(row)):
+        previous = x[t - 1] if t else torch.zeros_like(x[0])
+        out.append(x[t] if s.smear_gate == "bos" and row[t] == s.bos_token else (1 - g) * x[t] + g * previous)
+    return torch.stack(out)
+
+
+def mixed_value(p, s, i, v, first):
+    """The value residual of block i; block 0 has none."""
+    if i == 0 or s.value_residual in ("0", "embed"):
+        return v
+    if s.value_residual == "half":
+        return 0.5 * first.detach() + 0.5 * v
+    λ = p[f"blocks.{i}.value_residual"]
+    if s.value_residual == "pair":
+        return λ[0] * first + λ[1] * v
+    if s.value_residual == "sigmoid":
+        g = 1 / (1 + torch.exp(-λ[0]))
+        return g * first + (1 - g) * v
+    return v + λ[0] * first  # shortcut
+
+
+def attention(p, s, i, u, row, first, weight):
+    """Output [T, D] of block i's attention, and its V [T, K, E] before the value residual."""
+    T, H, K, E = len(row), s.num_heads, s.num_kv_heads, s.head_dim
+    core = f"cores.{i % s.cores}.attn."
+    q, k, v = (u @ weight(core + x, s.attn_bits).T for x in "qkv")
+    if i in s.ve_blocks:
+        n = s.ve_blocks.index(i)
+        v = v + p["ve.table"][row] @ p["ve.proj"].T * p["ve.scale"] * p["ve.block_scales"][n]
+    own = v.reshape(T, K, E)
+    v = mixed_value(p, s, i, own, first)
+    heads = []
+    for h in range(H):
+        g = h // (H // K)  # consecutive query heads share a key/value head
+        qh = rotated(rms(q[:, h * E:(h + 1) * E]), s) * p[core + "q_gain"][h]
+        kh = rotated(rms(k[:, g * E:(g + 1) * E]), s)
+        rows = []
+        for t in range(T):
+            share = torch.softmax(qh[t] @ kh[: t + 1].T / math.sqrt(E), 0)
+            y = share @ v[: t + 1, g]
+            if i % s.cores >= s.cores - s.xsa_last_n:
+                direction = v[t, g] / max(v[t, g].norm(), 1e-12)
+                y = y - (y @ direction) * direction
+            if s.gated_attention == "head":
+                y = y / (1 + torch.exp(-(p[core + "gate_weight"][h] @ u[t] + p[core + "gate_bias"][h])))
+            rows.append(y)
+        heads.append(torch.stack(rows))
+    out = torch.cat(heads, 1) @ weight(core + "o", s.attn_bits).T
+    return (out * p[core + "gate_scale"] if s.gated_attention == "scalar" else out), own
+
+
+def reference(p, s, row, targets, fake_quant=False, temperature=1.0):
+    """nll [T] of one row from parameters {name: float64}."""
+    def weight(name, bits):
+        return rounded(p[name], bits) if fake_quant and bits < 16 else p[name]
+
+    x0 = x = embedded(p, s, row)
+    skips, first, half = [], None, s.num_layers // 2
+    for i in range(s.num_layers):
+        if s.unet_skips and i >= half and skips:
+            x = x + p["skip_weights"][i - half] * skips.pop()
+        z = p[f"blocks.{i}.resid_mix"][0] * x + p[f"blocks.{i}.resid_mix"][1] * x0 if s.resid_mix else x
+        scale = 1 / math.sqrt(i + 1) if s.ln_scale else 1.0
+        attn, own = attention(p, s, i, scale * rms(z), row, first, weight)
+        first = own if i == 0 else first
+        y = z + p[f"blocks.{i}.attn_scale"] * attn
+        hidden = scale * rms(y) @ weight(f"cores.{i % s.cores}.mlp.up", s.mlp_bits).T
+        hidden = torch.where(hidden >= 0, hidden, s.leaky_slope * hidden) ** 2
+        x = y + p[f"blocks.{i}.mlp_scale"] * (hidden @ weight(f"cores.{i % s.cores}.mlp.down", s.mlp_bits).T)
+        if s.value_residual == "embed":
+            x = x + p[f"blocks.{i}.embed_shortcut"] * x0
+        if i < half:
+            skips.append(x)
+    logits = rms(x) @ p["tok_emb"].T
+    if s.logit_softcap:
+        logits = s.logit_softcap * torch.tanh(logits / s.logit_softcap)
+    logits = logits / temperature
+    return torch.stack([torch.log(torch.exp(line - line.max()).sum()) + line.max() - line[y] for line, y in zip(logits, targets)])
+
+
+VARIANTS = [
+    dict(), dict(VALUE_RESIDUAL="sigmoid"), dict(VALUE_RESIDUAL="shortcut"), dict(VALUE_RESIDUAL="half"), dict(VALUE_RESIDUAL="embed"),
+    dict(VALUE_RESIDUAL=0), dict(VE_LAYERS="0,2"), dict(VE_LAYERS="0,1,2", VALUE_RESIDUAL="shortcut"), dict(VE_ENABLED=0),
+    dict(GATED_ATTENTION="scalar"), dict(GATED_ATTENTION=0), dict(SMEAR_GATE=1), dict(SMEAR_GATE=0), dict(XSA_LAST_N=0),
+    dict(XSA_LAST_N=1), dict(NUM_KV_HEADS=4), dict(NUM_KV_HEADS=1), dict(ROPE_DIMS=0), dict(ROPE_DIMS=6, ROPE_BASE=100),
+    dict(ROPE_DIMS=2, ROPE_NTK_REFERENCE=0), dict(ROPE_NTK_REFERENCE=32), dict(LEAKY_SLOPE=0), dict(LEAKY_SLOPE=0.75, MLP_MULT=1.5),
+    dict(UNET_SKIPS=0), dict(NUM_LAYERS=4), dict(NUM_LAYERS=5, VE_LAYERS="3"), dict(NUM_LAYERS=1, XSA_LAST_N=1, VE_ENABLED=0, TTT_UNFREEZE_BLOCKS=1),
+    dict(NUM_LAYERS=4, UNIQUE_LAYERS=3, XSA_LAST_N=2), dict(UNIQUE_LAYERS=1, XSA_LAST_N=1), dict(RESID_MIX=0), dict(LN_SCALE=0),
+    dict(LOGIT_SOFTCAP=0), dict(LOGIT_SOFTCAP=2), dict(BIGRAM_VOCAB_SIZE=0), dict(BIGRAM_VOCAB_SIZE=2),
+    dict(TRIGRAM_VOCAB_SIZE=50, TRIGRAM_DIM=4),
+    dict(UNET_SKIPS=0, RESID_MIX=0, LN_SCALE=0, SMEAR_GATE=0, BIGRAM_VOCAB_SIZE=0, VE_ENABLED=0, VALUE_RESIDUAL=0, GATED_ATTENTION=0,
+         XSA_LAST_N=0, LOGIT_SOFTCAP=0, LEAKY_SLOPE=0, ROPE_DIMS=0, ROPE_NTK_REFERENCE=0)]
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """The few places that ask for fp32 (rotary tables, logits, rounding) compute in float64 instead, to compare digits."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x.double())
+
+
+def compare_with_reference(s, fake_quant=False, **arguments):
+    model, rows = randomized(s, dtype=torch.float64), random_rows(s)
+    params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    given_nll = model(rows[:, :-1], rows[:, 1:], fake_quant, **arguments)
+    expected = torch.stack([reference(params, s, row[:-1], row[1:], fake_quant, **arguments) for row in rows.tolist()])
+    torch.testing.assert_close(given_nll, expected, rtol=1e-10, atol=1e-10)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (given_nll * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for name, p in model.named_parameters():
+        grad = params[name].grad
+        assert grad is not None and p.grad is not None and grad.norm() > 0, f"{name} has no gradient"
+        if name.startswith("cores."):  # the mean over the blocks that share a core (#537)
+            grad = grad / len(range(int(name.split(".")[1]), s.num_layers, s.cores))
+        assert (p.grad - grad).norm() <= 1e-9 * grad.norm(), name
+
+
+@pytest.mark.parametrize("variables", VARIANTS, ids=lambda v: "-".join(f"{k}_{x}" for k, x in v.items())[:60] or "default")
+def test_nll_and_gradients_equal_the_reference(tiny, float64, variables):
+    compare_with_reference(tiny(**variables))
+
+
+@pytest.mark.parametrize("variables", [dict(), dict(ATTN_BITS=4, MLP_BITS=5), dict(ATTN_BITS=16), dict(NUM_LAYERS=4, UNIQUE_LAYERS=3)])
+def test_fake_quant_equals_the_reference_of_rounded_weights(tiny, float64, variables):
+    """Gradients too: straight through to the unrounded weights."""
+    compare_with_reference(tiny(**variables), fake_quant=True)
+
+
+def test_temperature_divides_the_logits(tiny, float64):
+    compare_with_reference(tiny(), temperature=0.5)
+
+
+def test_fp32_agrees_with_float64(tiny):
+    """What the precision of a real run costs here: rounding, nothing else."""
+    s, rows = tiny(), random_rows(tiny(), count=4, length=32)
+    nll = randomized(s)(rows[:, :-1], rows[:, 1:])
+    exact = randomized(s, dtype=torch.float64)(rows[:, :-1], rows[:, 1:])
+    assert nll.dtype == torch.float32 and (nll - exact).abs().max() < 1e-4
+
+
+def test_probabilities_sum_to_one(tiny):
+    s, rows = tiny(), random_rows(tiny(), count=1, length=6)
+    model = randomized(s)
+    tokens = rows[:, :-1].expand(VOCAB, -1)
+    targets = torch.arange(VOCAB)[:, None].expand(-1, 6)
+    with torch.no_grad():
+        assert torch.allclose(model(tokens, targets).double().neg().exp().sum(0), torch.ones(6, dtype=torch.float64), atol=1e-5)
+
+
+# -- parts
+
+def test_rotary_base_of_the_published_shape():
+    """NTK at T = 2,048 against a reference of 1,024 and 16 channels: base ≈ 22,082."""
+    cos, sin = train_gpt.rotary_tables(Settings(), 2048)
+    assert cos.shape == sin.shape == (2048, 8) and cos.dtype == torch.float32
+    for t in (0, 1, 100, 2047):
+        for j in range(8):
+            angle = t * 22081.7902 ** (-2 * j / 16)
+            assert abs(cos[t, j] - math.cos(angle)) < 2e-5 and abs(sin[t, j] - math.sin(angle)) < 2e-5
+
+
+@hypothesis_settings(deadline=None, database=None, max_examples=50)
+@given(st.lists(st.integers(0, 65534), min_size=1, max_size=12), st.integers(2, 5000))
+def test_bigram_buckets_by_hand(tokens, buckets):
+    s = train_gpt.replace(Settings(), bigram_vocab_size=buckets, vocab_size=65535)
+    with torch.device("meta"):
+        bigram = GPT(s).bigram
+    given_buckets = bigram.buckets(torch.tensor([tokens]))[0].tolist()
+    assert given_buckets == [buckets - 1] + [((36313 * b) ^ (27191 * a)) % (buckets - 1) for a, b in zip(tokens, tokens[1:])]
+
+
+def test_exclusive_attention_leaves_nothing_along_the_own_value():
+    y, v = torch.randn(2, 5, 6, 8, dtype=torch.float64), torch.randn(2, 5, 3, 8, dtype=torch.float64)
+    v[0, 0] = 0  # no direction: nothing is taken away
+    out = train_gpt.exclusive(y, v)
+    for h in range(6):
+        assert (out[:, :, h] * v[:, :, h // 2]).sum(-1).abs().max() < 1e-12
+    assert torch.equal(out[0, 0], y[0, 0])
+
+
+def test_rotation_keeps_lengths_and_sees_only_distance(tiny):
+    cos, sin = (t.double() for t in train_gpt.rotary_tables(tiny(), 32))
+    q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    turned_q, turned_k = (train_gpt.rotate(x.expand(1, 32, 1, 8), cos, sin)[0, :, 0] for x in (q, k))
+    assert torch.allclose(turned_q.norm(dim=1), q.norm().expand(32), rtol=1e-6)
+    assert torch.equal(turned_q[:, 4:], q[4:].expand(32, 4))
+    products = turned_q @ turned_k.T
+    for distance in range(-31, 32):
+        diagonal = products.diagonal(distance)
+        assert (diagonal - diagonal[0]).abs().max() < 1e-5
+    assert products.diagonal(3)[0] != products.diagonal(-3)[0]
+
+
+# -- causality
+
+@pytest.mark.parametrize("fake_quant", [False, True])
+@pytest.mark.parametrize("variables", [dict(), dict(SMEAR_GATE=1, TRIGRAM_VOCAB_SIZE=50, UNIQUE_LAYERS=2, XSA_LAST_N=2),
+                                       dict(VALUE_RESIDUAL="half", GATED_ATTENTION="scalar")])
+def test_a_token_changes_no_score_before_it(tiny, variables, fake_quant):
+    """Token t is the target of position t − 1 and is read from position t on; bit for bit, whatever the part."""
+    s = tiny(**variables)
+    model, row = randomized(s), random_rows(s, count=1, length=24)[0]
+    for new in (s.bos_token, 7):
+        flipped = row.repeat(25, 1)
+        flipped.diagonal().copy_(torch.where(row == new, new + 1, new))
+        with torch.no_grad():
+            before = model(row[None, :-1].expand(25, -1), row[None, 1:].expand(25, -1), fake_quant)
+            after = model(flipped[:, :-1], flipped[:, 1:], fake_quant)
+        for t in range(25):
+            assert torch.equal(before[t, : max(t - 1, 0)], after[t, : max(t - 1, 0)]), f"token {t} is seen from before"
+            changed = before[t] != after[t]
+            assert changed[max(t - 1, 0)], f"token {t} changes nothing"
+            assert changed[t:].all() or new == s.bos_token and changed[t:].any() or t == 24, f"token {t} is not seen later"
+
+
+def test_rows_of_a_batch_do_not_meet(tiny):
+    s = tiny()
+    model, rows = randomized(s, dtype=torch.float64), random_rows(s, count=3)
+    with torch.no_grad():
+        together = model(rows[:, :-1], rows[:, 1:])
+        alone = torch.cat([model(row[None, :-1], row[None, 1:]) for row in rows])
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+# -- what is off is absent
+
+@pytest.mark.parametrize("on, off, pattern", [
+    (dict(), dict(BIGRAM_VOCAB_SIZE=0), r"^bigram\."), (dict(TRIGRAM_VOCAB_SIZE=9), dict(), r"^trigram\."),
+    (dict(), dict(VE_ENABLED=0), r"^ve\."), (dict(), dict(VE_LAYERS=""), r"^ve\."), (dict(), dict(SMEAR_GATE=0), r"^smear"),
+    (dict(), dict(UNET_SKIPS=0), r"^skip_weights"), (dict(), dict(RESID_MIX=0), r"\.resid_mix$"),
+    (dict(), dict(VALUE_RESIDUAL=0), r"\.value_residual$"), (dict(), dict(VALUE_RESIDUAL="half"), r"\.value_residual$"),
+    (dict(VALUE_RESIDUAL="embed"), dict(), r"\.embed_shortcut$"), (dict(), dict(GATED_ATTENTION=0), r"\.gate_"),
+    (dict(GATED_ATTENTION="scalar"), dict(), r"\.gate_scale$"), (dict(), dict(GATED_ATTENTION="scalar"), r"\.gate_(weight|bias)$")])
+def test_a_part_that_is_off_has_no_parameter(tiny, on, off, pattern):
+    def names(variables):
+        return [n for n, _ in GPT(tiny(**variables)).named_parameters() if re.search(pattern, n)]
+    assert names(on) and not names(off)
+
+
+def test_the_first_block_has_no_value_residual(tiny):
+    names = dict(GPT(tiny()).named_parameters())
+    assert [f"blocks.{i}.value_residual" in names for i in range(3)] == [False, True, True]
+
+
+# -- kinds and initial weights
+
+def test_every_parameter_has_its_kind(tiny):
+    names = {re.sub(r"\d+", "N", n) for n, _ in GPT(tiny(TRIGRAM_VOCAB_SIZE=9)).named_parameters()}
+    names |= {re.sub(r"\d+", "N", n) for n, _ in GPT(tiny(GATED_ATTENTION="scalar", VALUE_RESIDUAL="embed")).named_parameters()}
+    expected = {
+        "attn": {f"cores.N.attn.{x}" for x in "qkvo"}, "mlp": {"cores.N.mlp.up", "cores.N.mlp.down"},
+        "proj": {"bigram.proj", "trigram.proj", "ve.proj"}, "table": {"tok_emb", "ve.table"}, "hashed": {"bigram.table", "trigram.table"},
+        "control": {"smear", "skip_weights", "bigram.scale", "trigram.scale", "ve.scale", "ve.block_scales", "blocks.N.attn_scale",
+                    "blocks.N.mlp_scale", "blocks.N.resid_mix", "blocks.N.value_residual", "blocks.N.embed_shortcut",
+                    "cores.N.attn.q_gain", "cores.N.attn.gate_weight", "cores.N.attn.gate_bias", "cores.N.attn.gate_scale"}}
+    assert {name: kind_of(name) for name in names} == {name: kind for kind, group in expected.items() for name in group}
+    assert expected.keys() == KINDS.keys()
+
+
+def test_counts_are_those_of_the_model(tiny):
+    s = tiny()
+    counts = train_gpt.parameter_counts(s)
+    assert counts.keys() == KINDS.keys() and sum(counts.values()) == sum(p.numel() for p in GPT(s).parameters())
+    assert counts["attn"] == 3 * (2 * 32 * 32 + 2 * 16 * 32) and counts["mlp"] == 3 * 2 * 96 * 32
+
+
+def test_logged_xsa_layers_are_those_that_use_it(tiny):
+    for variables in (dict(XSA_LAST_N=2), dict(XSA_LAST_N=2, UNIQUE_LAYERS=2), dict(XSA_LAST_N=1, UNIQUE_LAYERS=2)):
+        s, lines = tiny(**variables), []
+        train_gpt.log_shape(s, SimpleNamespace(log=lines.append), train_gpt.parameter_counts(s))
+        active = [i for i, block in enumerate(GPT(s).blocks) if block.xsa]
+        assert [line for line in lines if line.startswith("XSA:")] == [f"XSA:last_{s.xsa_last_n} active_layers:{active}"]
+
+
+def initialized(s, seed=0):
+    torch.manual_seed(seed)
+    model = GPT(s)
+    init_weights(model, s)
+    return dict(model.named_parameters())
+
+
+def test_initial_weights(tiny):
+    """Orthogonal matrices, zero outputs, narrow tables, and scales at their published values."""
+    s = tiny(VOCAB_SIZE=4000, NUM_LAYERS=4, TRIGRAM_VOCAB_SIZE=9, QK_GAIN_INIT=2.5, TIED_EMBED_INIT_STD=0.02)
+    params, identity = initialized(s), torch.eye
+    constants = {"q_gain": 2.5, "gate_weight": 0, "gate_bias": 4, "attn_scale": 1, "mlp_scale": 1, "value_residual": 0.5, "smear": 0,
+                 "skip_weights": 1, "bigram.scale": 0.05, "trigram.scale": 0.03, "ve.scale": 0.1, "block_scales": 1, "bigram.table": 0,
+                 "trigram.table": 0, ".o": 0, ".down": 0}
+    for name, p in params.items():
+        constant = next((value for end, value in constants.items() if name.endswith(end)), None)
+        if constant is not None:
+            assert torch.equal(p, torch.full_like(p, constant)), name
+        elif name.endswith("resid_mix"):
+            assert torch.equal(p, torch.stack((torch.ones(32), torch.zeros(32)))), name
+        elif name.endswith((".q", ".k", ".v", ".up", ".proj")):
+            small = p @ p.T if p.size(0) <= p.size(1) else p.T @ p
+            gain = 1 / (2 * 4) if name.endswith(".proj") else 1.0  # (1/√(2L))²
+            assert torch.allclose(small, gain * identity(len(small)), atol=1e-5), name
+        else:
+            assert p.std().item() == pytest.approx({"tok_emb": 0.02, "ve.table": 0.01}[name], rel=0.03) and abs(p.mean()) < 2e-4, name
+
+
+def test_no_parameter_is_left_without_a_value(tiny):
+    s = tiny()
+    model = GPT(s)
+    model.extra = train_gpt.matrix(3, 4)
+    with pytest.raises(AssertionError, match="extra was left without an initial value"):
+        init_weights(model, s)
+
+
+def test_initial_weights_depend_on_the_seed_alone(tiny):
+    a, b, c = (dict(train_gpt.build_model(tiny(SEED=seed), CPU)[0].named_parameters()) for seed in (3, 3, 4))
+    assert all(torch.equal(a[n], b[n]) for n in a) and not torch.equal(a["tok_emb"], c["tok_emb"])
+
+
+def test_matrices_start_as_no_number(tiny):
+    """What init_weights would forget shows at once."""
+    assert all(p.isnan().all() for n, p in GPT(tiny()).named_parameters() if kind_of(n) in ("attn", "mlp", "proj") or n == "tok_emb")
+
+
+# -- fake quantization
+
+@hypothesis_settings(deadline=None, database=None, max_examples=60)
+@given(st.sampled_from([4, 5, 6, 7, 8]), st.integers(1, 5), st.integers(1, 9), st.integers(0, 10**6), st.floats(-30, 10))
+def test_fake_quantize_rounds_each_row_to_its_own_steps(bits, rows, columns, seed, exponent):
+    w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2 ** exponent
+    out, most = fake_quantize(w, bits), 2 ** (bits - 1) - 1
+    for row, quantized in zip(w.double(), out.double()):
+        step = row.abs().max() / most
+        codes = quantized / step
+        assert (codes - codes.round()).abs().max() < 1e-3 and codes.abs().max() < most + 1e-3
+        assert (quantized - row).abs().max() <= step * 0.501 and quantized.abs().max().item() == pytest.approx(row.abs().max().item(), rel=1e-5)
+
+
+def test_fake_quantize_keeps_a_zero_row_zero():
+    assert torch.equal(fake_quantize(torch.zeros(2, 5), 6), torch.zeros(2, 5))
+
+
+def test_fake_quantize_gradient_passes_straight_through():
+    w = torch.randn(4, 7, requires_grad=True)
+    upstream = torch.randn(4, 7)
+    fake_quantize(w, 5).backward(upstream)
+    assert torch.equal(w.grad, upstream)
+
+
+def test_compiled_fake_quant_is_not_folded_away(tiny):
+    """Compiled, False and True give what they give uncompiled, and switching compiles nothing once both have run."""
+    s = tiny(NUM_LAYERS=1, XSA_LAST_N=1, VE_ENABLED=0, MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1, BIGRAM_VOCAB_SIZE=0, TTT_UNFREEZE_BLOCKS=1)
+    model, rows = randomized(s), random_rows(s)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=False)
+    counters = torch._dynamo.utils.counters
+    with torch.no_grad():
+        eager = {flag: model(rows[:, :-1], rows[:, 1:], flag) for flag in (False, True)}
+        warm = {flag: compiled(rows[:, :-1], rows[:, 1:], flag) for flag in (False, True)}
+        graphs = counters["stats"]["unique_graphs"]
+        again = {flag: compiled(rows[:, :-1], rows[:, 1:], flag) for flag in (False, True, False, True)}
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    assert (eager[True] - eager[False]).abs().max() > 1e-2
+    for flag in (False, True):
+        torch.testing.assert_close(warm[flag], eager[flag], rtol=1e-4, atol=1e-4)
+        assert torch.equal(again[flag], warm[flag])
+
+
+# -- attention back ends
+
+def test_sdpa_is_causal_grouped_attention():
+    q, k, v = (torch.randn(2, 7, heads, 4, dtype=torch.float64) for heads in (6, 2, 2))
+    out = sdpa(q, k, v)
+    for h in range(6):
+        scores = torch.einsum("bte,bse->bts", q[:, :, h], k[:, :, h // 3]) / 2
+        scores = scores.masked_fill(~torch.ones(7, 7).tril().bool(), -math.inf)
+        assert torch.allclose(out[:, :, h], scores.softmax(-1) @ v[:, :, h // 3], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fa3", "fa4", "fa2"])
+def test_absent_attention_is_refused_by_name(tiny, name):
+    with pytest.raises(UserError, match=f"ATTENTION={name}: not installed, or not working on cpu"):
+        train_gpt.choose_attention(tiny(ATTENTION=name), CPU)
+
+
+def test_auto_falls_back_on_pytorch(tiny):
+    assert train_gpt.choose_attention(tiny(), CPU) == ("sdpa", sdpa)
+
+
+class DetachedValue(torch.autograd.Function):
+    """Right forwards, wrong backwards: the gradient of V is doubled."""
+    @staticmethod
+    def forward(ctx, v):
+        return v.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def attend_all(q, k, v, causal):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+
+
+def attend_interleaved(q, k, v, causal):
+    """Query head h with key head h mod K instead of h // G."""
+    return sdpa(q, *(x.repeat(1, 1, q.size(2) // x.size(2), 1) for x in (k, v)))
+
+
+def refuse(q, k, v, causal):
+    raise RuntimeError("no kernel image is available for execution on the device")
+
+
+WRONG = {"not causal": attend_all, "other grouping": attend_interleaved, "no kernel": refuse,
+         "scaled": lambda q, k, v, causal: sdpa(1.1 * q, k, v), "nan": lambda q, k, v, causal: sdpa(q, k, v) * math.nan,
+         "wrong gradient": lambda q, k, v, causal: sdpa(q, k, DetachedValue.apply(v)),
+         "no gradient": lambda q, k, v, causal: sdpa(q, k, v).detach(), "no such argument": lambda q, k, v: sdpa(q, k, v)}
+
+
+def install(monkeypatch, module, function, attend):
+    parts = module.split(".")
+    for i in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(parts[i - 1]))
+    setattr(sys.modules[module], function, attend)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_flash_attention_is_rejected(tiny, monkeypatch, case):
+    install(monkeypatch, "flash_attn_interface", "flash_attn_func", WRONG[case])
+    attend = train_gpt.flash_backend("flash_attn_interface", "flash_attn_func")
+    assert not train_gpt.right_result(attend, tiny(), CPU)
+
+
+@pytest.mark.parametrize("result", [lambda y: y, lambda y: (y, None), lambda y: y + 1e-4 * torch.randn_like(y)])
+def test_right_flash_attention_is_accepted(tiny, monkeypatch, result):
+    """Some versions return (output, log-sum-exp); rounding of another kernel is no error."""
+    def attend(q, k, v, causal):
+        assert causal is True
+        return result(sdpa(q, k, v))
+    install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend)
+    assert train_gpt.right_result(train_gpt.flash_backend("flash_attn_interface", "flash_attn_func"), tiny(), CPU)
+
+
+def test_absent_flash_packages_are_none():
+    assert train_gpt.flash_backend("no_such_module_here", "f") is None
+    assert train_gpt.flash_backend("math", "flash_attn_func") is None
+
+
+def test_the_first_back_end_that_is_right_is_taken(tiny, monkeypatch):
+    """fa3 computes something else, fa4 is missing, fa2 is right: auto takes fa2, and ATTENTION=fa3 is refused."""
+    class Device(str):  # a CPU that says it is a GPU
+        type = "cuda"
+    rt = SimpleNamespace(device=Device("cpu"), dtype=torch.bfloat16)
+    install(monkeypatch, "flash_attn", "flash_attn_func", lambda q, k, v, causal: sdpa(q, k, v))
+    install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend_all)
+    name, attend = train_gpt.choose_attention(tiny(), rt)
+    assert name == "fa2" and attend is not sdpa
+    with pytest.raises(UserError, match="ATTENTION=fa3"):
+        train_gpt.choose_attention(tiny(ATTENTION="fa3"), rt)
+
+
+def test_fake_quant_is_an_argument_of_forward():
+    """Not a flag on a class, which a compiler may take for a constant."""
+    assert "fake_quant" in inspect.signature(GPT.forward).parameters
