@@ -258,13 +258,13 @@ _PR414 = dict(
     train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, xsa_last_n=4, smear_gate="1", value_residual="0",
     gated_attention="0", muon_coefficients="classic", lr_floor=0.0, swa_enabled=1, ttt_enabled=0)
 _PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw", ttt_enabled=1)
-PRESETS = {  # a row holds only what differs from the defaults
+PRESETS = {  # a row holds only what differs from the defaults, or from the row it begins with
     "demo": dict(
         data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model", run_id="demo",
         train_seq_len=256, train_batch_tokens=8192, micro_batch_tokens=8192, num_layers=6, model_dim=192, num_heads=6,
         num_kv_heads=3, rope_ntk_reference=0, xsa_last_n=6, ve_layers="4,5", bigram_dim=64, ve_dim=64,
         max_wallclock_seconds=120.0, warmup_steps=1, warmdown_iters=250, muon_momentum=0.95,
-        muon_momentum_warmup_steps=200, val_loss_every=0, train_log_every=50, eval_stride=64, ttt_chunk_tokens=8192,
+        muon_momentum_warmup_steps=200, val_loss_every=0, train_log_every=50, ttt_chunk_tokens=8192,
         ttt_batch_seqs=32),
     "pr414": _PR414,
     "pr549": _PR549,
@@ -285,15 +285,17 @@ PRESETS = {  # a row holds only what differs from the defaults
         ttt_intra_cosine=1),
 }
 
-# Published names that are spelt otherwise here: name → (our name, {its value: ours} or None for the same values).
+# Published names that are spelt otherwise here: our name, or what each of its values stands for. One that switches off wins
+# over another for the same setting; one that switches on leaves it the other's value.
+_VRL = {"0": {"VALUE_RESIDUAL": "0"}, "1": {"VALUE_RESIDUAL": "sigmoid"}}
 ALIASES = {
-    "VRL_ENABLED": ("VALUE_RESIDUAL", {"0": "0", "1": "sigmoid"}), "GA_ENABLED": ("GATED_ATTENTION", None),
-    "VRL": ("VALUE_RESIDUAL", {"0": "0", "1": "sigmoid"}), "WEIGHT_DECAY": ("MUON_WD", None),
-    "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None), "TTT_TEMPERATURE": ("TTT_TEMP", None),
-    "MLP_ACTIVATION": ("LEAKY_SLOPE", {"relu_sq": "0", "leaky_relu_sq": "0.5"}),
-    "LATE_QAT": ("LATE_QAT_THRESHOLD", {"0": "0", "1": "0.15"}),
-    "TTT_PERLAYER_LR": ("TTT_PROJ_LR_MULT", {"0": "1", "1": "3"}),
-    "ALL_INT5": ("ATTN_BITS", {"0": "6", "1": "5"}),
+    "VRL_ENABLED": _VRL, "VRL": _VRL, "GA_ENABLED": "GATED_ATTENTION", "WEIGHT_DECAY": "MUON_WD",
+    "TTT_TEMPERATURE": "TTT_TEMP", "QAT_THRESHOLD": "LATE_QAT_THRESHOLD",
+    "LATE_QAT": {"0": {"LATE_QAT_THRESHOLD": "0"}, "1": {"LATE_QAT_THRESHOLD": "0.15"}},
+    "MLP_ACTIVATION": {"relu_sq": {"LEAKY_SLOPE": "0"}, "leaky_relu_sq": {"LEAKY_SLOPE": "0.5"}},
+    "TTT_PERLAYER_LR": {"0": {"TTT_PROJ_LR_MULT": "1", "TTT_FC_LR_MULT": "1"},
+                        "1": {"TTT_PROJ_LR_MULT": "3", "TTT_FC_LR_MULT": "0.5"}},
+    "ALL_INT5": {"0": {}, "1": {"ATTN_BITS": "5", "MLP_BITS": "5"}},
 }
 
 # Published names that nothing here obeys: name → (the value that changes nothing and is let through, why not others).
@@ -371,7 +373,8 @@ def contradictions(s):
     need(s.head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={s.head_dim} must be even for rotary embeddings")
     need(s.rope_dims % 2 == 0 and s.rope_dims <= s.head_dim,
          f"ROPE_DIMS={s.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS={s.head_dim}")
-    need(s.rope_dims != 2 or not s.rope_ntk_reference, "ROPE_DIMS=2 cannot be stretched: set ROPE_NTK_REFERENCE=0")
+    need((s.rope_dims or s.head_dim) != 2 or not s.rope_ntk_reference,
+         f"ROPE_DIMS={s.rope_dims}: two rotating channels cannot be stretched: set ROPE_NTK_REFERENCE=0")
     need(s.xsa_last_n <= s.cores, f"XSA_LAST_N={s.xsa_last_n} exceeds the {s.cores} blocks with matrices of their own")
     need(s.unique_layers <= s.num_layers, f"UNIQUE_LAYERS={s.unique_layers} exceeds NUM_LAYERS={s.num_layers}")
     need(s.ttt_freeze_blocks <= s.num_layers, f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} exceeds NUM_LAYERS={s.num_layers}")
@@ -386,10 +389,9 @@ def contradictions(s):
     need(s.iterations or s.max_wallclock_seconds or s.eval_only, "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: nothing ends")
     need(not s.gptq or not s.max_wallclock_seconds or s.gptq_reserve_seconds < s.max_wallclock_seconds,
          f"GPTQ_RESERVE_SECONDS={s.gptq_reserve_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}")
-    need(s.ttt_unfreeze_blocks <= s.num_layers,
+    need(s.ttt_params != "tail" or s.ttt_unfreeze_blocks <= s.num_layers,
          f"TTT_UNFREEZE_BLOCKS={s.ttt_unfreeze_blocks} exceeds NUM_LAYERS={s.num_layers}")
     need(s.trigram_vocab_size != 1, "TRIGRAM_VOCAB_SIZE=1 leaves no bucket beside that of row beginnings: 0 or at least 2")
-    need(s.mlp_hidden >= 1, f"MLP_MULT={s.mlp_mult} × MODEL_DIM={s.model_dim} leaves no hidden channel")
     try:
         bad = [i for i in s.ve_blocks if not 0 <= i < s.num_layers]
         need(not bad and len(set(s.ve_blocks)) == len(s.ve_blocks),
@@ -406,17 +408,19 @@ def resolve_settings(environ, stored=None):
     """
     specs = {f.name.upper(): f for f in fields(Settings)}
     texts, problems = {}, near_misses(environ, [*specs, *ALIASES, *REFUSED])
-    for name, text in environ.items():
+    for name in (n for n in (*specs, *ALIASES, *REFUSED) if n in environ):
+        text, stands_for = environ[name], ALIASES.get(name)
         if name in specs:
             texts[name] = (name, text)
-        elif name in ALIASES:
-            target, mapping = ALIASES[name]
-            if mapping is not None and text not in mapping:
-                problems.append(f"{name}={text}: must be one of {', '.join(mapping)} (stands for {target})")
-            elif target not in environ:
-                texts[target] = (name, mapping[text] if mapping else text)
         elif name in REFUSED and text != REFUSED[name][0]:
             problems.append(f"{name}={text}: not supported: {REFUSED[name][1]}")
+        elif isinstance(stands_for, dict) and text not in stands_for:
+            targets = ", ".join(sorted({target for row in stands_for.values() for target in row}))
+            problems.append(f"{name}={text}: must be one of {', '.join(stands_for)} (it stands for {targets})")
+        elif stands_for:
+            for target, value in (stands_for[text] if isinstance(stands_for, dict) else {stands_for: text}).items():
+                if target not in environ and (text == "0" or target not in texts):
+                    texts[target] = (name, value)
     preset = environ.get("PRESET", "").strip()
     if preset and preset not in PRESETS:
         problems.append(f"PRESET={preset}: unknown; there are {', '.join(PRESETS)}")
@@ -640,7 +644,10 @@ GET_DATA = "python data/cached_challenge_fineweb.py downloads the challenge's, p
 
 def open_shard(path):
     """The tokens of a shard, uint16, mapped and not read. Raises UserError on a foreign or incomplete file."""
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be read ({problem.strerror}); {GET_DATA}") from problem
     if size < SHARD_HEADER_BYTES:
         raise UserError(f"{path}: {size} bytes, a shard's header alone has {SHARD_HEADER_BYTES}; {GET_DATA}")
     header = np.fromfile(path, "<i4", 256)

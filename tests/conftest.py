@@ -68,21 +68,32 @@ def tiny(corpus):
     return make
 
 
-@pytest.fixture
-def run_script(corpus, tmp_path):
-    """run_script(ranks=1, NAME=value, ...) → the finished process, with .result (logs/run.json) and .log where written."""
+def script_runner(corpus, folder):
+    """run(ranks=1, NAME=value, ...) → the finished process, with .result (logs/run.json) and .log where written."""
     def run(*flags, ranks=1, tiny=True, script=ROOT / "train_gpt.py", **variables):
-        out = Path(variables.setdefault("OUT_DIR", tmp_path))
+        out = Path(variables.setdefault("OUT_DIR", folder))
         base = {**TINY, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model, "RUN_ID": "run"} if tiny else {}
         launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                       f"--nproc_per_node={ranks}"]
-        done = subprocess.run([*launch, str(script), *flags], env=clean_environ(**{**base, **variables}), cwd=tmp_path,
+        done = subprocess.run([*launch, str(script), *flags], env=clean_environ(**{**base, **variables}), cwd=folder,
                               capture_output=True, text=True, timeout=300)
         result, log = out / "logs" / "run.json", out / "logs" / "run.txt"
         done.result = json.loads(result.read_text()) if result.exists() else None
         done.log = log.read_text() if log.exists() else ""
         return done
     return run
+
+
+@pytest.fixture
+def run_script(corpus, tmp_path):
+    """script_runner of this test's own folder."""
+    return script_runner(corpus, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run_once(corpus, tmp_path_factory):
+    """script_runner for runs that several tests of a file look at."""
+    return script_runner(corpus, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(autouse=True)

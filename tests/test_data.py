@@ -196,12 +196,16 @@ def test_shuffled_order_differs_by_seed_and_epoch(stream):
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
 
-def test_shuffling_keeps_a_shard_together(stream):
-    """Shuffled rows inside shuffled shards: one shard is read at a time."""
-    border = np.cumsum(LENGTHS)
-    shards = [int(np.searchsorted(border, row[0], side="right")) for row in epoch_rows(stream())]
-    runs = [a for a, b in zip(shards, [None, *shards]) if a != b]
-    assert sorted(runs) == [0, 1, 3, 4]
+def shard_order(rows):
+    shards = np.searchsorted(np.cumsum(LENGTHS), [row[0] for row in rows], side="right").tolist()
+    return [a for a, b in zip(shards, [None, *shards]) if a != b]
+
+
+def test_shuffling_keeps_a_shard_together_and_shuffles_shards(stream):
+    """One shard is read at a time, in another order with another epoch or seed."""
+    for orders in ([shard_order(epoch_rows(stream(), epoch)) for epoch in range(6)],
+                   [shard_order(epoch_rows(stream(SEED=seed))) for seed in range(6)]):
+        assert all(sorted(order) == [0, 1, 3, 4] for order in orders) and len({tuple(order) for order in orders}) > 2
 
 
 def test_rows_are_int32_of_row_length_and_one(stream):

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from conftest import VOCAB
-from hypothesis import given, settings as hypothesis_settings, strategies as st
+from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 import train_gpt
 from train_gpt import GPT, KINDS, Settings, UserError, fake_quantize, init_weights, kind_of, sdpa
@@ -197,7 +197,7 @@ def compare_with_reference(s, fake_quant=False, **arguments):
     for name, p in model.named_parameters():
         grad = params[name].grad
         assert grad is not None and p.grad is not None and grad.norm() > 0, f"{name} has no gradient"
-        if name.startswith("cores."):  # the mean over the blocks that share a core (#537)
+        if name.startswith("cores."):  # the mean over the blocks that share a core
             grad = grad / len(range(int(name.split(".")[1]), s.num_layers, s.cores))
         assert (p.grad - grad).norm() <= 1e-9 * grad.norm(), name
 
@@ -307,6 +307,29 @@ def test_rows_of_a_batch_do_not_meet(tiny):
         together = model(rows[:, :-1], rows[:, 1:])
         alone = torch.cat([model(row[None, :-1], row[None, 1:]) for row in rows])
     assert torch.allclose(together, alone, atol=1e-6)
+
+
+# -- settings that are let through
+
+@hypothesis_settings(deadline=None, database=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(st.fixed_dictionaries(dict(
+    MODEL_DIM=st.sampled_from([8, 12, 16]), NUM_HEADS=st.sampled_from([1, 2, 4, 8]), NUM_KV_HEADS=st.just(1),
+    ROPE_DIMS=st.sampled_from([0, 0, 2, 4]), ROPE_BASE=st.sampled_from([1, 1e4]), ROPE_NTK_REFERENCE=st.sampled_from([0, 16, 64]),
+    NUM_LAYERS=st.integers(1, 4), UNIQUE_LAYERS=st.integers(0, 1), XSA_LAST_N=st.integers(0, 1), VE_LAYERS=st.sampled_from(["", "0"]),
+    VE_DIM=st.sampled_from([1, 20]), BIGRAM_VOCAB_SIZE=st.sampled_from([0, 2, 3]), BIGRAM_DIM=st.sampled_from([1, 20]),
+    TRIGRAM_VOCAB_SIZE=st.sampled_from([0, 2, 3]), MLP_MULT=st.sampled_from([0.125, 0.3, 16]), LOGIT_SOFTCAP=st.sampled_from([0, 1e-3, 30]),
+    TIED_EMBED_INIT_STD=st.sampled_from([0, 1]), SMEAR_GATE=st.sampled_from(["0", "1", "bos"]), UNET_SKIPS=st.integers(0, 1),
+    VALUE_RESIDUAL=st.sampled_from(["0", "pair", "half", "embed"]), TTT_UNFREEZE_BLOCKS=st.just(0))))
+def test_settings_that_pass_the_checks_make_a_model_that_runs(tiny, variables):
+    """Whatever cannot work is refused by name before, never by a traceback from inside the model."""
+    try:
+        s = tiny(**variables)
+    except UserError:
+        return
+    torch.manual_seed(0)
+    model, rows = GPT(s), random_rows(s)
+    init_weights(model, s)
+    assert model(rows[:, :-1], rows[:, 1:]).isfinite().all()
 
 
 # -- what is off is absent

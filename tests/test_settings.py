@@ -102,11 +102,17 @@ def test_flags_read_words_and_digits(text, value):
     ({"VRL_ENABLED": "1"}, "value_residual", "sigmoid"),
     ({"VRL_ENABLED": "0"}, "value_residual", "0"),
     ({"VRL_ENABLED": "1", "VALUE_RESIDUAL": "half"}, "value_residual", "half"),
+    ({"VALUE_RESIDUAL": "half", "VRL_ENABLED": "1"}, "value_residual", "half"),
     ({"GA_ENABLED": "1"}, "gated_attention", "head"),
     ({"GA_ENABLED": "0"}, "gated_attention", "0"),
     ({"WEIGHT_DECAY": "0.125"}, "muon_wd", 0.125),
     ({"WEIGHT_DECAY": "0.125", "MUON_WD": "0.25"}, "muon_wd", 0.25),
     ({"QAT_THRESHOLD": "0.5"}, "late_qat_threshold", 0.5),
+    ({"QAT_THRESHOLD": "0.1", "LATE_QAT": "1"}, "late_qat_threshold", 0.1),  # both, as one published command has it
+    ({"LATE_QAT": "1", "QAT_THRESHOLD": "0.1"}, "late_qat_threshold", 0.1),
+    ({"QAT_THRESHOLD": "0.1", "LATE_QAT": "0"}, "late_qat_threshold", 0.0),  # the threshold is there, the switch is off
+    ({"LATE_QAT": "0", "QAT_THRESHOLD": "0.1"}, "late_qat_threshold", 0.0),
+    ({"TTT_PERLAYER_LR": "0"}, "ttt_fc_lr_mult", 1.0),
 ])
 def test_published_names_stand_for_ours(environ, name, value):
     s, _ = resolve_settings(environ)
@@ -121,20 +127,26 @@ def test_alias_wins_over_preset(monkeypatch):
 
 def test_aliases_point_at_settings():
     assert not set(ALIASES) & set(SPECS)
-    for target, mapping in ALIASES.values():
-        for value in (mapping or {}).values():
-            parse_value(SPECS[target], value)
+    for stands_for in ALIASES.values():
+        for row in stands_for.values() if isinstance(stands_for, dict) else [{stands_for: str(getattr(Settings(), stands_for.lower()))}]:
+            for target, value in row.items():
+                parse_value(SPECS[target], value)
 
 
-@pytest.mark.parametrize("one, other", [(a, b) for a in ALIASES for b in ALIASES if a < b and ALIASES[a][0] == ALIASES[b][0]])
+def targets(name):
+    stands_for = ALIASES[name]
+    return {t for row in stands_for.values() for t in row} if isinstance(stands_for, dict) else {stands_for}
+
+
+@pytest.mark.parametrize("one, other", [(a, b) for a in ALIASES for b in ALIASES if a < b and targets(a) & targets(b)])
 def test_order_of_variables_decides_nothing(one, other):
-    """Two published names of one setting, such as #537's LATE_QAT=1 QAT_THRESHOLD=0.1: never what came last wins."""
+    """Two published names of one setting, such as LATE_QAT and QAT_THRESHOLD: what came last in the environment is no reason to win."""
     def outcome(environ):
         try:
             return values(resolve_settings(environ)[0])
         except UserError as problem:
             return str(problem)
-    for a, b in itertools.product(*([*(ALIASES[n][1] or ("0.1", "0.25"))] for n in (one, other))):
+    for a, b in itertools.product(*([*(ALIASES[n] if isinstance(ALIASES[n], dict) else ("0.1", "0.25"))] for n in (one, other))):
         assert outcome({one: a, other: b}) == outcome({other: b, one: a}), f"{one}={a} {other}={b}"
 
 
@@ -208,7 +220,7 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(MODEL_DIM=136, ROPE_DIMS=16), "MODEL_DIM/NUM_HEADS=17 must be even"),
     (dict(ROPE_DIMS=15), "ROPE_DIMS=15 must be even"),
     (dict(ROPE_DIMS=66), "at most MODEL_DIM/NUM_HEADS=64"),
-    (dict(ROPE_DIMS=2), "ROPE_DIMS=2 cannot be stretched"),
+    (dict(ROPE_DIMS=2), "cannot be stretched"),
     (dict(XSA_LAST_N=12), "XSA_LAST_N=12 exceeds"),
     (dict(UNIQUE_LAYERS=12), "UNIQUE_LAYERS=12 exceeds NUM_LAYERS=11"),
     (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS=12 exceeds NUM_LAYERS=11"),
@@ -221,6 +233,10 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(TTT_CHUNK_TOKENS=2047), "TTT_CHUNK_TOKENS=2047 must hold a row of 2048 tokens"),
     (dict(TTT_CHUNK_TOKENS=4095, EVAL_SEQ_LEN=4096), "TTT_CHUNK_TOKENS=4095 must hold a row of 4096 tokens"),
     (dict(ITERATIONS=0, MAX_WALLCLOCK_SECONDS=0), "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: nothing ends"),
+    (dict(GPTQ=1, GPTQ_RESERVE_SECONDS=600), "GPTQ_RESERVE_SECONDS=600.0 leaves nothing of MAX_WALLCLOCK_SECONDS=600.0"),
+    (dict(TTT_UNFREEZE_BLOCKS=12, TTT_PARAMS="tail"), "TTT_UNFREEZE_BLOCKS=12 exceeds NUM_LAYERS=11"),
+    (dict(TRIGRAM_VOCAB_SIZE=1), "TRIGRAM_VOCAB_SIZE=1 leaves no bucket"),
+    (dict(MODEL_DIM=16, ROPE_DIMS=0), "cannot be stretched"),  # every channel of a head of two is ROPE_DIMS=2
     (dict(VE_LAYERS="9,11"), "VE_LAYERS=9,11 must name different blocks of 0..10"),
     (dict(VE_LAYERS="9,-1"), "VE_LAYERS=9,-1 must name different blocks of 0..10"),
     (dict(VE_LAYERS="9,9"), "VE_LAYERS=9,9 must name different blocks of 0..10"),
@@ -293,6 +309,12 @@ def test_ordinary_environment_is_left_alone():
     assert len(ORDINARY) > 80
     s, explicit = resolve_settings({**dict.fromkeys(ORDINARY, "x"), "_": "x", "no_proxy": "x", "BASH_FUNC_which%%": "x"})
     assert values(s) == DEFAULTS and explicit == set()
+
+
+@pytest.mark.parametrize("prefix", train_gpt.FOREIGN_PREFIXES)
+def test_foreign_prefixes_are_left_alone_however_close(prefix):
+    name = prefix + "MUON_MOMENTUM_WARMUP_STEPS"
+    assert values(resolve_settings({name: "1"})[0]) == DEFAULTS and problems(**{"X_" + name[len(prefix):]: "1"})
 
 
 LONG = sorted(name for name in [*SPECS, *ALIASES, *REFUSED] if len(name) >= 8)
