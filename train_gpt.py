@@ -165,10 +165,10 @@ class Settings:
     swa_enabled: int = sched(0, "flag", "average snapshots late in the warmdown; with EMA too: the mean of both",
                              off="0", choices=FLAG)
     swa_every: int = sched(50, "steps", "between snapshots", low=1)
-    swa_start_frac: float = sched(0.2, "× lr", "snapshots begin when the rate is below this share", low=0, high=1)
+    swa_start_frac: float = sched(0.2, "share", "snapshots begin when less than this of the warmdown is left", low=0, high=1)
     qat_enabled: int = sched(0, "flag", "fake quantization from the first step", off="0", choices=FLAG)
-    late_qat_threshold: float = sched(0.15, "× lr", "fake quantization begins when the rate is below this share",
-                                      off="0", low=0, high=1)
+    late_qat_threshold: float = sched(0.15, "share", "fake quantization begins when less than this of the warmdown "
+                                      "is left", off="0", low=0, high=1)
     crownq_lambda: float = sched(0.0, "× loss", "penalty on the quantization error a row will have (CROWN-Q)", off="0",
                                  low=0)
     crownq_warmdown_only: int = sched(1, "flag", "the penalty waits for fake quantization", off="0", choices=FLAG)
@@ -257,15 +257,18 @@ class Settings:
 _PR414 = dict(
     train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, xsa_last_n=4, smear_gate="1", value_residual="0",
     gated_attention="0", muon_coefficients="classic", lr_floor=0.0, swa_enabled=1, ttt_enabled=0)
+# For two CPU cores: short rows and steps.
+_SMALL = dict(
+    train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096, model_dim=128, num_heads=4, num_kv_heads=2,
+    rope_ntk_reference=0, bigram_dim=64, ve_dim=64, warmup_steps=2, warmdown_iters=1000, ema_decay=0.99, muon_momentum=0.95,
+    muon_momentum_warmup_steps=300, val_loss_every=0, train_log_every=50, ttt_chunk_tokens=8192)
 _PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw", ttt_enabled=1)
 PRESETS = {  # a row holds only what differs from the defaults, or from the row it begins with
     "demo": dict(
-        data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model", run_id="demo",
-        train_seq_len=256, train_batch_tokens=8192, micro_batch_tokens=8192, num_layers=6, model_dim=192, num_heads=6,
-        num_kv_heads=3, rope_ntk_reference=0, xsa_last_n=6, ve_layers="4,5", bigram_dim=64, ve_dim=64,
-        max_wallclock_seconds=120.0, warmup_steps=1, warmdown_iters=250, muon_momentum=0.95,
-        muon_momentum_warmup_steps=200, val_loss_every=0, train_log_every=50, ttt_chunk_tokens=8192,
-        ttt_batch_seqs=32),
+        _SMALL, data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model", run_id="demo",
+        train_batch_tokens=2048, num_layers=4, model_dim=192, xsa_last_n=4, ve_layers="2,3", max_wallclock_seconds=130.0,
+        warmdown_iters=400, ema_decay=0.97, muon_momentum_warmup_steps=100, ttt_lr=0.02),
+    "laptop": dict(_SMALL, max_wallclock_seconds=900.0),
     "pr414": _PR414,
     "pr549": _PR549,
     "pr1092": dict(_PR549, leaky_slope=0.75, bigram_vocab_size=2048, xsa_last_n=11, max_wallclock_seconds=580.0,
@@ -339,7 +342,7 @@ def parse_value(spec, text):
     if meta["choices"] and value not in meta["choices"]:
         raise ValueError(f"must be one of {', '.join(map(str, meta['choices']))}")
     low, high = meta["low"], meta["high"]
-    if kind is not str and not ((low is None or value >= low) and (high is None or value <= high) and math.isfinite(value)):
+    if kind is not str and not ((low is None or value >= low) and (high is None or value <= high) and abs(value) < 2**63):
         raise ValueError(f"is out of range: {low if low is not None else '-inf'} to {high if high is not None else 'inf'}"
                          f" ({meta['unit']})")
     return value
@@ -498,7 +501,11 @@ class Runtime:
         torch.set_float32_matmul_precision("highest" if self.dtype == torch.float32 else "high")
         torch.manual_seed(s.seed)
         if self.world_size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            except (ValueError, dist.DistError) as problem:
+                raise UserError(f"WORLD_SIZE={self.world_size}: the ranks do not find each other ({problem}); start with "
+                                "torchrun, which sets MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE") from problem
 
     def close(self):
         if self.world_size > 1 and dist.is_initialized():
@@ -557,9 +564,13 @@ class Runtime:
     def open_log(self, path):
         """Write log lines to `path` from now on; an earlier log of that name is kept beside it under a number."""
         if self.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                path.rename(next(p for n in range(1, 10**6) if not (p := path.with_suffix(f".{n}{path.suffix}")).exists()))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.exists():
+                    path.rename(next(p for n in range(1, 10**6) if not (p := path.with_suffix(f".{n}{path.suffix}")).exists()))
+                path.touch()
+            except OSError as problem:
+                raise UserError(f"OUT_DIR: {path} cannot be written ({problem.strerror})") from problem
             self.log_path = path
 
     def log(self, line="", console=True):
@@ -621,16 +632,19 @@ class StepClock:
 def write_whole(path, content):
     """Write bytes to `path` so that it holds either its old content or all of the new."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except OSError as problem:
-        part.unlink(missing_ok=True)
+    except BaseException as problem:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if not isinstance(problem, OSError):
+            raise
         raise UserError(f"{path}: cannot be written ({problem.strerror}); the previous file, if any, is intact") from problem
 
 
@@ -1173,13 +1187,20 @@ def build_model(s, rt):
     return model.to(rt.device), name
 
 
+def parameter_shapes(s):
+    """{name: shape}, without allocating any. Raises UserError where the settings make no model."""
+    try:
+        with torch.device("meta"):
+            return {name: tuple(p.shape) for name, p in GPT(s).named_parameters()}
+    except RuntimeError as problem:
+        raise UserError(f"MODEL_DIM={s.model_dim}, MLP_MULT={s.mlp_mult}: too large for any memory ({problem})") from problem
+
+
 def parameter_counts(s):
-    """{kind: parameters}, without allocating any."""
-    with torch.device("meta"):
-        model = GPT(s)
+    """{kind: parameters}."""
     counts = dict.fromkeys(KINDS, 0)
-    for name, p in model.named_parameters():
-        counts[kind_of(name)] += p.numel()
+    for name, shape in parameter_shapes(s).items():
+        counts[kind_of(name)] += math.prod(shape)
     return counts
 
 
@@ -1289,8 +1310,8 @@ class Optimizers:
 # 7. Schedules: pure functions of the step and the training clock
 # ----------------------------------------------------------------------------------------------------------------------
 
-def lr_scale(s, step, elapsed_ms):
-    """Share of the full learning rate: 1, then a linear fall to LR_FLOOR over the last WARMDOWN_ITERS steps.
+def warmdown_share(s, step, elapsed_ms):
+    """1, then a linear fall to 0 over the last WARMDOWN_ITERS steps.
 
     The end is the last of ITERATIONS or the wall-clock cap, whichever is nearer at the pace so far. A warmdown longer
     than the whole run spans the run.
@@ -1301,7 +1322,12 @@ def lr_scale(s, step, elapsed_ms):
     if s.warmdown_iters and s.max_wallclock_seconds and step:
         cap_ms = 1000 * s.max_wallclock_seconds
         shares.append((cap_ms - elapsed_ms) / min(s.warmdown_iters * elapsed_ms / step, cap_ms))
-    return s.lr_floor + (1 - s.lr_floor) * max(min(shares), 0.0)
+    return max(min(shares), 0.0)
+
+
+def lr_scale(s, step, elapsed_ms):
+    """Share of the full learning rate: the warmdown's, but falling to LR_FLOOR instead of 0."""
+    return s.lr_floor + (1 - s.lr_floor) * warmdown_share(s, step, elapsed_ms)
 
 
 def muon_momentum(s, step):
@@ -1316,9 +1342,9 @@ def out_of_time(s, step, elapsed_ms):
     return bool(s.max_wallclock_seconds and step and elapsed_ms * (step + 1) / step > budget_ms)
 
 
-def fake_quant_on(s, scale):
-    """Fake quantization: always, or late in the warmdown, or never."""
-    return bool(s.qat_enabled or (s.late_qat_threshold and scale < s.late_qat_threshold))
+def fake_quant_on(s, share):
+    """Fake quantization: always, or late in the warmdown (`share` of it is left), or never."""
+    return bool(s.qat_enabled or (s.late_qat_threshold and share < s.late_qat_threshold))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1335,14 +1361,14 @@ class WeightAverage:
         self.swa, self.updates, self.snapshots = None, 0, 0
 
     @torch.no_grad()
-    def update(self, step, scale):
-        """After optimizer step number `step` (from 1), taken at learning-rate share `scale`. True at SWA's first."""
+    def update(self, step, share):
+        """After optimizer step number `step` (from 1), with `share` of the warmdown left. True at SWA's first."""
         params = [p.detach() for p in self.params]
         if self.ema:
             self.updates += 1
             decay = self.s.ema_decay
             torch._foreach_lerp_(self.ema, params, (1 - decay) / (1 - decay ** self.updates))
-        if self.s.swa_enabled and scale < self.s.swa_start_frac and step % self.s.swa_every == 0:
+        if self.s.swa_enabled and share < self.s.swa_start_frac and step % self.s.swa_every == 0:
             self.swa = self.swa or [torch.zeros_like(p) for p in params]
             self.snapshots += 1
             torch._foreach_lerp_(self.swa, params, 1 / self.snapshots)
@@ -1546,11 +1572,13 @@ def error_report(state, tensors, hessians):
 
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x01"  # the last byte is the version
 ARTIFACT_MOST_BYTES = 1 << 30  # a body beyond this is refused before anything is allocated
+INDEX_MOST_BYTES = 1 << 20  # parsed JSON takes twenty times its text
 # Codes look like noise to a match finder: a shallow search and no literal context are smaller and 3× faster here.
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORMAL, mf=lzma.MF_BT4, nice_len=64, depth=1,
                      dict_size=1 << 16)]
-TIED_TO_THE_RUN = ("run_id", "device", "precision", "compile", "attention", "out_dir", "eval_only", "scores_path",
-                   "val_limit_tokens")
+# Settings that are not stored: where things lie and how this machine computes.
+TIED_TO_THE_RUN = ("preset", "run_id", "device", "precision", "compile", "attention", "out_dir", "eval_only", "scores_path",
+                   "data_path", "tokenizer_path", "val_limit_tokens")
 
 
 def zstd():
@@ -1623,13 +1651,13 @@ def artifact_body(content):
         header_bytes, = struct.unpack_from("<I", content, start - 4)
         header = json.loads(content[start: start + header_bytes])
         body_bytes, index_bytes = int(header["body_bytes"]), int(header["index_bytes"])
-        if not 0 <= index_bytes <= body_bytes <= ARTIFACT_MOST_BYTES:
+        if not 0 <= index_bytes <= min(body_bytes, INDEX_MOST_BYTES) or body_bytes > ARTIFACT_MOST_BYTES:
             raise ValueError(f"header {header}")
         body = decompress(header["codec"], content[start + header_bytes: -32], body_bytes)
         if len(body) != body_bytes:
             raise ValueError(f"body of {len(body)} bytes where the header says {body_bytes}")
         return json.loads(body[:index_bytes]), memoryview(body)[index_bytes:]
-    except (ValueError, TypeError, KeyError, RecursionError, struct.error) as problem:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, struct.error) as problem:
         raise ArtifactError(f"not readable as an artifact: {type(problem).__name__}: {problem}") from problem
 
 
@@ -1641,6 +1669,8 @@ def decode_artifact(content):
         if any(bits not in (4, 5, 6, 7, 8, 16) or min(shape, default=1) < 0 or (bits < 16 and len(shape) != 2)
                for _, bits, shape in described):
             raise ValueError("a tensor of unknown bits or shape")
+        if len({name for name, *_ in described}) != len(described):
+            raise ValueError("a tensor twice")
         sizes = [math.prod(shape) for *_, shape in described]
         codes_end = sum(n for n, (_, bits, _) in zip(sizes, described) if bits < 16)
         steps_end = codes_end + 2 * sum(shape[0] for _, bits, shape in described if bits < 16)
@@ -1656,12 +1686,14 @@ def decode_artifact(content):
                 tensors[name], at["half"] = Quantized(16, half=half, shape=shape), at["half"] + n
             else:
                 block = codes[at["codes"]: at["codes"] + n].astype(np.int16) - code_limit(bits)
+                if block.size and block.max() > code_limit(bits):
+                    raise ValueError(f"{name}: a code beyond its {bits} bits")
                 steps = joined[0][at["steps"]: at["steps"] + shape[0]].astype(np.float32)
                 tensors[name] = Quantized(bits, torch.from_numpy(block.astype(np.int8)).view(shape), torch.from_numpy(steps),
                                           shape=shape)
                 at["codes"], at["steps"] = at["codes"] + n, at["steps"] + shape[0]
         return dict(index["settings"]), tensors, float(index["widening"])
-    except (ValueError, TypeError, KeyError, OverflowError) as problem:
+    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as problem:
         raise ArtifactError(f"not readable as an artifact: {type(problem).__name__}: {problem}") from problem
 
 
@@ -1676,10 +1708,10 @@ def pack(state, s, budget_bytes, log=lambda line: None, hessians=None):
         return content
     log(f"artifact:too large by {len(content) - budget_bytes} bytes at the finest steps; widening all of them")
     low, high, size, best, widening = 0.0, 6.0, len(content), None, 0.0  # log2 of the factor
-    for _ in range(12):
+    for attempt in range(24):
         # A factor of 2^x takes about x bits from every code: the guess from the last size, or the middle of the bracket.
         guess = widening + 8 * (size - 0.9995 * budget_bytes) / coded if coded else high
-        widening = guess if low < guess < high else (low + high) / 2
+        widening = guess if attempt < 4 and low < guess < high else (low + high) / 2
         content = encode_artifact(at(2 ** widening), s, 2 ** widening)
         size = len(content)
         low, high = (low, widening) if size <= budget_bytes else (widening, high)
@@ -1704,14 +1736,18 @@ def read_artifact(path):
         raise ArtifactError(f"{path}: {problem}") from problem
 
 
-def load_quantized(model, tensors, path):
-    """Give `model` the artifact's weights: every parameter, no other name, no other shape."""
-    own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+def check_shapes(own, tensors, path):
+    """Raises ArtifactError unless the artifact holds every parameter of that name and shape, and no other."""
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if own != found:
         wrong = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
         raise ArtifactError(f"{path}: does not hold this model: {wrong[0]} is {found.get(wrong[0], 'absent')} in the file and "
                             f"{own.get(wrong[0], 'absent')} in the model ({len(wrong)} such)")
+
+
+def load_quantized(model, tensors, path):
+    """Give `model` the artifact's weights: every parameter, no other name, no other shape."""
+    check_shapes({name: tuple(p.shape) for name, p in model.named_parameters()}, tensors, path)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(tensors[name].weights())
@@ -1720,16 +1756,14 @@ def load_quantized(model, tensors, path):
 def size_forecast(s):
     """Bytes of the model file before any widening, for Gaussian weights: entropy of the codes × what lzma adds."""
     total = 4096  # index and header
-    with torch.device("meta"):
-        model = GPT(s)
-    for name, p in model.named_parameters():
-        bits = bits_of(name, s)
+    for name, shape in parameter_shapes(s).items():
+        bits, count = bits_of(name, s), math.prod(shape)
         if bits == 16:
-            total += 2 * p.numel()
+            total += 2 * count
         else:  # a row's clip lies near its expected maximum, √(2 ln 2C) deviations
-            deviations_per_step = math.sqrt(2 * math.log(2 * p.size(1))) * 0.92 / code_limit(bits)
+            deviations_per_step = math.sqrt(2 * math.log(2 * shape[1])) * 0.92 / code_limit(bits)
             entropy = math.log2(math.sqrt(2 * math.pi * math.e) / deviations_per_step)
-            total += int(p.numel() * min(max(entropy, 0.1), bits) / 8 * 1.023) + 2 * p.size(0)
+            total += int(count * min(max(entropy, 0.1), bits) / 8 * 1.023) + 2 * shape[0]
     return total
 
 
@@ -1761,8 +1795,8 @@ class ScoreLedger:
 
     def rows_for_adapting(self, first, last, length):
         """Non-overlapping rows [n, length + 1] whose targets are [first, ...) up to `last`. Raises LedgerError."""
-        if last > self.scored:
-            raise LedgerError(f"tokens up to target {last} asked for where {self.scored} are scored")
+        if not 0 <= first <= last <= self.scored:
+            raise LedgerError(f"tokens of targets {first} to {last} asked for where {self.scored} are scored")
         n = (last - first) // length
         index = first + np.arange(n)[:, None] * length + np.arange(length + 1)
         return torch.from_numpy(self.tokens[index].astype(np.int64))
@@ -1791,7 +1825,7 @@ def window_plan(targets, length, stride):
 def chunk_plan(first, targets, chunk):
     """Window ranges [(begin, end)]: each holds the windows whose first scored target lies in one stretch of `chunk`."""
     borders = np.searchsorted(first, np.arange(0, targets, chunk))
-    borders = np.append(np.unique(borders), len(first))
+    borders = np.unique(np.append(borders, len(first)))
     return list(zip(borders[:-1].tolist(), borders[1:].tolist()))
 
 
@@ -1891,7 +1925,7 @@ class Adapter:
         """
         s = self.s
         rows = ledger.rows_for_adapting(first, last, s.train_seq_len)
-        batches = rows.split(s.ttt_batch_seqs) * s.ttt_epochs
+        batches = rows.split(s.ttt_batch_seqs) * s.ttt_epochs if len(rows) else ()
         across = s.ttt_lr_floor + (1 - s.ttt_lr_floor) * 0.5 * (1 + math.cos(math.pi * share_done))
         for k, batch in enumerate(batches):
             inside = 0.5 * (1 + math.cos(math.pi * k / len(batches))) if s.ttt_intra_cosine else 1.0
@@ -1981,13 +2015,13 @@ class Trainer:
                     self._log_validation(validate(step), step, elapsed)
             if stop:
                 break
-            scale = lr_scale(s, step, elapsed)
-            if fake_quant_on(s, scale) and not quantizing:
+            scale, share = lr_scale(s, step, elapsed), warmdown_share(s, step, elapsed)
+            if fake_quant_on(s, share) and not quantizing:
                 quantizing = True
                 rt.log(f"late_qat:enabled step:{step} scale:{scale:.4f}")
             loss, norm = self.step(batches.next(), scale, muon_momentum(s, step), quantizing)
             step += 1
-            if averages.update(step, scale):
+            if averages.update(step, share):
                 rt.log(f"swa:start step:{step}")
             if step <= 10 or step % s.train_log_every == 0:
                 self._log_step(loss, norm, step, clock.read(), scale)
@@ -2060,21 +2094,20 @@ def log_start(s, rt, explicit):
            f"dtype:{str(rt.dtype).removeprefix('torch.')} compile:{int(rt.compile)} seed:{s.seed}")
 
 
-def log_shape(s, rt, counts):
+def log_shape(s, log, counts):
     """Parameters by group and what a step holds."""
-    rt.log("parameters: " + " ".join(f"{kind}:{n}" for kind, n in counts.items()))
-    rt.log(f"model_params:{sum(counts.values())}")
-    rt.log(f"XSA:last_{s.xsa_last_n} active_layers:{s.xsa_blocks}")
-    rt.log(f"tokens_per_step:{s.train_batch_tokens} rows:{s.train_batch_tokens // s.train_seq_len} "
-           f"row_tokens:{s.train_seq_len}")
+    log("parameters: " + " ".join(f"{kind}:{n}" for kind, n in counts.items()))
+    log(f"model_params:{sum(counts.values())}")
+    log(f"XSA:last_{s.xsa_last_n} active_layers:{s.xsa_blocks}")
+    log(f"tokens_per_step:{s.train_batch_tokens} rows:{s.train_batch_tokens // s.train_seq_len} "
+        f"row_tokens:{s.train_seq_len}")
 
 
 def dry_run(s, ranks):
     """What a run would be, without data or device."""
     counts = parameter_counts(s)
     print(f"settings are good; preset:{s.preset or 'none'} world_size:{ranks[1]}")
-    printer = type("Printer", (), dict(log=staticmethod(print)))
-    log_shape(s, printer, counts)
+    log_shape(s, print, counts)
     code, model = SCRIPT.stat().st_size, size_forecast(s)
     print(f"size forecast: code {code} + model {model} (Gaussian weights) = {code + model} of {s.artifact_budget_bytes} bytes"
           + ("; the steps will be widened to fit" if code + model > s.artifact_budget_bytes else ""))
@@ -2173,29 +2206,33 @@ def report(s, rt, path, counts, trained, results, ledger, eval_seconds):
 def settings_of_artifact(path, environ):
     """Settings for EVAL_ONLY: those stored in the file, changed by explicit variables where that does not contradict the
     model or the way it was trained. Raises UserError."""
-    stored, _, _ = read_artifact(path)
-    known = {f.name: f for f in fields(Settings)}
-    try:
-        stored = {name: parse_value(known[name], value) for name, value in stored.items()}
-    except (KeyError, ValueError) as problem:
-        raise ArtifactError(f"{path}: holds a setting that this script does not have: {problem}") from problem
-    s, explicit = resolve_settings({k: v for k, v in environ.items() if k != "PRESET"}, stored)
+    stored, tensors, _ = read_artifact(path)
+    known = {f.name: f for f in fields(Settings) if f.name not in TIED_TO_THE_RUN}  # a file may not say where things are written
+    for name, value in stored.items():
+        try:
+            stored[name] = parse_value(known[name], value)
+        except KeyError:
+            raise ArtifactError(f"{path}: holds {name}, a setting that no artifact of this script has") from None
+        except ValueError as problem:
+            raise ArtifactError(f"{path}: holds {name}={value}, which {problem}") from problem
+    s, explicit = resolve_settings(environ, stored)
     fixed = [name for name in stored if getattr(s, name) != stored[name] and (
         known[name].metadata["section"] == "Model" or name in ("vocab_size", "bos_token", "train_seq_len", "attn_bits", "mlp_bits"))]
     if fixed:
         raise UserError(f"EVAL_ONLY={path}: made with other settings: " + "; ".join(
             f"{name.upper()}={stored[name]}, not {getattr(s, name)}" for name in fixed) + "; unset these")
+    check_shapes(parameter_shapes(s), tensors, path)
     return s, explicit
 
 
 def run_job(s, rt, explicit):
     """The whole job, in the order the data flows."""
     s = replace(s, run_id=s.run_id or str(uuid.uuid4()))
+    tokens, byte_table = load_validation(s), ByteTable(s)
     rt.open_log(Path(s.out_dir) / "logs" / f"{s.run_id}.txt")
     log_start(s, rt, explicit)
-    tokens, byte_table = load_validation(s), ByteTable(s)
     counts = parameter_counts(s)
-    log_shape(s, rt, counts)
+    log_shape(s, rt.log, counts)
     model, attention = build_model(s, rt)
     rt.log(f"attention:{attention} validation_targets:{len(tokens) - 1}")
     forward = torch.compile(model, dynamic=False) if rt.compile else model
@@ -2219,9 +2256,8 @@ def main(argv, environ):
     rt = None
     try:
         ranks = launched_ranks(environ)
-        s, explicit = resolve_settings(environ)
-        if s.eval_only:
-            s, explicit = settings_of_artifact(s.eval_only, environ)
+        artifact = environ.get("EVAL_ONLY", "").strip()
+        s, explicit = settings_of_artifact(artifact, environ) if artifact else resolve_settings(environ)
         if "--dry-run" in argv:
             dry_run(s, ranks)
             return 0
@@ -2231,6 +2267,10 @@ def main(argv, environ):
             run_job(s, rt, explicit)
         rt.close()
         return 0
+    except torch.OutOfMemoryError as problem:
+        print(f"error: GPU memory ran out; lower MICRO_BATCH_TOKENS (training, TTT) or EVAL_BATCH_SEQS (scoring): {problem}",
+              file=sys.stderr, flush=True)
+        return 2
     except UserError as problem:
         rank = rt.rank if rt else int(environ.get("RANK", 0) if environ.get("RANK", "0").isdigit() else 0)
         if rank:  # what all ranks met is said once, by rank 0, whose end also ends the others

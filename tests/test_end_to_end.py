@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
-import sys
 from dataclasses import fields
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
