@@ -266,9 +266,10 @@ _PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="a
 PRESETS = {  # a row holds only what differs from the defaults, or from the row it begins with
     "demo": dict(
         _SMALL, data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model", run_id="demo",
-        train_batch_tokens=2048, num_layers=4, model_dim=192, xsa_last_n=4, ve_layers="2,3", max_wallclock_seconds=130.0,
-        warmdown_iters=400, ema_decay=0.97, muon_momentum_warmup_steps=100, ttt_lr=0.02),
-    "laptop": dict(_SMALL, max_wallclock_seconds=900.0),
+        train_batch_tokens=2048, num_layers=3, xsa_last_n=3, ve_layers="1,2", bigram_vocab_size=8192,
+        trigram_vocab_size=8192, trigram_dim=64, max_wallclock_seconds=140.0, warmdown_iters=600, ema_decay=0.97,
+        muon_momentum_warmup_steps=100, ttt_lr=0.1, ttt_chunk_tokens=2048),
+    "laptop": dict(_SMALL, max_wallclock_seconds=900.0, ttt_lr=0.05),
     "pr414": _PR414,
     "pr549": _PR549,
     "pr1092": dict(_PR549, leaky_slope=0.75, bigram_vocab_size=2048, xsa_last_n=11, max_wallclock_seconds=580.0,
