@@ -2,7 +2,7 @@
 
     python tests/bench/presets.py --data data/datasets/mix_sp1024 --steps 300 --jobs 2 --out tests/bench/results/presets.md
 
-Every run is train_gpt.py itself, 11 layers of 96 channels on rows of 256 tokens, scored on the first 131,072 validation
+Every run is train_gpt.py itself, 11 layers of 64 channels on rows of 256 tokens, scored on the first 131,072 validation
 targets: float, quantized, sliding and TTT. Schedules are shrunk by one factor (steps / 7,000), chunks by 8 as the rows are;
 all else is the preset's own. One thread a run, so that jobs do not disturb each other; nothing depends on the clock.
 """
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 
-COMMON = dict(DEVICE="cpu", PRECISION="fp32", COMPILE=0, MODEL_DIM=96, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_LEN=256,
+COMMON = dict(DEVICE="cpu", PRECISION="fp32", COMPILE=0, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_LEN=256,
               TRAIN_BATCH_TOKENS=2048, MICRO_BATCH_TOKENS=2048, ROPE_NTK_REFERENCE=128, SEED=1337, MAX_WALLCLOCK_SECONDS=0,
               WARMUP_STEPS=0, EVAL_STRIDE=64, VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=50, VAL_LIMIT_TOKENS=131072)
 
@@ -30,7 +30,7 @@ def environment(preset, steps, data, tokenizer, out):
     scaled = dict(ITERATIONS=steps, WARMDOWN_ITERS=round(s.warmdown_iters * share), SWA_EVERY=max(1, round(s.swa_every * share)),
                   MUON_MOMENTUM_WARMUP_STEPS=round(s.muon_momentum_warmup_steps * share),
                   EMA_DECAY=round(s.ema_decay ** (1 / share), 6), TTT_CHUNK_TOKENS=s.ttt_chunk_tokens // 8,
-                  ROPE_DIMS=6 if s.rope_dims else 0)
+                  ROPE_DIMS=4 if s.rope_dims else 0)
     variables = dict(COMMON, **scaled, PRESET=preset, RUN_ID=preset or "default", OUT_DIR=out / (preset or "default"),
                      DATA_PATH=data, TOKENIZER_PATH=tokenizer)
     return {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
@@ -75,7 +75,7 @@ def main():
     parser.add_argument("--work", default="out/presets", help="where runs are kept; finished ones are not repeated")
     parser.add_argument("--out", default="", help="write the table here too")
     arguments = parser.parse_args()
-    names = ["", *(p for p in train_gpt.PRESETS if p.startswith("pr"))]
+    names = sorted(["", *(p for p in train_gpt.PRESETS if p.startswith("pr"))], reverse=True)  # pr537, the longest, early
     with ThreadPoolExecutor(arguments.jobs) as pool:
         results = dict(zip([n or "default" for n in names], pool.map(lambda n: run(n, arguments), names)))
     text = table(results, arguments)
