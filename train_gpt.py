@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SCRIPT = Path(__file__).resolve()
+SOURCE = SCRIPT.read_bytes()  # as it is executed: an edit during a run changes neither its log nor its count of bytes
 
 
 class UserError(Exception):
@@ -1851,10 +1852,11 @@ class Scorer:
             windows = np.minimum(np.arange(b, b + batch), mine_end - 1)  # a short batch repeats its last window
             rows = self.tokens[torch.from_numpy(self.start[windows]).to(self.rt.device)[:, None] + self.offsets].long()
             nll = self.model(rows[:, :-1], rows[:, 1:])
-            for row, w in enumerate(range(b, min(b + batch, mine_end))):
-                n = int(self.start[w]) + self.length - int(self.first[w])
-                place = slice(int(self.first[w]) - low, int(self.first[w]) - low + n)
-                out[0, place], out[1, place] = nll[row, -n:], out[1, place] + 1
+            positions = self.start[windows][:, None] + np.arange(self.length)
+            fresh = (positions >= self.first[windows][:, None]) & (np.arange(b, b + batch) < mine_end)[:, None]
+            index = [torch.from_numpy(i).to(self.rt.device) for i in (*np.nonzero(fresh), positions[fresh] - low)]
+            out[0, index[2]] = nll[index[0], index[1]].float()
+            out[1].index_add_(0, index[2], torch.ones_like(index[2], dtype=out.dtype))
             tick((min(b + batch, mine_end) - mine_begin) * self.rt.world_size)
         scores, times = self.rt.sum_(out).cpu().numpy()
         if not (times == 1).all():
@@ -2082,7 +2084,7 @@ def device_name(rt):
 
 def log_start(s, rt, explicit):
     """The log's first entries: source, versions, GPU, every setting, so that a run can be told from its log alone."""
-    rt.log(SCRIPT.read_text(encoding="utf-8"), console=False)
+    rt.log(SOURCE.decode(), console=False)
     rt.log("=" * 100, console=False)
     rt.log("versions: " + " ".join(f"{k} {v}" for k, v in versions(rt).items()), console=False)
     if rt.device.type == "cuda" and rt.rank == 0:
@@ -2109,7 +2111,7 @@ def dry_run(s, ranks):
     counts = parameter_counts(s)
     print(f"settings are good; preset:{s.preset or 'none'} world_size:{ranks[1]}")
     log_shape(s, print, counts)
-    code, model = SCRIPT.stat().st_size, size_forecast(s)
+    code, model = len(SOURCE), size_forecast(s)
     print(f"size forecast: code {code} + model {model} (Gaussian weights) = {code + model} of {s.artifact_budget_bytes} bytes"
           + ("; the steps will be widened to fit" if code + model > s.artifact_budget_bytes else ""))
     print(f"training: {s.iterations or 'any number of'} steps at most, {s.max_wallclock_seconds or 'no limit of'} s")
@@ -2163,7 +2165,7 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     if rt.rank == 0:
         try:
             state = dict(model.named_parameters())
-            content = pack(state, s, s.artifact_budget_bytes - SCRIPT.stat().st_size, rt.log, hessians)
+            content = pack(state, s, s.artifact_budget_bytes - len(SOURCE), rt.log, hessians)
             write_whole(path, content)
             for line in error_report(state, decode_artifact(content)[1], hessians):
                 rt.log(line, console=False)
@@ -2177,18 +2179,18 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
 
 def report(s, rt, path, counts, trained, results, ledger, eval_seconds):
     """Write the result file and the log's last lines: what a reviewer checks."""
-    code, last = SCRIPT.read_bytes(), list(results.values())[-1]
+    last = list(results.values())[-1]
     model_bytes, label = path.stat().st_size, s.quant_label
-    total = len(code) + model_bytes
+    total = len(SOURCE) + model_bytes
     result = dict(
         preset=s.preset, settings={f.name: getattr(s, f.name) for f in fields(s)}, seed=s.seed, world_size=rt.world_size,
-        device=device_name(rt), versions=versions(rt), code_sha256=hashlib.sha256(code).hexdigest(), code_bytes=len(code),
+        device=device_name(rt), versions=versions(rt), code_sha256=hashlib.sha256(SOURCE).hexdigest(), code_bytes=len(SOURCE),
         model_bytes=model_bytes, total_bytes=total, model_params=sum(counts.values()), **trained, eval_seconds=eval_seconds,
         scored_targets=last["targets"], scored_bytes=last["bytes"], peak_memory_bytes=rt.peak_memory_bytes(),
         val_loss={kind: r["val_loss"] for kind, r in results.items()},
         val_bpb={kind: r["val_bpb"] for kind, r in results.items()}, ledger_sha256=last["sha256"], artifact=str(path))
     rt.log(f"Serialized model {label}+{s.codec}: {model_bytes} bytes")
-    rt.log(f"Code size: {len(code)} bytes")
+    rt.log(f"Code size: {len(SOURCE)} bytes")
     rt.log(f"Total submission size {label}+{s.codec}: {total} bytes of {s.artifact_budget_bytes}")
     rt.log(f"code_sha256:{result['code_sha256']}")
     rt.log(f"seconds: train {trained['train_seconds']:.1f} of {s.max_wallclock_seconds:g}, pack {trained['pack_seconds']:.1f}, "

@@ -1,0 +1,2284 @@
+"""Train a small GPT for at most 600 s, pack it into 16,000,000 bytes, read it back, score it in bits per byte.
+
+The claim: one file does the whole job of a parameter-golf submission. It trains on FineWeb tokens, quantizes and
+packs the weights so that code + model fit the byte cap with every seed, reads that file back from disk and scores it
+on the fixed validation tokens, adapting to tokens only after they were scored. Settings are environment variables.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py     the defaults, on 8×H100
+    PRESET=demo python train_gpt.py                           the same job, small, on two CPU cores
+    python train_gpt.py --help | --dry-run                    every setting | resolve and check all, train nothing
+
+Contents: 1 Settings · 2 Runtime · 3 Data · 4 Bits per byte · 5 Model · 6 Optimizers · 7 Schedules ·
+8 Weight averaging · 9 Quantizer · 10 Artifact · 11 Evaluation · 12 Training · 13 main
+
+Shape letters: B batch, T time, D model, H query heads, K key/value heads, E head dim, V vocabulary, R rows, C columns.
+A "target" is a validation token that is predicted: target i is token i+1, predicted from tokens 0..i.
+"""
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import importlib
+import io
+import json
+import lzma
+import math
+import os
+import platform
+import resource
+import struct
+import subprocess
+import sys
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SCRIPT = Path(__file__).resolve()
+
+
+class UserError(Exception):
+    """Something the user can mend; the message names what, the value, and the way out."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Settings: the only section that reads the environment
+# ----------------------------------------------------------------------------------------------------------------------
+
+def setting(section, default, unit, meaning, off="", low=None, high=None, choices=None):
+    """One environment variable: its section in --help, default, unit, meaning, the value that is "off", its range."""
+    return field(default=default, metadata=dict(
+        section=section, unit=unit, meaning=meaning, off=off, low=low, high=high, choices=choices))
+
+
+run, data, arch, opt, sched, quant, evaluation = (functools.partial(setting, name) for name in (
+    "Run", "Data", "Model", "Optimizers", "Schedule", "Quantizer and artifact", "Evaluation"))
+FLAG = (0, 1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting, resolved and checked. A field is read from the variable of the same name in capitals.
+
+    The defaults are the best known configuration of the 11-layer, SP1024 family; where a default differs from the
+    common base (#414), the comment gives the published reason (bits per byte, lower is better).
+    """
+    preset: str = run("", "name", "row of the preset table to start from", off="empty")
+    run_id: str = run("", "name", "names logs/<RUN_ID>.txt and .json", off="empty: a fresh uuid4")
+    seed: int = run(1337, "integer", "seeds weights and the order of training tokens", low=0, high=2**31 - 1)
+    device: str = run("auto", "name", "auto takes a GPU where there is one", choices=("auto", "cuda", "cpu"))
+    precision: str = run("auto", "name", "compute type; fp32 includes Newton–Schulz; auto: bf16 on a GPU, else fp32",
+                         choices=("auto", "bf16", "fp32"))
+    compile: str = run("auto", "name", "torch.compile; auto: on a GPU only", off="0", choices=("auto", "0", "1"))
+    attention: str = run("auto", "name", "attention back end; auto: the first that works here",
+                         choices=("auto", "fa3", "fa4", "fa2", "sdpa"))
+    out_dir: str = run(".", "folder", "where the artifact and logs/ are written")
+    eval_only: str = run("", "file", "score this artifact with the settings stored in it, train nothing", off="empty")
+    scores_path: str = run("", "file.npy", "keep the nll (nats, float32) of every target of the last evaluation",
+                           off="empty")
+
+    data_path: str = data("./data/datasets/fineweb10B_sp1024", "folder", "holds fineweb_{train,val}_*.bin")
+    tokenizer_path: str = data("./data/tokenizers/fineweb_1024_bpe.model", "file", "SentencePiece model of the shards")
+    vocab_size: int = data(1024, "pieces", "must equal the tokenizer's", low=2, high=65535)
+    bos_token: int = data(1, "token id", "begins every document", low=0)
+    train_seq_len: int = data(2048, "tokens", "length of a training row", low=2)
+    train_batch_tokens: int = data(786432, "tokens", "per optimizer step, over all ranks", low=2)
+    micro_batch_tokens: int = data(98304, "tokens", "most a rank holds in one pass; lower it when memory runs out", low=2)
+    # Shuffled rows instead of sequential shards (#1493's line of records).
+    train_order: str = data("shuffled", "name", "rows shuffled inside shuffled shards, or as they lie on disk",
+                            choices=("shuffled", "sequential"))
+    val_limit_tokens: int = data(0, "tokens", "score only the first so many: quick, but no legal score", off="0", low=0)
+
+    num_layers: int = arch(11, "blocks", "depth", low=1, high=64)
+    unique_layers: int = arch(0, "cores", "block i uses the matrices of core i mod this (#537)", off="0: all own", low=0)
+    model_dim: int = arch(512, "channels", "width D", low=8)
+    num_heads: int = arch(8, "heads", "query heads H", low=1)
+    num_kv_heads: int = arch(4, "heads", "key/value heads K", low=1)
+    mlp_mult: float = arch(3.0, "× D", "hidden width of the MLP", low=0.125, high=16)
+    # LeakyReLU(0.5)² −0.002 to −0.003 (#549, #657). 0.75 gained 0.0018 more in one sweep, nothing against #549.
+    leaky_slope: float = arch(0.5, "slope", "MLP activation is LeakyReLU(slope)²", off="0: relu²", low=0, high=1)
+    logit_softcap: float = arch(30.0, "logit", "logits are softcap·tanh(logits/softcap)", off="0", low=0)
+    tied_embed_init_std: float = arch(0.005, "std", "of the initial token embedding, which is also the head", low=0)
+    qk_gain_init: float = arch(4.0, "factor", "initial gain of each query head", low=0)  # 1.5 → 4: −0.0039
+    rope_base: float = arch(10000.0, "base", "of the rotary frequencies", low=1)
+    rope_dims: int = arch(16, "channels", "of each head that rotate (16 of 64: −0.0023 with LN_SCALE)",
+                          off="0: all", low=0)
+    rope_ntk_reference: int = arch(1024, "tokens", "rows longer than this stretch the rotary base", off="0", low=0)
+    ln_scale: int = arch(1, "flag", "block i reads its input times 1/√(i+1)", off="0", choices=FLAG)
+    xsa_last_n: int = arch(11, "blocks", "the last so many use exclusive self-attention", off="0", low=0)  # −0.0017
+    unet_skips: int = arch(1, "flag", "first-half block outputs are added in the second half", off="0", choices=FLAG)
+    resid_mix: int = arch(1, "flag", "each block mixes the normalized embedding back in", off="0", choices=FLAG)
+    # Mixing across documents is a known mistake: bos keeps the gate shut at the first token of a document.
+    smear_gate: str = arch("bos", "name", "mix in the previous token; bos: not across documents", off="0",
+                           choices=("0", "1", "bos"))
+    bigram_vocab_size: int = arch(2048, "buckets", "of the hashed bigram embedding", off="0", low=0)
+    bigram_dim: int = arch(128, "channels", "of the bigram embedding", low=1)
+    trigram_vocab_size: int = arch(0, "buckets", "of a hashed trigram embedding", off="0", low=0)
+    trigram_dim: int = arch(128, "channels", "of the trigram embedding", low=1)
+    ve_enabled: int = arch(1, "flag", "shared value embedding", off="0", choices=FLAG)
+    ve_dim: int = arch(128, "channels", "of the value embedding", low=1)
+    ve_layers: str = arch("9,10", "block list", "blocks whose values get it", off="empty")
+    # −0.0010 (value residual) and −0.0005 to −0.0010 (gate) at full scale, −0.015 and −0.003 in short runs.
+    value_residual: str = arch("pair", "name", "V ← a·V₀ + b·V; 1: pair; embed: block output + λ·x₀", off="0",
+                               choices=("0", "1", "pair", "sigmoid", "shortcut", "half", "embed"))
+    gated_attention: str = arch("head", "name", "gate on attention output; 1 means head", off="0",
+                                choices=("0", "1", "head", "scalar"))
+
+    matrix_lr: float = opt(0.025, "per step", "Muon, matrices", low=0)
+    scalar_lr: float = opt(0.025, "per step", "AdamW, scales, gates and mixes", low=0)
+    tied_embed_lr: float = opt(0.035, "per step", "AdamW, embedding tables", low=0)
+    proj_optimizer: str = opt("muon", "name", "of the two small embeddings' projections", choices=("muon", "adamw"))
+    muon_wd: float = opt(0.04, "× lr", "decoupled weight decay of Muon", off="0", low=0)
+    adam_wd: float = opt(0.04, "× lr", "decoupled weight decay of AdamW", off="0", low=0)
+    muon_momentum: float = opt(0.99, "factor", "Nesterov momentum after its warm-up", low=0, high=0.9999)
+    muon_momentum_warmup_start: float = opt(0.92, "factor", "momentum at step 0", low=0, high=0.9999)
+    muon_momentum_warmup_steps: int = opt(1500, "steps", "linear momentum warm-up", off="0", low=0)
+    muon_backend_steps: int = opt(5, "iterations", "of Newton–Schulz", low=1, high=12)
+    # Polar Express with a floor of 0.1 on the learning rate and a fused loss: −0.0017 together (late records).
+    muon_coefficients: str = opt("polar", "name", "Newton–Schulz coefficients", choices=("classic", "polar"))
+    beta1: float = opt(0.9, "factor", "AdamW", low=0, high=0.99999)
+    beta2: float = opt(0.95, "factor", "AdamW", low=0, high=0.99999)
+    adam_eps: float = opt(1e-8, "epsilon", "AdamW", low=0)
+    grad_clip_norm: float = opt(0.3, "norm", "of all gradients, after their reduction over ranks", off="0", low=0)
+
+    iterations: int = sched(20000, "steps", "upper bound", low=0)
+    max_wallclock_seconds: float = sched(600.0, "s", "training clock; a step that would pass it is not begun",
+                                         off="0: ITERATIONS alone decides", low=0)
+    warmup_steps: int = sched(20, "steps", "on random tokens before the clock starts, then everything is restored",
+                              off="0", low=0)
+    warmdown_iters: int = sched(3500, "steps", "linear fall of the learning rate at the end", off="0", low=0)
+    lr_floor: float = sched(0.1, "× lr", "the warmdown ends here instead of at zero", off="0", low=0, high=1)
+    ema_enabled: int = sched(1, "flag", "average the weights exponentially, bias-corrected (−0.0006)", off="0",
+                             choices=FLAG)
+    ema_decay: float = sched(0.997, "per step", "of the average", low=0, high=0.999999)
+    swa_enabled: int = sched(0, "flag", "average snapshots late in the warmdown; with EMA too: the mean of both",
+                             off="0", choices=FLAG)
+    swa_every: int = sched(50, "steps", "between snapshots", low=1)
+    swa_start_frac: float = sched(0.2, "share", "snapshots begin when less than this of the warmdown is left", low=0, high=1)
+    qat_enabled: int = sched(0, "flag", "fake quantization from the first step", off="0", choices=FLAG)
+    late_qat_threshold: float = sched(0.15, "share", "fake quantization begins when less than this of the warmdown "
+                                      "is left", off="0", low=0, high=1)
+    crownq_lambda: float = sched(0.0, "× loss", "penalty on the quantization error a row will have (CROWN-Q)", off="0",
+                                 low=0)
+    crownq_warmdown_only: int = sched(1, "flag", "the penalty waits for fake quantization", off="0", choices=FLAG)
+    val_loss_every: int = sched(4000, "steps", "between validations while training", off="0: only after the last step",
+                                low=0)
+    train_log_every: int = sched(500, "steps", "between log lines after step 10", low=1)
+
+    attn_bits: int = quant(6, "bits", "attention matrices; 16 keeps fp16", choices=(4, 5, 6, 7, 8, 16))
+    mlp_bits: int = quant(6, "bits", "MLP matrices; 16 keeps fp16", choices=(4, 5, 6, 7, 8, 16))
+    embed_bits: int = quant(8, "bits", "token and value embedding tables", choices=(4, 5, 6, 7, 8, 16))
+    bigram_bits: int = quant(8, "bits", "bigram and trigram tables", choices=(4, 5, 6, 7, 8, 16))
+    proj_bits: int = quant(16, "bits", "projections of the small embeddings", choices=(4, 5, 6, 7, 8, 16))
+    fp16_keep_name_patterns: str = quant("", "name parts", "tensors kept as fp16, commas between", off="empty")
+    gptq_lite: int = quant(1, "flag", "search the clip of every row; off: the row's maximum", off="0", choices=FLAG)
+    quant_clip_scope: str = quant("row", "name", "search per row, or one quantile for a whole matrix as ancestors did",
+                                  choices=("row", "matrix"))
+    quant_step_floor: float = quant(0.0, "weight", "least step of int4–int7 rows; 0.03226 (1/31) as ancestors did",
+                                    off="0", low=0)
+    prune_frac: float = quant(0.0, "share", "of the smallest weights of each matrix and table set to zero", off="0",
+                              low=0, high=0.9)
+    gptq: int = quant(0, "flag", "full GPTQ: error compensation by Hessians from training tokens", off="0", choices=FLAG)
+    gptq_batches: int = quant(8, "passes", "of MICRO_BATCH_TOKENS per rank, for the Hessians", low=1)
+    gptq_reserve_seconds: float = quant(10.0, "s", "of the training clock kept for the Hessians", low=0)
+    gptq_act_order: int = quant(0, "flag", "columns in falling order of the Hessian's diagonal", off="0", choices=FLAG)
+    gptq_damp: float = quant(0.01, "× mean diagonal", "added to the Hessian's diagonal", low=1e-6, high=1)
+    codec: str = quant("lzma", "name", "of the artifact; zstd needs the zstandard package", choices=("lzma", "zstd"))
+    artifact_budget_bytes: int = quant(16_000_000, "bytes", "cap on code + model; the model gets what the code leaves",
+                                       low=1)
+
+    eval_seq_len: int = evaluation(0, "tokens", "length of a scoring window", off="0: TRAIN_SEQ_LEN", low=0)
+    eval_stride: int = evaluation(64, "tokens", "scored per sliding window", off="0: no sliding evaluation", low=0)
+    eval_batch_seqs: int = evaluation(32, "windows", "per rank and pass", low=1)
+    ttt_enabled: int = evaluation(1, "flag", "score-first test-time training over the sliding windows (−0.0021 to "
+                                  "−0.0033)", off="0", choices=FLAG)
+    ttt_optimizer: str = evaluation("sgd", "name", "with TTT_MOMENTUM, or AdamW (0.9, 0.999)", choices=("sgd", "adamw"))
+    ttt_params: str = evaluation("all", "name", "tail: last blocks, scalars, token table; scalars: no matrix or table",
+                                 choices=("all", "tail", "scalars"))
+    ttt_lr: float = evaluation(0.002, "per step", "falling by a cosine over the chunks", low=0)
+    ttt_lr_floor: float = evaluation(0.0, "× lr", "where that cosine ends", low=0, high=1)
+    ttt_intra_cosine: int = evaluation(0, "flag", "times a cosine inside each chunk", off="0", choices=FLAG)
+    ttt_proj_lr_mult: float = evaluation(1.0, "× lr", "of the MLP's down matrices", low=0)
+    ttt_fc_lr_mult: float = evaluation(1.0, "× lr", "of the MLP's up matrices", low=0)
+    ttt_temp: float = evaluation(1.0, "temperature", "fixed, on the logits while TTT scores and trains", low=0.1, high=10)
+    ttt_momentum: float = evaluation(0.9, "factor", "SGD", low=0, high=0.9999)
+    ttt_epochs: int = evaluation(3, "passes", "over each scored chunk", low=0)
+    ttt_chunk_tokens: int = evaluation(32768, "tokens", "scored before each adaptation", low=2)
+    ttt_freeze_blocks: int = evaluation(0, "blocks", "the first so many are not adapted", off="0", low=0)
+    ttt_unfreeze_blocks: int = evaluation(2, "blocks", "the last so many with TTT_PARAMS=tail", low=0)
+    ttt_batch_seqs: int = evaluation(256, "rows", "per TTT step, over all ranks (eight ranks held 8 × 32)", low=1)
+    ttt_grad_clip: float = evaluation(1.0, "norm", "after the reduction over ranks", off="0", low=0)
+
+    @property
+    def head_dim(self):
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_hidden(self):
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def window(self):
+        """Length of a scoring window, tokens."""
+        return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def cores(self):
+        return self.unique_layers or self.num_layers
+
+    @property
+    def ve_blocks(self):
+        """Blocks that get the value embedding, ascending."""
+        return [int(i) for i in self.ve_layers.split(",") if i.strip()] if self.ve_enabled else []
+
+    @property
+    def xsa_blocks(self):
+        """Blocks with exclusive self-attention; counted over cores where blocks share them, as #537 did."""
+        return [i for i in range(self.num_layers) if i % self.cores >= self.cores - self.xsa_last_n]
+
+    @property
+    def quant_label(self):
+        """Name of the quantized model in log keys and results: int6, or int5_6 for int5 MLP and int6 attention."""
+        return f"int{self.mlp_bits}" if self.mlp_bits == self.attn_bits else f"int{self.mlp_bits}_{self.attn_bits}"
+
+
+# The common base of the ancestors (#414). Each preset's line in the README says what ours does differently.
+_PR414 = dict(
+    train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, xsa_last_n=4, smear_gate="1", value_residual="0",
+    gated_attention="0", muon_coefficients="classic", lr_floor=0.0, swa_enabled=1, ttt_enabled=0)
+# For two CPU cores: short rows and steps.
+_SMALL = dict(
+    train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096, model_dim=128, num_heads=4, num_kv_heads=2,
+    rope_ntk_reference=0, bigram_dim=64, ve_dim=64, warmup_steps=2, warmdown_iters=1000, ema_decay=0.99, muon_momentum=0.95,
+    muon_momentum_warmup_steps=300, val_loss_every=0, train_log_every=50, ttt_chunk_tokens=8192)
+_PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw", ttt_enabled=1)
+PRESETS = {  # a row holds only what differs from the defaults, or from the row it begins with
+    "demo": dict(
+        _SMALL, data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model", run_id="demo",
+        train_batch_tokens=2048, num_layers=3, xsa_last_n=3, ve_layers="1,2", bigram_vocab_size=8192,
+        trigram_vocab_size=8192, trigram_dim=64, max_wallclock_seconds=140.0, warmdown_iters=600, ema_decay=0.97,
+        muon_momentum_warmup_steps=100, ttt_lr=0.1, ttt_chunk_tokens=2048),
+    "laptop": dict(_SMALL, max_wallclock_seconds=900.0, ttt_lr=0.05),
+    "pr414": _PR414,
+    "pr549": _PR549,
+    "pr1092": dict(_PR549, leaky_slope=0.75, bigram_vocab_size=2048, xsa_last_n=11, max_wallclock_seconds=580.0,
+                   ttt_lr=0.03),
+    "pr657": dict(_PR414, leaky_slope=0.5, value_residual="sigmoid"),
+    "pr490": dict(
+        _PR414, leaky_slope=0.5, value_residual="pair", gated_attention="head", xsa_last_n=0, rope_dims=0, ln_scale=0,
+        ve_enabled=0, bigram_vocab_size=4096, swa_enabled=0, iterations=9000, warmdown_iters=1200, muon_momentum=0.95,
+        muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500, late_qat_threshold=0.0, gptq=1, prune_frac=0.02,
+        val_loss_every=1000, train_log_every=200, ttt_enabled=1, ttt_optimizer="adamw", ttt_params="tail", ttt_lr=1e-4,
+        ttt_chunk_tokens=131072),
+    "pr537": dict(
+        _PR414, leaky_slope=0.5, unique_layers=10, seed=42, iterations=5200, warmdown_iters=3000, adam_wd=0.01,
+        ema_enabled=0, late_qat_threshold=0.1, mlp_bits=5, bigram_bits=6, proj_bits=6,
+        fp16_keep_name_patterns="tok_emb,cores.2.attn.k", gptq_lite=0, prune_frac=0.03, codec="zstd", val_loss_every=500,
+        train_log_every=100, ttt_enabled=1, ttt_epochs=30, ttt_freeze_blocks=2, ttt_proj_lr_mult=3.0, ttt_fc_lr_mult=0.5,
+        ttt_intra_cosine=1),
+}
+
+# Published names that are spelt otherwise here: our name, or what each of its values stands for. One that switches off wins
+# over another for the same setting; one that switches on leaves it the other's value.
+_VRL = {"0": {"VALUE_RESIDUAL": "0"}, "1": {"VALUE_RESIDUAL": "sigmoid"}}
+ALIASES = {
+    "VRL_ENABLED": _VRL, "VRL": _VRL, "GA_ENABLED": "GATED_ATTENTION", "WEIGHT_DECAY": "MUON_WD",
+    "TTT_TEMPERATURE": "TTT_TEMP", "QAT_THRESHOLD": "LATE_QAT_THRESHOLD",
+    "LATE_QAT": {"0": {"LATE_QAT_THRESHOLD": "0"}, "1": {"LATE_QAT_THRESHOLD": "0.15"}},
+    "MLP_ACTIVATION": {"relu_sq": {"LEAKY_SLOPE": "0"}, "leaky_relu_sq": {"LEAKY_SLOPE": "0.5"}},
+    "TTT_PERLAYER_LR": {"0": {"TTT_PROJ_LR_MULT": "1", "TTT_FC_LR_MULT": "1"},
+                        "1": {"TTT_PROJ_LR_MULT": "3", "TTT_FC_LR_MULT": "0.5"}},
+    "ALL_INT5": {"0": {}, "1": {"ATTN_BITS": "5", "MLP_BITS": "5"}},
+}
+
+# Published names that nothing here obeys: name → (the value that changes nothing and is let through, why not others).
+REFUSED = {
+    "DTG_ENABLED": ("0", "the dynamic token gate never gained anything where it was published"),
+    "MTP_NUM_HEADS": ("0", "multi-token heads were declared and never used"),
+    "MTP_LOSS_WEIGHT": ("0.2", "multi-token heads were declared and never used"),
+    "LAWA_ENABLED": ("0", "LAWA was declared and never used: EMA_ENABLED or SWA_ENABLED average the weights"),
+    "LAWA_K": ("10", "see LAWA_ENABLED"), "LAWA_FREQ": ("100", "see LAWA_ENABLED"),
+    "TIE_EMBEDDINGS": ("1", "an untied head costs bytes and was never used: the head is the token table"),
+    "EMBED_LR": ("0.6", "belongs to an untied head: set TIED_EMBED_LR"),
+    "HEAD_LR": ("0.008", "belongs to an untied head: set TIED_EMBED_LR"),
+    "GRAD_QUANT": ("0", "its published code read it and did nothing with it"),
+    "MUON_BETA2": ("0.95", "its published code read it and did nothing with it"),
+    "VAL_BATCH_SIZE": ("524288", "set EVAL_BATCH_SEQS, windows per rank and pass"),
+    "XSA_START_LAYER": ("-4", "set XSA_LAST_N, counted from the end"),
+    "QUANT_EVAL_EVERY": ("0", "the quantized model is scored once, from the file"),
+    "INT8_CLIP_PERCENTILE": ("99.99984", "the clip of every row is searched: GPTQ_LITE"),
+    "CONTROL_TENSOR_NAME_PATTERNS": ("", "which tensor goes where is a table by kind: see --dry-run"),
+    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": ("", "small tensors are fp16; FP16_KEEP_NAME_PATTERNS keeps others"),
+}
+
+# What the launcher, the libraries and the shell set: never ours, however close to one of our names.
+FOREIGN_PREFIXES = ("TORCH", "PYTORCH", "NCCL", "CUDA", "OMP", "MKL", "GLOO", "TRITON", "PYTHON", "HF_", "NVIDIA", "LC_",
+                    "XDG_", "SSH_", "SLURM", "KMP_", "UCX", "FI_", "OPAL", "OMPI", "PMI", "LD_", "GPG_", "DBUS_")
+OWN_PREFIXES = ("TTT_", "MUON_", "EMA_", "SWA_", "XSA_", "BIGRAM_", "ROPE_", "QAT_", "VE_", "EVAL_", "WARMDOWN_")
+
+
+def parse_value(spec, text):
+    """The value of field `spec` from its text; raises ValueError with the constraint that it breaks."""
+    kind, meta = type(spec.default), spec.metadata
+    text = str(text).strip()
+    if kind is not str:
+        text = {"true": "1", "false": "0"}.get(text.lower(), text) if meta["choices"] == FLAG else text
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(f"is not {'a whole number' if kind is int else 'a number'} ({meta['unit']})") from None
+    else:
+        value = text
+    if meta["choices"] and value not in meta["choices"]:
+        raise ValueError(f"must be one of {', '.join(map(str, meta['choices']))}")
+    low, high = meta["low"], meta["high"]
+    if kind is not str and not ((low is None or value >= low) and (high is None or value <= high) and abs(value) < 2**63):
+        raise ValueError(f"is out of range: {low if low is not None else '-inf'} to {high if high is not None else 'inf'}"
+                         f" ({meta['unit']})")
+    return value
+
+
+def near_misses(environ, known):
+    """Problems with variables that nobody declared but that look like ours."""
+    problems = []
+    for name in sorted(environ):
+        if name in known or name.startswith(FOREIGN_PREFIXES) or not name.isupper():
+            continue
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.86 if len(name) > 6 else 0.88)
+        if close:
+            problems.append(f"{name}={environ[name]}: no such setting; did you mean {close[0]}?")
+        elif name.startswith(OWN_PREFIXES):
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            problems.append(f"{name}={environ[name]}: no such setting{'; near it: ' + ', '.join(near) if near else ''}")
+    return problems
+
+
+def contradictions(s):
+    """Problems with combinations of settings that are each fine alone."""
+    T, problems = s.train_seq_len, []
+
+    def need(condition, message):
+        if not condition:
+            problems.append(message)
+
+    need(s.model_dim % s.num_heads == 0, f"MODEL_DIM={s.model_dim} must be a multiple of NUM_HEADS={s.num_heads}")
+    need(s.num_heads % s.num_kv_heads == 0, f"NUM_HEADS={s.num_heads} must be a multiple of NUM_KV_HEADS={s.num_kv_heads}")
+    need(s.head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={s.head_dim} must be even for rotary embeddings")
+    need(s.rope_dims % 2 == 0 and s.rope_dims <= s.head_dim,
+         f"ROPE_DIMS={s.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS={s.head_dim}")
+    need((s.rope_dims or s.head_dim) != 2 or not s.rope_ntk_reference,
+         f"ROPE_DIMS={s.rope_dims}: two rotating channels cannot be stretched: set ROPE_NTK_REFERENCE=0")
+    need(s.xsa_last_n <= s.cores, f"XSA_LAST_N={s.xsa_last_n} exceeds the {s.cores} blocks with matrices of their own")
+    need(s.unique_layers <= s.num_layers, f"UNIQUE_LAYERS={s.unique_layers} exceeds NUM_LAYERS={s.num_layers}")
+    need(s.ttt_freeze_blocks <= s.num_layers, f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} exceeds NUM_LAYERS={s.num_layers}")
+    need(s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 leaves no bucket beside the first position's: 0 or at least 2")
+    need(s.bos_token < s.vocab_size, f"BOS_TOKEN={s.bos_token} is outside of VOCAB_SIZE={s.vocab_size}")
+    need(s.train_batch_tokens % T == 0, f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={T}")
+    need(s.micro_batch_tokens >= T, f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} must hold a row of TRAIN_SEQ_LEN={T}")
+    need(s.eval_stride <= s.window, f"EVAL_STRIDE={s.eval_stride} exceeds the scoring window of {s.window} tokens")
+    need(not s.ttt_enabled or s.eval_stride, "TTT_ENABLED=1 scores sliding windows: set EVAL_STRIDE, or TTT_ENABLED=0")
+    need(not s.ttt_enabled or s.ttt_chunk_tokens >= max(T, s.window),
+         f"TTT_CHUNK_TOKENS={s.ttt_chunk_tokens} must hold a row of {max(T, s.window)} tokens, or set TTT_ENABLED=0")
+    need(s.iterations or s.max_wallclock_seconds or s.eval_only, "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: nothing ends")
+    need(not s.gptq or not s.max_wallclock_seconds or s.gptq_reserve_seconds < s.max_wallclock_seconds,
+         f"GPTQ_RESERVE_SECONDS={s.gptq_reserve_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}")
+    need(s.ttt_params != "tail" or s.ttt_unfreeze_blocks <= s.num_layers,
+         f"TTT_UNFREEZE_BLOCKS={s.ttt_unfreeze_blocks} exceeds NUM_LAYERS={s.num_layers}")
+    need(s.trigram_vocab_size != 1, "TRIGRAM_VOCAB_SIZE=1 leaves no bucket beside that of row beginnings: 0 or at least 2")
+    try:
+        bad = [i for i in s.ve_blocks if not 0 <= i < s.num_layers]
+        need(not bad and len(set(s.ve_blocks)) == len(s.ve_blocks),
+             f"VE_LAYERS={s.ve_layers} must name different blocks of 0..{s.num_layers - 1}, or set VE_ENABLED=0")
+    except ValueError:
+        problems.append(f"VE_LAYERS={s.ve_layers} must be block numbers with commas between, such as 9,10")
+    return problems
+
+
+def resolve_settings(environ, stored=None):
+    """Settings from the environment (explicit variable > `stored` or PRESET > default), and the names set explicitly.
+
+    `stored` are values from an artifact. Raises UserError that lists every problem at once.
+    """
+    specs = {f.name.upper(): f for f in fields(Settings)}
+    texts, problems = {}, near_misses(environ, [*specs, *ALIASES, *REFUSED])
+    for name in (n for n in (*specs, *ALIASES, *REFUSED) if n in environ):
+        text, stands_for = environ[name], ALIASES.get(name)
+        if name in specs:
+            texts[name] = (name, text)
+        elif name in REFUSED and text != REFUSED[name][0]:
+            problems.append(f"{name}={text}: not supported: {REFUSED[name][1]}")
+        elif isinstance(stands_for, dict) and text not in stands_for:
+            targets = ", ".join(sorted({target for row in stands_for.values() for target in row}))
+            problems.append(f"{name}={text}: must be one of {', '.join(stands_for)} (it stands for {targets})")
+        elif stands_for:
+            for target, value in (stands_for[text] if isinstance(stands_for, dict) else {stands_for: text}).items():
+                if target not in environ and (text == "0" or target not in texts):
+                    texts[target] = (name, value)
+    preset = environ.get("PRESET", "").strip()
+    if preset and preset not in PRESETS:
+        problems.append(f"PRESET={preset}: unknown; there are {', '.join(PRESETS)}")
+    values = dict(PRESETS.get(preset, {}), preset=preset)
+    values.update(stored or {})
+    for target, (name, text) in texts.items():
+        try:
+            values[specs[target].name] = parse_value(specs[target], text)
+        except ValueError as problem:
+            problems.append(f"{name}={text}: {problem}")
+    for name, meaning in (("value_residual", "pair"), ("gated_attention", "head")):  # 1 is the published way to say on
+        if values.get(name) == "1":
+            values[name] = meaning
+    resolved = Settings(**values)
+    problems += contradictions(resolved)
+    if problems:
+        raise UserError(f"{len(problems)} bad setting{'s' * (len(problems) > 1)} (python {SCRIPT.name} --help lists all):\n"
+                        + "\n".join(f"  {p}" for p in problems))
+    return resolved, set(texts)
+
+
+def launched_ranks(environ):
+    """(rank, world size, local rank) as torchrun tells them; (0, 1, 0) without it. Raises UserError."""
+    try:
+        rank, world, local = (int(environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if 0 <= rank < world and local >= 0:
+            return rank, world, local
+    except ValueError:
+        pass
+    given = ", ".join(f"{k}={environ.get(k)}" for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    raise UserError(f"{given}: not a place among ranks; start with torchrun, or unset all three")
+
+
+def help_text():
+    """Every setting by section: default, unit, meaning, what off is."""
+    lines, section = [__doc__.strip(), "", f"Presets: {', '.join(PRESETS)}. Explicit variables win over PRESET=<name>, "
+                      "which wins over the defaults."], None
+    for spec in fields(Settings):
+        meta = spec.metadata
+        if meta["section"] != section:
+            section = meta["section"]
+            lines += ["", section]
+        notes = [meta["unit"]] + ([f"of {', '.join(map(str, meta['choices']))}"] if meta["choices"] else [])
+        notes += [f"off: {meta['off']}"] if meta["off"] else []
+        lines.append(f"  {spec.name.upper()}={spec.default}  {meta['meaning']} [{'; '.join(notes)}]")
+    return "\n".join(lines)
+
+
+def find_upward(path):
+    """`path` as given if absolute or present from here; else the first match in the script's folder or one above it."""
+    path = Path(path).expanduser()
+    places = [path] if path.is_absolute() else [path, *(folder / path for folder in SCRIPT.parents)]
+    return next((p for p in places if p.exists()), path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Runtime: ranks, device, log, clock; the only section that knows there are several processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Runtime:
+    """This process among its ranks: device, compute type, collectives, and the log that rank 0 writes."""
+
+    def __init__(self, s, ranks=(0, 1, 0)):
+        self.rank, self.world_size, local_rank = ranks
+        cuda = s.device == "cuda" or (s.device == "auto" and torch.cuda.is_available())
+        if cuda and local_rank >= torch.cuda.device_count():
+            raise UserError(f"DEVICE={s.device}: rank {self.rank} wants GPU {local_rank} and sees "
+                            f"{torch.cuda.device_count()}; start fewer processes, or set DEVICE=cpu")
+        self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        self.dtype = torch.bfloat16 if s.precision == "bf16" or (s.precision == "auto" and cuda) else torch.float32
+        self.compile = s.compile == "1" or (s.compile == "auto" and cuda)
+        self.log_path, self.lines = None, []
+        if cuda:
+            torch.cuda.set_device(self.device)
+        torch.set_float32_matmul_precision("highest" if self.dtype == torch.float32 else "high")
+        torch.manual_seed(s.seed)
+        if self.world_size > 1:
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            except (ValueError, dist.DistError) as problem:
+                raise UserError(f"WORLD_SIZE={self.world_size}: the ranks do not find each other ({problem}); start with "
+                                "torchrun, which sets MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE") from problem
+
+    def close(self):
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    # -- collectives: the identity with one rank
+
+    def sum_(self, x):
+        """Sum of `x` over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def from_rank0(self, value):
+        """Rank 0's float, on every rank, through the host: no wait for the GPU."""
+        x = torch.tensor([value], dtype=torch.float64)
+        if self.world_size > 1:
+            dist.broadcast(x, 0)
+        return x.item()
+
+    def reduce_scatter(self, x):
+        """Sum over ranks of x [n·W, ...]; each rank gets its n rows."""
+        if self.world_size == 1:
+            return x
+        if self.device.type == "cpu":  # gloo: sum everything, keep the own part
+            return self.sum_(x).tensor_split(self.world_size)[self.rank]
+        out = torch.empty_like(x[: x.size(0) // self.world_size])
+        dist.reduce_scatter_tensor(out, x)
+        return out
+
+    def all_gather(self, x):
+        """Every rank's x [n, ...], as [n·W, ...]."""
+        if self.world_size == 1:
+            return x
+        out = x.new_empty(x.size(0) * self.world_size, *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    def share(self, n):
+        """The part (begin, end) of n items that belongs to this rank."""
+        return n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size
+
+    def synchronize(self):
+        """Wait until this GPU has done everything it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory_bytes(self):
+        """Most memory held: of this rank's GPU, or of this process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    # -- log
+
+    def open_log(self, path):
+        """Write log lines to `path` from now on; an earlier log of that name is kept beside it under a number."""
+        if self.rank == 0:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.exists():
+                    path.rename(next(p for n in range(1, 10**6) if not (p := path.with_suffix(f".{n}{path.suffix}")).exists()))
+                path.touch()
+            except OSError as problem:
+                raise UserError(f"OUT_DIR: {path} cannot be written ({problem.strerror})") from problem
+            self.log_path = path
+
+    def log(self, line="", console=True):
+        """A line of the log, from rank 0."""
+        if self.rank == 0:
+            if console:
+                print(line, flush=True)
+            if self.log_path:
+                with open(self.log_path, "a", encoding="utf-8") as f:
+                    f.write(line + "\n")
+
+
+class Progress:
+    """Says on the console how far a long phase is and how long it will take, every ten seconds; not in the log."""
+
+    def __init__(self, rt, label, total):
+        self.rt, self.label, self.total, self.start = rt, label, total, time.perf_counter()
+        self.said = self.start
+
+    def update(self, done):
+        now = time.perf_counter()
+        if self.rt.rank == 0 and now - self.said >= 10 and done:
+            self.said = now
+            remaining = (now - self.start) * (self.total - done) / done
+            print(f"progress:{self.label} {100 * done / self.total:.0f}% remaining:{max(remaining, 0):.0f}s",
+                  file=sys.stderr, flush=True)
+
+
+class StepClock:
+    """Milliseconds of training so far, equal on every rank, without holding up the GPU.
+
+    The host may run ahead of the GPU by two steps at most; rank 0's reading counts, so that every rank takes the same
+    learning rate and stops at the same step.
+    """
+
+    def __init__(self, rt):
+        self.rt, self.spent_ms, self.events = rt, 0.0, []
+        rt.synchronize()
+        self.start = time.perf_counter()
+
+    def read(self):
+        if self.rt.device.type == "cuda":
+            self.events.append(torch.cuda.Event())
+            self.events[-1].record()
+            if len(self.events) > 2:
+                self.events.pop(0).synchronize()
+        return self.rt.from_rank0(self.spent_ms + 1000 * (time.perf_counter() - self.start))
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Validation does not count as training."""
+        self.rt.synchronize()
+        self.spent_ms += 1000 * (time.perf_counter() - self.start)
+        yield
+        self.rt.synchronize()
+        self.start = time.perf_counter()
+
+
+def write_whole(path, content):
+    """Write bytes to `path` so that it holds either its old content or all of the new."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException as problem:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if not isinstance(problem, OSError):
+            raise
+        raise UserError(f"{path}: cannot be written ({problem.strerror}); the previous file, if any, is intact") from problem
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Data: shards, the training stream, validation tokens
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
+GET_DATA = "python data/cached_challenge_fineweb.py downloads the challenge's, python data/build_dataset.py makes your own"
+
+
+def open_shard(path):
+    """The tokens of a shard, uint16, mapped and not read. Raises UserError on a foreign or incomplete file."""
+    try:
+        size = path.stat().st_size
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be read ({problem.strerror}); {GET_DATA}") from problem
+    if size < SHARD_HEADER_BYTES:
+        raise UserError(f"{path}: {size} bytes, a shard's header alone has {SHARD_HEADER_BYTES}; {GET_DATA}")
+    header = np.fromfile(path, "<i4", 256)
+    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path}: begins with {header[0]}, {header[1]}, not a token shard's {SHARD_MAGIC}, {SHARD_VERSION}; "
+                        f"{GET_DATA}")
+    expected = SHARD_HEADER_BYTES + 2 * int(header[2])
+    if size != expected or not header[2]:
+        raise UserError(f"{path}: {size} bytes where its header promises {header[2]} tokens = {expected} bytes; "
+                        f"delete it and fetch it again: {GET_DATA}")
+    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
+
+
+def shard_paths(s, split):
+    """The shards of a split ("train" or "val"), sorted. Raises UserError where there are none."""
+    folder = find_upward(s.data_path)
+    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    if not paths:
+        raise UserError(f"DATA_PATH={s.data_path}: no fineweb_{split}_*.bin in {folder}; {GET_DATA}")
+    return paths
+
+
+def check_tokens(tokens, vocab_size, path):
+    if tokens.size and int(tokens.max()) >= vocab_size:
+        raise UserError(f"{path}: holds token {int(tokens.max())}, outside of VOCAB_SIZE={vocab_size}; DATA_PATH and "
+                        "TOKENIZER_PATH must belong together")
+
+
+class TrainStream:
+    """Training rows as a function of (seed, position) alone: the same order for every world size, nothing to restore.
+
+    Row r of a shard is its tokens [r·T, r·T + T]; an epoch goes through the shards, shuffled or as they lie, and
+    through each one's rows likewise. Shards are mapped, so that memory holds no copy of one.
+    """
+
+    def __init__(self, s):
+        self.s, self.paths = s, shard_paths(s, "train")
+        self.shards = [open_shard(p) for p in self.paths]
+        self.row_counts = np.array([(len(t) - 1) // s.train_seq_len for t in self.shards])
+        self.epoch_rows = int(self.row_counts.sum())
+        if not self.epoch_rows:
+            raise UserError(f"DATA_PATH={s.data_path}: no shard holds a row of TRAIN_SEQ_LEN={s.train_seq_len} + 1 tokens")
+        self.order = functools.lru_cache(4)(self._order)
+
+    def _order(self, epoch, shard=None):
+        """Order of the shards in an epoch, or of the rows in one shard of it."""
+        count = len(self.shards) if shard is None else self.row_counts[shard]
+        if self.s.train_order == "sequential":
+            return np.arange(count)
+        key = (self.s.seed, epoch) if shard is None else (self.s.seed, epoch, shard + 1)
+        return np.random.default_rng(key).permutation(count)
+
+    def row(self, position):
+        """Row number `position` since the start of training: T + 1 tokens."""
+        epoch, index = divmod(position, self.epoch_rows)
+        shards = self.order(epoch)
+        ends = np.cumsum(self.row_counts[shards])
+        k = int(np.searchsorted(ends, index, side="right"))
+        shard = int(shards[k])
+        row = int(self.order(epoch, shard)[index - (ends[k] - self.row_counts[shard])])
+        tokens = self.shards[shard][row * self.s.train_seq_len:][: self.s.train_seq_len + 1]
+        check_tokens(tokens, self.s.vocab_size, self.paths[shard])
+        return tokens
+
+    def rows(self, first, last):
+        """Rows [first, last) as int32 [last − first, T + 1]."""
+        return torch.from_numpy(np.stack([self.row(p) for p in range(first, last)]).astype(np.int32))
+
+
+class Batches:
+    """This rank's rows of each step, assembled by a thread and sent to the device while the step before computes."""
+
+    def __init__(self, stream, rt, rows_per_step):
+        self.stream, self.rt, self.rows_per_step = stream, rt, rows_per_step
+        self.worker = ThreadPoolExecutor(1)
+        self.step, self.waiting = 0, self.worker.submit(self._load, 0)
+
+    def _load(self, step):
+        begin, end = self.rt.share(self.rows_per_step)
+        rows = self.stream.rows(step * self.rows_per_step + begin, step * self.rows_per_step + end)
+        return rows.pin_memory() if self.rt.device.type == "cuda" else rows
+
+    def next(self):
+        """Rows of the next step, int32 [rows of this rank, T + 1], on the device."""
+        rows = self.waiting.result().to(self.rt.device, non_blocking=True)
+        self.step += 1
+        self.waiting = self.worker.submit(self._load, self.step)
+        return rows
+
+    def close(self):
+        self.worker.shutdown(wait=True, cancel_futures=True)
+
+
+def load_validation(s):
+    """Validation tokens, uint16 [⌊(N−1)/T⌋·T + 1], N the tokens on disk. Raises UserError if that is not one row."""
+    paths = shard_paths(s, "val")
+    parts = [np.asarray(open_shard(p)) for p in paths]
+    for path, part in zip(paths, parts):
+        check_tokens(part, s.vocab_size, path)
+    tokens = np.concatenate(parts)
+    if s.val_limit_tokens:
+        tokens = tokens[: s.val_limit_tokens + 1]
+    row = -(-s.window // s.train_seq_len) * s.train_seq_len
+    if len(tokens) <= row:
+        raise UserError(f"{paths[0].parent}: {len(tokens)} validation tokens, a row needs {row} + 1; shorten TRAIN_SEQ_LEN "
+                        "and EVAL_SEQ_LEN, raise VAL_LIMIT_TOKENS, or get more")
+    return tokens[: (len(tokens) - 1) // s.train_seq_len * s.train_seq_len + 1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Bits per byte: the only road from a sum of losses to a score
+# ----------------------------------------------------------------------------------------------------------------------
+
+class ByteTable:
+    """UTF-8 bytes that a target stands for, by the challenge's rule.
+
+    A piece counts its bytes without the leading "▁", plus one for that "▁" unless the token before is a boundary
+    (control, unknown or unused). Byte pieces count 1, boundaries 0.
+    """
+
+    def __init__(self, s):
+        path = find_upward(s.tokenizer_path)
+        if not path.is_file():
+            raise UserError(f"TOKENIZER_PATH={s.tokenizer_path}: no such file; {GET_DATA}")
+        try:
+            sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as problem:
+            raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({problem}); {GET_DATA}") from problem
+        V = sp.vocab_size()
+        if V != s.vocab_size:
+            raise UserError(f"TOKENIZER_PATH={path}: has {V} pieces where VOCAB_SIZE={s.vocab_size}; set VOCAB_SIZE={V} with "
+                            "shards made by this tokenizer, or name the shards' own")
+        self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(V)])
+        pieces = [sp.id_to_piece(i) for i in range(V)]
+        self.space = np.array([p.startswith("▁") for p in pieces]) & ~self.boundary
+        self.base = np.array([1 if sp.is_byte(i) else len(p[p.startswith("▁"):].encode()) for i, p in enumerate(pieces)],
+                             np.int64)
+        self.base[self.boundary] = 0
+
+    def count(self, tokens):
+        """Bytes of targets tokens[1:], each after its predecessor."""
+        before, target = tokens[:-1], tokens[1:]
+        return int(self.base[target].sum() + np.count_nonzero(self.space[target] & ~self.boundary[before]))
+
+
+def bits_per_byte(loss_sum, byte_count):
+    """Summed nll (nats) over the UTF-8 bytes it pays for, in float64."""
+    return float(loss_sum) / math.log(2) / byte_count
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+def rms_norm(x):
+    """x over its root mean square, last dim; fp32's epsilon in every precision, so that bf16 changes no meaning."""
+    return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
+
+
+def fake_quantize(w, bits):
+    """w rounded to `bits` per row; gradients pass straight through (rows [R, C], step = row maximum / (2^(bits−1)−1))."""
+    limit = 2 ** (bits - 1) - 1
+    w32 = w.detach().float()
+    step = (w32.abs().amax(dim=1, keepdim=True) / limit).clamp_min(1e-12)
+    rounded = (w32 / step).round().clamp(-limit, limit) * step
+    return w + (rounded - w32).to(w.dtype)
+
+
+def linear(x, w, fake_bits=0):
+    """x @ wᵀ in x's type; with fake_bits the weights are rounded as the artifact will round them."""
+    return F.linear(x, (fake_quantize(w, fake_bits) if 0 < fake_bits < 16 else w).to(x.dtype))
+
+
+def rotary_tables(s, length):
+    """cos and sin [length, rotated/2] fp32; the base is stretched for rows longer than the reference (NTK)."""
+    rotated, base = s.rope_dims or s.head_dim, s.rope_base
+    if s.rope_ntk_reference and s.train_seq_len > s.rope_ntk_reference:
+        base *= (s.train_seq_len / s.rope_ntk_reference) ** (rotated / (rotated - 2))
+    frequency = base ** (-torch.arange(0, rotated, 2, dtype=torch.float64, device="cpu") / rotated)
+    angle = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x_BTHE, cos, sin):
+    """Rotary embedding of the first 2·cos.size(-1) channels of each head, halves paired; the rest pass."""
+    half, T = cos.size(-1), x_BTHE.size(1)
+    cos, sin = (t[:T, None].to(x_BTHE.dtype) for t in (cos, sin))
+    x1, x2, rest = x_BTHE.split([half, half, x_BTHE.size(-1) - 2 * half], dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+
+
+def exclusive(y_BTHE, v_BTKE):
+    """XSA: the attention output less its part along the position's own value (grouped heads share it)."""
+    B, T, H, E = y_BTHE.shape
+    own = F.normalize(v_BTKE, dim=-1, eps=1e-12).unsqueeze(3)
+    y = y_BTHE.view(B, T, own.size(2), -1, E)
+    return (y - (y * own).sum(-1, keepdim=True) * own).view(B, T, H, E)
+
+
+def sdpa(q_BTHE, k_BTKE, v_BTKE):
+    """Causal attention by PyTorch's own kernels; grouped heads."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def flash_backend(module, function):
+    """The causal attention of an installed FlashAttention package, or None."""
+    try:
+        flash = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, OSError, RuntimeError):
+        return None
+
+    def attend(q, k, v):
+        out = flash(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+    return attend
+
+
+def sdpa_priority(rt):
+    """A context in which PyTorch's own attention takes cuDNN first on Hopper, where it is the fastest of its kernels."""
+    if rt.device.type != "cuda" or torch.cuda.get_device_capability(rt.device) < (9, 0):
+        return contextlib.nullcontext()
+    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels, set_priority=True)
+
+
+FLASH_PACKAGES = {"fa3": ("flash_attn_interface", "flash_attn_func"), "fa4": ("flash_attn.cute", "flash_attn_func"),
+                  "fa2": ("flash_attn", "flash_attn_func")}
+
+
+def choose_attention(s, rt):
+    """(name, function) of the attention back end: the first of the candidates that gives the right result here."""
+    names = [s.attention] if s.attention != "auto" else [*FLASH_PACKAGES, "sdpa"]
+    for name in names:
+        if name == "sdpa":
+            return name, sdpa
+        usable = rt.device.type == "cuda" and rt.dtype == torch.bfloat16 and flash_backend(*FLASH_PACKAGES[name])
+        if usable and right_result(usable, s, rt):
+            return name, usable
+    raise UserError(f"ATTENTION={s.attention}: not installed, or not working on {rt.device} with {rt.dtype}; "
+                    "ATTENTION=auto takes the best that works")
+
+
+def right_result(attend, s, rt):
+    """Does `attend` agree with PyTorch's attention, gradients included, on a small input of this model's heads?"""
+    shapes = [(1, 128, heads, s.head_dim) for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)]
+    generator = torch.Generator(rt.device).manual_seed(0)
+    qkv = [torch.randn(shape, device=rt.device, generator=generator).to(rt.dtype).requires_grad_() for shape in shapes]
+    try:
+        mine, reference = attend(*qkv), sdpa(*qkv)
+        pairs = [(mine, reference), *zip(torch.autograd.grad(mine.float().square().sum(), qkv),
+                                         torch.autograd.grad(reference.float().square().sum(), qkv))]
+        return all((a - b).norm() <= 0.02 * b.norm() for a, b in pairs)
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError):
+        return False
+
+
+# V ← a·V₀ + b·V, where V₀ is block 0's value: name → (initial parameter of a block or None, parameter → (a, b)).
+# "half" does not send gradients to V₀ through the mix.
+VALUE_RESIDUALS = {
+    "pair": ((0.5, 0.5), lambda p: (p[0], p[1])),                          # learned pair (#413, #490)
+    "sigmoid": ((-1.5,), lambda p: (p.sigmoid()[0], 1 - p.sigmoid()[0])),  # VRL (#657)
+    "shortcut": ((0.0,), lambda p: (p[0], 1.0)),                           # zero-init shortcut from V₀
+    "half": (None, lambda p: (0.5, 0.5)),                                  # fixed
+}
+
+
+def vector(*values):
+    return nn.Parameter(torch.tensor(values, dtype=torch.float32))
+
+
+def matrix(rows, columns):
+    return nn.Parameter(torch.full((rows, columns), math.nan))  # init_weights fills every one
+
+
+class Attention(nn.Module):
+    """Causal self-attention: grouped queries, QK norm and gain, partial RoPE, value residual, XSA, gate."""
+
+    def __init__(self, s, attend):
+        super().__init__()
+        D, kv_dim = s.model_dim, s.num_kv_heads * s.head_dim
+        self.heads, self.kv_heads, self.head_dim, self.bits, self.attend = (
+            s.num_heads, s.num_kv_heads, s.head_dim, s.attn_bits, attend)
+        self.q, self.k, self.v, self.o = matrix(D, D), matrix(kv_dim, D), matrix(kv_dim, D), matrix(D, D)
+        self.q_gain = nn.Parameter(torch.full((s.num_heads,), s.qk_gain_init))
+        self.gate = s.gated_attention
+        if self.gate == "head":    # y_h × σ(W_h·u + b_h), nearly open at first
+            self.gate_weight, self.gate_bias = nn.Parameter(torch.zeros(s.num_heads, D)), vector(*[4.0] * s.num_heads)
+        elif self.gate == "scalar":  # one learned factor on the block's attention output
+            self.gate_scale = vector(1.0)
+
+    def forward(self, u_BTD, rotary, xsa, value_embedding, mix_value, fake_quant):
+        """Attention output [B,T,D] and the V [B,T,K,E] before the value residual; `mix_value` applies the latter."""
+        B, T, D = u_BTD.shape
+        bits = self.bits if fake_quant else 0
+        q, k, v = (linear(u_BTD, w, bits) for w in (self.q, self.k, self.v))
+        if value_embedding is not None:
+            v = v + value_embedding
+        q = q.view(B, T, self.heads, self.head_dim)
+        k, own_v = (x.view(B, T, self.kv_heads, self.head_dim) for x in (k, v))
+        v = mix_value(own_v)
+        q = rotate(rms_norm(q), *rotary) * self.q_gain.to(q.dtype)[:, None]
+        y = self.attend(q, rotate(rms_norm(k), *rotary), v)
+        if xsa:
+            y = exclusive(y, v)
+        if self.gate == "head":
+            y = y * torch.sigmoid(linear(u_BTD, self.gate_weight) + self.gate_bias.to(u_BTD.dtype)).unsqueeze(-1)
+        out = linear(y.reshape(B, T, D), self.o, bits)
+        return (out * self.gate_scale.to(out.dtype) if self.gate == "scalar" else out), own_v
+
+
+class MLP(nn.Module):
+    """W₂·LeakyReLU(W₁u)²; slope 0 is relu²."""
+
+    def __init__(self, s):
+        super().__init__()
+        self.slope, self.bits = s.leaky_slope, s.mlp_bits
+        self.up, self.down = matrix(s.mlp_hidden, s.model_dim), matrix(s.model_dim, s.mlp_hidden)
+
+    def forward(self, u_BTD, fake_quant):
+        bits = self.bits if fake_quant else 0
+        return linear(F.leaky_relu(linear(u_BTD, self.up, bits), self.slope).square(), self.down, bits)
+
+
+class Core(nn.Module):
+    """The matrices of a block; several blocks may share one."""
+
+    def __init__(self, s, attend):
+        super().__init__()
+        self.attn, self.mlp = Attention(s, attend), MLP(s)
+
+
+class Block(nn.Module):
+    """z = m₀⊙x + m₁⊙x₀; y = z + a⊙Attn(s·RMS(z)); out = y + b⊙MLP(s·RMS(y)), around a core."""
+
+    def __init__(self, s, index):
+        super().__init__()
+        D = s.model_dim
+        self.input_scale = 1 / math.sqrt(index + 1) if s.ln_scale else 1.0
+        self.xsa = index in s.xsa_blocks
+        self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
+        if s.resid_mix:
+            self.resid_mix = nn.Parameter(torch.stack((torch.ones(D), torch.zeros(D))))
+        initial, self.value_weights = VALUE_RESIDUALS.get(s.value_residual, (None, None)) if index else (None, None)
+        if initial:
+            self.value_residual = vector(*initial)
+        if s.value_residual == "embed":
+            self.embed_shortcut = vector(0.0)
+        self.detach_first = s.value_residual == "half"
+
+    def mix_value(self, v, first_v):
+        """The value residual: a·V₀ + b·V."""
+        if self.value_weights is None:
+            return v
+        a, b = self.value_weights(self.value_residual.to(v.dtype) if hasattr(self, "value_residual") else None)
+        return a * (first_v.detach() if self.detach_first else first_v) + b * v
+
+    def forward(self, x_BTD, x0_BTD, core, first_v, rotary, value_embedding, fake_quant):
+        """The block's output [B,T,D] and its own V before the value residual."""
+        dtype = x_BTD.dtype
+        shortcut = self.embed_shortcut.to(dtype) * x0_BTD if hasattr(self, "embed_shortcut") else 0
+        if hasattr(self, "resid_mix"):
+            mix = self.resid_mix.to(dtype)
+            x_BTD = mix[0] * x_BTD + mix[1] * x0_BTD
+        attn, v = core.attn(self.input_scale * rms_norm(x_BTD), rotary, self.xsa, value_embedding,
+                            lambda own: self.mix_value(own, first_v), fake_quant)
+        y = x_BTD + self.attn_scale.to(dtype) * attn
+        return y + self.mlp_scale.to(dtype) * core.mlp(self.input_scale * rms_norm(y), fake_quant) + shortcut, v
+
+
+class HashEmbedding(nn.Module):
+    """An embedding of a token and those before it, hashed into buckets; the last bucket is for row beginnings.
+
+    Bucket of position t: (36313·xₜ XOR 27191·xₜ₋₁ [XOR 51497·xₜ₋₂]) mod (buckets − 1).
+    """
+    FACTORS = (36313, 27191, 51497)
+
+    def __init__(self, s, order, buckets, dim, scale):
+        super().__init__()
+        self.order, self.table = order, nn.Parameter(torch.zeros(buckets, dim))
+        self.proj, self.scale = matrix(s.model_dim, dim), vector(scale)
+
+    def buckets(self, tokens_BT):
+        last, T = self.table.size(0) - 1, tokens_BT.size(1)
+        reach = self.order - 1
+        terms = [factor * tokens_BT[:, reach - back: T - back] for back, factor in enumerate(self.FACTORS[: self.order])]
+        return F.pad(functools.reduce(torch.bitwise_xor, terms) % last, (reach, 0), value=last)
+
+    def forward(self, tokens_BT, dtype):
+        return linear(F.embedding(self.buckets(tokens_BT), self.table).to(dtype), self.proj) * self.scale.to(dtype)
+
+
+class ValueEmbedding(nn.Module):
+    """One table of value vectors by token, shared by some blocks, each with a factor of its own."""
+
+    def __init__(self, s):
+        super().__init__()
+        self.blocks = s.ve_blocks
+        self.table, self.proj = matrix(s.vocab_size, s.ve_dim), matrix(s.num_kv_heads * s.head_dim, s.ve_dim)
+        self.scale, self.block_scales = vector(0.1), nn.Parameter(torch.ones(len(self.blocks)))
+
+    def forward(self, tokens_BT, dtype):
+        """{block: [B,T,K·E]}."""
+        shared = linear(F.embedding(tokens_BT, self.table).to(dtype), self.proj) * self.scale.to(dtype)
+        return {block: shared * self.block_scales[n].to(dtype) for n, block in enumerate(self.blocks)}
+
+
+class GPT(nn.Module):
+    """The model. One forward serves training, scoring, fake quantization and test-time training."""
+
+    def __init__(self, s, dtype=torch.float32, attend=sdpa):
+        super().__init__()
+        self.s, self.dtype = s, dtype
+        D, skips = s.model_dim, s.num_layers // 2 if s.unet_skips else 0
+        self.tok_emb = matrix(s.vocab_size, D)
+        self.bigram = HashEmbedding(s, 2, s.bigram_vocab_size, s.bigram_dim, 0.05) if s.bigram_vocab_size else None
+        self.trigram = HashEmbedding(s, 3, s.trigram_vocab_size, s.trigram_dim, 0.03) if s.trigram_vocab_size else None
+        self.ve = ValueEmbedding(s) if s.ve_blocks else None
+        if s.smear_gate != "0":
+            self.smear = nn.Parameter(torch.zeros(D))
+        self.cores = nn.ModuleList(Core(s, attend) for _ in range(s.cores))
+        self.blocks = nn.ModuleList(Block(s, i) for i in range(s.num_layers))
+        self.skip_weights = nn.Parameter(torch.ones(skips, D)) if skips else None
+        for i, core in enumerate(self.cores):  # a core's gradient is the mean over the blocks that share it (#537)
+            uses = len(range(i, s.num_layers, s.cores))
+            for p in core.parameters() if uses > 1 else ():
+                p.register_hook(lambda grad, uses=uses: grad / uses)
+        for name, table in zip(("cos", "sin"), rotary_tables(s, max(s.train_seq_len, s.window))):
+            self.register_buffer(name, table, persistent=False)
+
+    def embed(self, tokens_BT):
+        """RMS of token + bigram embedding, smeared with the token before: [B,T,D]."""
+        e = F.embedding(tokens_BT, self.tok_emb).to(self.dtype)
+        for hashed in (self.bigram, self.trigram):
+            if hashed is not None:
+                e = e + hashed(tokens_BT, self.dtype)
+        x = rms_norm(e)
+        if self.s.smear_gate == "0":
+            return x
+        gate = torch.sigmoid(self.smear).to(x.dtype)
+        if self.s.smear_gate == "bos":
+            gate = gate * (tokens_BT != self.s.bos_token).unsqueeze(-1)
+        return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
+
+    def logits(self, tokens_BT, fake_quant=False):
+        """Next-token logits [B,T,V], fp32; position t has seen tokens 0..t."""
+        s, x0 = self.s, self.embed(tokens_BT)
+        x, first_v, skips = x0, None, []
+        value_embeddings = self.ve(tokens_BT, x.dtype) if self.ve is not None else {}
+        encoder = s.num_layers // 2
+        for i, block in enumerate(self.blocks):
+            if self.skip_weights is not None and i >= encoder and skips:
+                x = x + self.skip_weights[i - encoder].to(x.dtype) * skips.pop()
+            x, v = block(x, x0, self.cores[i % s.cores], first_v, (self.cos, self.sin), value_embeddings.get(i), fake_quant)
+            first_v = v if i == 0 else first_v
+            if i < encoder:
+                skips.append(x)
+        logits = linear(rms_norm(x), self.tok_emb).float()
+        return s.logit_softcap * torch.tanh(logits / s.logit_softcap) if s.logit_softcap else logits
+
+    def forward(self, tokens_BT, targets_BT, fake_quant=False, temperature=1.0):
+        """nll of each target [B,T], nats, fp32. `fake_quant` is an argument, so that a compiler cannot fold it away."""
+        logits = self.logits(tokens_BT, fake_quant) / temperature
+        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of parameter is trained and stored: names of settings, or numbers."""
+    optimizer: str
+    lr: str
+    weight_decay: str
+    bits: str
+
+
+KINDS = {
+    "attn": Kind("muon", "matrix_lr", "muon_wd", "attn_bits"),
+    "mlp": Kind("muon", "matrix_lr", "muon_wd", "mlp_bits"),
+    "proj": Kind("proj_optimizer", "matrix_lr", "muon_wd", "proj_bits"),
+    "table": Kind("adamw", "tied_embed_lr", "adam_wd", "embed_bits"),
+    "hashed": Kind("adamw", "tied_embed_lr", "adam_wd", "bigram_bits"),
+    "control": Kind("adamw", "scalar_lr", "adam_wd", ""),  # scales, gains, gates, mixes: always fp16
+}
+
+
+def kind_of(name):
+    """The row of KINDS for a parameter, from its name."""
+    parts = name.split(".")
+    if parts[0] == "cores" and parts[-1] in ("q", "k", "v", "o"):
+        return "attn"
+    if parts[0] == "cores" and parts[-1] in ("up", "down"):
+        return "mlp"
+    return {"tok_emb": "table", "ve.table": "table", "bigram.table": "hashed", "trigram.table": "hashed"}.get(
+        name, "proj" if parts[-1] == "proj" else "control")
+
+
+@torch.no_grad()
+def init_weights(model, s):
+    """Fill every matrix: orthogonal, but zero for attention output and MLP down; tables normal, the bigram's zero.
+
+    The projections of the two small embeddings are orthogonal times 1/√(2L). Raises AssertionError if a parameter is
+    left without a value.
+    """
+    for name, p in model.named_parameters():
+        kind = kind_of(name)
+        if name.endswith((".o", ".down")):
+            p.zero_()
+        elif kind in ("attn", "mlp", "proj"):
+            nn.init.orthogonal_(p, gain=1 / math.sqrt(2 * s.num_layers) if kind == "proj" else 1.0)
+        elif name == "tok_emb":
+            p.normal_(std=s.tied_embed_init_std)
+        elif name == "ve.table":
+            p.normal_(std=0.01)
+        assert torch.isfinite(p).all(), f"{name} was left without an initial value"
+
+
+def build_model(s, rt):
+    """The model with its initial weights on the device; every rank draws the same ones from SEED."""
+    name, attend = choose_attention(s, rt)
+    torch.manual_seed(s.seed)
+    model = GPT(s, rt.dtype, attend)
+    init_weights(model, s)
+    return model.to(rt.device), name
+
+
+def parameter_shapes(s):
+    """{name: shape}, without allocating any. Raises UserError where the settings make no model."""
+    try:
+        with torch.device("meta"):
+            return {name: tuple(p.shape) for name, p in GPT(s).named_parameters()}
+    except RuntimeError as problem:
+        raise UserError(f"MODEL_DIM={s.model_dim}, MLP_MULT={s.mlp_mult}: too large for any memory ({problem})") from problem
+
+
+def parameter_counts(s):
+    """{kind: parameters}."""
+    counts = dict.fromkeys(KINDS, 0)
+    for name, shape in parameter_shapes(s).items():
+        counts[kind_of(name)] += math.prod(shape)
+    return counts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Optimizers
+# ----------------------------------------------------------------------------------------------------------------------
+
+NEWTON_SCHULZ = {  # one triple (a, b, c) per iteration; the last one repeats
+    "classic": [(3.4445, -4.7750, 2.0315)],
+    "polar": [(8.15655, -22.48329, 15.87877), (4.04293, -2.80892, 0.50002), (3.89167, -2.77248, 0.50606),
+              (3.28575, -2.36813, 0.46449), (2.34654, -1.70978, 0.42324)],  # Polar Express
+}
+
+
+def newton_schulz(g_NRC, coefficients, steps, dtype):
+    """Matrices with g's singular vectors and singular values near 1 (R ≤ C), N of them at once: X ← aX + (bA + cA²)X."""
+    x = g_NRC.to(dtype)
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    for i in range(steps):
+        a, b, c = coefficients[min(i, len(coefficients) - 1)]
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class MuonGroup:
+    """Matrices of one shape (up to transposition), stacked, padded to the ranks, each rank updating its share."""
+
+    def __init__(self, params, rt):
+        self.params, self.rt = params, rt
+        self.rows, self.columns = min(params[0].shape), max(params[0].shape)
+        padded = -(-len(params) // rt.world_size) * rt.world_size
+        self.padding = padded - len(params)
+        self.momentum = torch.zeros(padded // rt.world_size, self.rows, self.columns, device=params[0].device)
+        self.scales = [math.sqrt(max(1, p.size(0) / p.size(1))) for p in params]
+
+    def oriented(self, p):
+        """p or pᵀ, so that rows ≤ columns."""
+        return p if p.shape == (self.rows, self.columns) else p.mT
+
+    def reduced_gradients(self):
+        """This rank's share of the gradients, summed over ranks: [n, R, C]."""
+        grads = [self.oriented(p.grad) for p in self.params]
+        grads += [torch.zeros_like(grads[0])] * self.padding
+        return self.rt.reduce_scatter(torch.stack(grads))
+
+    def update(self, grads, lr, weight_decay, momentum, orthogonalize):
+        """One Muon step with Nesterov momentum and decoupled weight decay."""
+        self.momentum.mul_(momentum).add_(grads)
+        direction = orthogonalize(grads.add(self.momentum, alpha=momentum))
+        for p, scale, u in zip(self.params, self.scales, self.rt.all_gather(direction)):
+            p.mul_(1 - lr * weight_decay).add_(u if p.shape == u.shape else u.mT, alpha=-lr * scale)
+
+
+class Optimizers:
+    """Muon for matrices, AdamW for tables and small tensors; gradients are summed over ranks, then clipped, here."""
+
+    def __init__(self, model, s, rt):
+        self.s, self.rt = s, rt
+        by_kind = {kind: [p for name, p in model.named_parameters() if kind_of(name) == kind] for kind in KINDS}
+        optimizer_of = {kind: getattr(s, row.optimizer, row.optimizer) for kind, row in KINDS.items()}
+        shapes = {}
+        for kind, row in KINDS.items():
+            for p in by_kind[kind] if optimizer_of[kind] == "muon" else ():
+                shapes.setdefault((row.lr, row.weight_decay, min(p.shape), max(p.shape)), []).append(p)
+        self.muon = [(MuonGroup(params, rt), getattr(s, lr), getattr(s, wd)) for (lr, wd, *_), params in shapes.items()]
+        groups = [dict(params=by_kind[kind], lr=getattr(s, row.lr), base_lr=getattr(s, row.lr),
+                       weight_decay=getattr(s, row.weight_decay))
+                  for kind, row in KINDS.items() if optimizer_of[kind] == "adamw" and by_kind[kind]]
+        self.adamw = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=True)
+        self.small = [p for group in groups for p in group["params"]]
+        grouped = [id(p) for group, *_ in self.muon for p in group.params] + [id(p) for p in self.small]
+        assert sorted(grouped) == sorted(id(p) for p in model.parameters()), "every parameter in exactly one group"
+        orthogonalize = functools.partial(newton_schulz, coefficients=NEWTON_SCHULZ[s.muon_coefficients],
+                                          steps=s.muon_backend_steps, dtype=rt.dtype)
+        self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if rt.compile else orthogonalize
+
+    def _sum_small_gradients(self):
+        flat = self.rt.sum_(torch.cat([p.grad.flatten() for p in self.small]))
+        for p, g in zip(self.small, flat.split([p.numel() for p in self.small])):
+            p.grad.copy_(g.view_as(p))
+        return flat.square().sum()
+
+    @torch.no_grad()
+    def step(self, lr_scale, momentum):
+        """Reduce, clip by the global norm, update; returns that norm (a tensor) and forgets the gradients."""
+        small_square = self._sum_small_gradients()
+        shares = [group.reduced_gradients().float() for group, *_ in self.muon]
+        square = self.rt.sum_(torch.stack([share.square().sum() for share in shares]).sum()) + small_square
+        norm = square.sqrt()
+        if self.s.grad_clip_norm:
+            factor = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(shares + [p.grad for p in self.small], factor)
+        for share, (group, lr, weight_decay) in zip(shares, self.muon):
+            group.update(share, lr * lr_scale, weight_decay, momentum, self.orthogonalize)
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.adamw.step()
+        for group, *_ in self.muon:
+            for p in group.params:
+                p.grad = None
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Schedules: pure functions of the step and the training clock
+# ----------------------------------------------------------------------------------------------------------------------
+
+def warmdown_share(s, step, elapsed_ms):
+    """1, then a linear fall to 0 over the last WARMDOWN_ITERS steps.
+
+    The end is the last of ITERATIONS or the wall-clock cap, whichever is nearer at the pace so far. A warmdown longer
+    than the whole run spans the run.
+    """
+    shares = [1.0]
+    if s.warmdown_iters and s.iterations:
+        shares.append((s.iterations - step) / min(s.warmdown_iters, s.iterations))
+    if s.warmdown_iters and s.max_wallclock_seconds and step:
+        cap_ms = 1000 * s.max_wallclock_seconds
+        shares.append((cap_ms - elapsed_ms) / min(s.warmdown_iters * elapsed_ms / step, cap_ms))
+    return max(min(shares), 0.0)
+
+
+def lr_scale(s, step, elapsed_ms):
+    """Share of the full learning rate: the warmdown's, but falling to LR_FLOOR instead of 0."""
+    return s.lr_floor + (1 - s.lr_floor) * warmdown_share(s, step, elapsed_ms)
+
+
+def muon_momentum(s, step):
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
+    share = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
+    return (1 - share) * s.muon_momentum_warmup_start + share * s.muon_momentum
+
+
+def out_of_time(s, step, elapsed_ms):
+    """True where the next step, at the mean pace so far, would end after the cap (less what GPTQ keeps for itself)."""
+    budget_ms = 1000 * (s.max_wallclock_seconds - (s.gptq_reserve_seconds if s.gptq else 0))
+    return bool(s.max_wallclock_seconds and step and elapsed_ms * (step + 1) / step > budget_ms)
+
+
+def fake_quant_on(s, share):
+    """Fake quantization: always, or late in the warmdown (`share` of it is left), or never."""
+    return bool(s.qat_enabled or (s.late_qat_threshold and share < s.late_qat_threshold))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Weight averaging
+# ----------------------------------------------------------------------------------------------------------------------
+
+class WeightAverage:
+    """EMA and SWA of the parameters, fp32. The EMA is bias-corrected: after n steps the weights are those of
+    Σ d^(n−i)·wᵢ / Σ d^(n−i), so it is right after 50 steps as after 7,000."""
+
+    def __init__(self, model, s):
+        self.s, self.params = s, list(model.parameters())
+        self.ema = [torch.zeros_like(p) for p in self.params] if s.ema_enabled else None
+        self.swa, self.updates, self.snapshots = None, 0, 0
+
+    @torch.no_grad()
+    def update(self, step, share):
+        """After optimizer step number `step` (from 1), with `share` of the warmdown left. True at SWA's first."""
+        params = [p.detach() for p in self.params]
+        if self.ema:
+            self.updates += 1
+            decay = self.s.ema_decay
+            torch._foreach_lerp_(self.ema, params, (1 - decay) / (1 - decay ** self.updates))
+        if self.s.swa_enabled and share < self.s.swa_start_frac and step % self.s.swa_every == 0:
+            self.swa = self.swa or [torch.zeros_like(p) for p in params]
+            self.snapshots += 1
+            torch._foreach_lerp_(self.swa, params, 1 / self.snapshots)
+            return self.snapshots == 1
+        return False
+
+    @torch.no_grad()
+    def apply(self):
+        """Give the model its averaged weights; returns what they are: "EMA", "SWA", "EMA and SWA", or "" (as trained)."""
+        averages = {"EMA": self.ema if self.updates else None, "SWA": self.swa}
+        averages = {name: tensors for name, tensors in averages.items() if tensors}
+        for p, *values in zip(self.params, *averages.values()):
+            if values:
+                p.copy_(torch.stack(values).mean(0))
+        return " and ".join(averages)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Quantizer: rows → integer codes and a step per row, and back
+# ----------------------------------------------------------------------------------------------------------------------
+
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+
+
+def code_limit(bits):
+    return 2 ** (bits - 1) - 1
+
+
+def to_codes(w_RC, steps_R, bits):
+    """Integer codes of w at the given steps, clamped to ±(2^(bits−1)−1); a row with step 0 is all zero."""
+    inverse = torch.where(steps_R > 0, 1 / steps_R, torch.zeros_like(steps_R))
+    return (w_RC * inverse[:, None]).round().clamp(-code_limit(bits), code_limit(bits)).to(torch.int8)
+
+
+def from_codes(codes_RC, steps_R):
+    return codes_RC.float() * steps_R[:, None]
+
+
+def fp16_steps(steps_R):
+    """Steps as fp16 can store them, never beyond its range."""
+    return steps_R.clamp(max=65504.0).half().float()
+
+
+def fit_steps(w_RC, bits, s):
+    """The step of every row, fp16-representable: the clip among the quantiles of |w| with the least squared error.
+
+    GPTQ-lite, decided for each row by itself (QUANT_CLIP_SCOPE=matrix: one quantile for all rows, as the ancestors did);
+    with GPTQ_LITE=0 the clip is the row's maximum.
+    """
+    magnitude = w_RC.abs()
+    if s.gptq_lite:
+        clips = torch.quantile(magnitude, torch.tensor(CLIP_QUANTILES, device=w_RC.device), dim=1)
+    else:
+        clips = magnitude.amax(1)[None]
+    floor = s.quant_step_floor if bits < 8 else 0.0
+    candidates = fp16_steps((clips / code_limit(bits)).clamp_min(floor))
+    errors = torch.stack([(w_RC - from_codes(to_codes(w_RC, steps, bits), steps)).square().sum(1) for steps in candidates])
+    if s.quant_clip_scope == "matrix":
+        errors = errors.sum(1, keepdim=True).expand_as(errors)
+    return candidates.gather(0, errors.argmin(0)[None])[0]
+
+
+def prune(w, share):
+    """w with the given share of its smallest magnitudes set to zero."""
+    dropped = int(share * w.numel())
+    return torch.where(w.abs() > w.abs().flatten().kthvalue(dropped).values, w, 0.0) if dropped else w
+
+
+def gptq_codes(w_RC, steps_R, bits, hessian_CC, s, block=128):
+    """Codes with error compensation: each column's rounding error is spread over the columns not yet rounded.
+
+    GPTQ (Frantar et al. 2022) with the Cholesky factor of the inverse Hessian; hessian = Σ xxᵀ of the matrix' inputs.
+    """
+    hessian, w = hessian_CC.double(), w_RC.double()
+    diagonal = hessian.diagonal().clone()
+    order = diagonal.argsort(descending=True) if s.gptq_act_order else torch.arange(len(diagonal), device=w.device)
+    hessian = hessian + torch.diag(torch.where(diagonal > 0, 0.0, 1.0) + s.gptq_damp * diagonal.mean())
+    w, hessian = w[:, order], hessian[order][:, order]
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    for begin in range(0, w.size(1), block):
+        end = min(begin + block, w.size(1))
+        errors = torch.zeros(w.size(0), end - begin, dtype=w.dtype, device=w.device)
+        for j in range(begin, end):
+            codes[:, j] = to_codes(w[:, j: j + 1].float(), steps_R, bits)[:, 0]
+            errors[:, j - begin] = (w[:, j] - codes[:, j] * steps_R) / factor[j, j]
+            w[:, j:end] -= errors[:, j - begin, None] * factor[j, j:end]
+        w[:, end:] -= errors @ factor[begin:end, end:]
+    return torch.empty_like(codes).index_copy_(1, order, codes)
+
+
+class HessianRecorder(torch.overrides.TorchFunctionMode):
+    """Σ xxᵀ over the inputs x of every attention and MLP matrix while the model runs, eagerly, inside of this context.
+
+    The forward is the one that trains: the matrix behind a product is found by following its cast.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.names = {id(p): name for name, p in model.named_parameters() if kind_of(name) in ("attn", "mlp")}
+        self.casts, self.sums = {}, {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.to and id(args[0]) in self.names:
+            self.casts[id(out)] = (self.names[id(args[0])], out)  # holding `out` keeps its id its own
+        elif func is F.linear and id(args[1]) in self.casts:
+            name, _ = self.casts.pop(id(args[1]))
+            x = args[0].flatten(0, -2).float()
+            self.sums[name] = self.sums.get(name, 0) + x.mT @ x
+        return out
+
+
+@torch.no_grad()
+def collect_hessians(model, batches_of_rows, rt):
+    """{matrix: Σ xxᵀ over the rows of all ranks}. Raises AssertionError if a matrix was never met."""
+    recorder = HessianRecorder(model)
+    for rows in batches_of_rows:
+        with recorder:
+            model(rows[:, :-1].long(), rows[:, 1:].long())
+    missing = set(recorder.names.values()) - set(recorder.sums)
+    rt.log(f"gptq_calibration:done matched:{len(recorder.sums)} of {len(recorder.names)} matrices")
+    assert not missing, f"no Hessian for {sorted(missing)}"
+    return {name: rt.sum_(total) for name, total in recorder.sums.items()}
+
+
+def crown_q(model):
+    """Σ over matrices and rows of mean(w²)·(rowmax/15)²/12: what rounding to a 15th of the maximum will cost (#693)."""
+    matrices = [p for name, p in model.named_parameters() if kind_of(name) in ("attn", "mlp")]
+    return sum((w.square().mean(1) * (w.abs().amax(1) / 15).square() / 12).sum() for w in matrices)
+
+
+@dataclass
+class Quantized:
+    """A tensor as it is stored: codes int8 [R, C] with steps [R] and their bits, or (bits 16) an fp16 array."""
+    bits: int
+    codes: Tensor | None = None
+    steps: Tensor | None = None
+    half: Tensor | None = None
+    shape: tuple = ()
+
+    def weights(self):
+        """The fp32 tensor that the file stands for."""
+        return self.half.float() if self.bits == 16 else from_codes(self.codes, self.steps).view(self.shape)
+
+
+def bits_of(name, s):
+    """Bits of a parameter in the artifact: its kind's, unless it is kept as fp16 by name."""
+    keep = any(part.strip() and part.strip() in name for part in s.fp16_keep_name_patterns.split(","))
+    row = KINDS[kind_of(name)]
+    return getattr(s, row.bits) if row.bits and not keep else 16
+
+
+def quantize(state, s, hessians=None):
+    """A function of a widening factor f that gives {name: Quantized} with all steps multiplied by f.
+
+    Steps are searched once, with f = 1. With `hessians` their matrices get full GPTQ. Raises UserError if a weight is not
+    finite or too large for fp16.
+    """
+    fitted = {}
+    for name, w in state.items():
+        w, bits = w.detach().float(), bits_of(name, s)
+        if not torch.isfinite(w).all() or (bits == 16 and w.abs().max() > 65504):
+            raise UserError(f"{name}: holds {float(w.abs().max())}, not a weight that can be stored: training diverged; "
+                            "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
+        if bits < 16:
+            w = prune(w, s.prune_frac)
+        fitted[name] = (w, bits, fit_steps(w, bits, s) if bits < 16 else None)
+
+    def stored(name, w, bits, steps, widening):
+        if bits == 16:
+            return Quantized(16, half=w.half().cpu(), shape=tuple(w.shape))
+        wide = fp16_steps(steps * widening)
+        exact = hessians is not None and name in hessians
+        codes = gptq_codes(w, wide, bits, hessians[name], s) if exact else to_codes(w, wide, bits)
+        return Quantized(bits, codes.cpu(), wide.cpu(), shape=tuple(w.shape))
+
+    return lambda widening: {name: stored(name, *entry, widening) for name, entry in fitted.items()}
+
+
+def error_report(state, tensors, hessians):
+    """Lines that say how large the error of each quantized tensor is: of the weights, and of the outputs with a Hessian."""
+    for name, w in state.items():
+        if tensors[name].bits < 16:
+            w = w.detach().float().cpu()
+            error, line = w - tensors[name].weights(), f"quantized {name} bits:{tensors[name].bits}"
+            line += f" weight_error:{float(error.norm() / w.norm().clamp_min(1e-30)):.5f}"
+            if hessians and name in hessians:
+                outputs, wrong = (float(((x @ hessians[name].cpu()) * x).sum()) for x in (w, error))
+                line += f" output_error:{math.sqrt(max(wrong, 0) / max(outputs, 1e-30)):.5f}"
+            yield line
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Artifact: codes → bytes → file, and back; data only, nothing in it is ever executed
+# ----------------------------------------------------------------------------------------------------------------------
+#
+# magic | header length, u32 | header, JSON: codec, bytes of body and index | body, compressed | SHA-256 of all before.
+# The body, decompressed: the index (JSON: settings, tensors, widening), then the codes of every quantized tensor, one
+# byte each and tensors of equal bits together, then all steps and all fp16 arrays, low bytes before high bytes.
+
+ARTIFACT_MAGIC = b"PGOLF\x00\x00\x01"  # the last byte is the version
+ARTIFACT_MOST_BYTES = 1 << 30  # a body beyond this is refused before anything is allocated
+INDEX_MOST_BYTES = 1 << 20  # parsed JSON takes twenty times its text
+# Codes look like noise to a match finder: a shallow search and no literal context are smaller and 3× faster here.
+LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORMAL, mf=lzma.MF_BT4, nice_len=64, depth=1,
+                     dict_size=1 << 16)]
+# Settings that are not stored: where things lie and how this machine computes.
+TIED_TO_THE_RUN = ("preset", "run_id", "device", "precision", "compile", "attention", "out_dir", "eval_only", "scores_path",
+                   "data_path", "tokenizer_path", "val_limit_tokens")
+
+
+def zstd():
+    """The zstandard package, asked for by CODEC=zstd alone. Raises UserError where it is missing."""
+    try:
+        return importlib.import_module("zstandard")
+    except ImportError as problem:
+        raise UserError("CODEC=zstd: the zstandard package is not installed; pip install zstandard, or CODEC=lzma") from problem
+
+
+def compress(codec, body):
+    if codec == "zstd":
+        return zstd().ZstdCompressor(level=22).compress(body)
+    return lzma.compress(body, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+
+
+def decompress(codec, payload, most_bytes):
+    """At most `most_bytes` + 1 bytes of the body: the one more says that it is too long. Raises ValueError."""
+    if codec == "lzma":
+        try:
+            return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(payload, max_length=most_bytes + 1)
+        except (lzma.LZMAError, EOFError) as problem:
+            raise ValueError(problem) from problem
+    if codec != "zstd":
+        raise ValueError(f"codec {codec!r}")
+    package = zstd()
+    try:
+        return package.ZstdDecompressor(max_window_size=1 << 27).stream_reader(io.BytesIO(payload)).read(most_bytes + 1)
+    except package.ZstdError as problem:
+        raise ValueError(problem) from problem
+
+
+class ArtifactError(UserError):
+    """The file is not an artifact, or not a whole one."""
+
+
+def split_bytes(halves):
+    """fp16 arrays as one byte string, low bytes first: the high bytes, alike among neighbours, compress better."""
+    pairs = np.concatenate([np.zeros(0, "<f2"), *halves]).astype("<f2").view(np.uint8).reshape(-1, 2)
+    return pairs.T.tobytes()
+
+
+def encode_artifact(tensors, s, widening):
+    """The file's bytes from {name: Quantized}."""
+    order = sorted(tensors, key=lambda name: (tensors[name].bits, list(tensors).index(name)))
+    coded = [tensors[name] for name in order if tensors[name].bits < 16]
+    codes = b"".join((t.codes + code_limit(t.bits)).numpy().astype(np.uint8).tobytes() for t in coded)
+    steps = split_bytes([t.steps.numpy().astype(np.float16) for t in coded])
+    halves = split_bytes([tensors[name].half.flatten().numpy() for name in order if tensors[name].bits == 16])
+    stored = {f.name: getattr(s, f.name) for f in fields(s) if f.name not in TIED_TO_THE_RUN}
+    index = json.dumps(dict(settings=stored, widening=widening, tensors=[[n, tensors[n].bits, tensors[n].shape] for n in order]),
+                       separators=(",", ":")).encode()
+    body = index + codes + steps + halves
+    header = dict(codec=s.codec, body_bytes=len(body), index_bytes=len(index))
+    header.update({"zstandard": zstd().__version__} if s.codec == "zstd" else {})
+    header = json.dumps(header, separators=(",", ":")).encode()
+    content = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + compress(s.codec, body)
+    return content + hashlib.sha256(content).digest()
+
+
+def artifact_body(content):
+    """(index as parsed JSON, the bytes after it) of a file's content. Raises ArtifactError; never allocates more than the
+    header promises, and no header may promise more than ARTIFACT_MOST_BYTES."""
+    start = len(ARTIFACT_MAGIC) + 4
+    if len(content) < start + 32 or content[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
+        raise ArtifactError(f"{len(content)} bytes beginning with {content[:8]!r}: not an artifact of this script")
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise ArtifactError("the checksum does not match: the file is damaged or cut short; make or fetch it again")
+    try:
+        header_bytes, = struct.unpack_from("<I", content, start - 4)
+        header = json.loads(content[start: start + header_bytes])
+        body_bytes, index_bytes = int(header["body_bytes"]), int(header["index_bytes"])
+        if not 0 <= index_bytes <= min(body_bytes, INDEX_MOST_BYTES) or body_bytes > ARTIFACT_MOST_BYTES:
+            raise ValueError(f"header {header}")
+        body = decompress(header["codec"], content[start + header_bytes: -32], body_bytes)
+        if len(body) != body_bytes:
+            raise ValueError(f"body of {len(body)} bytes where the header says {body_bytes}")
+        return json.loads(body[:index_bytes]), memoryview(body)[index_bytes:]
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, struct.error) as problem:
+        raise ArtifactError(f"not readable as an artifact: {type(problem).__name__}: {problem}") from problem
+
+
+def decode_artifact(content):
+    """(stored settings, {name: Quantized}, widening) from a file's bytes. Raises ArtifactError."""
+    index, data = artifact_body(content)
+    try:
+        described = [(str(name), int(bits), tuple(int(n) for n in shape)) for name, bits, shape in index["tensors"]]
+        if any(bits not in (4, 5, 6, 7, 8, 16) or min(shape, default=1) < 0 or (bits < 16 and len(shape) != 2)
+               for _, bits, shape in described):
+            raise ValueError("a tensor of unknown bits or shape")
+        if len({name for name, *_ in described}) != len(described):
+            raise ValueError("a tensor twice")
+        sizes = [math.prod(shape) for *_, shape in described]
+        codes_end = sum(n for n, (_, bits, _) in zip(sizes, described) if bits < 16)
+        steps_end = codes_end + 2 * sum(shape[0] for _, bits, shape in described if bits < 16)
+        if steps_end + 2 * sum(n for n, (_, bits, _) in zip(sizes, described) if bits == 16) != len(data):
+            raise ValueError(f"tensors that do not fill the {len(data)} bytes there are")
+        joined = [np.frombuffer(part, np.uint8).reshape(2, -1).T.copy().view("<f2").ravel()
+                  for part in (data[codes_end:steps_end], data[steps_end:])]
+        codes = np.frombuffer(data[:codes_end], np.uint8)
+        at, tensors = dict(codes=0, steps=0, half=0), {}
+        for (name, bits, shape), n in zip(described, sizes):
+            if bits == 16:
+                half = torch.from_numpy(joined[1][at["half"]: at["half"] + n].astype(np.float16)).view(shape)
+                tensors[name], at["half"] = Quantized(16, half=half, shape=shape), at["half"] + n
+            else:
+                block = codes[at["codes"]: at["codes"] + n].astype(np.int16) - code_limit(bits)
+                if block.size and block.max() > code_limit(bits):
+                    raise ValueError(f"{name}: a code beyond its {bits} bits")
+                steps = joined[0][at["steps"]: at["steps"] + shape[0]].astype(np.float32)
+                tensors[name] = Quantized(bits, torch.from_numpy(block.astype(np.int8)).view(shape), torch.from_numpy(steps),
+                                          shape=shape)
+                at["codes"], at["steps"] = at["codes"] + n, at["steps"] + shape[0]
+        return dict(index["settings"]), tensors, float(index["widening"])
+    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as problem:
+        raise ArtifactError(f"not readable as an artifact: {type(problem).__name__}: {problem}") from problem
+
+
+def pack(state, s, budget_bytes, log=lambda line: None, hessians=None):
+    """The artifact's bytes, at most `budget_bytes`: if int6 with the best steps is too large, every step is widened by
+    one factor, the smallest found by secant and bisection that fits. Raises UserError if even 64× does not fit.
+    """
+    at = quantize(state, s, hessians)
+    coded = sum(w.numel() for name, w in state.items() if bits_of(name, s) < 16)
+    content = encode_artifact(at(1.0), s, 1.0)
+    if len(content) <= budget_bytes:
+        return content
+    log(f"artifact:too large by {len(content) - budget_bytes} bytes at the finest steps; widening all of them")
+    low, high, size, best, widening = 0.0, 6.0, len(content), None, 0.0  # log2 of the factor
+    for attempt in range(24):
+        # A factor of 2^x takes about x bits from every code: the guess from the last size, or the middle of the bracket.
+        guess = widening + 8 * (size - 0.9995 * budget_bytes) / coded if coded else high
+        widening = guess if attempt < 4 and low < guess < high else (low + high) / 2
+        content = encode_artifact(at(2 ** widening), s, 2 ** widening)
+        size = len(content)
+        low, high = (low, widening) if size <= budget_bytes else (widening, high)
+        best = content if size <= budget_bytes else best
+        if budget_bytes * 0.998 <= size <= budget_bytes:
+            break
+    if best is None:
+        raise UserError(f"the model takes {size} bytes with steps widened 2^{widening:.2f}×, {size - budget_bytes} more than "
+                        f"the {budget_bytes} that ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes} leaves beside the code; "
+                        "shrink the model or lower ATTN_BITS, MLP_BITS, EMBED_BITS")
+    log(f"artifact:steps widened by {2 ** high:.4f} to fit {budget_bytes} bytes")
+    return best
+
+
+def read_artifact(path):
+    """decode_artifact of a file on disk; errors name the path."""
+    try:
+        return decode_artifact(Path(path).read_bytes())
+    except OSError as problem:
+        raise ArtifactError(f"{path}: cannot be read ({problem.strerror}); name an artifact that a run has written") from problem
+    except ArtifactError as problem:
+        raise ArtifactError(f"{path}: {problem}") from problem
+
+
+def check_shapes(own, tensors, path):
+    """Raises ArtifactError unless the artifact holds every parameter of that name and shape, and no other."""
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if own != found:
+        wrong = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
+        raise ArtifactError(f"{path}: does not hold this model: {wrong[0]} is {found.get(wrong[0], 'absent')} in the file and "
+                            f"{own.get(wrong[0], 'absent')} in the model ({len(wrong)} such)")
+
+
+def load_quantized(model, tensors, path):
+    """Give `model` the artifact's weights: every parameter, no other name, no other shape."""
+    check_shapes({name: tuple(p.shape) for name, p in model.named_parameters()}, tensors, path)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(tensors[name].weights())
+
+
+def size_forecast(s):
+    """Bytes of the model file before any widening, for Gaussian weights: entropy of the codes × what lzma adds."""
+    total = 4096  # index and header
+    for name, shape in parameter_shapes(s).items():
+        bits, count = bits_of(name, s), math.prod(shape)
+        if bits == 16:
+            total += 2 * count
+        else:  # a row's clip lies near its expected maximum, √(2 ln 2C) deviations
+            deviations_per_step = math.sqrt(2 * math.log(2 * shape[1])) * 0.92 / code_limit(bits)
+            entropy = math.log2(math.sqrt(2 * math.pi * math.e) / deviations_per_step)
+            total += int(count * min(max(entropy, 0.1), bits) / 8 * 1.023) + 2 * shape[0]
+    return total
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. Evaluation: one loop for plain, sliding and test-time training
+# ----------------------------------------------------------------------------------------------------------------------
+
+class LedgerError(RuntimeError):
+    """A score that would break the law: twice, out of order, missing, or tokens handed out before they were scored."""
+
+
+class ScoreLedger:
+    """The only way to a score: nll of every target, once, from left to right; tokens for adapting only behind that."""
+
+    def __init__(self, tokens):
+        self.tokens, self.scored = tokens, 0
+        self.nll = np.full(len(tokens) - 1, np.nan, np.float32)
+
+    def record(self, first, nll):
+        """Append the scores of targets [first, first + len(nll)). Raises LedgerError."""
+        if first != self.scored:
+            raise LedgerError(f"targets from {first} on offered where {self.scored} are scored: each once, in order")
+        if first + len(nll) > len(self.nll):
+            raise LedgerError(f"{len(nll)} scores from target {first} on, past the end at {len(self.nll)}")
+        if not np.isfinite(nll).all():
+            raise LedgerError(f"target {first + int(np.argmin(np.isfinite(nll)))} scored {nll[~np.isfinite(nll)][0]}")
+        self.nll[first: first + len(nll)] = nll
+        self.scored += len(nll)
+
+    def rows_for_adapting(self, first, last, length):
+        """Non-overlapping rows [n, length + 1] whose targets are [first, ...) up to `last`. Raises LedgerError."""
+        if not 0 <= first <= last <= self.scored:
+            raise LedgerError(f"tokens of targets {first} to {last} asked for where {self.scored} are scored")
+        n = (last - first) // length
+        index = first + np.arange(n)[:, None] * length + np.arange(length + 1)
+        return torch.from_numpy(self.tokens[index].astype(np.int64))
+
+    def result(self, byte_table):
+        """Loss, bits per byte and what proves them. Raises LedgerError unless every target is scored."""
+        if self.scored != len(self.nll):
+            raise LedgerError(f"{self.scored} of {len(self.nll)} targets scored")
+        loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), byte_table.count(self.tokens)
+        return dict(val_loss=loss_sum / len(self.nll), val_bpb=bits_per_byte(loss_sum, byte_count), targets=len(self.nll),
+                    bytes=byte_count, loss_sum=loss_sum, sha256=hashlib.sha256(self.nll.tobytes()).hexdigest())
+
+
+def window_plan(targets, length, stride):
+    """(start [W], first [W]): window w reads tokens start..start+length and scores targets first..start+length.
+
+    The first window scores all of its targets, each later one the `stride` after those scored before, the last one
+    what is left. Every target stands in exactly one window.
+    """
+    if targets < length:
+        raise ValueError(f"{targets} targets do not fill a window of {length}")
+    ends = np.append(np.arange(length, targets, stride, dtype=np.int64), targets)
+    return ends - length, np.concatenate(([0], ends[:-1]))
+
+
+def chunk_plan(first, targets, chunk):
+    """Window ranges [(begin, end)]: each holds the windows whose first scored target lies in one stretch of `chunk`."""
+    borders = np.searchsorted(first, np.arange(0, targets, chunk))
+    borders = np.unique(np.append(borders, len(first)))
+    return list(zip(borders[:-1].tolist(), borders[1:].tolist()))
+
+
+class Scorer:
+    """Scores windows of the validation tokens with a model, split over ranks in batches of one fixed shape."""
+
+    def __init__(self, model, tokens, length, stride, s, rt):
+        self.model, self.rt, self.length = model, rt, length
+        self.start, self.first = window_plan(len(tokens) - 1, length, stride)
+        self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(rt.device)
+        self.offsets = torch.arange(length + 1, device=rt.device)
+        self.batch = s.eval_batch_seqs
+
+    @torch.no_grad()
+    def score(self, begin, end, tick=lambda windows: None):
+        """nll [targets] of the targets of windows [begin, end), in order, on every rank."""
+        low, high = int(self.first[begin]), int(self.start[end - 1]) + self.length
+        out = torch.zeros(2, high - low, device=self.rt.device)  # the scores, and how often each target was scored
+        mine_begin, mine_end = (begin + part for part in self.rt.share(end - begin))
+        batch = min(self.batch, -(-(end - begin) // self.rt.world_size))
+        for b in range(mine_begin, mine_end, batch):
+            windows = np.minimum(np.arange(b, b + batch), mine_end - 1)  # a short batch repeats its last window
+            rows = self.tokens[torch.from_numpy(self.start[windows]).to(self.rt.device)[:, None] + self.offsets].long()
+            nll = self.model(rows[:, :-1], rows[:, 1:])
+            for row, w in enumerate(range(b, min(b + batch, mine_end))):
+                n = int(self.start[w]) + self.length - int(self.first[w])
+                place = slice(int(self.first[w]) - low, int(self.first[w]) - low + n)
+                out[0, place], out[1, place] = nll[row, -n:], out[1, place] + 1
+            tick((min(b + batch, mine_end) - mine_begin) * self.rt.world_size)
+        scores, times = self.rt.sum_(out).cpu().numpy()
+        if not (times == 1).all():
+            raise LedgerError(f"target {low + int(np.argmax(times != 1))} scored {int(times[times != 1][0])} times in one pass")
+        return scores
+
+
+def evaluate(model, tokens, byte_table, s, rt, label, stride, adapter=None):
+    """Score every target of `tokens` once: chunk by chunk, adapting after each chunk but the last if there is an adapter.
+
+    Returns the ledger's result with `seconds`, and the ledger.
+    """
+    started, targets = time.perf_counter(), len(tokens) - 1
+    scorer, ledger = Scorer(model, tokens, s.window, stride, s, rt), ScoreLedger(tokens)
+    chunks = chunk_plan(scorer.first, targets, s.ttt_chunk_tokens if adapter else 1 << 22)
+    progress = Progress(rt, label, len(scorer.first))
+    bytes_so_far, loss_so_far = 0, 0.0
+    for c, (begin, end) in enumerate(chunks):
+        low = ledger.scored
+        ledger.record(low, scorer.score(begin, end, lambda windows: progress.update(begin + windows)))
+        if adapter:
+            bytes_so_far += byte_table.count(tokens[low: ledger.scored + 1])
+            loss_so_far += float(ledger.nll[low: ledger.scored].sum(dtype=np.float64))
+            if c % 10 == 0 or c + 1 == len(chunks):
+                rt.log(f"  ttt_chunk [{c + 1}/{len(chunks)}] bpb={bits_per_byte(loss_so_far, bytes_so_far):.6f} "
+                       f"time={time.perf_counter() - started:.1f}s")
+            if c + 1 < len(chunks):
+                adapter.adapt(ledger, low, ledger.scored, c / max(len(chunks) - 1, 1))
+    rt.synchronize()
+    return dict(ledger.result(byte_table), seconds=time.perf_counter() - started), ledger
+
+
+def adapted(name, s):
+    """Does test-time training change this parameter?"""
+    part, _, rest = name.partition(".")
+    index = int(rest.split(".")[0]) if part in ("blocks", "cores") else None
+    if s.ttt_params == "scalars":
+        return kind_of(name) == "control"
+    if s.ttt_params == "tail":
+        last = range(s.num_layers - s.ttt_unfreeze_blocks, s.num_layers)
+        inside = index in last if part == "blocks" else index in {i % s.cores for i in last}
+        return inside or name == "tok_emb" or (kind_of(name) == "control" and "scale" in name)
+    return index is None or index >= s.ttt_freeze_blocks
+
+
+class Adapter:
+    """Test-time training: scored tokens in, weights changed. One persistent optimizer over the whole evaluation."""
+
+    def __init__(self, model, forward, s, rt):
+        self.s, self.rt, self.forward = s, rt, forward
+        multipliers, total = {}, 0
+        for name, p in model.named_parameters():
+            p.requires_grad_(adapted(name, s))
+            total += p.numel()
+            if p.requires_grad:
+                factor = {"down": s.ttt_proj_lr_mult, "up": s.ttt_fc_lr_mult}.get(name.rsplit(".", 1)[-1], 1.0)
+                multipliers.setdefault(factor, []).append(p)
+        groups = [dict(params=params, factor=factor) for factor, params in multipliers.items()]
+        self.params = [p for params in multipliers.values() for p in params]
+        self.trained = sum(p.numel() for p in self.params)
+        self.frozen = total - self.trained
+        self.optimizer = (torch.optim.SGD(groups, lr=s.ttt_lr, momentum=s.ttt_momentum) if s.ttt_optimizer == "sgd" else
+                          torch.optim.AdamW(groups, lr=s.ttt_lr, betas=(0.9, 0.999), weight_decay=0.0))
+
+    def adapt(self, ledger, first, last, share_done):
+        """Train on targets [first, last), all scored before; `share_done` of the chunks lie behind (0 to 1).
+
+        Steps run over the rows of all ranks, so that the number of ranks changes nothing.
+        """
+        s = self.s
+        rows = ledger.rows_for_adapting(first, last, s.train_seq_len)
+        batches = rows.split(s.ttt_batch_seqs) * s.ttt_epochs if len(rows) else ()
+        across = s.ttt_lr_floor + (1 - s.ttt_lr_floor) * 0.5 * (1 + math.cos(math.pi * share_done))
+        for k, batch in enumerate(batches):
+            inside = 0.5 * (1 + math.cos(math.pi * k / len(batches))) if s.ttt_intra_cosine else 1.0
+            for group in self.optimizer.param_groups:
+                group["lr"] = s.ttt_lr * across * inside * group["factor"]
+            self._step(batch)
+
+    def _step(self, batch):
+        """One step on the mean nll of the batch: gradients summed over ranks, then clipped by their global norm."""
+        begin, end = self.rt.share(len(batch))
+        per_pass = max(1, self.s.micro_batch_tokens // self.s.train_seq_len)
+        for rows in batch[begin:end].to(self.rt.device).split(per_pass) if end > begin else ():
+            (self.forward(rows[:, :-1], rows[:, 1:]).sum() / batch[:, 1:].numel()).backward()
+        flat = self.rt.sum_(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.params]))
+        if self.s.ttt_grad_clip:
+            flat *= (self.s.ttt_grad_clip / (flat.norm() + 1e-6)).clamp(max=1.0)
+        for p, g in zip(self.params, flat.split([p.numel() for p in self.params])):
+            p.grad = g.view_as(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 12. Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Trainer:
+    """The training loop and what it needs: model, optimizers, averages, batches."""
+
+    def __init__(self, model, forward, s, rt):
+        self.model, self.forward, self.s, self.rt = model, forward, s, rt
+        self.rows_per_step = s.train_batch_tokens // s.train_seq_len
+        if self.rows_per_step % rt.world_size:
+            raise UserError(f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} makes {self.rows_per_step} rows, which {rt.world_size} "
+                            "ranks cannot share equally: start a number of processes that divides them")
+        rows, most = self.rows_per_step // rt.world_size, max(1, s.micro_batch_tokens // s.train_seq_len)
+        self.micro_rows = next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
+        self.optimizers = Optimizers(model, s, rt)
+
+    def step(self, rows, scale, momentum, fake_quant):
+        """One optimizer step on this rank's rows; returns the mean nll of the rank's tokens and the gradient norm."""
+        total = self.s.train_batch_tokens
+        loss = torch.zeros((), device=self.rt.device)
+        for micro in rows.split(self.micro_rows):
+            nll = self.forward(micro[:, :-1].long(), micro[:, 1:].long(), fake_quant).sum() / total
+            nll.backward()
+            loss += nll.detach()
+        if self.s.crownq_lambda and (fake_quant or not self.s.crownq_warmdown_only):
+            (self.s.crownq_lambda / self.rt.world_size * crown_q(self.model)).backward()
+        return loss * self.rt.world_size, self.optimizers.step(scale, momentum)
+
+    def warm_up(self):
+        """Run every compiled variant on random tokens, then restore weights and optimizers: no compilation is timed."""
+        s, rt = self.s, self.rt
+        if not s.warmup_steps:
+            return
+        kept = [p.detach().clone() for p in self.model.parameters()]
+        variants = sorted({False, bool(s.qat_enabled or s.late_qat_threshold)} if not s.qat_enabled else {True})
+        rows = torch.randint(s.vocab_size, (self.rows_per_step // rt.world_size, s.train_seq_len + 1), dtype=torch.int32,
+                             device=rt.device)
+        for i in range(max(s.warmup_steps, len(variants))):
+            self.step(rows, 1.0, s.muon_momentum, variants[i % len(variants)])
+            if i + 1 in (1, s.warmup_steps) or (i + 1) % 10 == 0:
+                rt.log(f"warmup_step:{i + 1}/{s.warmup_steps}")
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), kept)
+        self.optimizers = Optimizers(self.model, s, rt)
+        rt.synchronize()
+        if rt.compile:
+            breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+            rt.log(f"compile:variants {len(variants)} graph_breaks {breaks}")
+
+    def train(self, stream, validate):
+        """Train until ITERATIONS or the clock; then give the model its averaged weights.
+
+        `validate(step)` scores the model as it stands; its time is not training's. Returns steps and milliseconds.
+        """
+        s, rt = self.s, self.rt
+        batches, averages, progress = Batches(stream, rt, self.rows_per_step), WeightAverage(self.model, s), Progress(rt, "train", 1)
+        clock, step, quantizing = StepClock(rt), 0, False
+        while True:
+            elapsed = clock.read() if step else 0.0
+            stop = step >= s.iterations > 0 or out_of_time(s, step, elapsed)
+            if stop or (s.val_loss_every and step and step % s.val_loss_every == 0):
+                with clock.paused():
+                    elapsed = clock.spent_ms
+                    self._log_validation(validate(step), step, elapsed)
+            if stop:
+                break
+            scale, share = lr_scale(s, step, elapsed), warmdown_share(s, step, elapsed)
+            if fake_quant_on(s, share) and not quantizing:
+                quantizing = True
+                rt.log(f"late_qat:enabled step:{step} scale:{scale:.4f}")
+            loss, norm = self.step(batches.next(), scale, muon_momentum(s, step), quantizing)
+            step += 1
+            if averages.update(step, share):
+                rt.log(f"swa:start step:{step}")
+            if step <= 10 or step % s.train_log_every == 0:
+                self._log_step(loss, norm, step, clock.read(), scale)
+            progress.update(max(step / s.iterations if s.iterations else 0,
+                                elapsed / 1000 / s.max_wallclock_seconds if s.max_wallclock_seconds else 0))
+        batches.close()
+        if s.max_wallclock_seconds and (step < s.iterations or not s.iterations):
+            rt.log(f"stopping_early: wallclock_cap train_time:{elapsed:.0f}ms step:{step}/{s.iterations}")
+        applied = averages.apply()
+        rt.log(f"{'ema' if 'EMA' in applied else 'average'}:applying {applied} weights" if applied else "average:none, weights as trained")
+        return step, elapsed
+
+    def hessians(self, stream, step):
+        """Hessians of the matrices on the training rows that would have come next, and the milliseconds they took."""
+        self.rt.synchronize()
+        started, position = time.perf_counter(), step * self.rows_per_step
+        self.rt.log(f"gptq_calibration:start passes:{self.s.gptq_batches} rows:{self.micro_rows} ranks:{self.rt.world_size}")
+
+        def batches():
+            for i in range(self.s.gptq_batches):
+                first = position + (i * self.rt.world_size + self.rt.rank) * self.micro_rows
+                yield stream.rows(first, first + self.micro_rows).to(self.rt.device)
+
+        hessians = collect_hessians(self.model, batches(), self.rt)
+        self.rt.synchronize()
+        return hessians, 1000 * (time.perf_counter() - started)
+
+    def _log_step(self, loss, norm, step, elapsed, scale):
+        mean = self.rt.sum_(loss.clone()).item() / self.rt.world_size
+        if not math.isfinite(mean) or not math.isfinite(norm.item()):
+            raise UserError(f"step {step}: train_loss {mean}, gradient norm {norm.item()}: training diverged; lower MATRIX_LR="
+                            f"{self.s.matrix_lr}, SCALAR_LR={self.s.scalar_lr} or TIED_EMBED_LR={self.s.tied_embed_lr}")
+        self.rt.log(f"step:{step}/{self.s.iterations} train_loss:{mean:.4f} train_time:{elapsed:.0f}ms "
+                    f"step_avg:{elapsed / step:.2f}ms lr_scale:{scale:.4f}")
+
+    def _log_validation(self, result, step, elapsed):
+        self.rt.log(f"step:{step}/{self.s.iterations} val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f} "
+                    f"train_time:{elapsed:.0f}ms step_avg:{elapsed / max(step, 1):.2f}ms")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 13. main: settings → runtime → data → train → average → quantize → write → read back → evaluate → report
+# ----------------------------------------------------------------------------------------------------------------------
+
+def versions(rt):
+    """Versions of what the result depends on."""
+    gpu = rt.device.type == "cuda"
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                sentencepiece=sentencepiece.__version__, cuda=torch.version.cuda if gpu else None)
+
+
+def device_name(rt):
+    if rt.device.type == "cuda":
+        return torch.cuda.get_device_name(rt.device)
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def log_start(s, rt, explicit):
+    """The log's first entries: source, versions, GPU, every setting, so that a run can be told from its log alone."""
+    rt.log(SCRIPT.read_text(encoding="utf-8"), console=False)
+    rt.log("=" * 100, console=False)
+    rt.log("versions: " + " ".join(f"{k} {v}" for k, v in versions(rt).items()), console=False)
+    if rt.device.type == "cuda" and rt.rank == 0:
+        with contextlib.suppress(OSError):
+            rt.log(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout, console=False)
+    for spec in fields(s):
+        mark = "  (set)" if spec.name.upper() in explicit else ""
+        rt.log(f"setting {spec.name.upper()}={getattr(s, spec.name)}{mark}", console=False)
+    rt.log(f"run:{s.run_id} preset:{s.preset or 'none'} device:{device_name(rt)} world_size:{rt.world_size} "
+           f"dtype:{str(rt.dtype).removeprefix('torch.')} compile:{int(rt.compile)} seed:{s.seed}")
+
+
+def log_shape(s, log, counts):
+    """Parameters by group and what a step holds."""
+    log("parameters: " + " ".join(f"{kind}:{n}" for kind, n in counts.items()))
+    log(f"model_params:{sum(counts.values())}")
+    log(f"XSA:last_{s.xsa_last_n} active_layers:{s.xsa_blocks}")
+    log(f"tokens_per_step:{s.train_batch_tokens} rows:{s.train_batch_tokens // s.train_seq_len} "
+        f"row_tokens:{s.train_seq_len}")
+
+
+def dry_run(s, ranks):
+    """What a run would be, without data or device."""
+    counts = parameter_counts(s)
+    print(f"settings are good; preset:{s.preset or 'none'} world_size:{ranks[1]}")
+    log_shape(s, print, counts)
+    code, model = SCRIPT.stat().st_size, size_forecast(s)
+    print(f"size forecast: code {code} + model {model} (Gaussian weights) = {code + model} of {s.artifact_budget_bytes} bytes"
+          + ("; the steps will be widened to fit" if code + model > s.artifact_budget_bytes else ""))
+    print(f"training: {s.iterations or 'any number of'} steps at most, {s.max_wallclock_seconds or 'no limit of'} s")
+    print(f"evaluation: windows of {s.window}, stride {s.eval_stride or 'none'}, TTT {'on' if s.ttt_enabled else 'off'}")
+
+
+def run_evaluations(model, forward, path, s, rt, tokens, byte_table):
+    """Read the artifact from disk and score it: plain, sliding, TTT. Returns {kind: result} and the last ledger."""
+    label, results = s.quant_label, {}
+    tempered = forward if s.ttt_temp == 1 else lambda x, y: forward(x, y, False, s.ttt_temp)
+
+    def timed(kind, key, stride, note="", adapter=None):
+        results[kind], ledger = evaluate(tempered if adapter else forward, tokens, byte_table, s, rt, kind, stride, adapter)
+        r = results[kind]
+        for suffix, digits in (("", 4), ("_exact", 8)):
+            rt.log(f"{key}{suffix} val_loss:{r['val_loss']:.{digits}f} val_bpb:{r['val_bpb']:.{digits}f} {note}"
+                   f"eval_time:{1000 * r['seconds']:.0f}ms")
+        return ledger
+
+    load_quantized(model, read_artifact(path)[1], path)
+    ledger = timed(label, f"final_{label}_roundtrip", s.window)
+    if s.eval_stride:
+        ledger = timed("sliding", f"final_{label}_sliding_window", s.eval_stride, f"stride:{s.eval_stride} ")
+    if s.ttt_enabled:
+        adapter = Adapter(model, tempered, s, rt)
+        starts, firsts = window_plan(len(tokens) - 1, s.window, s.eval_stride)
+        rt.log(f"ttt_sliding:start chunks={len(chunk_plan(firsts, len(tokens) - 1, s.ttt_chunk_tokens))} "
+               f"chunk_tokens={s.ttt_chunk_tokens} total_windows={len(starts)} stride={s.eval_stride} ttt_lr={s.ttt_lr} "
+               f"ttt_epochs={s.ttt_epochs} freeze_blocks={s.ttt_freeze_blocks}")
+        rt.log(f"ttt_sliding:params unfrozen={adapter.trained} frozen={adapter.frozen}")
+        ledger = timed("ttt", "legal_ttt", s.eval_stride, adapter=adapter)
+        r = results["ttt"]
+        rt.log(f"ttt_sliding:done val_loss={r['val_loss']:.6f} val_bpb={r['val_bpb']:.6f} elapsed={r['seconds']:.1f}s")
+    return results, ledger
+
+
+def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
+    """Train, average, quantize, write. Returns what the result file says of it."""
+    stream, trainer = TrainStream(s), Trainer(model, forward, s, rt)
+    trainer.warm_up()
+    steps, train_ms = trainer.train(stream, lambda step: evaluate(forward, tokens, byte_table, s, rt, "validation", s.window)[0])
+    hessians, calibration_ms = trainer.hessians(stream, steps) if s.gptq else (None, 0.0)
+    train_ms += calibration_ms
+    if rt.device.type == "cuda":
+        rt.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
+               f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
+    floating, _ = evaluate(forward, tokens, byte_table, s, rt, "float", s.window)
+    rt.log(f"DIAGNOSTIC post_ema val_loss:{floating['val_loss']:.4f} val_bpb:{floating['val_bpb']:.4f} "
+           f"eval_time:{1000 * floating['seconds']:.0f}ms")
+    started, problem = time.perf_counter(), ""
+    if rt.rank == 0:
+        try:
+            state = dict(model.named_parameters())
+            content = pack(state, s, s.artifact_budget_bytes - SCRIPT.stat().st_size, rt.log, hessians)
+            write_whole(path, content)
+            for line in error_report(state, decode_artifact(content)[1], hessians):
+                rt.log(line, console=False)
+        except UserError as error:
+            problem = str(error)
+    if rt.from_rank0(float(bool(problem))):
+        raise UserError(problem or "packing failed on rank 0")
+    return dict(steps=steps, train_tokens=steps * s.train_batch_tokens, train_seconds=train_ms / 1000,
+                pack_seconds=time.perf_counter() - started), {"float": floating}
+
+
+def report(s, rt, path, counts, trained, results, ledger, eval_seconds):
+    """Write the result file and the log's last lines: what a reviewer checks."""
+    code, last = SCRIPT.read_bytes(), list(results.values())[-1]
+    model_bytes, label = path.stat().st_size, s.quant_label
+    total = len(code) + model_bytes
+    result = dict(
+        preset=s.preset, settings={f.name: getattr(s, f.name) for f in fields(s)}, seed=s.seed, world_size=rt.world_size,
+        device=device_name(rt), versions=versions(rt), code_sha256=hashlib.sha256(code).hexdigest(), code_bytes=len(code),
+        model_bytes=model_bytes, total_bytes=total, model_params=sum(counts.values()), **trained, eval_seconds=eval_seconds,
+        scored_targets=last["targets"], scored_bytes=last["bytes"], peak_memory_bytes=rt.peak_memory_bytes(),
+        val_loss={kind: r["val_loss"] for kind, r in results.items()},
+        val_bpb={kind: r["val_bpb"] for kind, r in results.items()}, ledger_sha256=last["sha256"], artifact=str(path))
+    rt.log(f"Serialized model {label}+{s.codec}: {model_bytes} bytes")
+    rt.log(f"Code size: {len(code)} bytes")
+    rt.log(f"Total submission size {label}+{s.codec}: {total} bytes of {s.artifact_budget_bytes}")
+    rt.log(f"code_sha256:{result['code_sha256']}")
+    rt.log(f"seconds: train {trained['train_seconds']:.1f} of {s.max_wallclock_seconds:g}, pack {trained['pack_seconds']:.1f}, "
+           f"evaluation {eval_seconds:.1f}")
+    rt.log(f"ledger: targets:{last['targets']} bytes:{last['bytes']} loss_sum:{last['loss_sum']:.6f} sha256:{last['sha256']}")
+    if s.val_limit_tokens:
+        rt.log(f"note: VAL_LIMIT_TOKENS={s.val_limit_tokens}: not the whole validation set, no legal score")
+    if rt.rank == 0:
+        if s.scores_path:
+            buffer = io.BytesIO()
+            np.save(buffer, ledger.nll)
+            write_whole(s.scores_path, buffer.getvalue())
+        write_whole(Path(s.out_dir) / "logs" / f"{s.run_id}.json", json.dumps(result, indent=1).encode())
+
+
+def settings_of_artifact(path, environ):
+    """Settings for EVAL_ONLY: those stored in the file, changed by explicit variables where that does not contradict the
+    model or the way it was trained. Raises UserError."""
+    stored, tensors, _ = read_artifact(path)
+    known = {f.name: f for f in fields(Settings) if f.name not in TIED_TO_THE_RUN}  # a file may not say where things are written
+    for name, value in stored.items():
+        try:
+            stored[name] = parse_value(known[name], value)
+        except KeyError:
+            raise ArtifactError(f"{path}: holds {name}, a setting that no artifact of this script has") from None
+        except ValueError as problem:
+            raise ArtifactError(f"{path}: holds {name}={value}, which {problem}") from problem
+    s, explicit = resolve_settings(environ, stored)
+    fixed = [name for name in stored if getattr(s, name) != stored[name] and (
+        known[name].metadata["section"] == "Model" or name in ("vocab_size", "bos_token", "train_seq_len", "attn_bits", "mlp_bits"))]
+    if fixed:
+        raise UserError(f"EVAL_ONLY={path}: made with other settings: " + "; ".join(
+            f"{name.upper()}={stored[name]}, not {getattr(s, name)}" for name in fixed) + "; unset these")
+    check_shapes(parameter_shapes(s), tensors, path)
+    return s, explicit
+
+
+def run_job(s, rt, explicit):
+    """The whole job, in the order the data flows."""
+    s = replace(s, run_id=s.run_id or str(uuid.uuid4()))
+    tokens, byte_table = load_validation(s), ByteTable(s)
+    rt.open_log(Path(s.out_dir) / "logs" / f"{s.run_id}.txt")
+    log_start(s, rt, explicit)
+    counts = parameter_counts(s)
+    log_shape(s, rt.log, counts)
+    model, attention = build_model(s, rt)
+    rt.log(f"attention:{attention} validation_targets:{len(tokens) - 1}")
+    forward = torch.compile(model, dynamic=False) if rt.compile else model
+    path = Path(s.eval_only) if s.eval_only else Path(s.out_dir) / "final_model.int6.ptz"
+    trained = dict(steps=0, train_tokens=0, train_seconds=0.0, pack_seconds=0.0)
+    results = {}
+    if not s.eval_only:
+        trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
+    started = time.perf_counter()
+    scored, ledger = run_evaluations(model, forward, path, s, rt, tokens, byte_table)
+    report(s, rt, path, counts, trained, {**results, **scored}, ledger, time.perf_counter() - started)
+
+
+def main(argv, environ):
+    """Exit status: 0 done, 2 something that the user can mend, said in words."""
+    unknown = [a for a in argv if a not in ("--help", "-h", "--dry-run")]
+    if unknown or "--help" in argv or "-h" in argv:
+        print(help_text() if not unknown else f"{' '.join(unknown)}: settings are environment variables; "
+              "the only flags are --help and --dry-run", file=sys.stderr if unknown else sys.stdout)
+        return 2 if unknown else 0
+    rt = None
+    try:
+        ranks = launched_ranks(environ)
+        artifact = environ.get("EVAL_ONLY", "").strip()
+        s, explicit = settings_of_artifact(artifact, environ) if artifact else resolve_settings(environ)
+        if "--dry-run" in argv:
+            dry_run(s, ranks)
+            return 0
+        torch._dynamo.config.cache_size_limit = 64
+        rt = Runtime(s, ranks)
+        with sdpa_priority(rt):
+            run_job(s, rt, explicit)
+        rt.close()
+        return 0
+    except torch.OutOfMemoryError as problem:
+        print(f"error: GPU memory ran out; lower MICRO_BATCH_TOKENS (training, TTT) or EVAL_BATCH_SEQS (scoring): {problem}",
+              file=sys.stderr, flush=True)
+        return 2
+    except UserError as problem:
+        rank = rt.rank if rt else int(environ.get("RANK", 0) if environ.get("RANK", "0").isdigit() else 0)
+        if rank:  # what all ranks met is said once, by rank 0, whose end also ends the others
+            time.sleep(5)
+        print(f"error{f' on rank {rank}' if rank else ''}: {problem}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
