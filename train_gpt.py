@@ -72,8 +72,8 @@ FLAG = (0, 1)
 class Settings:
     """Every setting, resolved and checked. A field is read from the variable of the same name in capitals.
 
-    The defaults are the best known configuration of the 11-layer, SP1024 family; where a default differs from the
-    common base (#414), the comment gives the published reason (bits per byte, lower is better).
+    The defaults join what is known to help the 11-layer, SP1024 family; where a default differs from the common base
+    (#414), the comment gives the published reason (bits per byte, lower is better).
     """
     preset: str = run("", "name", "row of the preset table to start from", off="empty")
     run_id: str = run("", "name", "names logs/<RUN_ID>.txt and .json", off="empty: a fresh uuid4")
@@ -191,7 +191,7 @@ class Settings:
     prune_frac: float = quant(0.0, "share", "of the smallest weights of each matrix and table set to zero", off="0",
                               low=0, high=0.9)
     gptq: int = quant(0, "flag", "full GPTQ: error compensation by Hessians from training tokens", off="0", choices=FLAG)
-    gptq_batches: int = quant(8, "passes", "of MICRO_BATCH_TOKENS per rank, for the Hessians", low=1)
+    gptq_batches: int = quant(8, "batches", "of TRAIN_BATCH_TOKENS, over all ranks, for the Hessians", low=1)
     gptq_reserve_seconds: float = quant(10.0, "s", "of the training clock kept for the Hessians", low=0)
     gptq_act_order: int = quant(0, "flag", "columns in falling order of the Hessian's diagonal", off="0", choices=FLAG)
     gptq_damp: float = quant(0.01, "× mean diagonal", "added to the Hessian's diagonal", low=1e-6, high=1)
@@ -201,11 +201,13 @@ class Settings:
 
     eval_seq_len: int = evaluation(0, "tokens", "length of a scoring window", off="0: TRAIN_SEQ_LEN", low=0)
     eval_stride: int = evaluation(64, "tokens", "scored per sliding window", off="0: no sliding evaluation", low=0)
+    eval_wallclock_seconds: float = evaluation(600.0, "s", "from the opening of the artifact on; TTT stops adapting when "
+                                               "scoring what is left would pass it", off="0: no limit", low=0)
     eval_batch_seqs: int = evaluation(32, "windows", "per rank and pass", low=1)
     ttt_enabled: int = evaluation(1, "flag", "score-first test-time training over the sliding windows (−0.0021 to "
                                   "−0.0033)", off="0", choices=FLAG)
     ttt_optimizer: str = evaluation("sgd", "name", "with TTT_MOMENTUM, or AdamW (0.9, 0.999)", choices=("sgd", "adamw"))
-    ttt_params: str = evaluation("all", "name", "tail: last blocks, scalars, token table; scalars: no matrix or table",
+    ttt_params: str = evaluation("all", "name", "tail: last blocks, scales, token table; scalars: scales, gates, mixes",
                                  choices=("all", "tail", "scalars"))
     ttt_lr: float = evaluation(0.002, "per step", "falling by a cosine over the chunks", low=0)
     ttt_lr_floor: float = evaluation(0.0, "× lr", "where that cosine ends", low=0, high=1)
@@ -457,6 +459,18 @@ def launched_ranks(environ):
         pass
     given = ", ".join(f"{k}={environ.get(k)}" for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     raise UserError(f"{given}: not a place among ranks; start with torchrun, or unset all three")
+
+
+def check_launch(s, world_size):
+    """What settings, ranks and installed packages must agree on, before any device is touched. Raises UserError."""
+    rows = s.train_batch_tokens // s.train_seq_len
+    if rows % world_size and not s.eval_only:
+        raise UserError(f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} makes {rows} rows, which {world_size} ranks cannot share "
+                        "equally: start a number of processes that divides them")
+    if s.artifact_budget_bytes <= len(SOURCE):
+        raise UserError(f"ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}: the code alone has {len(SOURCE)} bytes; raise it")
+    if s.codec == "zstd":
+        zstd()
 
 
 def help_text():
@@ -833,7 +847,7 @@ def fake_quantize(w, bits):
 
 
 def linear(x, w, fake_bits=0):
-    """x @ wᵀ in x's type; with fake_bits the weights are rounded as the artifact will round them."""
+    """x @ wᵀ in x's type; with fake_bits the weights are rounded per row, by its maximum."""
     return F.linear(x, (fake_quantize(w, fake_bits) if 0 < fake_bits < 16 else w).to(x.dtype))
 
 
@@ -912,12 +926,12 @@ def right_result(attend, s, rt):
     shapes = [(1, 128, heads, s.head_dim) for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)]
     generator = torch.Generator(rt.device).manual_seed(0)
     qkv = [torch.randn(shape, device=rt.device, generator=generator).to(rt.dtype).requires_grad_() for shape in shapes]
-    try:
-        mine, reference = attend(*qkv), sdpa(*qkv)
+    try:  # compiled as the model will be: a kernel that breaks the graph would split every block
+        mine, reference = (torch.compile(attend, fullgraph=True) if rt.compile else attend)(*qkv), sdpa(*qkv)
         pairs = [(mine, reference), *zip(torch.autograd.grad(mine.float().square().sum(), qkv),
                                          torch.autograd.grad(reference.float().square().sum(), qkv))]
         return all((a - b).norm() <= 0.02 * b.norm() for a, b in pairs)
-    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError):
+    except Exception:  # whatever a foreign package raises, it is not usable here
         return False
 
 
@@ -1164,15 +1178,16 @@ def kind_of(name):
 def init_weights(model, s):
     """Fill every matrix: orthogonal, but zero for attention output and MLP down; tables normal, the bigram's zero.
 
-    The projections of the two small embeddings are orthogonal times 1/√(2L). Raises AssertionError if a parameter is
+    The projections of the small embeddings are orthogonal, times 1/√(2L) under Muon (#414; not so in #549). Raises AssertionError if a parameter is
     left without a value.
     """
+    scaled = s.proj_optimizer == "muon"
     for name, p in model.named_parameters():
         kind = kind_of(name)
         if name.endswith((".o", ".down")):
             p.zero_()
         elif kind in ("attn", "mlp", "proj"):
-            nn.init.orthogonal_(p, gain=1 / math.sqrt(2 * s.num_layers) if kind == "proj" else 1.0)
+            nn.init.orthogonal_(p, gain=1 / math.sqrt(2 * s.num_layers) if scaled and kind == "proj" else 1.0)
         elif name == "tok_emb":
             p.normal_(std=s.tied_embed_init_std)
         elif name == "ve.table":
@@ -1701,7 +1716,7 @@ def decode_artifact(content):
 
 def pack(state, s, budget_bytes, log=lambda line: None, hessians=None):
     """The artifact's bytes, at most `budget_bytes`: if int6 with the best steps is too large, every step is widened by
-    one factor, the smallest found by secant and bisection that fits. Raises UserError if even 64× does not fit.
+    one factor, found by secant and bisection, until it fits and at most 0.2 % is left. Raises UserError if even 64× does not fit.
     """
     at = quantize(state, s, hessians)
     coded = sum(w.numel() for name, w in state.items() if bits_of(name, s) < 16)
@@ -1837,7 +1852,8 @@ class Scorer:
     def __init__(self, model, tokens, length, stride, s, rt):
         self.model, self.rt, self.length = model, rt, length
         self.start, self.first = window_plan(len(tokens) - 1, length, stride)
-        self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(rt.device)
+        self.tokens, self.starts, self.firsts = (torch.from_numpy(x).to(rt.device) for x in (
+            tokens.astype(np.int32), self.start, self.first))
         self.offsets = torch.arange(length + 1, device=rt.device)
         self.batch = s.eval_batch_seqs
 
@@ -1845,45 +1861,52 @@ class Scorer:
     def score(self, begin, end, tick=lambda windows: None):
         """nll [targets] of the targets of windows [begin, end), in order, on every rank."""
         low, high = int(self.first[begin]), int(self.start[end - 1]) + self.length
-        out = torch.zeros(2, high - low, device=self.rt.device)  # the scores, and how often each target was scored
+        out = torch.zeros(2, high - low + 1, device=self.rt.device)  # scores, and how often; the last slot is thrown away
         mine_begin, mine_end = (begin + part for part in self.rt.share(end - begin))
         batch = min(self.batch, -(-(end - begin) // self.rt.world_size))
         for b in range(mine_begin, mine_end, batch):
-            windows = np.minimum(np.arange(b, b + batch), mine_end - 1)  # a short batch repeats its last window
-            rows = self.tokens[torch.from_numpy(self.start[windows]).to(self.rt.device)[:, None] + self.offsets].long()
+            w = torch.arange(b, b + batch, device=self.rt.device)
+            mine, w = w < mine_end, w.clamp(max=mine_end - 1)  # a short batch repeats its last window
+            at = self.starts[w, None] + self.offsets
+            rows = self.tokens[at].long()
             nll = self.model(rows[:, :-1], rows[:, 1:])
-            positions = self.start[windows][:, None] + np.arange(self.length)
-            fresh = (positions >= self.first[windows][:, None]) & (np.arange(b, b + batch) < mine_end)[:, None]
-            index = [torch.from_numpy(i).to(self.rt.device) for i in (*np.nonzero(fresh), positions[fresh] - low)]
-            out[0, index[2]] = nll[index[0], index[1]].float()
-            out[1].index_add_(0, index[2], torch.ones_like(index[2], dtype=out.dtype))
+            fresh = (at[:, :-1] >= self.firsts[w, None]) & mine[:, None]
+            place = torch.where(fresh, at[:, :-1] - low, high - low).flatten()
+            out[0].scatter_(0, place, nll.flatten())
+            out[1].scatter_add_(0, place, torch.ones_like(nll).flatten())
             tick((min(b + batch, mine_end) - mine_begin) * self.rt.world_size)
-        scores, times = self.rt.sum_(out).cpu().numpy()
+        scores, times = self.rt.sum_(out)[:, :-1].cpu().numpy()
         if not (times == 1).all():
             raise LedgerError(f"target {low + int(np.argmax(times != 1))} scored {int(times[times != 1][0])} times in one pass")
         return scores
 
 
-def evaluate(model, tokens, byte_table, s, rt, label, stride, adapter=None):
+def evaluate(model, tokens, byte_table, s, rt, label, stride, adapter=None, opened=None):
     """Score every target of `tokens` once: chunk by chunk, adapting after each chunk but the last if there is an adapter.
 
-    Returns the ledger's result with `seconds`, and the ledger.
+    Adapting ends early where scoring the rest would pass EVAL_WALLCLOCK_SECONDS since `opened`. Returns the ledger's
+    result with `seconds`, and the ledger.
     """
-    started, targets = time.perf_counter(), len(tokens) - 1
+    started, targets, scoring = time.perf_counter(), len(tokens) - 1, 0.0
     scorer, ledger = Scorer(model, tokens, s.window, stride, s, rt), ScoreLedger(tokens)
     chunks = chunk_plan(scorer.first, targets, s.ttt_chunk_tokens if adapter else 1 << 22)
     progress = Progress(rt, label, len(scorer.first))
-    bytes_so_far, loss_so_far = 0, 0.0
+    bytes_so_far, loss_so_far, adapting = 0, 0.0, adapter is not None
     for c, (begin, end) in enumerate(chunks):
-        low = ledger.scored
+        low, before = ledger.scored, time.perf_counter()
         ledger.record(low, scorer.score(begin, end, lambda windows: progress.update(begin + windows)))
-        if adapter:
+        scoring += time.perf_counter() - before
+        if adapting:
             bytes_so_far += byte_table.count(tokens[low: ledger.scored + 1])
             loss_so_far += float(ledger.nll[low: ledger.scored].sum(dtype=np.float64))
             if c % 10 == 0 or c + 1 == len(chunks):
                 rt.log(f"  ttt_chunk [{c + 1}/{len(chunks)}] bpb={bits_per_byte(loss_so_far, bytes_so_far):.6f} "
                        f"time={time.perf_counter() - started:.1f}s")
-            if c + 1 < len(chunks):
+            finish = time.perf_counter() - (opened or started) + scoring / end * (len(scorer.first) - end)
+            if s.eval_wallclock_seconds and rt.from_rank0(finish) > 0.98 * s.eval_wallclock_seconds:
+                adapting = False
+                rt.log(f"ttt_sliding:stopped chunk={c + 1}/{len(chunks)}: the rest of {s.eval_wallclock_seconds:g} s is for scoring")
+            elif c + 1 < len(chunks):
                 adapter.adapt(ledger, low, ledger.scored, c / max(len(chunks) - 1, 1))
     rt.synchronize()
     return dict(ledger.result(byte_table), seconds=time.perf_counter() - started), ledger
@@ -1961,9 +1984,6 @@ class Trainer:
     def __init__(self, model, forward, s, rt):
         self.model, self.forward, self.s, self.rt = model, forward, s, rt
         self.rows_per_step = s.train_batch_tokens // s.train_seq_len
-        if self.rows_per_step % rt.world_size:
-            raise UserError(f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} makes {self.rows_per_step} rows, which {rt.world_size} "
-                            "ranks cannot share equally: start a number of processes that divides them")
         rows, most = self.rows_per_step // rt.world_size, max(1, s.micro_batch_tokens // s.train_seq_len)
         self.micro_rows = next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
         self.optimizers = Optimizers(model, s, rt)
@@ -2011,17 +2031,20 @@ class Trainer:
         clock, step, quantizing = StepClock(rt), 0, False
         while True:
             elapsed = clock.read() if step else 0.0
+            if out_of_time(s, step, elapsed * (step + 4) / max(step, 1)):  # near the end, up to two running steps count
+                rt.synchronize()
+                elapsed = clock.read()
             stop = step >= s.iterations > 0 or out_of_time(s, step, elapsed)
             if stop or (s.val_loss_every and step and step % s.val_loss_every == 0):
                 with clock.paused():
-                    elapsed = clock.spent_ms
+                    elapsed = rt.from_rank0(clock.spent_ms)
                     self._log_validation(validate(step), step, elapsed)
             if stop:
                 break
             scale, share = lr_scale(s, step, elapsed), warmdown_share(s, step, elapsed)
             if fake_quant_on(s, share) and not quantizing:
                 quantizing = True
-                rt.log(f"late_qat:enabled step:{step} scale:{scale:.4f}")
+                rt.log(f"{'qat' if s.qat_enabled else 'late_qat'}:enabled step:{step} scale:{scale:.4f}")
             loss, norm = self.step(batches.next(), scale, muon_momentum(s, step), quantizing)
             step += 1
             if averages.update(step, share):
@@ -2041,12 +2064,12 @@ class Trainer:
         """Hessians of the matrices on the training rows that would have come next, and the milliseconds they took."""
         self.rt.synchronize()
         started, position = time.perf_counter(), step * self.rows_per_step
-        self.rt.log(f"gptq_calibration:start passes:{self.s.gptq_batches} rows:{self.micro_rows} ranks:{self.rt.world_size}")
+        self.rt.log(f"gptq_calibration:start batches:{self.s.gptq_batches} rows:{self.rows_per_step}")
+        begin, end = self.rt.share(self.rows_per_step)
 
         def batches():
-            for i in range(self.s.gptq_batches):
-                first = position + (i * self.rt.world_size + self.rt.rank) * self.micro_rows
-                yield stream.rows(first, first + self.micro_rows).to(self.rt.device)
+            for first in range(position, position + self.s.gptq_batches * self.rows_per_step, self.rows_per_step):
+                yield from stream.rows(first + begin, first + end).to(self.rt.device).split(self.micro_rows)
 
         hessians = collect_hessians(self.model, batches(), self.rt)
         self.rt.synchronize()
@@ -2118,13 +2141,13 @@ def dry_run(s, ranks):
     print(f"evaluation: windows of {s.window}, stride {s.eval_stride or 'none'}, TTT {'on' if s.ttt_enabled else 'off'}")
 
 
-def run_evaluations(model, forward, path, s, rt, tokens, byte_table):
+def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened):
     """Read the artifact from disk and score it: plain, sliding, TTT. Returns {kind: result} and the last ledger."""
     label, results = s.quant_label, {}
     tempered = forward if s.ttt_temp == 1 else lambda x, y: forward(x, y, False, s.ttt_temp)
 
     def timed(kind, key, stride, note="", adapter=None):
-        results[kind], ledger = evaluate(tempered if adapter else forward, tokens, byte_table, s, rt, kind, stride, adapter)
+        results[kind], ledger = evaluate(tempered if adapter else forward, tokens, byte_table, s, rt, kind, stride, adapter, opened)
         r = results[kind]
         for suffix, digits in (("", 4), ("_exact", 8)):
             rt.log(f"{key}{suffix} val_loss:{r['val_loss']:.{digits}f} val_bpb:{r['val_bpb']:.{digits}f} {note}"
@@ -2196,14 +2219,17 @@ def report(s, rt, path, counts, trained, results, ledger, eval_seconds):
     rt.log(f"seconds: train {trained['train_seconds']:.1f} of {s.max_wallclock_seconds:g}, pack {trained['pack_seconds']:.1f}, "
            f"evaluation {eval_seconds:.1f}")
     rt.log(f"ledger: targets:{last['targets']} bytes:{last['bytes']} loss_sum:{last['loss_sum']:.6f} sha256:{last['sha256']}")
-    if s.val_limit_tokens:
-        rt.log(f"note: VAL_LIMIT_TOKENS={s.val_limit_tokens}: not the whole validation set, no legal score")
+    over = dict(total_bytes=(total, 16_000_000), train_seconds=(trained["train_seconds"], 600), eval_seconds=(eval_seconds, 600))
+    result["violations"] = [f"{key} {value:g} exceeds {limit:,}" for key, (value, limit) in over.items() if value > limit]
+    result["violations"] += [f"VAL_LIMIT_TOKENS={s.val_limit_tokens}: not the whole validation set"] if s.val_limit_tokens else []
+    for line in result["violations"]:
+        rt.log(f"not a legal record: {line}")
     if rt.rank == 0:
+        write_whole(Path(s.out_dir) / "logs" / f"{s.run_id}.json", json.dumps(result, indent=1).encode())
         if s.scores_path:
             buffer = io.BytesIO()
             np.save(buffer, ledger.nll)
             write_whole(s.scores_path, buffer.getvalue())
-        write_whole(Path(s.out_dir) / "logs" / f"{s.run_id}.json", json.dumps(result, indent=1).encode())
 
 
 def settings_of_artifact(path, environ):
@@ -2245,7 +2271,7 @@ def run_job(s, rt, explicit):
     if not s.eval_only:
         trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
     started = time.perf_counter()
-    scored, ledger = run_evaluations(model, forward, path, s, rt, tokens, byte_table)
+    scored, ledger = run_evaluations(model, forward, path, s, rt, tokens, byte_table, started)
     report(s, rt, path, counts, trained, {**results, **scored}, ledger, time.perf_counter() - started)
 
 
@@ -2261,6 +2287,7 @@ def main(argv, environ):
         ranks = launched_ranks(environ)
         artifact = environ.get("EVAL_ONLY", "").strip()
         s, explicit = settings_of_artifact(artifact, environ) if artifact else resolve_settings(environ)
+        check_launch(s, ranks[1])
         if "--dry-run" in argv:
             dry_run(s, ranks)
             return 0
