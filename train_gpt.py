@@ -270,9 +270,9 @@ PRESETS = {  # a row holds only what differs from the defaults, or from the row 
     "demo": dict(
         _SMALL, data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model", run_id="demo",
         train_batch_tokens=2048, num_layers=3, xsa_last_n=3, ve_layers="1,2", bigram_vocab_size=8192,
-        trigram_vocab_size=8192, trigram_dim=64, max_wallclock_seconds=140.0, warmdown_iters=600, ema_decay=0.97,
-        muon_momentum_warmup_steps=100, ttt_lr=0.1, ttt_chunk_tokens=2048),
-    "laptop": dict(_SMALL, max_wallclock_seconds=900.0, ttt_lr=0.05),
+        trigram_vocab_size=8192, trigram_dim=64, max_wallclock_seconds=170.0, warmdown_iters=800, ema_decay=0.97,
+        muon_momentum_warmup_steps=100, ttt_chunk_tokens=2048),
+    "laptop": dict(_SMALL, max_wallclock_seconds=900.0),
     "pr414": _PR414,
     "pr549": _PR549,
     "pr1092": dict(_PR549, leaky_slope=0.75, bigram_vocab_size=2048, xsa_last_n=11, max_wallclock_seconds=580.0,
