@@ -926,8 +926,10 @@ def right_result(attend, s, rt):
     shapes = [(1, 128, heads, s.head_dim) for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)]
     generator = torch.Generator(rt.device).manual_seed(0)
     qkv = [torch.randn(shape, device=rt.device, generator=generator).to(rt.dtype).requires_grad_() for shape in shapes]
-    try:  # compiled as the model will be: a kernel that breaks the graph would split every block
-        mine, reference = (torch.compile(attend, fullgraph=True) if rt.compile else attend)(*qkv), sdpa(*qkv)
+    if rt.compile:  # as the model will be: a kernel that breaks the graph would split every block
+        attend = torch.compile(attend, fullgraph=True)
+    try:
+        mine, reference = attend(*qkv), sdpa(*qkv)
         pairs = [(mine, reference), *zip(torch.autograd.grad(mine.float().square().sum(), qkv),
                                          torch.autograd.grad(reference.float().square().sum(), qkv))]
         return all((a - b).norm() <= 0.02 * b.norm() for a, b in pairs)

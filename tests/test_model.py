@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings as hypothesis_settings, stra
 import train_gpt
 from train_gpt import GPT, KINDS, Settings, UserError, fake_quantize, init_weights, kind_of, sdpa
 
-CPU = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+CPU = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, compile=False)
 
 
 def randomized(s, seed=0, dtype=torch.float32):
@@ -557,7 +557,7 @@ def test_the_first_back_end_that_is_right_is_taken(tiny, monkeypatch):
     """fa3 computes something else, fa4 is missing, fa2 is right: auto takes fa2, and ATTENTION=fa3 is refused."""
     class Device(str):  # a CPU that says it is a GPU
         type = "cuda"
-    rt = SimpleNamespace(device=Device("cpu"), dtype=torch.bfloat16)
+    rt = SimpleNamespace(device=Device("cpu"), dtype=torch.bfloat16, compile=False)
     install(monkeypatch, "flash_attn", "flash_attn_func", lambda q, k, v, causal: sdpa(q, k, v))
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend_all)
     name, attend = train_gpt.choose_attention(tiny(), rt)
