@@ -841,7 +841,7 @@ def fake_quantize(w, bits):
     """w rounded to `bits` per row; gradients pass straight through (rows [R, C], step = row maximum / (2^(bits−1)−1))."""
     limit = 2 ** (bits - 1) - 1
     w32 = w.detach().float()
-    step = (w32.abs().amax(dim=1, keepdim=True) / limit).clamp_min(1e-12)
+    step = (w32.abs().amax(dim=1, keepdim=True) / limit).clamp_min(torch.finfo(torch.float32).tiny)
     rounded = (w32 / step).round().clamp(-limit, limit) * step
     return w + (rounded - w32).to(w.dtype)
 
