@@ -26,8 +26,10 @@ import json
 import lzma
 import math
 import os
+import pickle
 import platform
 import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -43,19 +45,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
+from torch.nn.utils import parametrize
 
 SCRIPT = Path(__file__).resolve()
-SOURCE = SCRIPT.read_bytes()  # as it is executed: an edit during a run changes neither its log nor its count of bytes
+SHIPPED = SCRIPT.read_bytes()  # the file as it is executed, whose bytes count: an edit during a run changes nothing
+SOURCE = globals().get("UNPACKED", SHIPPED)  # what a packed file unpacks to, for the log and for readers
 
 
 class UserError(Exception):
     """Something the user can mend; the message names what, the value, and the way out."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Settings: the only section that reads the environment
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- 1. Settings: the only section that reads the environment --------------------------------------------------------
 
 def setting(section, default, unit, meaning, off="", low=None, high=None, choices=None):
     """One environment variable: its section in --help, default, unit, meaning, the value that is "off", its range."""
@@ -83,11 +85,18 @@ class Settings:
                          choices=("auto", "bf16", "fp32"))
     compile: str = run("auto", "name", "torch.compile; auto: on a GPU only", off="0", choices=("auto", "0", "1"))
     attention: str = run("auto", "name", "attention back end; auto: the first that works here",
-                         choices=("auto", "fa3", "fa4", "fa2", "sdpa"))
+                         choices=("auto", "fa3", "fa4", "fa2", "flex", "sdpa"))
     out_dir: str = run(".", "folder", "where the artifact and logs/ are written")
     eval_only: str = run("", "file", "score this artifact with the settings stored in it, train nothing", off="empty")
     scores_path: str = run("", "file.npy", "keep the nll (nats, float32) of every target of the last evaluation",
                            off="empty")
+
+    checkpoint_every_seconds: float = run(0.0, "s", "of training between checkpoints in OUT_DIR/checkpoints; SIGTERM and "
+                                          "Ctrl-C write one in any case", off="0", low=0)
+    resume: str = run("", "name", "auto: go on from the last whole checkpoint or artifact of OUT_DIR, if any", off="empty",
+                      choices=("", "auto"))
+    nonfinite: str = run("stop", "name", "at a gradient that is not finite; skip leaves that step out and waits for the GPU at "
+                         "every one", choices=("stop", "skip"))
 
     data_path: str = data("./data/datasets/fineweb10B_sp1024", "folder", "holds fineweb_{train,val}_*.bin")
     tokenizer_path: str = data("./data/tokenizers/fineweb_1024_bpe.model", "file", "SentencePiece model of the shards")
@@ -170,6 +179,7 @@ class Settings:
     qat_enabled: int = sched(0, "flag", "fake quantization from the first step", off="0", choices=FLAG)
     late_qat_threshold: float = sched(0.15, "share", "fake quantization begins when less than this of the warmdown "
                                       "is left", off="0", low=0, high=1)
+    qat_bits: int = sched(6, "bits", "of fake quantization, by the maximum of the row", choices=(4, 5, 6, 7, 8))
     crownq_lambda: float = sched(0.0, "× loss", "penalty on the quantization error a row will have (CROWN-Q)", off="0",
                                  low=0)
     crownq_warmdown_only: int = sched(1, "flag", "the penalty waits for fake quantization", off="0", choices=FLAG)
@@ -177,43 +187,64 @@ class Settings:
                                 low=0)
     train_log_every: int = sched(500, "steps", "between log lines after step 10", low=1)
 
-    attn_bits: int = quant(6, "bits", "attention matrices; 16 keeps fp16", choices=(4, 5, 6, 7, 8, 16))
-    mlp_bits: int = quant(6, "bits", "MLP matrices; 16 keeps fp16", choices=(4, 5, 6, 7, 8, 16))
+    # The range of codes. Beyond the finest steps the fit decides what each takes in the file, and a wide range costs nothing.
+    attn_bits: int = quant(8, "bits", "attention matrices; 16 keeps fp16", choices=(4, 5, 6, 7, 8, 16))
+    mlp_bits: int = quant(8, "bits", "MLP matrices; 16 keeps fp16", choices=(4, 5, 6, 7, 8, 16))
     embed_bits: int = quant(8, "bits", "token and value embedding tables", choices=(4, 5, 6, 7, 8, 16))
     bigram_bits: int = quant(8, "bits", "bigram and trigram tables", choices=(4, 5, 6, 7, 8, 16))
-    proj_bits: int = quant(16, "bits", "projections of the small embeddings", choices=(4, 5, 6, 7, 8, 16))
+    proj_bits: int = quant(8, "bits", "projections of the small embeddings, and gates", choices=(4, 5, 6, 7, 8, 16))
     fp16_keep_name_patterns: str = quant("", "name parts", "tensors kept as fp16, commas between", off="empty")
     gptq_lite: int = quant(1, "flag", "search the clip of every row; off: the row's maximum", off="0", choices=FLAG)
     quant_clip_scope: str = quant("row", "name", "search per row, or one quantile for a whole matrix as ancestors did",
                                   choices=("row", "matrix"))
+    quant_clip_std: float = quant(0.0, "deviations", "clip of int4 to int7 rows, not searched (SDClip; published 12.85)",
+                                  off="0", low=0)
+    quant_clip_std_int8: float = quant(0.0, "deviations", "the same for int8 rows (published 20)", off="0", low=0)
+    quant_fit: str = quant("level", "name", "to fit the budget, level: no step below a common one, weighted by what errors "
+                           "cost where GPTQ calibrates; scale: all steps times one factor", choices=("level", "scale"))
     quant_step_floor: float = quant(0.0, "weight", "least step of int4–int7 rows; 0.03226 (1/31) as ancestors did",
                                     off="0", low=0)
     prune_frac: float = quant(0.0, "share", "of the smallest weights of each matrix and table set to zero", off="0",
                               low=0, high=0.9)
-    gptq: int = quant(0, "flag", "full GPTQ: error compensation by Hessians from training tokens", off="0", choices=FLAG)
+    gptq: int = quant(1, "flag", "calibrate: full GPTQ, and steps by what errors cost", off="0", choices=FLAG)
     gptq_batches: int = quant(8, "batches", "of TRAIN_BATCH_TOKENS, over all ranks, for the Hessians", low=1)
+    gptq_text: str = quant("train", "name", "training tokens, inside the training clock, or text that the model writes itself",
+                           choices=("train", "self"))
+    gptq_self_rows: int = quant(64, "rows", "of TRAIN_SEQ_LEN with GPTQ_TEXT=self, over all ranks", low=1)
     gptq_reserve_seconds: float = quant(10.0, "s", "of the training clock kept for the Hessians", low=0)
     gptq_act_order: int = quant(0, "flag", "columns in falling order of the Hessian's diagonal", off="0", choices=FLAG)
     gptq_damp: float = quant(0.01, "× mean diagonal", "added to the Hessian's diagonal", low=1e-6, high=1)
-    codec: str = quant("lzma", "name", "of the artifact; zstd needs the zstandard package", choices=("lzma", "zstd"))
+    codec: str = quant("auto", "name", "of the codes: rans, lzma, auto: the smaller; zstd needs the zstandard package",
+                       choices=("auto", "rans", "lzma", "zstd"))
     artifact_budget_bytes: int = quant(16_000_000, "bytes", "cap on code + model; the model gets what the code leaves",
                                        low=1)
 
     eval_seq_len: int = evaluation(0, "tokens", "length of a scoring window", off="0: TRAIN_SEQ_LEN", low=0)
-    eval_stride: int = evaluation(64, "tokens", "scored per sliding window", off="0: no sliding evaluation", low=0)
+    eval_stride: int = evaluation(64, "tokens", "scored per sliding window", off="0: nothing with full context", low=0)
+    # Sliding windows read every token 32 times; banded scoring once or twice, for the same score or a better one.
+    eval_attention: str = evaluation("banded", "name", "window: EVAL_STRIDE tokens per pass; banded: a long segment per "
+                                     "pass, each layer seeing the last EVAL_SEQ_LEN keys", choices=("window", "banded"))
+    eval_segment: int = evaluation(0, "tokens", "scored per banded segment", off="0: 2 × EVAL_SEQ_LEN", low=0)
+    eval_prefix: int = evaluation(0, "tokens", "of context before a banded segment", off="0: EVAL_SEQ_LEN", low=0)
     eval_wallclock_seconds: float = evaluation(600.0, "s", "from the opening of the artifact on; TTT stops adapting when "
                                                "scoring what is left would pass it", off="0: no limit", low=0)
     eval_batch_seqs: int = evaluation(32, "windows", "per rank and pass", low=1)
     ttt_enabled: int = evaluation(1, "flag", "score-first test-time training over the sliding windows (−0.0021 to "
                                   "−0.0033)", off="0", choices=FLAG)
-    ttt_optimizer: str = evaluation("sgd", "name", "with TTT_MOMENTUM, or AdamW (0.9, 0.999)", choices=("sgd", "adamw"))
-    ttt_params: str = evaluation("all", "name", "tail: last blocks, scales, token table; scalars: scales, gates, mixes",
-                                 choices=("all", "tail", "scalars"))
+    ttt_optimizer: str = evaluation("sgd", "name", "with TTT_MOMENTUM; AdamW (0.9, 0.999); Muon on matrices alone",
+                                    choices=("sgd", "adamw", "muon"))
+    ttt_params: str = evaluation("all", "name", "tail: last blocks, scales, token table; scalars: scales, gates, mixes; "
+                                 "lora: low-rank additions to TTT_LORA_MATRICES", choices=("all", "tail", "scalars", "lora"))
+    ttt_lora_rank: int = evaluation(8, "rank", "of the low-rank additions", low=1, high=256)
+    ttt_lora_matrices: str = evaluation("q,v,o,up,down", "matrix names", "that get low-rank additions, commas between")
+    ttt_decay: float = evaluation(0.0, "× lr", "pull back towards the artifact's weights per step", off="0", low=0)
     ttt_lr: float = evaluation(0.002, "per step", "falling by a cosine over the chunks", low=0)
     ttt_lr_floor: float = evaluation(0.0, "× lr", "where that cosine ends", low=0, high=1)
     ttt_intra_cosine: int = evaluation(0, "flag", "times a cosine inside each chunk", off="0", choices=FLAG)
     ttt_proj_lr_mult: float = evaluation(1.0, "× lr", "of the MLP's down matrices", low=0)
     ttt_fc_lr_mult: float = evaluation(1.0, "× lr", "of the MLP's up matrices", low=0)
+    ttt_attn_lr_mult: float = evaluation(1.0, "× lr", "of the attention matrices", low=0)
+    ttt_embed_lr_mult: float = evaluation(1.0, "× lr", "of the embedding tables", low=0)
     ttt_temp: float = evaluation(1.0, "temperature", "fixed, on the logits while TTT scores and trains", low=0.1, high=10)
     ttt_momentum: float = evaluation(0.9, "factor", "SGD", low=0, high=0.9999)
     ttt_epochs: int = evaluation(3, "passes", "over each scored chunk", low=0)
@@ -237,6 +268,14 @@ class Settings:
         return self.eval_seq_len or self.train_seq_len
 
     @property
+    def scoring_plan(self):
+        """(tokens read, tokens scored, keys seen by each layer or 0 for all) of a pass of the full-context evaluation."""
+        if self.eval_attention == "banded" and self.eval_stride:
+            segment = self.eval_segment or 2 * self.window
+            return (self.eval_prefix or self.window) + segment, segment, self.window
+        return self.window, self.eval_stride, 0
+
+    @property
     def cores(self):
         return self.unique_layers or self.num_layers
 
@@ -244,6 +283,10 @@ class Settings:
     def ve_blocks(self):
         """Blocks that get the value embedding, ascending."""
         return [int(i) for i in self.ve_layers.split(",") if i.strip()] if self.ve_enabled else []
+
+    @property
+    def lora_matrices(self):
+        return [name.strip() for name in self.ttt_lora_matrices.split(",") if name.strip()]
 
     @property
     def xsa_blocks(self):
@@ -259,12 +302,14 @@ class Settings:
 # The common base of the ancestors (#414). Each preset's line in the README says what ours does differently.
 _PR414 = dict(
     train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, xsa_last_n=4, smear_gate="1", value_residual="0",
-    gated_attention="0", muon_coefficients="classic", lr_floor=0.0, swa_enabled=1, ttt_enabled=0)
+    gated_attention="0", muon_coefficients="classic", lr_floor=0.0, swa_enabled=1, quant_fit="scale", codec="lzma",
+    gptq=0, attn_bits=6, mlp_bits=6, proj_bits=16, eval_attention="window", ttt_enabled=0)
 # For two CPU cores: short rows and steps.
 _SMALL = dict(
     train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096, model_dim=128, num_heads=4, num_kv_heads=2,
     rope_ntk_reference=0, bigram_dim=64, ve_dim=64, warmup_steps=2, warmdown_iters=1000, ema_decay=0.99, muon_momentum=0.95,
-    muon_momentum_warmup_steps=300, val_loss_every=0, train_log_every=50, ttt_chunk_tokens=8192)
+    muon_momentum_warmup_steps=300, val_loss_every=0, train_log_every=50, gptq_reserve_seconds=5.0,
+    ttt_chunk_tokens=8192)
 _PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw", ttt_enabled=1)
 PRESETS = {  # a row holds only what differs from the defaults, or from the row it begins with
     "demo": dict(
@@ -389,13 +434,22 @@ def contradictions(s):
     need(s.bos_token < s.vocab_size, f"BOS_TOKEN={s.bos_token} is outside of VOCAB_SIZE={s.vocab_size}")
     need(s.train_batch_tokens % T == 0, f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={T}")
     need(s.micro_batch_tokens >= T, f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} must hold a row of TRAIN_SEQ_LEN={T}")
-    need(s.eval_stride <= s.window, f"EVAL_STRIDE={s.eval_stride} exceeds the scoring window of {s.window} tokens")
-    need(not s.ttt_enabled or s.eval_stride, "TTT_ENABLED=1 scores sliding windows: set EVAL_STRIDE, or TTT_ENABLED=0")
-    need(not s.ttt_enabled or s.ttt_chunk_tokens >= max(T, s.window),
-         f"TTT_CHUNK_TOKENS={s.ttt_chunk_tokens} must hold a row of {max(T, s.window)} tokens, or set TTT_ENABLED=0")
+    need(s.scoring_plan[2] or s.eval_stride <= s.window,
+         f"EVAL_STRIDE={s.eval_stride} exceeds the scoring window of {s.window} tokens")
+    need(not s.ttt_enabled or s.eval_stride, "TTT_ENABLED=1 scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0")
+    row = max(T, s.window, s.scoring_plan[1])
+    need(not s.ttt_enabled or s.ttt_chunk_tokens >= row,
+         f"TTT_CHUNK_TOKENS={s.ttt_chunk_tokens} must hold {row} tokens, a row and what a pass scores: raise it, lower "
+         "EVAL_SEGMENT, or set TTT_ENABLED=0")
+    need(len(s.run_id.encode()) <= 200 and "/" not in s.run_id, f"RUN_ID={s.run_id} is too long or no file name: at most 200 bytes")
+    need(not s.scores_path or Path(s.scores_path).suffix == ".npy", f"SCORES_PATH={s.scores_path} must name a file .npy")
     need(s.iterations or s.max_wallclock_seconds or s.eval_only, "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: nothing ends")
     need(not s.gptq or not s.max_wallclock_seconds or s.gptq_reserve_seconds < s.max_wallclock_seconds,
          f"GPTQ_RESERVE_SECONDS={s.gptq_reserve_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}")
+    need(s.ttt_params != "lora" or set(s.lora_matrices) <= {"q", "k", "v", "o", "up", "down"} and s.lora_matrices,
+         f"TTT_LORA_MATRICES={s.ttt_lora_matrices} must name some of q, k, v, o, up, down with commas between")
+    need(s.ttt_params not in ("lora", "scalars") or s.ttt_optimizer != "muon",
+         f"TTT_PARAMS={s.ttt_params}: TTT_OPTIMIZER=muon is for whole matrices; take sgd or adamw")
     need(s.ttt_params != "tail" or s.ttt_unfreeze_blocks <= s.num_layers,
          f"TTT_UNFREEZE_BLOCKS={s.ttt_unfreeze_blocks} exceeds NUM_LAYERS={s.num_layers}")
     need(s.trigram_vocab_size != 1, "TRIGRAM_VOCAB_SIZE=1 leaves no bucket beside that of row beginnings: 0 or at least 2")
@@ -467,10 +521,16 @@ def check_launch(s, world_size):
     if rows % world_size and not s.eval_only:
         raise UserError(f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} makes {rows} rows, which {world_size} ranks cannot share "
                         "equally: start a number of processes that divides them")
-    if s.artifact_budget_bytes <= len(SOURCE):
-        raise UserError(f"ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}: the code alone has {len(SOURCE)} bytes; raise it")
+    if s.gptq and s.gptq_text == "self" and s.gptq_self_rows < world_size:
+        raise UserError(f"GPTQ_SELF_ROWS={s.gptq_self_rows}: {world_size} ranks need a row each")
+    if s.artifact_budget_bytes <= len(SHIPPED):
+        raise UserError(f"ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}: the code alone has {len(SHIPPED)} bytes; raise it")
     if s.codec == "zstd":
         zstd()
+    if s.ttt_enabled and not (s.ttt_freeze_blocks < s.cores if s.ttt_params == "lora" else
+                              any(adapted(name, s) for name in parameter_shapes(s))):
+        raise UserError(f"TTT_PARAMS={s.ttt_params}, TTT_OPTIMIZER={s.ttt_optimizer}, TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks}, "
+                        f"TTT_UNFREEZE_BLOCKS={s.ttt_unfreeze_blocks} leave nothing to adapt: change one, or set TTT_ENABLED=0")
 
 
 def help_text():
@@ -490,14 +550,14 @@ def help_text():
 
 def find_upward(path):
     """`path` as given if absolute or present from here; else the first match in the script's folder or one above it."""
-    path = Path(path).expanduser()
+    with contextlib.suppress(RuntimeError):  # ~nobody stays as it is, and is not found
+        path = Path(path).expanduser()
+    path = Path(path)
     places = [path] if path.is_absolute() else [path, *(folder / path for folder in SCRIPT.parents)]
     return next((p for p in places if p.exists()), path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Runtime: ranks, device, log, clock; the only section that knows there are several processes
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- 2. Runtime: ranks, device, log, clock; the only section that knows there are several processes ------------------
 
 class Runtime:
     """This process among its ranks: device, compute type, collectives, and the log that rank 0 writes."""
@@ -535,12 +595,12 @@ class Runtime:
             dist.all_reduce(x)
         return x
 
-    def from_rank0(self, value):
-        """Rank 0's float, on every rank, through the host: no wait for the GPU."""
-        x = torch.tensor([value], dtype=torch.float64)
+    def from_rank0(self, *values):
+        """Rank 0's float or floats, on every rank, through the host: no wait for the GPU."""
+        x = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.broadcast(x, 0)
-        return x.item()
+        return x.item() if len(values) == 1 else x.tolist()
 
     def reduce_scatter(self, x):
         """Sum over ranks of x [n·W, ...]; each rank gets its n rows."""
@@ -595,8 +655,12 @@ class Runtime:
             if console:
                 print(line, flush=True)
             if self.log_path:
-                with open(self.log_path, "a", encoding="utf-8") as f:
-                    f.write(line + "\n")
+                try:
+                    with open(self.log_path, "a", encoding="utf-8") as f:
+                        f.write(line + "\n")
+                except OSError as problem:
+                    path, self.log_path = self.log_path, None
+                    raise UserError(f"{path}: cannot be written ({problem.strerror}); make room, or set OUT_DIR") from problem
 
 
 class Progress:
@@ -619,11 +683,11 @@ class StepClock:
     """Milliseconds of training so far, equal on every rank, without holding up the GPU.
 
     The host may run ahead of the GPU by two steps at most; rank 0's reading counts, so that every rank takes the same
-    learning rate and stops at the same step.
+    learning rate and stops at the same step. With it comes whether any rank was signalled to end.
     """
 
-    def __init__(self, rt):
-        self.rt, self.spent_ms, self.events = rt, 0.0, []
+    def __init__(self, rt, spent_ms=0.0, signalled=lambda: False):
+        self.rt, self.spent_ms, self.events, self.signalled, self.interrupted = rt, spent_ms, [], signalled, False
         rt.synchronize()
         self.start = time.perf_counter()
 
@@ -633,7 +697,10 @@ class StepClock:
             self.events[-1].record()
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
-        return self.rt.from_rank0(self.spent_ms + 1000 * (time.perf_counter() - self.start))
+        own = self.spent_ms + 1000 * (time.perf_counter() - self.start)
+        reading = torch.tensor([0.0 if self.rt.rank else own, float(bool(self.signalled()))], dtype=torch.float64)
+        elapsed, self.interrupted = self.rt.sum_(reading).tolist()
+        return elapsed
 
     @contextlib.contextmanager
     def paused(self):
@@ -664,9 +731,7 @@ def write_whole(path, content):
         raise UserError(f"{path}: cannot be written ({problem.strerror}); the previous file, if any, is intact") from problem
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Data: shards, the training stream, validation tokens
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- 3. Data: shards, the training stream, validation tokens ---------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 GET_DATA = "python data/cached_challenge_fineweb.py downloads the challenge's, python data/build_dataset.py makes your own"
@@ -680,7 +745,10 @@ def open_shard(path):
         raise UserError(f"{path}: cannot be read ({problem.strerror}); {GET_DATA}") from problem
     if size < SHARD_HEADER_BYTES:
         raise UserError(f"{path}: {size} bytes, a shard's header alone has {SHARD_HEADER_BYTES}; {GET_DATA}")
-    header = np.fromfile(path, "<i4", 256)
+    try:
+        header = np.fromfile(path, "<i4", 256)
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be read ({problem.strerror}); {GET_DATA}") from problem
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise UserError(f"{path}: begins with {header[0]}, {header[1]}, not a token shard's {SHARD_MAGIC}, {SHARD_VERSION}; "
                         f"{GET_DATA}")
@@ -750,10 +818,10 @@ class TrainStream:
 class Batches:
     """This rank's rows of each step, assembled by a thread and sent to the device while the step before computes."""
 
-    def __init__(self, stream, rt, rows_per_step):
+    def __init__(self, stream, rt, rows_per_step, step=0):
         self.stream, self.rt, self.rows_per_step = stream, rt, rows_per_step
         self.worker = ThreadPoolExecutor(1)
-        self.step, self.waiting = 0, self.worker.submit(self._load, 0)
+        self.step, self.waiting = step, self.worker.submit(self._load, step)
 
     def _load(self, step):
         begin, end = self.rt.share(self.rows_per_step)
@@ -787,9 +855,7 @@ def load_validation(s):
     return tokens[: (len(tokens) - 1) // s.train_seq_len * s.train_seq_len + 1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Bits per byte: the only road from a sum of losses to a score
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- 4. Bits per byte: the only road from a sum of losses to a score -------------------------------------------------
 
 class ByteTable:
     """UTF-8 bytes that a target stands for, by the challenge's rule.
@@ -828,9 +894,7 @@ def bits_per_byte(loss_sum, byte_count):
     return float(loss_sum) / math.log(2) / byte_count
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Model
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- 5. Model --------------------------------------------------------------------------------------------------------
 
 def rms_norm(x):
     """x over its root mean square, last dim; fp32's epsilon in every precision, so that bf16 changes no meaning."""
@@ -848,7 +912,7 @@ def fake_quantize(w, bits):
 
 def linear(x, w, fake_bits=0):
     """x @ wᵀ in x's type; with fake_bits the weights are rounded per row, by its maximum."""
-    return F.linear(x, (fake_quantize(w, fake_bits) if 0 < fake_bits < 16 else w).to(x.dtype))
+    return F.linear(x, (fake_quantize(w, fake_bits) if fake_bits else w).to(x.dtype))
 
 
 def rotary_tables(s, length):
@@ -877,10 +941,38 @@ def exclusive(y_BTHE, v_BTKE):
     return (y - (y * own).sum(-1, keepdim=True) * own).view(B, T, H, E)
 
 
-def sdpa(q_BTHE, k_BTKE, v_BTKE):
-    """Causal attention by PyTorch's own kernels; grouped heads."""
+def sdpa(q_BTHE, k_BTKE, v_BTKE, window=0):
+    """Causal attention by PyTorch's own kernels; grouped heads. With a window W each query sees the last W keys, its own
+    included: blocks of W queries over 2W keys."""
+    if not window:
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    B, T, H, E = q_BTHE.shape
+    blocks = -(-T // window)
+    rest = blocks * window - T
+    q = F.pad(q_BTHE, (0, 0, 0, 0, 0, rest)).reshape(B * blocks, window, H, E).transpose(1, 2)
+    k, v = (F.pad(x, (0, 0, 0, 0, window, rest)).unfold(1, 2 * window, window).permute(0, 1, 2, 4, 3).flatten(0, 1)
+            for x in (k_BTKE, v_BTKE))
+    query, key = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device)
+    seen = (key > query) & (key <= query + window)
+    seen = seen & ((torch.arange(blocks, device=q.device) > 0)[:, None, None] | (key >= window))  # nothing before the first
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.repeat(B, 1, 1)[:, None], enable_gqa=True)
+    return y.transpose(1, 2).reshape(B, -1, H, E)[:, :T]
+
+
+@functools.lru_cache
+def band(length, window, device):
+    """FlexAttention's mask of the last `window` keys of each query."""
+    return flex_attention.create_block_mask(lambda b, h, q, k: (q >= k) & (q - k < window), None, None, length, length, device)
+
+
+def flex(q_BTHE, k_BTKE, v_BTKE, window=0):
+    """sdpa, with windows by FlexAttention, which skips what no query of a block sees (GPU, compiled)."""
+    if not window:
+        return sdpa(q_BTHE, k_BTKE, v_BTKE)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    mask = band(q.size(2), window, q.device)
+    return flex_attention.flex_attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
 def flash_backend(module, function):
@@ -890,8 +982,8 @@ def flash_backend(module, function):
     except (ImportError, AttributeError, OSError, RuntimeError):
         return None
 
-    def attend(q, k, v):
-        out = flash(q, k, v, causal=True)
+    def attend(q, k, v, window=0):
+        out = flash(q, k, v, causal=True, **(dict(window_size=(window - 1, 0)) if window else {}))
         return out[0] if isinstance(out, tuple) else out
     return attend
 
@@ -910,11 +1002,13 @@ FLASH_PACKAGES = {"fa3": ("flash_attn_interface", "flash_attn_func"), "fa4": ("f
 
 def choose_attention(s, rt):
     """(name, function) of the attention back end: the first of the candidates that gives the right result here."""
-    names = [s.attention] if s.attention != "auto" else [*FLASH_PACKAGES, "sdpa"]
+    banded = s.eval_attention == "banded"
+    names = [s.attention] if s.attention != "auto" else [*FLASH_PACKAGES, *(["flex"] if banded else []), "sdpa"]
     for name in names:
         if name == "sdpa":
             return name, sdpa
-        usable = rt.device.type == "cuda" and rt.dtype == torch.bfloat16 and flash_backend(*FLASH_PACKAGES[name])
+        on_gpu = rt.device.type == "cuda" and rt.dtype == torch.bfloat16
+        usable = on_gpu and (flex if name == "flex" else flash_backend(*FLASH_PACKAGES[name]))
         if usable and right_result(usable, s, rt):
             return name, usable
     raise UserError(f"ATTENTION={s.attention}: not installed, or not working on {rt.device} with {rt.dtype}; "
@@ -922,17 +1016,21 @@ def choose_attention(s, rt):
 
 
 def right_result(attend, s, rt):
-    """Does `attend` agree with PyTorch's attention, gradients included, on a small input of this model's heads?"""
-    shapes = [(1, 128, heads, s.head_dim) for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)]
+    """Does `attend` agree with PyTorch's attention, gradients included, on a small input of this model's heads? Windowed
+    too where the evaluation needs that."""
+    shapes = [(1, 256, heads, s.head_dim) for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)]
     generator = torch.Generator(rt.device).manual_seed(0)
     qkv = [torch.randn(shape, device=rt.device, generator=generator).to(rt.dtype).requires_grad_() for shape in shapes]
     if rt.compile:  # as the model will be: a kernel that breaks the graph would split every block
         attend = torch.compile(attend, fullgraph=True)
     try:
-        mine, reference = attend(*qkv), sdpa(*qkv)
-        pairs = [(mine, reference), *zip(torch.autograd.grad(mine.float().square().sum(), qkv),
-                                         torch.autograd.grad(reference.float().square().sum(), qkv))]
-        return all((a - b).norm() <= 0.02 * b.norm() for a, b in pairs)
+        for window in (0, 128) if s.eval_attention == "banded" else (0,):
+            mine, reference = attend(*qkv, window), sdpa(*qkv, window)
+            pairs = [(mine, reference), *zip(torch.autograd.grad(mine.float().square().sum(), qkv),
+                                             torch.autograd.grad(reference.float().square().sum(), qkv))]
+            if not all((a - b).norm() <= 0.02 * b.norm() for a, b in pairs):
+                return False
+        return True
     except Exception:  # whatever a foreign package raises, it is not usable here
         return False
 
@@ -962,7 +1060,7 @@ class Attention(nn.Module):
         super().__init__()
         D, kv_dim = s.model_dim, s.num_kv_heads * s.head_dim
         self.heads, self.kv_heads, self.head_dim, self.bits, self.attend = (
-            s.num_heads, s.num_kv_heads, s.head_dim, s.attn_bits, attend)
+            s.num_heads, s.num_kv_heads, s.head_dim, s.qat_bits if s.attn_bits < 16 else 0, attend)
         self.q, self.k, self.v, self.o = matrix(D, D), matrix(kv_dim, D), matrix(kv_dim, D), matrix(D, D)
         self.q_gain = nn.Parameter(torch.full((s.num_heads,), s.qk_gain_init))
         self.gate = s.gated_attention
@@ -971,7 +1069,7 @@ class Attention(nn.Module):
         elif self.gate == "scalar":  # one learned factor on the block's attention output
             self.gate_scale = vector(1.0)
 
-    def forward(self, u_BTD, rotary, xsa, value_embedding, mix_value, fake_quant):
+    def forward(self, u_BTD, rotary, xsa, value_embedding, mix_value, fake_quant, window):
         """Attention output [B,T,D] and the V [B,T,K,E] before the value residual; `mix_value` applies the latter."""
         B, T, D = u_BTD.shape
         bits = self.bits if fake_quant else 0
@@ -982,7 +1080,7 @@ class Attention(nn.Module):
         k, own_v = (x.view(B, T, self.kv_heads, self.head_dim) for x in (k, v))
         v = mix_value(own_v)
         q = rotate(rms_norm(q), *rotary) * self.q_gain.to(q.dtype)[:, None]
-        y = self.attend(q, rotate(rms_norm(k), *rotary), v)
+        y = self.attend(q, rotate(rms_norm(k), *rotary), v, window)
         if xsa:
             y = exclusive(y, v)
         if self.gate == "head":
@@ -996,7 +1094,7 @@ class MLP(nn.Module):
 
     def __init__(self, s):
         super().__init__()
-        self.slope, self.bits = s.leaky_slope, s.mlp_bits
+        self.slope, self.bits = s.leaky_slope, s.qat_bits if s.mlp_bits < 16 else 0
         self.up, self.down = matrix(s.mlp_hidden, s.model_dim), matrix(s.model_dim, s.mlp_hidden)
 
     def forward(self, u_BTD, fake_quant):
@@ -1037,7 +1135,7 @@ class Block(nn.Module):
         a, b = self.value_weights(self.value_residual.to(v.dtype) if hasattr(self, "value_residual") else None)
         return a * (first_v.detach() if self.detach_first else first_v) + b * v
 
-    def forward(self, x_BTD, x0_BTD, core, first_v, rotary, value_embedding, fake_quant):
+    def forward(self, x_BTD, x0_BTD, core, first_v, rotary, value_embedding, fake_quant, window):
         """The block's output [B,T,D] and its own V before the value residual."""
         dtype = x_BTD.dtype
         shortcut = self.embed_shortcut.to(dtype) * x0_BTD if hasattr(self, "embed_shortcut") else 0
@@ -1045,7 +1143,7 @@ class Block(nn.Module):
             mix = self.resid_mix.to(dtype)
             x_BTD = mix[0] * x_BTD + mix[1] * x0_BTD
         attn, v = core.attn(self.input_scale * rms_norm(x_BTD), rotary, self.xsa, value_embedding,
-                            lambda own: self.mix_value(own, first_v), fake_quant)
+                            lambda own: self.mix_value(own, first_v), fake_quant, window)
         y = x_BTD + self.attn_scale.to(dtype) * attn
         return y + self.mlp_scale.to(dtype) * core.mlp(self.input_scale * rms_norm(y), fake_quant) + shortcut, v
 
@@ -1107,7 +1205,7 @@ class GPT(nn.Module):
             uses = len(range(i, s.num_layers, s.cores))
             for p in core.parameters() if uses > 1 else ():
                 p.register_hook(lambda grad, uses=uses: grad / uses)
-        for name, table in zip(("cos", "sin"), rotary_tables(s, max(s.train_seq_len, s.window))):
+        for name, table in zip(("cos", "sin"), rotary_tables(s, max(s.train_seq_len, s.window, s.scoring_plan[0]))):
             self.register_buffer(name, table, persistent=False)
 
     def embed(self, tokens_BT):
@@ -1124,8 +1222,8 @@ class GPT(nn.Module):
             gate = gate * (tokens_BT != self.s.bos_token).unsqueeze(-1)
         return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
 
-    def logits(self, tokens_BT, fake_quant=False):
-        """Next-token logits [B,T,V], fp32; position t has seen tokens 0..t."""
+    def logits(self, tokens_BT, fake_quant=False, window=0):
+        """Next-token logits [B,T,V], fp32; position t has seen tokens 0..t, or in each layer the last `window` of them."""
         s, x0 = self.s, self.embed(tokens_BT)
         x, first_v, skips = x0, None, []
         value_embeddings = self.ve(tokens_BT, x.dtype) if self.ve is not None else {}
@@ -1133,16 +1231,17 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.skip_weights is not None and i >= encoder and skips:
                 x = x + self.skip_weights[i - encoder].to(x.dtype) * skips.pop()
-            x, v = block(x, x0, self.cores[i % s.cores], first_v, (self.cos, self.sin), value_embeddings.get(i), fake_quant)
+            x, v = block(x, x0, self.cores[i % s.cores], first_v, (self.cos, self.sin), value_embeddings.get(i), fake_quant,
+                         window)
             first_v = v if i == 0 else first_v
             if i < encoder:
                 skips.append(x)
         logits = linear(rms_norm(x), self.tok_emb).float()
         return s.logit_softcap * torch.tanh(logits / s.logit_softcap) if s.logit_softcap else logits
 
-    def forward(self, tokens_BT, targets_BT, fake_quant=False, temperature=1.0):
+    def forward(self, tokens_BT, targets_BT, fake_quant=False, temperature=1.0, window=0):
         """nll of each target [B,T], nats, fp32. `fake_quant` is an argument, so that a compiler cannot fold it away."""
-        logits = self.logits(tokens_BT, fake_quant) / temperature
+        logits = self.logits(tokens_BT, fake_quant, window) / temperature
         return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
 
 
@@ -1161,7 +1260,8 @@ KINDS = {
     "proj": Kind("proj_optimizer", "matrix_lr", "muon_wd", "proj_bits"),
     "table": Kind("adamw", "tied_embed_lr", "adam_wd", "embed_bits"),
     "hashed": Kind("adamw", "tied_embed_lr", "adam_wd", "bigram_bits"),
-    "control": Kind("adamw", "scalar_lr", "adam_wd", ""),  # scales, gains, gates, mixes: always fp16
+    "gate": Kind("adamw", "scalar_lr", "adam_wd", "proj_bits"),
+    "control": Kind("adamw", "scalar_lr", "adam_wd", ""),  # scales, gains, mixes: always fp16
 }
 
 
@@ -1172,16 +1272,16 @@ def kind_of(name):
         return "attn"
     if parts[0] == "cores" and parts[-1] in ("up", "down"):
         return "mlp"
-    return {"tok_emb": "table", "ve.table": "table", "bigram.table": "hashed", "trigram.table": "hashed"}.get(
-        name, "proj" if parts[-1] == "proj" else "control")
+    tables = {"tok_emb": "table", "ve.table": "table", "bigram.table": "hashed", "trigram.table": "hashed"}
+    return tables.get(name, {"proj": "proj", "gate_weight": "gate"}.get(parts[-1], "control"))
 
 
 @torch.no_grad()
 def init_weights(model, s):
     """Fill every matrix: orthogonal, but zero for attention output and MLP down; tables normal, the bigram's zero.
 
-    The projections of the small embeddings are orthogonal, times 1/√(2L) under Muon (#414; not so in #549). Raises AssertionError if a parameter is
-    left without a value.
+    The projections of the small embeddings are orthogonal, times 1/√(2L) under Muon (#414; not so in #549).
+    Raises AssertionError if a parameter is left without a value.
     """
     scaled = s.proj_optimizer == "muon"
     for name, p in model.named_parameters():
@@ -1201,7 +1301,11 @@ def build_model(s, rt):
     """The model with its initial weights on the device; every rank draws the same ones from SEED."""
     name, attend = choose_attention(s, rt)
     torch.manual_seed(s.seed)
-    model = GPT(s, rt.dtype, attend)
+    try:
+        model = GPT(s, rt.dtype, attend)
+    except RuntimeError as problem:
+        raise UserError(f"MODEL_DIM={s.model_dim}, BIGRAM_VOCAB_SIZE={s.bigram_vocab_size}, TRIGRAM_VOCAB_SIZE="
+                        f"{s.trigram_vocab_size}: no memory for such a model ({problem})") from problem
     init_weights(model, s)
     return model.to(rt.device), name
 
@@ -1223,9 +1327,7 @@ def parameter_counts(s):
     return counts
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. Optimizers
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- 6. Optimizers ---------------------------------------------------------------------------------------------------
 
 NEWTON_SCHULZ = {  # one triple (a, b, c) per iteration; the last one repeats
     "classic": [(3.4445, -4.7750, 2.0315)],
@@ -1255,6 +1357,15 @@ class MuonGroup:
         self.padding = padded - len(params)
         self.momentum = torch.zeros(padded // rt.world_size, self.rows, self.columns, device=params[0].device)
         self.scales = [math.sqrt(max(1, p.size(0) / p.size(1))) for p in params]
+
+    def whole_momentum(self):
+        """The momentum of every matrix, from all ranks: [n, R, C]."""
+        return self.rt.all_gather(self.momentum)[: len(self.params)]
+
+    def take_momentum(self, whole):
+        """This rank's share of whole_momentum, whatever number of ranks it came from."""
+        padded = F.pad(whole, (0, 0, 0, 0, 0, self.padding))
+        self.momentum.copy_(padded.tensor_split(self.rt.world_size)[self.rt.rank])
 
     def oriented(self, p):
         """p or pᵀ, so that rows ≤ columns."""
@@ -1303,31 +1414,44 @@ class Optimizers:
             p.grad.copy_(g.view_as(p))
         return flat.square().sum()
 
+    def state(self):
+        """All that a later step depends on; a collective of all ranks."""
+        return dict(muon=[group.whole_momentum() for group, *_ in self.muon], adamw=self.adamw.state_dict())
+
+    def load(self, state):
+        for (group, *_), momentum in zip(self.muon, state["muon"], strict=True):
+            group.take_momentum(momentum)
+        self.adamw.load_state_dict(state["adamw"])
+
     @torch.no_grad()
-    def step(self, lr_scale, momentum):
-        """Reduce, clip by the global norm, update; returns that norm (a tensor) and forgets the gradients."""
+    def step(self, lr_scale, momentum, skip_bad=False):
+        """Reduce, clip by the global norm, update; returns that norm (a tensor) and forgets the gradients. With skip_bad
+        nothing is updated where the norm is not finite."""
         small_square = self._sum_small_gradients()
         shares = [group.reduced_gradients().float() for group, *_ in self.muon]
         square = self.rt.sum_(torch.stack([share.square().sum() for share in shares]).sum()) + small_square
         norm = square.sqrt()
+        if skip_bad and not math.isfinite(norm.item()):
+            self._forget()
+            return norm
         if self.s.grad_clip_norm:
             factor = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            factor = torch.where(torch.isfinite(norm), factor, 0.0)  # so that only the group that is not finite spoils weights
             torch._foreach_mul_(shares + [p.grad for p in self.small], factor)
         for share, (group, lr, weight_decay) in zip(shares, self.muon):
             group.update(share, lr * lr_scale, weight_decay, momentum, self.orthogonalize)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adamw.step()
-        for group, *_ in self.muon:
-            for p in group.params:
-                p.grad = None
-        self.adamw.zero_grad(set_to_none=True)
+        self._forget()
         return norm
 
+    def _forget(self):
+        for p in [*self.small, *(p for group, *_ in self.muon for p in group.params)]:
+            p.grad = None
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Schedules: pure functions of the step and the training clock
-# ----------------------------------------------------------------------------------------------------------------------
+
+# ---- 7. Schedules: pure functions of the step and the training clock -------------------------------------------------
 
 def warmdown_share(s, step, elapsed_ms):
     """1, then a linear fall to 0 over the last WARMDOWN_ITERS steps.
@@ -1357,7 +1481,8 @@ def muon_momentum(s, step):
 
 def out_of_time(s, step, elapsed_ms):
     """True where the next step, at the mean pace so far, would end after the cap (less what GPTQ keeps for itself)."""
-    budget_ms = 1000 * (s.max_wallclock_seconds - (s.gptq_reserve_seconds if s.gptq else 0))
+    reserve = s.gptq_reserve_seconds if s.gptq and s.gptq_text == "train" else 0
+    budget_ms = 1000 * (s.max_wallclock_seconds - reserve)
     return bool(s.max_wallclock_seconds and step and elapsed_ms * (step + 1) / step > budget_ms)
 
 
@@ -1366,9 +1491,7 @@ def fake_quant_on(s, share):
     return bool(s.qat_enabled or (s.late_qat_threshold and share < s.late_qat_threshold))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 8. Weight averaging
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- 8. Weight averaging ---------------------------------------------------------------------------------------------
 
 class WeightAverage:
     """EMA and SWA of the parameters, fp32. The EMA is bias-corrected: after n steps the weights are those of
@@ -1394,6 +1517,12 @@ class WeightAverage:
             return self.snapshots == 1
         return False
 
+    def state(self):
+        return dict(ema=self.ema, swa=self.swa, updates=self.updates, snapshots=self.snapshots)
+
+    def load(self, state):
+        self.ema, self.swa, self.updates, self.snapshots = (state[k] for k in ("ema", "swa", "updates", "snapshots"))
+
     @torch.no_grad()
     def apply(self):
         """Give the model its averaged weights; returns what they are: "EMA", "SWA", "EMA and SWA", or "" (as trained)."""
@@ -1405,9 +1534,7 @@ class WeightAverage:
         return " and ".join(averages)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 9. Quantizer: rows → integer codes and a step per row, and back
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- 9. Quantizer: rows → integer codes and a step per row, and back -------------------------------------------------
 
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
@@ -1434,11 +1561,13 @@ def fp16_steps(steps_R):
 def fit_steps(w_RC, bits, s):
     """The step of every row, fp16-representable: the clip among the quantiles of |w| with the least squared error.
 
-    GPTQ-lite, decided for each row by itself (QUANT_CLIP_SCOPE=matrix: one quantile for all rows, as the ancestors did);
-    with GPTQ_LITE=0 the clip is the row's maximum.
+    GPTQ-lite, decided for each row by itself (QUANT_CLIP_SCOPE=matrix: one quantile for all rows, as the ancestors did); with
+    GPTQ_LITE=0 the clip is the row's maximum, with QUANT_CLIP_STD so many root mean squares of it (SDClip, #1394).
     """
-    magnitude = w_RC.abs()
-    if s.gptq_lite:
+    magnitude, deviations = w_RC.abs(), s.quant_clip_std if bits < 8 else s.quant_clip_std_int8
+    if deviations:
+        clips = deviations * w_RC.square().mean(1).sqrt()[None]
+    elif s.gptq_lite:
         clips = torch.quantile(magnitude, torch.tensor(CLIP_QUANTILES, device=w_RC.device), dim=1)
     else:
         clips = magnitude.amax(1)[None]
@@ -1496,22 +1625,46 @@ class HessianRecorder(torch.overrides.TorchFunctionMode):
             self.casts[id(out)] = (self.names[id(args[0])], out)  # holding `out` keeps its id its own
         elif func is F.linear and id(args[1]) in self.casts:
             name, _ = self.casts.pop(id(args[1]))
-            x = args[0].flatten(0, -2).float()
+            x = args[0].detach().flatten(0, -2).float()
             self.sums[name] = self.sums.get(name, 0) + x.mT @ x
         return out
 
 
+@dataclass
+class Calibration:
+    """What training tokens say of the weights: Σ xxᵀ [C, C] over the inputs of attention and MLP matrices, and of every matrix
+    and table the squared gradients by row [R] and by column [C]: how much an error there costs (the empirical Fisher
+    information, taken as row × column)."""
+    hessians: dict
+    energies: dict
+
+
 @torch.no_grad()
-def collect_hessians(model, batches_of_rows, rt):
-    """{matrix: Σ xxᵀ over the rows of all ranks}. Raises AssertionError if a matrix was never met."""
-    recorder = HessianRecorder(model)
+def write_rows(model, s, count, seed):
+    """Rows [count, T + 1] that the model writes from BOS on, drawn from its own distribution."""
+    rows = torch.full((count, 1), s.bos_token, device=model.tok_emb.device)
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    for _ in range(s.train_seq_len if count else 0):
+        rows = torch.cat((rows, torch.multinomial(model.logits(rows)[:, -1].softmax(-1), 1, generator=generator)), 1)
+    return rows
+
+
+def calibrate(model, batches_of_rows, rt):
+    """Calibration from rows of training tokens, int [n, T + 1], summed over ranks. Leaves no gradients behind."""
+    recorder, energies = HessianRecorder(model), {}
     for rows in batches_of_rows:
         with recorder:
-            model(rows[:, :-1].long(), rows[:, 1:].long())
+            nll = model(rows[:, :-1].long(), rows[:, 1:].long())
+        nll.sum().backward()
+        for name, p in model.named_parameters():
+            if kind_of(name) != "control":
+                square, (by_row, by_column) = p.grad.float().square(), energies.get(name, (0, 0))
+                energies[name] = (by_row + square.mean(1), by_column + square.mean(0))
+            p.grad = None
     missing = set(recorder.names.values()) - set(recorder.sums)
-    rt.log(f"gptq_calibration:done matched:{len(recorder.sums)} of {len(recorder.names)} matrices")
     assert not missing, f"no Hessian for {sorted(missing)}"
-    return {name: rt.sum_(total) for name, total in recorder.sums.items()}
+    return Calibration({name: rt.sum_(total) for name, total in recorder.sums.items()},
+                       {name: tuple(rt.sum_(e) for e in pair) for name, pair in energies.items()})
 
 
 def crown_q(model):
@@ -1522,16 +1675,17 @@ def crown_q(model):
 
 @dataclass
 class Quantized:
-    """A tensor as it is stored: codes int8 [R, C] with steps [R] and their bits, or (bits 16) an fp16 array."""
+    """A tensor as it is stored: codes int8 [R, C] with steps [R], column factors [C] and their bits, or an fp16 array."""
     bits: int
     codes: Tensor | None = None
     steps: Tensor | None = None
+    columns: Tensor | None = None
     half: Tensor | None = None
     shape: tuple = ()
 
     def weights(self):
         """The fp32 tensor that the file stands for."""
-        return self.half.float() if self.bits == 16 else from_codes(self.codes, self.steps).view(self.shape)
+        return self.half.float() if self.bits == 16 else from_codes(self.codes, self.steps) * self.columns
 
 
 def bits_of(name, s):
@@ -1541,11 +1695,31 @@ def bits_of(name, s):
     return getattr(s, row.bits) if row.bits and not keep else 16
 
 
-def quantize(state, s, hessians=None):
-    """A function of a widening factor f that gives {name: Quantized} with all steps multiplied by f.
+def on_grid(x):
+    """The nearest power of 2^(1/4): rows and columns share steps, which the file then holds for next to nothing."""
+    return torch.exp2((x.log2() * 4).round() / 4)
 
-    Steps are searched once, with f = 1. With `hessians` their matrices get full GPTQ. Raises UserError if a weight is not
-    finite or too large for fp16.
+
+def step_weights(w_RC, energies):
+    """How coarse each row's steps [R] and each column's [C] may be, beside those of other tensors.
+
+    Equal cost everywhere would be 1/√energy of tensor, row and column. Rows and columns get only the square root of that:
+    measured on a model of 2 M weights, this lost less than the full power or none.
+    """
+    if energies is None:
+        return w_RC.new_ones(w_RC.size(0)), w_RC.new_ones(w_RC.size(1))
+    mean = energies[0].mean().clamp_min(1e-30)
+    rows, columns = ((e / e.mean().clamp_min(1e-30) + 1e-3) ** -0.25 for e in energies)
+    rows, columns = (x / x.log().mean().exp() for x in (rows, columns))
+    return on_grid(rows * mean.rsqrt()), on_grid(columns)
+
+
+def quantize(state, s, calibration=None):
+    """A function of a level that gives {name: Quantized}: steps as fine as permitted, but none below the level times its weight
+    (QUANT_FIT=level), or all times the level (scale).
+
+    The finest steps are searched once. With a calibration matrices get full GPTQ. Raises UserError if a weight is not finite
+    or too large for fp16.
     """
     fitted = {}
     for name, w in state.items():
@@ -1555,49 +1729,81 @@ def quantize(state, s, hessians=None):
                             "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
         if bits < 16:
             w = prune(w, s.prune_frac)
-        fitted[name] = (w, bits, fit_steps(w, bits, s) if bits < 16 else None)
+            weights, columns = step_weights(w, calibration.energies[name] if calibration and s.quant_fit == "level" else None)
+            fitted[name] = (w, bits, fit_steps(w / columns, bits, s), weights, columns)
+        else:
+            fitted[name] = (w, bits, None, None, None)
 
-    def stored(name, w, bits, steps, widening):
+    def stored(name, w, bits, finest, weights, columns, level, exact):
         if bits == 16:
             return Quantized(16, half=w.half().cpu(), shape=tuple(w.shape))
-        wide = fp16_steps(steps * widening)
-        exact = hessians is not None and name in hessians
-        codes = gptq_codes(w, wide, bits, hessians[name], s) if exact else to_codes(w, wide, bits)
-        return Quantized(bits, codes.cpu(), wide.cpu(), shape=tuple(w.shape))
+        steps = fp16_steps(finest * level if s.quant_fit == "scale" else torch.maximum(finest, level * weights))
+        if exact and calibration and name in calibration.hessians:
+            codes = gptq_codes(w / columns, steps, bits, calibration.hessians[name] * columns * columns[:, None], s)
+        else:
+            codes = to_codes(w / columns, steps, bits)
+        return Quantized(bits, codes.cpu(), steps.cpu(), columns.cpu(), shape=tuple(w.shape))
 
-    return lambda widening: {name: stored(name, *entry, widening) for name, entry in fitted.items()}
+    return lambda level, exact=True: {name: stored(name, *entry, level, exact) for name, entry in fitted.items()}
 
 
 def error_report(state, tensors, hessians):
-    """Lines that say how large the error of each quantized tensor is: of the weights, and of the outputs with a Hessian."""
+    """Lines that say what each quantized tensor got: step, order-0 entropy of its codes, relative error of the weights, and of
+    the outputs where a Hessian is at hand; then the same by kind."""
+    kinds = {}
     for name, w in state.items():
         if tensors[name].bits < 16:
-            w = w.detach().float().cpu()
-            error, line = w - tensors[name].weights(), f"quantized {name} bits:{tensors[name].bits}"
-            line += f" weight_error:{float(error.norm() / w.norm().clamp_min(1e-30)):.5f}"
+            w, t = w.detach().float().cpu(), tensors[name]
+            share = torch.bincount(t.codes.flatten().int() + 128).double() / max(t.codes.numel(), 1)
+            entropy, error = float(-torch.xlogy(share, share).sum()) / math.log(2), w - t.weights()
+            sums = np.array([w.numel(), entropy * w.numel(), float(t.steps.sum()) / max(len(t.steps), 1) * w.numel(),
+                             float(error.square().sum()), float(w.square().sum())])
+            kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + sums
+            line = described_error(f"{name} int{t.bits}", sums)
             if hessians and name in hessians:
                 outputs, wrong = (float(((x @ hessians[name].cpu()) * x).sum()) for x in (w, error))
                 line += f" output_error:{math.sqrt(max(wrong, 0) / max(outputs, 1e-30)):.5f}"
-            yield line
+            yield line, False
+    for kind, sums in kinds.items():
+        yield described_error(kind, sums), True
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 10. Artifact: codes → bytes → file, and back; data only, nothing in it is ever executed
-# ----------------------------------------------------------------------------------------------------------------------
+def described_error(label, sums):
+    count, bits, steps, wrong, total = sums
+    return (f"quantized {label} weights:{count:.0f} bits_per_code:{bits / max(count, 1):.3f} mean_step:{steps / max(count, 1):.5f} "
+            f"weight_error:{math.sqrt(wrong / max(total, 1e-30)):.5f}")
+
+
+# ---- 10. Artifact: codes → bytes → file, and back; data only, nothing in it is ever executed -------------------------
 #
-# magic | header length, u32 | header, JSON: codec, bytes of body and index | body, compressed | SHA-256 of all before.
-# The body, decompressed: the index (JSON: settings, tensors, widening), then the codes of every quantized tensor, one
-# byte each and tensors of equal bits together, then all steps and all fp16 arrays, low bytes before high bytes.
+# magic | header length, u32 | header, JSON | side, lzma | codes | SHA-256 of all before. The side holds an index (JSON:
+# settings, tensors), then steps and fp16 arrays; codes are those of every quantized tensor, tensors of equal bits together.
 
-ARTIFACT_MAGIC = b"PGOLF\x00\x00\x01"  # the last byte is the version
-ARTIFACT_MOST_BYTES = 1 << 30  # a body beyond this is refused before anything is allocated
+ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
 INDEX_MOST_BYTES = 1 << 20  # parsed JSON takes twenty times its text
+# A file may stand for so many weights: for each of its bytes, and altogether. Nothing larger is allocated for it.
+MOST_WEIGHTS_PER_BYTE, MOST_WEIGHTS = 64, 1 << 30
 # Codes look like noise to a match finder: a shallow search and no literal context are smaller and 3× faster here.
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORMAL, mf=lzma.MF_BT4, nice_len=64, depth=1,
                      dict_size=1 << 16)]
 # Settings that are not stored: where things lie and how this machine computes.
 TIED_TO_THE_RUN = ("preset", "run_id", "device", "precision", "compile", "attention", "out_dir", "eval_only", "scores_path",
-                   "data_path", "tokenizer_path", "val_limit_tokens")
+                   "data_path", "tokenizer_path", "val_limit_tokens", "checkpoint_every_seconds", "resume", "nonfinite")
+
+
+def squeeze(data):
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+
+
+def unsqueeze(data, size):
+    """What squeeze was given, `size` bytes; never holds more. Raises ValueError."""
+    try:
+        out = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(data, max_length=size + 1)
+    except (lzma.LZMAError, EOFError) as problem:
+        raise ValueError(problem) from problem
+    if len(out) != size:
+        raise ValueError(f"{len(out)} bytes where {size} are promised")
+    return out
 
 
 def zstd():
@@ -1605,144 +1811,272 @@ def zstd():
     try:
         return importlib.import_module("zstandard")
     except ImportError as problem:
-        raise UserError("CODEC=zstd: the zstandard package is not installed; pip install zstandard, or CODEC=lzma") from problem
+        raise UserError("CODEC=zstd: the zstandard package is not installed; pip install zstandard, or CODEC=auto") from problem
 
 
-def compress(codec, body):
-    if codec == "zstd":
-        return zstd().ZstdCompressor(level=22).compress(body)
-    return lzma.compress(body, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-
-
-def decompress(codec, payload, most_bytes):
-    """At most `most_bytes` + 1 bytes of the body: the one more says that it is too long. Raises ValueError."""
-    if codec == "lzma":
-        try:
-            return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(payload, max_length=most_bytes + 1)
-        except (lzma.LZMAError, EOFError) as problem:
-            raise ValueError(problem) from problem
-    if codec != "zstd":
-        raise ValueError(f"codec {codec!r}")
+def unzstd(data, size):
     package = zstd()
     try:
-        return package.ZstdDecompressor(max_window_size=1 << 27).stream_reader(io.BytesIO(payload)).read(most_bytes + 1)
+        out = package.ZstdDecompressor(max_window_size=1 << 27).stream_reader(io.BytesIO(data)).read(size + 1)
     except package.ZstdError as problem:
         raise ValueError(problem) from problem
+    if len(out) != size:
+        raise ValueError(f"{len(out)} bytes where {size} are promised")
+    return out
+
+
+# rANS (Duda 2013), many states side by side so that numpy does the work: a state below 2³² holds what was coded, a code of
+# frequency f/2¹⁵ takes 15 − log₂ f bits of it, 16 bits at a time move to the file. Frequencies are counted for each scale of
+# codes: a code's context is its row's scale plus its column's. Rows and columns of trained weights differ so much that this
+# takes 5 % less than the order-0 entropy of the tensors.
+RANS_LANES, RANS_BITS, CONTEXTS, SYMBOLS = 512, 15, 48, 256
+
+
+def scales_of(codes_RC):
+    """Quarter octaves of each row's root mean square, and of each column's after division by its rows': uint8 [R], [C]."""
+    q = codes_RC.astype(np.float32)
+    rows = np.maximum(np.sqrt(np.square(q).sum(1) / max(q.shape[1], 1)), 2.0 ** -4)
+    columns = np.sqrt(np.square(q / rows[:, None]).sum(0) / max(q.shape[0], 1))
+    return [np.rint(4 * np.log2(np.maximum(x, 2.0 ** -4)) + 16).astype(np.uint8) for x in (rows, columns)]
+
+
+def contexts_of(rows, columns):
+    """Context of every code, uint8 [R·C]."""
+    return (rows[:, None].astype(np.int16) + columns - 16).clip(0, CONTEXTS - 1).astype(np.uint8).ravel()
+
+
+def frequencies(counts):
+    """Counts [CONTEXTS, SYMBOLS] as frequencies that sum to 2¹⁵ in each row, at least 1 for what occurs: uint16."""
+    total = np.maximum(counts.sum(1, keepdims=True), 1)
+    out = np.maximum(np.rint(counts * (1 << RANS_BITS) / total), counts > 0).astype(np.int64)
+    most = out.argmax(1)
+    out[np.arange(len(out)), most] += (1 << RANS_BITS) - out.sum(1)
+    return out.astype(np.uint16)
+
+
+def rans_tables(frequency):
+    """(frequency, start) of every (context, symbol), flat uint32. Raises ValueError where a row does not sum to 2¹⁵."""
+    if (frequency.sum(1, dtype=np.int64) != 1 << RANS_BITS).any():
+        raise ValueError("frequencies that do not sum to one")
+    wide = frequency.astype(np.uint32)
+    return wide.ravel(), (np.cumsum(wide, 1, dtype=np.uint32) - wide).ravel()
+
+
+def rans_encode(symbols, contexts, frequency):
+    """Bytes of the symbols (uint8 [n]) under their contexts (uint8 [n]); code i goes to lane i mod RANS_LANES."""
+    flat_frequency, flat_start = rans_tables(frequency)
+    state, words = np.full(RANS_LANES, 1 << 16, np.uint32), []
+    for at in range((len(symbols) - 1) // RANS_LANES * RANS_LANES, -1, -RANS_LANES):  # backwards: the reader goes forwards
+        entry = contexts[at: at + RANS_LANES] * np.int32(SYMBOLS) + symbols[at: at + RANS_LANES]
+        f, x = flat_frequency[entry], state[: len(entry)]
+        full = x >> np.uint32(32 - RANS_BITS) >= f
+        words.append((x[full] & np.uint32(0xFFFF)).astype("<u2"))
+        x[full] >>= np.uint32(16)
+        x += x // f * (np.uint32(1 << RANS_BITS) - f) + flat_start[entry]
+    return state.astype("<u4").tobytes() + b"".join(w.tobytes() for w in reversed(words))
+
+
+def rans_decode(data, contexts, frequency):
+    """The symbols, uint8 [n]. Raises ValueError on anything that rans_encode did not write."""
+    flat_frequency, flat_start = rans_tables(frequency)
+    symbol_at = np.repeat(np.tile(np.arange(SYMBOLS, dtype=np.uint8), CONTEXTS), flat_frequency)
+    state, words, used = np.frombuffer(data, "<u4", RANS_LANES).copy(), np.frombuffer(data, "<u2", offset=4 * RANS_LANES), 0
+    symbols = np.empty(len(contexts), np.uint8)
+    for at in range(0, len(contexts), RANS_LANES):
+        context = contexts[at: at + RANS_LANES].astype(np.int32)
+        x = state[: len(context)]
+        slot = x & np.uint32((1 << RANS_BITS) - 1)
+        found = symbols[at: at + RANS_LANES] = symbol_at[(context << RANS_BITS) + slot]
+        entry = context * SYMBOLS + found
+        x[:] = flat_frequency[entry] * (x >> np.uint32(RANS_BITS)) + slot - flat_start[entry]
+        low = np.flatnonzero(x < 1 << 16)
+        x[low] = x[low] << np.uint32(16) | words[used: used + len(low)]
+        used += len(low)
+    if used != len(words) or (state != 1 << 16).any():
+        raise ValueError("codes that do not end where they should")
+    return symbols
+
+
+def encode_codes(codec, blocks):
+    """Bytes of the codes of some tensors, int8 [R, C] each."""
+    symbols = np.concatenate([np.zeros(0, np.uint8), *(b.ravel().view(np.uint8) ^ 0x80 for b in blocks)])
+    if codec != "rans":
+        return zstd().ZstdCompressor(level=22).compress(symbols.tobytes()) if codec == "zstd" else squeeze(symbols.tobytes())
+    scales = [scales_of(b) for b in blocks]
+    contexts = np.concatenate([np.zeros(0, np.uint8), *(contexts_of(*pair) for pair in scales)])
+    counts = sum(np.bincount(contexts[at: at + (1 << 20)] * np.intp(SYMBOLS) + symbols[at: at + (1 << 20)],
+                             minlength=CONTEXTS * SYMBOLS) for at in range(0, max(len(symbols), 1), 1 << 20))
+    frequency = frequencies(counts.reshape(CONTEXTS, SYMBOLS))
+    tables = squeeze(frequency.astype("<u2").T.tobytes() + b"".join(x.tobytes() for pair in scales for x in pair))
+    return struct.pack("<I", len(tables)) + tables + rans_encode(symbols, contexts, frequency)
+
+
+def decode_codes(codec, data, shapes):
+    """The codes of tensors of these shapes, int8 [R, C] each. Raises ValueError."""
+    sizes = [math.prod(shape) for shape in shapes]
+    if codec == "rans":
+        length, = struct.unpack_from("<I", data)
+        side = unsqueeze(data[4: 4 + length], 2 * CONTEXTS * SYMBOLS + sum(map(sum, shapes)))
+        frequency = np.frombuffer(side, "<u2", CONTEXTS * SYMBOLS).reshape(SYMBOLS, CONTEXTS).T
+        scales = iter(np.split(np.frombuffer(side, np.uint8, offset=2 * frequency.size),
+                               np.cumsum([n for shape in shapes for n in shape])[:-1]))
+        contexts = np.concatenate([np.zeros(0, np.uint8), *(contexts_of(next(scales), next(scales)) for _ in shapes)])
+        symbols = rans_decode(data[4 + length:], contexts, frequency)
+    else:
+        symbols = np.frombuffer({"lzma": unsqueeze, "zstd": unzstd}[codec](data, sum(sizes)), np.uint8)
+    blocks = np.split((symbols ^ 0x80).view(np.int8), np.cumsum(sizes)[:-1])
+    return [block.reshape(shape) for block, shape in zip(blocks, shapes)]
 
 
 class ArtifactError(UserError):
     """The file is not an artifact, or not a whole one."""
 
 
-def split_bytes(halves):
-    """fp16 arrays as one byte string, low bytes first: the high bytes, alike among neighbours, compress better."""
-    pairs = np.concatenate([np.zeros(0, "<f2"), *halves]).astype("<f2").view(np.uint8).reshape(-1, 2)
-    return pairs.T.tobytes()
+def planes(values):
+    """uint16 values as one byte string, low bytes first: the high bytes, alike among neighbours, compress better."""
+    return values.astype("<u2").view(np.uint8).reshape(-1, 2).T.tobytes()
 
 
-def encode_artifact(tensors, s, widening):
-    """The file's bytes from {name: Quantized}."""
+def from_planes(data):
+    return np.frombuffer(data, np.uint8).reshape(2, -1).T.copy().view("<u2").ravel()
+
+
+def encode_artifact(tensors, s, codec, note=""):
+    """The file's bytes from {name: Quantized}; `note` says in words how the steps were fitted.
+
+    Steps and column factors are stored as ranks among their distinct values: few of them occur where they were fitted to a
+    budget.
+    """
     order = sorted(tensors, key=lambda name: (tensors[name].bits, list(tensors).index(name)))
     coded = [tensors[name] for name in order if tensors[name].bits < 16]
-    codes = b"".join((t.codes + code_limit(t.bits)).numpy().astype(np.uint8).tobytes() for t in coded)
-    steps = split_bytes([t.steps.numpy().astype(np.float16) for t in coded])
-    halves = split_bytes([tensors[name].half.flatten().numpy() for name in order if tensors[name].bits == 16])
+    codes = encode_codes(codec, [t.codes.numpy() for t in coded])
+    none = np.zeros(0, np.float16)
+    factors = np.concatenate([none, *(x.numpy().astype(np.float16) for t in coded for x in (t.steps, t.columns))])
+    distinct, ranks = np.unique(factors.view(np.uint16), return_inverse=True)
+    halves = np.concatenate([none, *(tensors[n].half.flatten().numpy() for n in order if tensors[n].bits == 16)])
     stored = {f.name: getattr(s, f.name) for f in fields(s) if f.name not in TIED_TO_THE_RUN}
-    index = json.dumps(dict(settings=stored, widening=widening, tensors=[[n, tensors[n].bits, tensors[n].shape] for n in order]),
-                       separators=(",", ":")).encode()
-    body = index + codes + steps + halves
-    header = dict(codec=s.codec, body_bytes=len(body), index_bytes=len(index))
-    header.update({"zstandard": zstd().__version__} if s.codec == "zstd" else {})
+    index = json.dumps(dict(settings=stored, note=note, tensors=[[n, tensors[n].bits, tensors[n].shape] for n in order],
+                            distinct=len(distinct)), separators=(",", ":")).encode()
+    side = index + planes(distinct) + planes(ranks) + planes(halves.view(np.uint16))
+    squeezed = squeeze(side)
+    header = dict(codec=codec, index_bytes=len(index), side_bytes=len(side), squeezed_bytes=len(squeezed))
+    header.update({"zstandard": zstd().__version__} if codec == "zstd" else {})
     header = json.dumps(header, separators=(",", ":")).encode()
-    content = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + compress(s.codec, body)
+    content = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + squeezed + codes
     return content + hashlib.sha256(content).digest()
 
 
-def artifact_body(content):
-    """(index as parsed JSON, the bytes after it) of a file's content. Raises ArtifactError; never allocates more than the
-    header promises, and no header may promise more than ARTIFACT_MOST_BYTES."""
+def open_artifact(content):
+    """(header, index, the side after the index, bytes of the codes) of a file's content. Raises ValueError and the like;
+    allocates no more than a side of the promised length, 64 times the file's at most."""
     start = len(ARTIFACT_MAGIC) + 4
     if len(content) < start + 32 or content[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
         raise ArtifactError(f"{len(content)} bytes beginning with {content[:8]!r}: not an artifact of this script")
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise ArtifactError("the checksum does not match: the file is damaged or cut short; make or fetch it again")
-    try:
-        header_bytes, = struct.unpack_from("<I", content, start - 4)
-        header = json.loads(content[start: start + header_bytes])
-        body_bytes, index_bytes = int(header["body_bytes"]), int(header["index_bytes"])
-        if not 0 <= index_bytes <= min(body_bytes, INDEX_MOST_BYTES) or body_bytes > ARTIFACT_MOST_BYTES:
-            raise ValueError(f"header {header}")
-        body = decompress(header["codec"], content[start + header_bytes: -32], body_bytes)
-        if len(body) != body_bytes:
-            raise ValueError(f"body of {len(body)} bytes where the header says {body_bytes}")
-        return json.loads(body[:index_bytes]), memoryview(body)[index_bytes:]
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, struct.error) as problem:
-        raise ArtifactError(f"not readable as an artifact: {type(problem).__name__}: {problem}") from problem
+    header_bytes, = struct.unpack_from("<I", content, start - 4)
+    header, start = json.loads(content[start: start + header_bytes]), start + header_bytes
+    index_bytes, side_bytes, squeezed_bytes = (int(header[k]) for k in ("index_bytes", "side_bytes", "squeezed_bytes"))
+    if not (0 <= index_bytes <= min(side_bytes, INDEX_MOST_BYTES) and side_bytes <= MOST_WEIGHTS_PER_BYTE * len(content)
+            and 0 <= squeezed_bytes <= len(content) - 32 - start):
+        raise ValueError(f"header {header}")
+    side = unsqueeze(content[start: start + squeezed_bytes], side_bytes)
+    return header, json.loads(side[:index_bytes]), side[index_bytes:], memoryview(content)[start + squeezed_bytes: -32]
+
+
+def described_tensors(index, most):
+    """[(name, bits, shape)] of an index. Raises ValueError unless they differ, are well-formed and at most `most` weights."""
+    described = [(str(name), int(bits), tuple(int(n) for n in shape)) for name, bits, shape in index["tensors"]]
+    if any(bits not in (4, 5, 6, 7, 8, 16) or min(shape, default=1) < 0 or (bits < 16 and len(shape) != 2)
+           for _, bits, shape in described):
+        raise ValueError("a tensor of unknown bits or shape")
+    if len({name for name, *_ in described}) != len(described):
+        raise ValueError("a tensor twice")
+    total = sum(math.prod(shape) + sum(shape) for *_, shape in described)
+    if total > most:
+        raise ValueError(f"{total} weights, more than such a file can hold")
+    return described
 
 
 def decode_artifact(content):
-    """(stored settings, {name: Quantized}, widening) from a file's bytes. Raises ArtifactError."""
-    index, data = artifact_body(content)
+    """(stored settings, {name: Quantized}, note) from a file's bytes. Raises ArtifactError."""
     try:
-        described = [(str(name), int(bits), tuple(int(n) for n in shape)) for name, bits, shape in index["tensors"]]
-        if any(bits not in (4, 5, 6, 7, 8, 16) or min(shape, default=1) < 0 or (bits < 16 and len(shape) != 2)
-               for _, bits, shape in described):
-            raise ValueError("a tensor of unknown bits or shape")
-        if len({name for name, *_ in described}) != len(described):
-            raise ValueError("a tensor twice")
-        sizes = [math.prod(shape) for *_, shape in described]
-        codes_end = sum(n for n, (_, bits, _) in zip(sizes, described) if bits < 16)
-        steps_end = codes_end + 2 * sum(shape[0] for _, bits, shape in described if bits < 16)
-        if steps_end + 2 * sum(n for n, (_, bits, _) in zip(sizes, described) if bits == 16) != len(data):
-            raise ValueError(f"tensors that do not fill the {len(data)} bytes there are")
-        joined = [np.frombuffer(part, np.uint8).reshape(2, -1).T.copy().view("<f2").ravel()
-                  for part in (data[codes_end:steps_end], data[steps_end:])]
-        codes = np.frombuffer(data[:codes_end], np.uint8)
-        at, tensors = dict(codes=0, steps=0, half=0), {}
-        for (name, bits, shape), n in zip(described, sizes):
+        header, index, side, codes = open_artifact(content)
+        described = described_tensors(index, min(MOST_WEIGHTS, MOST_WEIGHTS_PER_BYTE * len(content)))
+        shapes = [shape for _, bits, shape in described if bits < 16]
+        half_count = sum(math.prod(shape) for _, bits, shape in described if bits == 16)
+        ends = np.cumsum([2 * int(index["distinct"]), 2 * sum(map(sum, shapes)), 2 * half_count])
+        if ends[-1] != len(side) or ends[0] < 0:
+            raise ValueError(f"tensors that do not fill the {len(side)} bytes there are")
+        distinct, ranks, halves = (from_planes(side[a:b]) for a, b in zip((0, *ends), ends))
+        factors = torch.from_numpy(distinct.view(np.float16)[ranks].astype(np.float32))
+        halves, blocks = torch.from_numpy(halves.view(np.float16)), iter(decode_codes(header["codec"], codes, shapes))
+        tensors = {}
+        for name, bits, shape in described:
             if bits == 16:
-                half = torch.from_numpy(joined[1][at["half"]: at["half"] + n].astype(np.float16)).view(shape)
-                tensors[name], at["half"] = Quantized(16, half=half, shape=shape), at["half"] + n
+                half, halves = halves[: math.prod(shape)], halves[math.prod(shape):]
+                tensors[name] = Quantized(16, half=half.view(shape), shape=shape)
             else:
-                block = codes[at["codes"]: at["codes"] + n].astype(np.int16) - code_limit(bits)
-                if block.size and block.max() > code_limit(bits):
+                steps, columns, factors = factors.split([*shape, len(factors) - sum(shape)])
+                block = torch.from_numpy(next(blocks))
+                if block.numel() and max(-int(block.min()), int(block.max())) > code_limit(bits):
                     raise ValueError(f"{name}: a code beyond its {bits} bits")
-                steps = joined[0][at["steps"]: at["steps"] + shape[0]].astype(np.float32)
-                tensors[name] = Quantized(bits, torch.from_numpy(block.astype(np.int8)).view(shape), torch.from_numpy(steps),
-                                          shape=shape)
-                at["codes"], at["steps"] = at["codes"] + n, at["steps"] + shape[0]
-        return dict(index["settings"]), tensors, float(index["widening"])
-    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as problem:
+                tensors[name] = Quantized(bits, block, steps, columns, shape=shape)
+        return dict(index["settings"]), tensors, str(index["note"])
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, RuntimeError, struct.error) as problem:
         raise ArtifactError(f"not readable as an artifact: {type(problem).__name__}: {problem}") from problem
 
 
-def pack(state, s, budget_bytes, log=lambda line: None, hessians=None):
-    """The artifact's bytes, at most `budget_bytes`: if int6 with the best steps is too large, every step is widened by
-    one factor, found by secant and bisection, until it fits and at most 0.2 % is left. Raises UserError if even 64× does not fit.
+def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
+    """The artifact's bytes, at most `budget_bytes`. If the finest steps make too much, the level below which no step may lie
+    (QUANT_FIT=level; scale: the factor of all) is raised until the file fits and at most 0.2 % is left. Raises UserError if
+    even the coarsest steps do not fit.
     """
-    at = quantize(state, s, hessians)
-    coded = sum(w.numel() for name, w in state.items() if bits_of(name, s) < 16)
-    content = encode_artifact(at(1.0), s, 1.0)
+    at, codec = quantize(state, s, calibration), s.codec
+    if codec == "auto":
+        finest = at(0.0 if s.quant_fit == "level" else 1.0, exact=False)
+        blocks = [t.codes.numpy() for t in finest.values() if t.bits < 16]
+        sizes = {name: len(encode_codes(name, blocks)) for name in ("rans", "lzma")}
+        codec = min(sizes, key=sizes.get)
+        log("artifact:codec " + codec + " of " + ", ".join(f"{k} {v} bytes" for k, v in sizes.items()))
+
+    def encoded(octaves, exact):
+        level = 2.0 ** octaves if octaves is not None else 0.0 if s.quant_fit == "level" else 1.0
+        return encode_artifact(at(level, exact), s, codec, f"{s.quant_fit} {level:.6g}")
+
+    rounded = encoded(None, False)
+    content = encoded(None, True) if len(rounded) <= 1.01 * budget_bytes else rounded  # error compensation takes long
     if len(content) <= budget_bytes:
         return content
-    log(f"artifact:too large by {len(content) - budget_bytes} bytes at the finest steps; widening all of them")
-    low, high, size, best, widening = 0.0, 6.0, len(content), None, 0.0  # log2 of the factor
-    for attempt in range(24):
-        # A factor of 2^x takes about x bits from every code: the guess from the last size, or the middle of the bracket.
-        guess = widening + 8 * (size - 0.9995 * budget_bytes) / coded if coded else high
-        widening = guess if attempt < 4 and low < guess < high else (low + high) / 2
-        content = encode_artifact(at(2 ** widening), s, 2 ** widening)
-        size = len(content)
-        low, high = (low, widening) if size <= budget_bytes else (widening, high)
-        best = content if size <= budget_bytes else best
-        if budget_bytes * 0.998 <= size <= budget_bytes:
-            break
-    if best is None:
-        raise UserError(f"the model takes {size} bytes with steps widened 2^{widening:.2f}×, {size - budget_bytes} more than "
+    log(f"artifact:too large by {len(content) - budget_bytes} bytes at the finest steps; coarsening")
+    smallest = len(encoded(24.0, False))
+    if smallest > budget_bytes:
+        raise UserError(f"the model takes {smallest} bytes at the coarsest steps, {smallest - budget_bytes} more than "
                         f"the {budget_bytes} that ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes} leaves beside the code; "
                         "shrink the model or lower ATTN_BITS, MLP_BITS, EMBED_BITS")
-    log(f"artifact:steps widened by {2 ** high:.4f} to fit {budget_bytes} bytes")
-    return best
+    coded = sum(w.numel() for name, w in state.items() if bits_of(name, s) < 16)
+    content, octaves = fitted_to(budget_bytes, lambda x: encoded(x, False), coded, 0.0, -24.0, 24.0)
+    if calibration:
+        content, octaves = fitted_to(budget_bytes, lambda x: encoded(x, True), coded, octaves, octaves - 1, 24.0)
+    log(f"artifact:{s.quant_fit} 2^{octaves:.4f} fits {len(content)} of {budget_bytes} bytes")
+    return content
+
+
+def fitted_to(budget_bytes, encoded, coded, guess, low, high):
+    """(content, octaves): the largest of encoded(octaves) within the budget, to 0.05 % where sizes allow. `high` is known to
+    fit. Each octave more takes about a bit from each of the `coded` codes."""
+    best = None
+    for attempt in range(30):
+        content = encoded(guess)
+        size = len(content)
+        low, high = (low, guess) if size <= budget_bytes else (guess, high)
+        best = (content, guess) if size <= budget_bytes else best
+        if 0.9995 * budget_bytes <= size <= budget_bytes:
+            break
+        guess += 8 * (size - 0.9998 * budget_bytes) / max(coded, 1)
+        if attempt % 4 == 3 or not low < guess < high:
+            guess = (low + high) / 2
+    return best or (encoded(high), high)
 
 
 def read_artifact(path):
@@ -1750,7 +2084,7 @@ def read_artifact(path):
     try:
         return decode_artifact(Path(path).read_bytes())
     except OSError as problem:
-        raise ArtifactError(f"{path}: cannot be read ({problem.strerror}); name an artifact that a run has written") from problem
+        raise ArtifactError(f"{path}: cannot be read ({problem.strerror}); name an artifact of a run") from problem
     except ArtifactError as problem:
         raise ArtifactError(f"{path}: {problem}") from problem
 
@@ -1773,7 +2107,7 @@ def load_quantized(model, tensors, path):
 
 
 def size_forecast(s):
-    """Bytes of the model file before any widening, for Gaussian weights: entropy of the codes × what lzma adds."""
+    """Bytes of the model file at the finest steps, for Gaussian weights: the entropy of their codes, and what is fp16."""
     total = 4096  # index and header
     for name, shape in parameter_shapes(s).items():
         bits, count = bits_of(name, s), math.prod(shape)
@@ -1782,13 +2116,11 @@ def size_forecast(s):
         else:  # a row's clip lies near its expected maximum, √(2 ln 2C) deviations
             deviations_per_step = math.sqrt(2 * math.log(2 * shape[1])) * 0.92 / code_limit(bits)
             entropy = math.log2(math.sqrt(2 * math.pi * math.e) / deviations_per_step)
-            total += int(count * min(max(entropy, 0.1), bits) / 8 * 1.023) + 2 * shape[0]
+            total += int(count * min(max(entropy, 0.1), bits) / 8) + shape[0]
     return total
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 11. Evaluation: one loop for plain, sliding and test-time training
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- 11. Evaluation: one loop for plain, sliding and test-time training ----------------------------------------------
 
 class LedgerError(RuntimeError):
     """A score that would break the law: twice, out of order, missing, or tokens handed out before they were scored."""
@@ -1849,26 +2181,38 @@ def chunk_plan(first, targets, chunk):
 
 
 class Scorer:
-    """Scores windows of the validation tokens with a model, split over ranks in batches of one fixed shape."""
+    """Scores the validation tokens pass by pass with a model, split over ranks in batches of one fixed shape.
 
-    def __init__(self, model, tokens, length, stride, s, rt):
-        self.model, self.rt, self.length = model, rt, length
-        self.start, self.first = window_plan(len(tokens) - 1, length, stride)
+    plan = (length, stride, band): a pass reads `length` tokens and scores the last `stride`; with a band each layer sees
+    only so many keys, and what stands before the scored tokens is their prefix.
+    """
+
+    def __init__(self, model, tokens, plan, s, rt):
+        self.length, stride, band = plan
+        self.length = min(self.length, len(tokens) - 1)
+        self.model, self.rt = functools.partial(model, window=band) if band else model, rt
+        self.start, self.first = window_plan(len(tokens) - 1, self.length, stride)
         self.tokens, self.starts, self.firsts = (torch.from_numpy(x).to(rt.device) for x in (
             tokens.astype(np.int32), self.start, self.first))
-        self.offsets = torch.arange(length + 1, device=rt.device)
-        self.batch = s.eval_batch_seqs
+        self.offsets = torch.arange(self.length + 1, device=rt.device)
+        self.batch = max(1, s.eval_batch_seqs * s.window // self.length)
+        self.tokens_read = 0
 
     @torch.no_grad()
-    def score(self, begin, end, tick=lambda windows: None):
-        """nll [targets] of the targets of windows [begin, end), in order, on every rank."""
+    def warm_up(self, vocab_size):
+        """Compile for the shape of a pass, on random tokens."""
+        rows = torch.randint(vocab_size, (self.batch, self.length + 1), device=self.rt.device)
+        self.model(rows[:, :-1], rows[:, 1:])
+
+    @torch.no_grad()
+    def score(self, begin, end, tick=lambda passes: None):
+        """nll [targets] of the targets of passes [begin, end), in order, on every rank."""
         low, high = int(self.first[begin]), int(self.start[end - 1]) + self.length
         out = torch.zeros(2, high - low + 1, device=self.rt.device)  # scores, and how often; the last slot is thrown away
         mine_begin, mine_end = (begin + part for part in self.rt.share(end - begin))
-        batch = min(self.batch, -(-(end - begin) // self.rt.world_size))
-        for b in range(mine_begin, mine_end, batch):
-            w = torch.arange(b, b + batch, device=self.rt.device)
-            mine, w = w < mine_end, w.clamp(max=mine_end - 1)  # a short batch repeats its last window
+        for b in range(mine_begin, mine_end, self.batch):
+            w = torch.arange(b, b + self.batch, device=self.rt.device)
+            mine, w = w < mine_end, w.clamp(max=mine_end - 1)  # a short batch repeats its last pass
             at = self.starts[w, None] + self.offsets
             rows = self.tokens[at].long()
             nll = self.model(rows[:, :-1], rows[:, 1:])
@@ -1876,55 +2220,120 @@ class Scorer:
             place = torch.where(fresh, at[:, :-1] - low, high - low).flatten()
             out[0].scatter_(0, place, nll.flatten())
             out[1].scatter_add_(0, place, torch.ones_like(nll).flatten())
-            tick((min(b + batch, mine_end) - mine_begin) * self.rt.world_size)
+            tick((min(b + self.batch, mine_end) - mine_begin) * self.rt.world_size)
+        self.tokens_read += (end - begin) * self.length
         scores, times = self.rt.sum_(out)[:, :-1].cpu().numpy()
         if not (times == 1).all():
             raise LedgerError(f"target {low + int(np.argmax(times != 1))} scored {int(times[times != 1][0])} times in one pass")
         return scores
 
 
-def evaluate(model, tokens, byte_table, s, rt, label, stride, adapter=None, opened=None):
+def evaluate(model, tokens, byte_table, s, rt, label, plan, adapter=None, opened=None):
     """Score every target of `tokens` once: chunk by chunk, adapting after each chunk but the last if there is an adapter.
 
-    Adapting ends early where scoring the rest would pass EVAL_WALLCLOCK_SECONDS since `opened`. Returns the ledger's
-    result with `seconds`, and the ledger.
+    plan: see Scorer. The adapter is told how many seconds it may take, so that scoring the rest ends EVAL_WALLCLOCK_SECONDS
+    after `opened`; without time for one epoch it stops. Returns the ledger's result with `seconds`, and the ledger.
     """
     started, targets, scoring = time.perf_counter(), len(tokens) - 1, 0.0
-    scorer, ledger = Scorer(model, tokens, s.window, stride, s, rt), ScoreLedger(tokens)
+    scorer, ledger = Scorer(model, tokens, plan, s, rt), ScoreLedger(tokens)
     chunks = chunk_plan(scorer.first, targets, s.ttt_chunk_tokens if adapter else 1 << 22)
+    scorer.batch = min(scorer.batch, max(-(-(end - begin) // rt.world_size) for begin, end in chunks))
+    if adapter:
+        rt.log(f"ttt_sliding:start chunks={len(chunks)} chunk_tokens={s.ttt_chunk_tokens} total_windows={len(scorer.first)} "
+               f"stride={plan[1]} ttt_lr={s.ttt_lr} ttt_epochs={s.ttt_epochs} freeze_blocks={s.ttt_freeze_blocks}")
+        adapter.warm_up()
+    if rt.compile:
+        scorer.warm_up(s.vocab_size)
     progress = Progress(rt, label, len(scorer.first))
-    bytes_so_far, loss_so_far, adapting = 0, 0.0, adapter is not None
+    bytes_so_far, loss_so_far, epochs = 0, 0.0, s.ttt_epochs if adapter else 0
     for c, (begin, end) in enumerate(chunks):
         low, before = ledger.scored, time.perf_counter()
-        ledger.record(low, scorer.score(begin, end, lambda windows: progress.update(begin + windows)))
+        ledger.record(low, scorer.score(begin, end, lambda passes: progress.update(begin + passes)))
         scoring += time.perf_counter() - before
-        if adapting:
+        if adapter:
             bytes_so_far += byte_table.count(tokens[low: ledger.scored + 1])
             loss_so_far += float(ledger.nll[low: ledger.scored].sum(dtype=np.float64))
             if c % 10 == 0 or c + 1 == len(chunks):
                 rt.log(f"  ttt_chunk [{c + 1}/{len(chunks)}] bpb={bits_per_byte(loss_so_far, bytes_so_far):.6f} "
                        f"time={time.perf_counter() - started:.1f}s")
-            finish = time.perf_counter() - (opened or started) + scoring / end * (len(scorer.first) - end)
-            if s.eval_wallclock_seconds and rt.from_rank0(finish) > 0.98 * s.eval_wallclock_seconds:
-                adapting = False
-                rt.log(f"ttt_sliding:stopped chunk={c + 1}/{len(chunks)}: the rest of {s.eval_wallclock_seconds:g} s is for scoring")
-            elif c + 1 < len(chunks):
-                adapter.adapt(ledger, low, ledger.scored, c / max(len(chunks) - 1, 1))
+        if epochs and c + 1 < len(chunks):
+            spent, rest = time.perf_counter() - (opened or started), scoring / end * (len(scorer.first) - end)
+            left = rt.from_rank0(0.98 * (s.eval_wallclock_seconds or math.inf) - spent - rest)
+            share_done, fair = c / max(len(chunks) - 1, 1), left / (len(chunks) - 1 - c)
+            done = adapter.adapt(ledger, low, ledger.scored, share_done, fair, left)
+            if done != epochs:
+                rt.log(f"ttt_sliding:{'epochs' if done else 'stopped'} chunk={c + 1}/{len(chunks)} epochs={done} of "
+                       f"{s.ttt_epochs}: the rest of {s.eval_wallclock_seconds:g} s is for scoring")
+            epochs = done
     rt.synchronize()
-    return dict(ledger.result(byte_table), seconds=time.perf_counter() - started), ledger
+    return dict(ledger.result(byte_table), seconds=time.perf_counter() - started, tokens_read=scorer.tokens_read), ledger
 
 
 def adapted(name, s):
     """Does test-time training change this parameter?"""
     part, _, rest = name.partition(".")
     index = int(rest.split(".")[0]) if part in ("blocks", "cores") else None
+    if s.ttt_params == "lora":
+        return ".lora." in name
+    if s.ttt_optimizer == "muon" and kind_of(name) not in ("attn", "mlp", "proj"):
+        return False
     if s.ttt_params == "scalars":
-        return kind_of(name) == "control"
+        return kind_of(name) in ("control", "gate")
     if s.ttt_params == "tail":
         last = range(s.num_layers - s.ttt_unfreeze_blocks, s.num_layers)
         inside = index in last if part == "blocks" else index in {i % s.cores for i in last}
         return inside or name == "tok_emb" or (kind_of(name) == "control" and "scale" in name)
     return index is None or index >= s.ttt_freeze_blocks
+
+
+class LowRank(nn.Module):
+    """w → w + B·A, B zero at first (LoRA, Hu et al. 2021)."""
+
+    def __init__(self, w_RC, rank):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, w_RC.size(1), generator=torch.Generator().manual_seed(0)).to(w_RC)
+                                 / math.sqrt(w_RC.size(1)))
+        self.up = nn.Parameter(w_RC.new_zeros(w_RC.size(0), rank))
+
+    def forward(self, w_RC):
+        return w_RC + self.up @ self.down
+
+
+def add_low_rank(model, s):
+    """Give every matrix of TTT_LORA_MATRICES, in blocks that are not frozen, an addition of rank TTT_LORA_RANK."""
+    for i, core in list(enumerate(model.cores))[s.ttt_freeze_blocks:]:
+        for part in (core.attn, core.mlp):
+            for name in [n for n, _ in part.named_parameters(recurse=False) if n in s.lora_matrices]:
+                low_rank = LowRank(getattr(part, name), s.ttt_lora_rank)
+                parametrize.register_parametrization(part, name, low_rank)
+                for p in low_rank.parameters():  # as of the matrices themselves
+                    p.register_hook(lambda grad, uses=len(range(i, s.num_layers, s.cores)): grad / uses)
+
+
+def plain_name(name):
+    """A parameter's name without what add_low_rank puts in it: cores.0.attn.q, and cores.0.attn.q.lora.up for the addition."""
+    if "parametrizations." not in name:
+        return name
+    name = name.replace("parametrizations.", "")
+    return name.removesuffix(".original") if name.endswith(".original") else ".lora.".join(name.rsplit(".0.", 1))
+
+
+class MatrixMuon(torch.optim.SGD):
+    """Muon for some matrices whose gradients every rank has in full."""
+
+    def __init__(self, groups, s, dtype):
+        super().__init__(groups, lr=s.ttt_lr, momentum=s.ttt_momentum)
+        self.orthogonalize = functools.partial(newton_schulz, coefficients=NEWTON_SCHULZ[s.muon_coefficients],
+                                               steps=s.muon_backend_steps, dtype=dtype)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).mul_(group["momentum"]).add_(p.grad)
+                g = p.grad.add(momentum, alpha=group["momentum"])
+                u = self.orthogonalize(g[None])[0] if g.size(0) <= g.size(1) else self.orthogonalize(g.mT[None])[0].mT
+                p.add_(u, alpha=-group["lr"] * math.sqrt(max(1, p.size(0) / p.size(1))))
 
 
 class Adapter:
@@ -1933,36 +2342,74 @@ class Adapter:
     def __init__(self, model, forward, s, rt):
         self.s, self.rt, self.forward = s, rt, forward
         multipliers, total = {}, 0
+        if s.ttt_params == "lora":
+            add_low_rank(model, s)
         for name, p in model.named_parameters():
+            name = plain_name(name)
             p.requires_grad_(adapted(name, s))
             total += p.numel()
             if p.requires_grad:
-                factor = {"down": s.ttt_proj_lr_mult, "up": s.ttt_fc_lr_mult}.get(name.rsplit(".", 1)[-1], 1.0)
-                multipliers.setdefault(factor, []).append(p)
+                multipliers.setdefault(self._multiplier(name), []).append(p)
         groups = [dict(params=params, factor=factor) for factor, params in multipliers.items()]
         self.params = [p for params in multipliers.values() for p in params]
+        self.origin = [p.detach().clone() for p in self.params] if s.ttt_decay else []
         self.trained = sum(p.numel() for p in self.params)
-        self.frozen = total - self.trained
-        self.optimizer = (torch.optim.SGD(groups, lr=s.ttt_lr, momentum=s.ttt_momentum) if s.ttt_optimizer == "sgd" else
-                          torch.optim.AdamW(groups, lr=s.ttt_lr, betas=(0.9, 0.999), weight_decay=0.0))
+        self.frozen, self.step_seconds = total - self.trained, 0.0
+        self.optimizer = {"sgd": lambda: torch.optim.SGD(groups, lr=s.ttt_lr, momentum=s.ttt_momentum),
+                          "adamw": lambda: torch.optim.AdamW(groups, lr=s.ttt_lr, betas=(0.9, 0.999), weight_decay=0.0),
+                          "muon": lambda: MatrixMuon(groups, s, rt.dtype),
+                          }[s.ttt_optimizer]()
 
-    def adapt(self, ledger, first, last, share_done):
+    def _multiplier(self, name):
+        """× TTT_LR for a parameter."""
+        by_matrix = {"down": self.s.ttt_proj_lr_mult, "up": self.s.ttt_fc_lr_mult}
+        by_kind = {"attn": self.s.ttt_attn_lr_mult, "table": self.s.ttt_embed_lr_mult, "hashed": self.s.ttt_embed_lr_mult}
+        name = name.split(".lora.")[0]
+        return by_matrix.get(name.rsplit(".", 1)[-1], by_kind.get(kind_of(name), 1.0))
+
+    def warm_up(self):
+        """Compile and time a step on random tokens; no weight changes."""
+        rows = torch.randint(self.s.vocab_size, (min(self.s.ttt_batch_seqs, self.s.ttt_chunk_tokens // self.s.train_seq_len),
+                                                 self.s.train_seq_len + 1))
+        for _ in range(2 if self.rt.compile else 1):
+            self.rt.synchronize()
+            started = time.perf_counter()
+            self._gradients(rows)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.rt.synchronize()
+            self.step_seconds = time.perf_counter() - started
+
+    def adapt(self, ledger, first, last, share_done, seconds=math.inf, left=math.inf):
         """Train on targets [first, last), all scored before; `share_done` of the chunks lie behind (0 to 1).
 
-        Steps run over the rows of all ranks, so that the number of ranks changes nothing.
+        Takes TTT_EPOCHS epochs, or as many as rank 0 expects to end within `seconds`, or one if that ends within what is
+        `left` for all chunks; returns how many. Steps run over the rows of all ranks: their number changes nothing.
         """
         s = self.s
         rows = ledger.rows_for_adapting(first, last, s.train_seq_len)
-        batches = rows.split(s.ttt_batch_seqs) * s.ttt_epochs if len(rows) else ()
+        batches = rows.split(s.ttt_batch_seqs) if len(rows) else ()
+        epoch_seconds = max(self.step_seconds * len(batches), 1e-9)
+        affordable = max(seconds / epoch_seconds, min(1.0, left / epoch_seconds))
+        epochs = int(self.rt.from_rank0(max(0.0, min(s.ttt_epochs, affordable))))
         across = s.ttt_lr_floor + (1 - s.ttt_lr_floor) * 0.5 * (1 + math.cos(math.pi * share_done))
-        for k, batch in enumerate(batches):
-            inside = 0.5 * (1 + math.cos(math.pi * k / len(batches))) if s.ttt_intra_cosine else 1.0
+        steps, started = len(batches) * epochs, time.perf_counter()
+        for k in range(steps):
+            inside = 0.5 * (1 + math.cos(math.pi * k / steps)) if s.ttt_intra_cosine else 1.0
             for group in self.optimizer.param_groups:
                 group["lr"] = s.ttt_lr * across * inside * group["factor"]
-            self._step(batch)
+            self._gradients(batches[k % len(batches)])
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.origin:
+                with torch.no_grad():
+                    torch._foreach_lerp_(self.params, self.origin, min(1.0, s.ttt_lr * across * inside * s.ttt_decay))
+        if steps:
+            self.rt.synchronize()
+            self.step_seconds = (time.perf_counter() - started) / steps
+        return epochs
 
-    def _step(self, batch):
-        """One step on the mean nll of the batch: gradients summed over ranks, then clipped by their global norm."""
+    def _gradients(self, batch):
+        """Gradients of the mean nll of the batch: summed over ranks, then clipped by their global norm."""
         begin, end = self.rt.share(len(batch))
         per_pass = max(1, self.s.micro_batch_tokens // self.s.train_seq_len)
         for rows in batch[begin:end].to(self.rt.device).split(per_pass) if end > begin else ():
@@ -1972,13 +2419,119 @@ class Adapter:
             flat *= (self.s.ttt_grad_clip / (flat.norm() + 1e-6)).clamp(max=1.0)
         for p, g in zip(self.params, flat.split([p.numel() for p in self.params])):
             p.grad = g.view_as(p)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 12. Training
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- 12. Training ----------------------------------------------------------------------------------------------------
+
+class Interrupted(UserError):
+    """A signal ended training; its state is on disk."""
+
+
+class Checkpoints:
+    """The state of training in OUT_DIR/checkpoints: the last two, each whole (SHA-256 at its end) or not there."""
+
+    def __init__(self, s, rt, stream):
+        self.s, self.rt, self.folder, self.signal, self.kept = s, rt, Path(s.out_dir) / "checkpoints", 0, []
+        self.data = [[p.name, p.stat().st_size, hashlib.sha256(t[: 1 << 16].tobytes()).hexdigest()]
+                     for p, t in zip(stream.paths, stream.shards)]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+        if rt.rank == 0:
+            self._sweep()
+
+    def _sweep(self):
+        """Remove what processes that are gone have left half written."""
+        for part in [*self.folder.glob(".*.part"), *self.folder.parent.glob(".*.part")]:
+            with contextlib.suppress(ValueError, OSError):
+                try:
+                    os.kill(int(part.name.split(".")[-2]), 0)
+                except ProcessLookupError:
+                    part.unlink()
+
+    def _note(self, number, frame):
+        """The first signal ends training after the step; a second one ends the process as it would have."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+    def finish(self, path):
+        """Training and packing are over: a signal, noted or yet to come, ends the run at once. Raises Interrupted."""
+        def leave(number=None, frame=None):
+            raise Interrupted(f"interrupted; {path} is whole: the same command with RESUME=auto scores it")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, leave)
+        if self.signal:
+            leave()
+
+    def key(self):
+        """What a checkpoint must have been made with: the data, and all settings but those that change no weight."""
+        free = (*TIED_TO_THE_RUN, "micro_batch_tokens", "train_log_every")
+        return dict(data=self.data, **{f.name: getattr(self.s, f.name) for f in fields(self.s)
+                                       if f.name not in free and f.metadata["section"] != "Evaluation"})
+
+    def paths(self):
+        """Checkpoints on disk, newest first."""
+        return sorted((p for p in self.folder.glob("step_" + "[0-9]" * 7 + ".pt") if p.is_file()), reverse=True)
+
+    def save(self, state, elapsed):
+        """Write the state; keep it and the one before. Raises UserError where the disk does not take it, or a weight is not
+        finite."""
+        if not all(torch.isfinite(p).all() for p in state["model"]):
+            raise UserError(f"step {state['step']}: weights are not finite, and no checkpoint is made of them: training diverged; "
+                            f"lower MATRIX_LR={self.s.matrix_lr}, or set NONFINITE=skip and RESUME=auto")
+        if self.rt.rank == 0:
+            buffer = io.BytesIO()
+            torch.save(dict(state, elapsed=elapsed, settings=self.key()), buffer)
+            path = self.folder / f"step_{state['step']:07d}.pt"
+            write_whole(path, buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest())
+            self.kept = [*(p for p in self.kept if p != path), path][-2:]
+            for old in set(self.paths()) - set(self.kept):
+                old.unlink(missing_ok=True)
+            self.rt.log(f"checkpoint:step {state['step']} {path} {path.stat().st_size} bytes")
+        self.rt.from_rank0(0.0)  # the others wait
+
+    def _read(self, path):
+        """The state in a file. Raises ValueError and the like where it is damaged."""
+        content = path.read_bytes()
+        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+            raise ValueError("checksum does not match")
+        return torch.load(io.BytesIO(content[:-32]), map_location=self.rt.device, weights_only=True)
+
+    def load(self, take):
+        """Hand the newest whole state to `take` with RESUME=auto; True if there was one. Raises UserError where it is of
+        other settings."""
+        for path in self.paths() if self.s.resume else ():
+            try:
+                state = self._read(path)
+            except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as problem:
+                self.rt.log(f"resume:{path} is damaged and left out ({problem})")
+                continue
+            try:
+                key = self.key()
+                other = [f"{k.upper()}={v}, not {key.get(k)}" for k, v in state["settings"].items() if key.get(k) != v]
+                if other:
+                    raise UserError(f"RESUME=auto: {path} was made with {'; '.join(other)}: set these, or another OUT_DIR")
+                take(state)
+            except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as problem:
+                raise UserError(f"RESUME=auto: {path} is no state of this run ({type(problem).__name__}: {problem}): move it away, "
+                                "or set another OUT_DIR") from problem
+            self.kept = [path]
+            return True
+        if self.s.resume:
+            self.rt.log("resume:no checkpoint, from the beginning")
+        return False
+
+    def exported(self, path, trained=None):
+        """Note what training made beside the artifact's hash; without `trained`: that note, or None if of another artifact."""
+        note = self.folder / "exported.json"
+        try:
+            now = json.loads(json.dumps(dict(sha256=hashlib.sha256(path.read_bytes()).hexdigest(), settings=self.key())))
+            if trained is None:
+                kept = json.loads(note.read_bytes())
+                return kept["trained"] if {k: kept[k] for k in now} == now else None
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return write_whole(note, json.dumps(dict(now, trained=trained)).encode())
+
 
 class Trainer:
     """The training loop and what it needs: model, optimizers, averages, batches."""
@@ -2000,7 +2553,7 @@ class Trainer:
             loss += nll.detach()
         if self.s.crownq_lambda and (fake_quant or not self.s.crownq_warmdown_only):
             (self.s.crownq_lambda / self.rt.world_size * crown_q(self.model)).backward()
-        return loss * self.rt.world_size, self.optimizers.step(scale, momentum)
+        return loss * self.rt.world_size, self.optimizers.step(scale, momentum, self.s.nonfinite == "skip")
 
     def warm_up(self):
         """Run every compiled variant on random tokens, then restore weights and optimizers: no compilation is timed."""
@@ -2023,16 +2576,30 @@ class Trainer:
             breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
             rt.log(f"compile:variants {len(variants)} graph_breaks {breaks}")
 
-    def train(self, stream, validate):
+    def train(self, stream, validate, checkpoints):
         """Train until ITERATIONS or the clock; then give the model its averaged weights.
 
-        `validate(step)` scores the model as it stands; its time is not training's. Returns steps and milliseconds.
+        `validate(step)` scores the model as it stands; its time is not training's, that of writing checkpoints is. Returns
+        steps and milliseconds. Raises Interrupted after a signal, with the state saved.
         """
         s, rt = self.s, self.rt
-        batches, averages, progress = Batches(stream, rt, self.rows_per_step), WeightAverage(self.model, s), Progress(rt, "train", 1)
-        clock, step, quantizing = StepClock(rt), 0, False
-        while True:
+        averages, progress = WeightAverage(self.model, s), Progress(rt, "train", 1)
+        step, elapsed, quantizing, done = self._resume(checkpoints, averages)
+        batches, saved_at = Batches(stream, rt, self.rows_per_step, step), elapsed
+        clock = StepClock(rt, elapsed, lambda: checkpoints.signal)
+
+        def save(done):
+            checkpoints.save(dict(step=step, quantizing=quantizing, done=done, model=[p.detach() for p in self.model.parameters()],
+                                  optimizers=self.optimizers.state(), averages=averages.state()), elapsed)
+
+        while not done:
             elapsed = clock.read() if step else 0.0
+            if clock.interrupted or 0 < s.checkpoint_every_seconds <= (elapsed - saved_at) / 1000:
+                save(done=False)
+                saved_at = elapsed = clock.read()
+                if clock.interrupted:
+                    batches.close()
+                    raise Interrupted(f"interrupted at step {step}; RESUME=auto with the same settings goes on from there")
             if out_of_time(s, step, elapsed * (step + 4) / max(step, 1)):  # near the end, up to two running steps count
                 rt.synchronize()
                 elapsed = clock.read()
@@ -2042,6 +2609,8 @@ class Trainer:
                     elapsed = rt.from_rank0(clock.spent_ms)
                     self._log_validation(validate(step), step, elapsed)
             if stop:
+                if s.checkpoint_every_seconds:
+                    save(done=True)
                 break
             scale, share = lr_scale(s, step, elapsed), warmdown_share(s, step, elapsed)
             if fake_quant_on(s, share) and not quantizing:
@@ -2051,37 +2620,87 @@ class Trainer:
             step += 1
             if averages.update(step, share):
                 rt.log(f"swa:start step:{step}")
+            if rt.device.type == "cpu" or s.nonfinite == "skip" or step <= 10 or step % 100 == 0:
+                self._check_finite(loss, norm, step)
             if step <= 10 or step % s.train_log_every == 0:
-                self._log_step(loss, norm, step, clock.read(), scale)
+                self._log_step(loss, step, clock.read(), scale)
             progress.update(max(step / s.iterations if s.iterations else 0,
                                 elapsed / 1000 / s.max_wallclock_seconds if s.max_wallclock_seconds else 0))
         batches.close()
         if s.max_wallclock_seconds and (step < s.iterations or not s.iterations):
             rt.log(f"stopping_early: wallclock_cap train_time:{elapsed:.0f}ms step:{step}/{s.iterations}")
         applied = averages.apply()
-        rt.log(f"{'ema' if 'EMA' in applied else 'average'}:applying {applied} weights" if applied else "average:none, weights as trained")
+        rt.log(f"{'ema' if 'EMA' in applied else 'average'}:applying {applied or 'no average, but the last'} weights")
         return step, elapsed
 
-    def hessians(self, stream, step):
-        """Hessians of the matrices on the training rows that would have come next, and the milliseconds they took."""
-        self.rt.synchronize()
-        started, position = time.perf_counter(), step * self.rows_per_step
-        self.rt.log(f"gptq_calibration:start batches:{self.s.gptq_batches} rows:{self.rows_per_step}")
-        begin, end = self.rt.share(self.rows_per_step)
+    def _resume(self, checkpoints, averages):
+        """(step, milliseconds, fake quantization on?, training done?) to begin with; the state is loaded where there is one."""
+        begin = [0, 0.0, False, False]
+
+        def take(state):
+            if [p.shape for p in state["model"]] != [p.shape for p in self.model.parameters()]:
+                raise ValueError("weights of another model")
+            self.optimizers.load(state["optimizers"])
+            averages.load(state["averages"])
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.model.parameters()), state["model"])
+            begin[:] = (state[k] for k in ("step", "elapsed", "quantizing", "done"))
+
+        if checkpoints.load(take):
+            self.rt.log(f"resume:step {begin[0]} train_time:{begin[1]:.0f}ms")
+        return begin
+
+    def _check_finite(self, loss, norm, step):
+        """Skip or stop where loss or gradient is not finite; names step, rank and group."""
+        flags = torch.zeros(self.rt.world_size, device=self.rt.device)
+        flags[self.rt.rank] = (~torch.isfinite(loss)).float()
+        flags = self.rt.sum_(flags).tolist()
+        if not any(flags) and math.isfinite(norm.item()):
+            return
+        rank = next((r for r, flag in enumerate(flags) if flag), self.rt.rank)
+        bad = {kind_of(name) if "." in name else name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()}
+        here = f"step {step}, rank {rank}: train_loss {loss.item()} on rank {self.rt.rank}, gradient norm {norm.item()}"
+        if self.s.nonfinite == "skip" and not bad:
+            self.rt.log(f"nonfinite:skipped {here}")
+            return
+        raise UserError(f"{here}, not finite{', nor are weights of ' + ', '.join(sorted(bad)) if bad else ''}: training diverged; "
+                        f"lower MATRIX_LR={self.s.matrix_lr}, SCALAR_LR={self.s.scalar_lr} or TIED_EMBED_LR="
+                        f"{self.s.tied_embed_lr}, or set NONFINITE=skip; checkpoints from before, if any, are kept")
+
+    def calibration(self, stream, step):
+        """Calibration, and the milliseconds of it that are training's.
+
+        On the training rows that would have come next, no longer than GPTQ_RESERVE_SECONDS allows; or on text that the model
+        writes itself, which is not training.
+        """
+        s, rt = self.s, self.rt
+        rt.synchronize()
+        started, first = time.perf_counter(), step * self.rows_per_step
+        limit = 0.8 * s.gptq_reserve_seconds if s.max_wallclock_seconds and s.gptq_text == "train" else math.inf
 
         def batches():
-            for first in range(position, position + self.s.gptq_batches * self.rows_per_step, self.rows_per_step):
-                yield from stream.rows(first + begin, first + end).to(self.rt.device).split(self.micro_rows)
+            passes = 0
+            for n in range(s.gptq_batches if s.gptq_text == "train" else 1):
+                count = self.rows_per_step if s.gptq_text == "train" else s.gptq_self_rows
+                begin, end = rt.share(count)
+                rows = (stream.rows(first + n * count + begin, first + n * count + end).to(rt.device) if s.gptq_text == "train"
+                        else write_rows(self.model, s, end - begin, s.seed + rt.rank))
+                for part in rows.split(min(self.micro_rows, 8)):  # small passes: eager, and their gradients are what is counted
+                    passes += 1
+                    if limit < math.inf and rt.from_rank0(time.perf_counter() - started) > limit and passes > 1:
+                        rt.log(f"gptq_calibration:stopped after {limit:.1f} s of GPTQ_RESERVE_SECONDS={s.gptq_reserve_seconds:g}")
+                        return
+                    yield part
 
-        hessians = collect_hessians(self.model, batches(), self.rt)
-        self.rt.synchronize()
-        return hessians, 1000 * (time.perf_counter() - started)
+        rt.log(f"gptq_calibration:start text:{s.gptq_text}")
+        calibration = calibrate(self.model, batches(), rt)
+        rt.synchronize()
+        seconds = time.perf_counter() - started
+        rt.log(f"gptq_calibration:done matrices:{len(calibration.hessians)} time:{1000 * seconds:.0f}ms")
+        return calibration, 1000 * seconds if s.gptq_text == "train" else 0.0
 
-    def _log_step(self, loss, norm, step, elapsed, scale):
+    def _log_step(self, loss, step, elapsed, scale):
         mean = self.rt.sum_(loss.clone()).item() / self.rt.world_size
-        if not math.isfinite(mean) or not math.isfinite(norm.item()):
-            raise UserError(f"step {step}: train_loss {mean}, gradient norm {norm.item()}: training diverged; lower MATRIX_LR="
-                            f"{self.s.matrix_lr}, SCALAR_LR={self.s.scalar_lr} or TIED_EMBED_LR={self.s.tied_embed_lr}")
         self.rt.log(f"step:{step}/{self.s.iterations} train_loss:{mean:.4f} train_time:{elapsed:.0f}ms "
                     f"step_avg:{elapsed / step:.2f}ms lr_scale:{scale:.4f}")
 
@@ -2090,9 +2709,7 @@ class Trainer:
                     f"train_time:{elapsed:.0f}ms step_avg:{elapsed / max(step, 1):.2f}ms")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 13. main: settings → runtime → data → train → average → quantize → write → read back → evaluate → report
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- 13. main: settings → runtime → data → train → average → quantize → write → read back → evaluate → report --------
 
 def versions(rt):
     """Versions of what the result depends on."""
@@ -2136,20 +2753,28 @@ def dry_run(s, ranks):
     counts = parameter_counts(s)
     print(f"settings are good; preset:{s.preset or 'none'} world_size:{ranks[1]}")
     log_shape(s, print, counts)
-    code, model = len(SOURCE), size_forecast(s)
-    print(f"size forecast: code {code} + model {model} (Gaussian weights) = {code + model} of {s.artifact_budget_bytes} bytes"
-          + ("; the steps will be widened to fit" if code + model > s.artifact_budget_bytes else ""))
+    code, model = len(SHIPPED), size_forecast(s)
+    fits = model <= s.artifact_budget_bytes - code
+    print(f"size: code {code} + model {model} at the finest steps (Gaussian weights) = {code + model} of "
+          f"{s.artifact_budget_bytes} bytes{'' if fits else f'; coarser steps will fit the model into {s.artifact_budget_bytes - code}'}")
     print(f"training: {s.iterations or 'any number of'} steps at most, {s.max_wallclock_seconds or 'no limit of'} s")
-    print(f"evaluation: windows of {s.window}, stride {s.eval_stride or 'none'}, TTT {'on' if s.ttt_enabled else 'off'}")
+    length, stride, band = s.scoring_plan
+    print(f"evaluation: {s.eval_attention}, {f'{length} tokens a pass to score {stride}' if stride else 'plain only'}"
+          f"{f', {band} keys a layer' if band else ''}; TTT {'on' if s.ttt_enabled else 'off'}")
 
 
 def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened):
     """Read the artifact from disk and score it: plain, sliding, TTT. Returns {kind: result} and the last ledger."""
-    label, results = s.quant_label, {}
-    tempered = forward if s.ttt_temp == 1 else lambda x, y: forward(x, y, False, s.ttt_temp)
+    label, results, plan = s.quant_label, {}, s.scoring_plan
+    full = "banded" if plan[2] else "sliding"
+    tempered = forward if s.ttt_temp == 1 else lambda x, y, window=0: forward(x, y, False, s.ttt_temp, window)
 
-    def timed(kind, key, stride, note="", adapter=None):
-        results[kind], ledger = evaluate(tempered if adapter else forward, tokens, byte_table, s, rt, kind, stride, adapter, opened)
+    def timed(kind, key, plan, note="", adapter=None):
+        scoring = tempered if adapter else forward
+        try:
+            results[kind], ledger = evaluate(scoring, tokens, byte_table, s, rt, kind, plan, adapter, opened)
+        except LedgerError as problem:
+            raise LedgerError(f"{path}, {kind}: {problem}{f'; lower TTT_LR={s.ttt_lr}?' if adapter else ''}") from problem
         r = results[kind]
         for suffix, digits in (("", 4), ("_exact", 8)):
             rt.log(f"{key}{suffix} val_loss:{r['val_loss']:.{digits}f} val_bpb:{r['val_bpb']:.{digits}f} {note}"
@@ -2157,73 +2782,88 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened):
         return ledger
 
     load_quantized(model, read_artifact(path)[1], path)
-    ledger = timed(label, f"final_{label}_roundtrip", s.window)
-    if s.eval_stride:
-        ledger = timed("sliding", f"final_{label}_sliding_window", s.eval_stride, f"stride:{s.eval_stride} ")
+    ledger = timed(label, f"final_{label}_roundtrip", (s.window, s.window, 0))
+    if plan[1]:
+        note = f"stride:{plan[1]} " if full == "sliding" else f"segment:{plan[1]} prefix:{plan[0] - plan[1]} "
+        ledger = timed(full, f"final_{label}_{full}{'_window' if full == 'sliding' else ''}", plan, note)
     if s.ttt_enabled:
         adapter = Adapter(model, tempered, s, rt)
-        starts, firsts = window_plan(len(tokens) - 1, s.window, s.eval_stride)
-        rt.log(f"ttt_sliding:start chunks={len(chunk_plan(firsts, len(tokens) - 1, s.ttt_chunk_tokens))} "
-               f"chunk_tokens={s.ttt_chunk_tokens} total_windows={len(starts)} stride={s.eval_stride} ttt_lr={s.ttt_lr} "
-               f"ttt_epochs={s.ttt_epochs} freeze_blocks={s.ttt_freeze_blocks}")
         rt.log(f"ttt_sliding:params unfrozen={adapter.trained} frozen={adapter.frozen}")
-        ledger = timed("ttt", "legal_ttt", s.eval_stride, adapter=adapter)
+        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)
         r = results["ttt"]
         rt.log(f"ttt_sliding:done val_loss={r['val_loss']:.6f} val_bpb={r['val_bpb']:.6f} elapsed={r['seconds']:.1f}s")
     return results, ledger
 
 
+UNTRAINED = dict(steps=0, train_tokens=0, train_seconds=0.0, pack_seconds=0.0)
+
+
 def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     """Train, average, quantize, write. Returns what the result file says of it."""
     stream, trainer = TrainStream(s), Trainer(model, forward, s, rt)
+    checkpoints = Checkpoints(s, rt, stream)
+    kept = checkpoints.exported(path) if s.resume and rt.rank == 0 else None
+    if rt.from_rank0(float(kept is not None)):
+        rt.log(f"resume:{path} is finished, on to its evaluation")
+        checkpoints.finish(path)
+        return kept or dict(UNTRAINED), {}
     trainer.warm_up()
-    steps, train_ms = trainer.train(stream, lambda step: evaluate(forward, tokens, byte_table, s, rt, "validation", s.window)[0])
-    hessians, calibration_ms = trainer.hessians(stream, steps) if s.gptq else (None, 0.0)
+    plain = (s.window, s.window, 0)
+    steps, train_ms = trainer.train(
+        stream, lambda step: evaluate(forward, tokens, byte_table, s, rt, "validation", plain)[0], checkpoints)
+    calibration, calibration_ms = trainer.calibration(stream, steps) if s.gptq else (None, 0.0)
     train_ms += calibration_ms
     if rt.device.type == "cuda":
         rt.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
                f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
-    floating, _ = evaluate(forward, tokens, byte_table, s, rt, "float", s.window)
+    floating, _ = evaluate(forward, tokens, byte_table, s, rt, "float", plain)
     rt.log(f"DIAGNOSTIC post_ema val_loss:{floating['val_loss']:.4f} val_bpb:{floating['val_bpb']:.4f} "
            f"eval_time:{1000 * floating['seconds']:.0f}ms")
     started, problem = time.perf_counter(), ""
     if rt.rank == 0:
         try:
             state = dict(model.named_parameters())
-            content = pack(state, s, s.artifact_budget_bytes - len(SOURCE), rt.log, hessians)
+            content = pack(state, s, s.artifact_budget_bytes - len(SHIPPED), rt.log, calibration)
             write_whole(path, content)
-            for line in error_report(state, decode_artifact(content)[1], hessians):
-                rt.log(line, console=False)
+            for line, console in error_report(state, decode_artifact(content)[1], calibration.hessians if calibration else None):
+                rt.log(line, console)
         except UserError as error:
             problem = str(error)
     if rt.from_rank0(float(bool(problem))):
         raise UserError(problem or "packing failed on rank 0")
-    return dict(steps=steps, train_tokens=steps * s.train_batch_tokens, train_seconds=train_ms / 1000,
-                pack_seconds=time.perf_counter() - started), {"float": floating}
+    trained = dict(steps=steps, train_tokens=steps * s.train_batch_tokens, train_seconds=train_ms / 1000,
+                   pack_seconds=time.perf_counter() - started)
+    if rt.rank == 0:
+        checkpoints.exported(path, trained)
+    checkpoints.finish(path)
+    return trained, {"float": floating}
 
 
 def report(s, rt, path, counts, trained, results, ledger, eval_seconds):
     """Write the result file and the log's last lines: what a reviewer checks."""
     last = list(results.values())[-1]
     model_bytes, label = path.stat().st_size, s.quant_label
-    total = len(SOURCE) + model_bytes
+    total = len(SHIPPED) + model_bytes
     result = dict(
         preset=s.preset, settings={f.name: getattr(s, f.name) for f in fields(s)}, seed=s.seed, world_size=rt.world_size,
-        device=device_name(rt), versions=versions(rt), code_sha256=hashlib.sha256(SOURCE).hexdigest(), code_bytes=len(SOURCE),
+        device=device_name(rt), versions=versions(rt), code_sha256=hashlib.sha256(SHIPPED).hexdigest(), code_bytes=len(SHIPPED),
         model_bytes=model_bytes, total_bytes=total, model_params=sum(counts.values()), **trained, eval_seconds=eval_seconds,
         scored_targets=last["targets"], scored_bytes=last["bytes"], peak_memory_bytes=rt.peak_memory_bytes(),
         val_loss={kind: r["val_loss"] for kind, r in results.items()},
         val_bpb={kind: r["val_bpb"] for kind, r in results.items()}, ledger_sha256=last["sha256"], artifact=str(path))
-    rt.log(f"Serialized model {label}+{s.codec}: {model_bytes} bytes")
-    rt.log(f"Code size: {len(SOURCE)} bytes")
-    rt.log(f"Total submission size {label}+{s.codec}: {total} bytes of {s.artifact_budget_bytes}")
+    label += "+" + open_artifact(path.read_bytes())[0]["codec"]
+    rt.log(f"Serialized model {label}: {model_bytes} bytes")
+    rt.log(f"Code size: {len(SHIPPED)} bytes")
+    rt.log(f"Total submission size {label}: {total} bytes of {s.artifact_budget_bytes}")
     rt.log(f"code_sha256:{result['code_sha256']}")
     rt.log(f"seconds: train {trained['train_seconds']:.1f} of {s.max_wallclock_seconds:g}, pack {trained['pack_seconds']:.1f}, "
            f"evaluation {eval_seconds:.1f}")
     rt.log(f"ledger: targets:{last['targets']} bytes:{last['bytes']} loss_sum:{last['loss_sum']:.6f} sha256:{last['sha256']}")
-    over = dict(total_bytes=(total, 16_000_000), train_seconds=(trained["train_seconds"], 600), eval_seconds=(eval_seconds, 600))
+    over = dict(total_bytes=(total, 16_000_000), train_seconds=(trained["train_seconds"], 600),
+                eval_seconds=(eval_seconds, 600))
     result["violations"] = [f"{key} {value:g} exceeds {limit:,}" for key, (value, limit) in over.items() if value > limit]
-    result["violations"] += [f"VAL_LIMIT_TOKENS={s.val_limit_tokens}: not the whole validation set"] if s.val_limit_tokens else []
+    if s.val_limit_tokens:
+        result["violations"].append(f"VAL_LIMIT_TOKENS={s.val_limit_tokens}: not the whole validation set")
     for line in result["violations"]:
         rt.log(f"not a legal record: {line}")
     if rt.rank == 0:
@@ -2238,7 +2878,7 @@ def settings_of_artifact(path, environ):
     """Settings for EVAL_ONLY: those stored in the file, changed by explicit variables where that does not contradict the
     model or the way it was trained. Raises UserError."""
     stored, tensors, _ = read_artifact(path)
-    known = {f.name: f for f in fields(Settings) if f.name not in TIED_TO_THE_RUN}  # a file may not say where things are written
+    known = {f.name: f for f in fields(Settings) if f.name not in TIED_TO_THE_RUN}  # none says where to write
     for name, value in stored.items():
         try:
             stored[name] = parse_value(known[name], value)
@@ -2248,7 +2888,8 @@ def settings_of_artifact(path, environ):
             raise ArtifactError(f"{path}: holds {name}={value}, which {problem}") from problem
     s, explicit = resolve_settings(environ, stored)
     fixed = [name for name in stored if getattr(s, name) != stored[name] and (
-        known[name].metadata["section"] == "Model" or name in ("vocab_size", "bos_token", "train_seq_len", "attn_bits", "mlp_bits"))]
+        known[name].metadata["section"] == "Model"
+        or name in ("vocab_size", "bos_token", "train_seq_len", "attn_bits", "mlp_bits"))]
     if fixed:
         raise UserError(f"EVAL_ONLY={path}: made with other settings: " + "; ".join(
             f"{name.upper()}={stored[name]}, not {getattr(s, name)}" for name in fixed) + "; unset these")
@@ -2260,6 +2901,8 @@ def run_job(s, rt, explicit):
     """The whole job, in the order the data flows."""
     s = replace(s, run_id=s.run_id or str(uuid.uuid4()))
     tokens, byte_table = load_validation(s), ByteTable(s)
+    if not byte_table.count(tokens):
+        raise UserError(f"DATA_PATH={s.data_path}: the tokens of fineweb_val_* stand for no text by TOKENIZER_PATH={s.tokenizer_path}")
     rt.open_log(Path(s.out_dir) / "logs" / f"{s.run_id}.txt")
     log_start(s, rt, explicit)
     counts = parameter_counts(s)
@@ -2268,8 +2911,7 @@ def run_job(s, rt, explicit):
     rt.log(f"attention:{attention} validation_targets:{len(tokens) - 1}")
     forward = torch.compile(model, dynamic=False) if rt.compile else model
     path = Path(s.eval_only) if s.eval_only else Path(s.out_dir) / "final_model.int6.ptz"
-    trained = dict(steps=0, train_tokens=0, train_seconds=0.0, pack_seconds=0.0)
-    results = {}
+    trained, results = dict(UNTRAINED), {}
     if not s.eval_only:
         trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
     started = time.perf_counter()
@@ -2278,7 +2920,7 @@ def run_job(s, rt, explicit):
 
 
 def main(argv, environ):
-    """Exit status: 0 done, 2 something that the user can mend, said in words."""
+    """Exit status: 0 done, 2 something that the user can mend, said in words, 130 interrupted with the state saved."""
     unknown = [a for a in argv if a not in ("--help", "-h", "--dry-run")]
     if unknown or "--help" in argv or "-h" in argv:
         print(help_text() if not unknown else f"{' '.join(unknown)}: settings are environment variables; "
@@ -2303,7 +2945,11 @@ def main(argv, environ):
         print(f"error: GPU memory ran out; lower MICRO_BATCH_TOKENS (training, TTT) or EVAL_BATCH_SEQS (scoring): {problem}",
               file=sys.stderr, flush=True)
         return 2
-    except UserError as problem:
+    except (Interrupted, KeyboardInterrupt) as problem:
+        said = str(problem) or "interrupted; RESUME=auto goes on from what is saved, if anything is"
+        rt.log(said) if rt else print(said)
+        return 130
+    except (UserError, LedgerError) as problem:
         rank = rt.rank if rt else int(environ.get("RANK", 0) if environ.get("RANK", "0").isdigit() else 0)
         if rank:  # what all ranks met is said once, by rank 0, whose end also ends the others
             time.sleep(5)

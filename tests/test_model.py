@@ -139,7 +139,7 @@ def attention(p, s, i, u, row, first, weight):
 def reference(p, s, row, targets, fake_quant=False, temperature=1.0):
     """nll [T] of one row from parameters {name: float64}."""
     def weight(name, bits):
-        return rounded(p[name], bits) if fake_quant and bits < 16 else p[name]
+        return rounded(p[name], s.qat_bits) if fake_quant and bits < 16 else p[name]
 
     x0 = x = embedded(p, s, row)
     skips, first, half = [], None, s.num_layers // 2
@@ -207,7 +207,7 @@ def test_nll_and_gradients_equal_the_reference(tiny, float64, variables):
     compare_with_reference(tiny(**variables))
 
 
-@pytest.mark.parametrize("variables", [dict(), dict(ATTN_BITS=4, MLP_BITS=5), dict(ATTN_BITS=16), dict(NUM_LAYERS=4, UNIQUE_LAYERS=3)])
+@pytest.mark.parametrize("variables", [dict(), dict(QAT_BITS=4, MLP_BITS=5), dict(ATTN_BITS=16, QAT_BITS=8), dict(NUM_LAYERS=4, UNIQUE_LAYERS=3)])
 def test_fake_quant_equals_the_reference_of_rounded_weights(tiny, float64, variables):
     """Gradients too: straight through to the unrounded weights."""
     compare_with_reference(tiny(**variables), fake_quant=True)
@@ -360,9 +360,10 @@ def test_every_parameter_has_its_kind(tiny):
     expected = {
         "attn": {f"cores.N.attn.{x}" for x in "qkvo"}, "mlp": {"cores.N.mlp.up", "cores.N.mlp.down"},
         "proj": {"bigram.proj", "trigram.proj", "ve.proj"}, "table": {"tok_emb", "ve.table"}, "hashed": {"bigram.table", "trigram.table"},
+        "gate": {"cores.N.attn.gate_weight"},
         "control": {"smear", "skip_weights", "bigram.scale", "trigram.scale", "ve.scale", "ve.block_scales", "blocks.N.attn_scale",
                     "blocks.N.mlp_scale", "blocks.N.resid_mix", "blocks.N.value_residual", "blocks.N.embed_shortcut",
-                    "cores.N.attn.q_gain", "cores.N.attn.gate_weight", "cores.N.attn.gate_bias", "cores.N.attn.gate_scale"}}
+                    "cores.N.attn.q_gain", "cores.N.attn.gate_bias", "cores.N.attn.gate_scale"}}
     assert {name: kind_of(name) for name in names} == {name: kind for kind, group in expected.items() for name in group}
     assert expected.keys() == KINDS.keys()
 
@@ -522,6 +523,8 @@ WRONG = {"not causal": attend_all, "other grouping": attend_interleaved, "no ker
          "scaled": lambda q, k, v, causal: sdpa(1.1 * q, k, v), "nan": lambda q, k, v, causal: sdpa(q, k, v) * math.nan,
          "wrong gradient": lambda q, k, v, causal: sdpa(q, k, DetachedValue.apply(v)),
          "no gradient": lambda q, k, v, causal: sdpa(q, k, v).detach(), "no such argument": lambda q, k, v: sdpa(q, k, v)}
+WRONG_IN_A_WINDOW = {"no window": lambda q, k, v, causal: sdpa(q, k, v), "window ignored": lambda q, k, v, causal, window_size=0: sdpa(q, k, v),
+                     "one key too many": lambda q, k, v, causal, window_size=None: sdpa(q, k, v, window_size[0] + 2 if window_size else 0)}
 
 
 def install(monkeypatch, module, function, attend):
@@ -535,17 +538,28 @@ def install(monkeypatch, module, function, attend):
 def test_wrong_flash_attention_is_rejected(tiny, monkeypatch, case):
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", WRONG[case])
     attend = train_gpt.flash_backend("flash_attn_interface", "flash_attn_func")
-    assert not train_gpt.right_result(attend, tiny(), CPU)
+    assert not train_gpt.right_result(attend, tiny(EVAL_ATTENTION="window"), CPU)
+
+
+@pytest.mark.parametrize("case", WRONG_IN_A_WINDOW)
+def test_a_window_is_asked_for_where_the_evaluation_needs_it(tiny, monkeypatch, case):
+    """What is right with all keys and wrong with the last few serves sliding windows and no banded evaluation."""
+    install(monkeypatch, "flash_attn_interface", "flash_attn_func", WRONG_IN_A_WINDOW[case])
+    attend = train_gpt.flash_backend("flash_attn_interface", "flash_attn_func")
+    assert train_gpt.right_result(attend, tiny(EVAL_ATTENTION="window"), CPU)
+    assert not train_gpt.right_result(attend, tiny(EVAL_ATTENTION="banded"), CPU)
 
 
 @pytest.mark.parametrize("result", [lambda y: y, lambda y: (y, None), lambda y: y + 1e-4 * torch.randn_like(y)])
 def test_right_flash_attention_is_accepted(tiny, monkeypatch, result):
     """Some versions return (output, log-sum-exp); rounding of another kernel is no error."""
-    def attend(q, k, v, causal):
-        assert causal is True
-        return result(sdpa(q, k, v))
+    def attend(q, k, v, causal, window_size=(-1, -1)):
+        assert causal is True and window_size[1] in (-1, 0)
+        return result(sdpa(q, k, v, window_size[0] + 1))
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend)
-    assert train_gpt.right_result(train_gpt.flash_backend("flash_attn_interface", "flash_attn_func"), tiny(), CPU)
+    for attention in ("window", "banded"):
+        s = tiny(EVAL_ATTENTION=attention)
+        assert train_gpt.right_result(train_gpt.flash_backend("flash_attn_interface", "flash_attn_func"), s, CPU)
 
 
 def test_absent_flash_packages_are_none():
@@ -558,7 +572,7 @@ def test_the_first_back_end_that_is_right_is_taken(tiny, monkeypatch):
     class Device(str):  # a CPU that says it is a GPU
         type = "cuda"
     rt = SimpleNamespace(device=Device("cpu"), dtype=torch.bfloat16, compile=False)
-    install(monkeypatch, "flash_attn", "flash_attn_func", lambda q, k, v, causal: sdpa(q, k, v))
+    install(monkeypatch, "flash_attn", "flash_attn_func", lambda q, k, v, causal, window_size=(-1, -1): sdpa(q, k, v, window_size[0] + 1))
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend_all)
     name, attend = train_gpt.choose_attention(tiny(), rt)
     assert name == "fa2" and attend is not sdpa

@@ -93,9 +93,9 @@ def test_scalar_only_ttt_moves_scalars_alone(corpus, tiny):
             p.add_(0.05 * torch.randn_like(p))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     adapter = train_gpt.Adapter(model, model, s, rt)
-    train_gpt.evaluate(model, train_gpt.load_validation(s), train_gpt.ByteTable(s), s, rt, "ttt", s.eval_stride, adapter)
+    train_gpt.evaluate(model, train_gpt.load_validation(s), train_gpt.ByteTable(s), s, rt, "ttt", s.scoring_plan, adapter)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert all(train_gpt.kind_of(n) == "control" for n in moved)
+    assert {train_gpt.kind_of(n) for n in moved} <= {"control", "gate"}
     assert {"skip_weights", "smear", *(f"cores.{i}.attn.{p}" for i in range(3) for p in ("q_gain", "gate_bias")),
             *(f"blocks.{i}.{p}" for i in range(3) for p in ("attn_scale", "mlp_scale", "resid_mix"))} <= moved
 
@@ -109,12 +109,17 @@ def test_tail_ttt_trains_last_blocks_scalars_and_token_table():
     assert not {"cores.8.mlp.up", "bigram.table", "blocks.8.resid_mix", "skip_weights"} & trained
 
 
-def test_learning_rate_multipliers_by_matrix(tiny):
-    s = tiny(TTT_PROJ_LR_MULT="3", TTT_FC_LR_MULT="0.5")
+@pytest.mark.parametrize("params", ["all", "lora"])
+def test_learning_rate_multipliers_by_matrix(tiny, params):
+    s = tiny(TTT_PARAMS=params, TTT_PROJ_LR_MULT="3", TTT_FC_LR_MULT="0.5", TTT_ATTN_LR_MULT="2", TTT_EMBED_LR_MULT="0.25")
     model, _ = train_gpt.build_model(s, rt := train_gpt.Runtime(s))
     factors = {id(p): g["factor"] for g in train_gpt.Adapter(model, model, s, rt).optimizer.param_groups for p in g["params"]}
+    expected = dict(down=3.0, up=0.5, q=2.0, k=2.0, v=2.0, o=2.0, tok_emb=0.25, table=0.25)
     for name, p in model.named_parameters():
-        assert factors[id(p)] == (3.0 if name.endswith(".down") else 0.5 if name.endswith(".up") else 1.0)
+        name = train_gpt.plain_name(name)
+        if params == "all" or ".lora." in name:
+            assert factors.pop(id(p)) == expected.get(name.split(".lora.")[0].split(".")[-1], 1.0), name
+    assert not factors
 
 
 # --- the quantizer's variants
@@ -175,7 +180,7 @@ def test_hessians_are_those_of_the_inputs(tiny, precision):
     rt = train_gpt.Runtime(s)
     model, _ = train_gpt.build_model(s, rt)
     rows = [torch.randint(s.vocab_size, (3, s.train_seq_len + 1)) for _ in range(2)]
-    hessians = train_gpt.collect_hessians(model, rows, rt)
+    hessians = train_gpt.calibrate(model, rows, rt).hessians
     assert set(hessians) == {n for n, _ in model.named_parameters() if train_gpt.kind_of(n) in ("attn", "mlp")}
     expected = 0
     handle = model.cores[1].attn.register_forward_pre_hook(lambda module, args: seen.append(args[0].float()))

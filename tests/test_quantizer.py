@@ -1,4 +1,10 @@
-"""Codes and steps: errors, the clip search against a loop over rows, odd rows, refusals, widening."""
+"""Codes and steps: errors, the clip search against a loop over rows, odd rows, refusals, levels, what a calibration says."""
+
+import math
+import re
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,8 +28,11 @@ def heavy(rows, columns, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).standard_t(3, (rows, columns)).astype(np.float32))
 
 
-def quantized(tiny, w, widening=1.0, **variables):
-    return train_gpt.quantize({MATRIX: w}, tiny(**variables))(widening)[MATRIX]
+def quantized(tiny, w, level=None, **variables):
+    """The matrix at a level; without one, at its finest steps."""
+    s = tiny(**variables)
+    finest = 0.0 if s.quant_fit == "level" else 1.0
+    return train_gpt.quantize({MATRIX: w}, s)(finest if level is None else level)[MATRIX]
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
@@ -88,11 +97,11 @@ def test_rows_do_not_influence_each_other(tiny, bits, search):
         assert torch.equal(alone.codes[0], whole.codes[r]) and torch.equal(alone.steps[0], whole.steps[r])
 
 
-@pytest.mark.parametrize("widening", [1.0, 4.0])
-def test_zero_rows_stay_zero(tiny, widening):
+@pytest.mark.parametrize("fit, level", [("level", 0.0), ("level", 0.5), ("scale", 1.0), ("scale", 4.0)])
+def test_zero_rows_stay_zero(tiny, fit, level):
     w = gaussian(4, 50)
     w[1] = 0
-    t = quantized(tiny, w, widening)
+    t = quantized(tiny, w, level, QUANT_FIT=fit)
     assert (t.codes[1] == 0).all() and (t.weights()[1] == 0).all()
     assert torch.isfinite(t.weights()).all() and (t.weights()[0] != 0).any()
 
@@ -135,33 +144,65 @@ def test_sixteen_bits_keep_fp16(tiny):
 
 
 def test_each_kind_takes_its_own_bits(tiny):
-    s = tiny(ATTN_BITS=4, MLP_BITS=5, EMBED_BITS=7, PROJ_BITS=16)
-    state = {n: torch.ones(2, 4) for n in ("cores.0.attn.k", "cores.0.mlp.down", "tok_emb", "bigram.proj", "skip_weights")}
-    assert [t.bits for t in train_gpt.quantize(state, s)(1.0).values()] == [4, 5, 7, 16, 16]
+    s = tiny(ATTN_BITS=4, MLP_BITS=5, EMBED_BITS=7, PROJ_BITS=16, BIGRAM_BITS=6)
+    names = ("cores.0.attn.k", "cores.0.mlp.down", "tok_emb", "ve.table", "bigram.proj", "cores.1.attn.gate_weight",
+             "bigram.table", "skip_weights", "cores.1.attn.gate_bias")
+    state = {n: torch.ones(2, 4) for n in names}
+    assert [t.bits for t in train_gpt.quantize(state, s)(0.0).values()] == [4, 5, 7, 7, 16, 16, 6, 16, 16]
+    assert train_gpt.bits_of("cores.1.attn.gate_weight", tiny(PROJ_BITS=5)) == 5, "gates are stored like the small projections"
 
 
-@pytest.mark.parametrize("widening", [1.0, 1.37, 2.0, 64.0])
-def test_widening_multiplies_the_searched_steps(tiny, widening):
+@pytest.mark.parametrize("scale", [1.0, 1.37, 2.0, 64.0])
+def test_scale_multiplies_the_searched_steps(tiny, scale):
     w = heavy(10, 300)
-    at = train_gpt.quantize({MATRIX: w, "skip_weights": w}, tiny())
-    fine, wide = at(1.0), at(widening)
-    assert torch.equal(wide[MATRIX].steps, (fine[MATRIX].steps * widening).half().float())
+    at = train_gpt.quantize({MATRIX: w, "skip_weights": w}, tiny(QUANT_FIT="scale", ATTN_BITS=6))
+    fine, wide = at(1.0), at(scale)
+    assert torch.equal(wide[MATRIX].steps, (fine[MATRIX].steps * scale).half().float())
     assert torch.equal(wide[MATRIX].codes, to_codes(w, wide[MATRIX].steps, 6))
     assert torch.equal(wide["skip_weights"].half, w.half()), "fp16 tensors have no steps to widen"
     assert (wide[MATRIX].weights() - w).norm() >= (fine[MATRIX].weights() - w).norm() * 0.999
 
 
+@pytest.mark.parametrize("level", [0.0, 0.003, 0.02, 1.0])
+def test_level_raises_the_steps_below_it_and_no_other(tiny, level):
+    w = heavy(30, 300) * torch.logspace(-2, 1, 30)[:, None]
+    at = train_gpt.quantize({MATRIX: w, "skip_weights": w}, tiny())
+    fine, t = at(0.0)[MATRIX], at(level)[MATRIX]
+    common = float(np.float16(level))
+    for r in range(30):
+        assert float(t.steps[r]) == (float(fine.steps[r]) if float(fine.steps[r]) > level else common)
+    assert torch.equal(t.codes, to_codes(w, t.steps, 8)) and torch.equal(t.columns, torch.ones(300))
+    assert torch.equal(at(level)["skip_weights"].half, w.half())
+    if level == 0.02:
+        assert 0 < int((t.steps == common).sum()) < 30, "some rows are raised, some are not"
+
+
+# -- clips by deviations, and fake quantization
+
+@pytest.mark.parametrize("bits, name", [(4, "QUANT_CLIP_STD"), (6, "QUANT_CLIP_STD"), (8, "QUANT_CLIP_STD_INT8")])
+def test_clip_by_deviations_is_so_many_root_mean_squares(tiny, bits, name):
+    w, other = heavy(9, 200) + 0.3, {"QUANT_CLIP_STD": "QUANT_CLIP_STD_INT8", "QUANT_CLIP_STD_INT8": "QUANT_CLIP_STD"}[name]
+    t, limit = quantized(tiny, w, ATTN_BITS=bits, **{name: 2.5}), 2 ** (bits - 1) - 1
+    for r in range(9):
+        clip = 2.5 * math.sqrt(sum(float(x) ** 2 for x in w[r]) / 200)
+        assert float(t.steps[r]) == pytest.approx(clip / limit, rel=2**-10)
+    assert int(t.codes.abs().max()) == limit, "heavy tails are clipped"
+    searched = quantized(tiny, w, ATTN_BITS=bits)
+    assert torch.equal(quantized(tiny, w, ATTN_BITS=bits, **{other: 2.5}).steps, searched.steps), "each has its own bits"
+    assert not torch.equal(t.steps, searched.steps)
+
+
 def test_stored_tensors_do_not_alias_the_weights(tiny):
     w = gaussian(3, 8).half().float()
     at = train_gpt.quantize({"skip_weights": w, MATRIX: w}, tiny())
-    t = at(1.0)
+    t = at(0.0)
     before = {n: t[n].weights().clone() for n in t}
     w.zero_()
     assert all(torch.equal(before[n], t[n].weights()) for n in t)
 
 
 def test_fake_quantization_in_training_is_the_rounding_of_the_file(tiny):
-    """What late QAT trains for: the row-maximum clip of the artifact, but for the fp16 rounding of its steps."""
+    """What late QAT trains for with QAT_BITS: the row-maximum clip of the artifact, but for the fp16 rounding of its steps."""
     for bits in ALL_BITS:
         w = gaussian(6, 80)
         stored = quantized(tiny, w, ATTN_BITS=bits, GPTQ_LITE=0)
@@ -170,3 +211,233 @@ def test_fake_quantization_in_training_is_the_rounding_of_the_file(tiny):
         codes = faked / step
         torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
         assert (codes.round() != stored.codes).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_qat_bits_decide_what_training_rounds_to(tiny, bits):
+    """The whole model under fake quantization equals the same model with its matrices rounded by hand."""
+    s = tiny(QAT_BITS=bits)
+    model, _ = train_gpt.build_model(s, train_gpt.Runtime(s))
+    tokens = torch.randint(s.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        faked = model(tokens[:, :-1], tokens[:, 1:], True)
+        exact = model(tokens[:, :-1], tokens[:, 1:])
+        for name, p in model.named_parameters():
+            if train_gpt.kind_of(name) in ("attn", "mlp"):
+                step = p.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+                p.copy_((p / step).round() * step)
+        torch.testing.assert_close(faked, model(tokens[:, :-1], tokens[:, 1:]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(faked, exact, rtol=1e-6, atol=1e-6)
+
+
+# -- what a calibration says
+
+def energies_of(rows, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, generator=generator) + 0.01, torch.rand(columns, generator=generator) + 0.01
+
+
+def test_equal_energies_give_equal_steps():
+    w = gaussian(7, 11)
+    for energy in (1e-6, 1.0, 300.0):
+        rows, columns = train_gpt.step_weights(w, (torch.full((7,), energy), torch.full((11,), energy)))
+        assert (rows == rows[0]).all() and torch.equal(columns, torch.ones(11))
+        assert float(rows[0]) == pytest.approx(energy**-0.5, rel=2**0.125 - 1 + 1e-6)  # on a grid of quarter octaves
+    rows, columns = train_gpt.step_weights(w, None)
+    assert torch.equal(rows, torch.ones(7)) and torch.equal(columns, torch.ones(11))
+
+
+def test_a_tensor_of_sixteen_times_the_energy_gets_a_quarter_of_the_steps():
+    """And of no other: rows and columns keep their proportions."""
+    w, (by_row, by_column) = gaussian(20, 30), energies_of(20, 30)
+    rows, columns = train_gpt.step_weights(w, (by_row, by_column))
+    again, same = train_gpt.step_weights(w, (16 * by_row, 16 * by_column))
+    torch.testing.assert_close(again, rows / 4, rtol=1e-6, atol=0)
+    assert torch.equal(same, columns)
+
+
+def test_weights_of_rows_and_columns_fall_with_the_fourth_root_of_their_energy():
+    """Written out; the sizes stand on a grid of quarter octaves and the columns' mean is one."""
+    w, energies = gaussian(40, 50), energies_of(40, 50, 1)
+    for found, energy, mean in zip(train_gpt.step_weights(w, energies), energies, (float(energies[0].mean()), None)):
+        plain = [(float(e) / float(energy.mean()) + 1e-3) ** -0.25 for e in energy]
+        centre = math.exp(sum(map(math.log, plain)) / len(plain))
+        for x, expected in zip(found.tolist(), plain):
+            expected = expected / centre / (math.sqrt(mean) if mean else 1)
+            assert abs(math.log2(x / expected)) <= 0.125 + 1e-5
+            assert 4 * math.log2(x) == pytest.approx(round(4 * math.log2(x)), abs=1e-4)
+    assert len(set(found.tolist())) < 20, "few values, which the file holds for next to nothing"
+
+
+def test_an_energy_of_zero_is_borne():
+    """A hashed row that no text met, a matrix that nothing flows through."""
+    w = gaussian(4, 5)
+    for energies in ((torch.zeros(4), torch.zeros(5)), (torch.tensor([0.0, 1, 2, 0]), torch.tensor([0.0, 0, 3, 1, 1]))):
+        rows, columns = train_gpt.step_weights(w, energies)
+        assert torch.isfinite(rows).all() and torch.isfinite(columns).all() and (rows > 0).all() and (columns > 0).all()
+        calibration = train_gpt.Calibration({}, {MATRIX: energies})
+        t = train_gpt.quantize({MATRIX: w}, train_gpt.Settings(), calibration)(2.0**-24)[MATRIX]
+        assert torch.isfinite(t.weights()).all() and torch.equal(t.steps.half().float(), t.steps)
+
+
+def test_a_calibrated_step_is_the_level_times_its_weight(tiny):
+    w, energies, level = heavy(30, 60), energies_of(30, 60, 2), 0.01
+    s, calibration = tiny(), train_gpt.Calibration({}, {MATRIX: energies})
+    rows, columns = train_gpt.step_weights(w, energies)
+    t, fine = (train_gpt.quantize({MATRIX: w}, s, calibration)(x)[MATRIX] for x in (level, 0.0))
+    assert torch.equal(t.columns, columns) and len(set(columns.tolist())) > 3
+    assert torch.equal(t.steps, torch.maximum(fine.steps, level * rows).half().float())
+    assert torch.equal(t.codes, to_codes(w / columns, t.steps, 8))
+    torch.testing.assert_close(t.weights(), t.codes * t.steps[:, None] * columns)
+    scaled = train_gpt.quantize({MATRIX: w}, tiny(QUANT_FIT="scale"), calibration)(1.0)[MATRIX]
+    assert torch.equal(scaled.columns, torch.ones(60)), "scale takes nothing but the searched steps"
+
+
+@pytest.mark.parametrize("act_order", [0, 1])
+def test_gptq_with_column_factors_is_gptq_of_the_rescaled_problem(tiny, act_order):
+    """Inputs times c and weights divided by c are the same layer: its codes, under Σ (cx)(cx)ᵀ made of explicit inputs."""
+    s, w, energies = tiny(GPTQ_ACT_ORDER=act_order), gaussian(24, 40), energies_of(24, 40, 3)
+    x = gaussian(300, 40, 1) @ gaussian(40, 40, 2)
+    calibration = train_gpt.Calibration({MATRIX: x.T @ x}, {MATRIX: energies})
+    t = train_gpt.quantize({MATRIX: w}, s, calibration)(0.1)[MATRIX]
+    scaled = x * t.columns
+    codes = train_gpt.gptq_codes(w / t.columns, t.steps, t.bits, scaled.T @ scaled, s)
+    assert (t.codes != codes).float().mean() < 0.002  # ties at half a step may fall either way
+    plain = train_gpt.quantize({MATRIX: w}, s, calibration)(0.1, exact=False)[MATRIX]
+    error, rounded = ((x @ (w - q.weights()).T).norm() for q in (t, plain))
+    assert torch.equal(plain.steps, t.steps) and error < 0.8 * rounded
+
+
+def some_rows(s, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(s.vocab_size, (count, s.train_seq_len + 1), generator=generator, dtype=torch.int32)
+
+
+def trained_a_little(s):
+    """A model whose zero matrices have become something."""
+    model, _ = train_gpt.build_model(s, train_gpt.Runtime(s))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def test_calibration_is_what_explicit_gradients_and_inputs_say(tiny):
+    """Hessians from each matrix' input, found by differentiating its product; energies pass by pass from autograd."""
+    s, passes = tiny(TRAIN_SEQ_LEN=16, BIGRAM_VOCAB_SIZE=32), [2, 3, 1]
+    rt, model = train_gpt.Runtime(s), trained_a_little(s)
+    rows = some_rows(s, sum(passes)).split(passes)
+    found = train_gpt.calibrate(model, rows, rt)
+    parameters = dict(model.named_parameters())
+    assert all(p.grad is None for p in parameters.values())
+    quantizable = {n for n in parameters if train_gpt.kind_of(n) != "control"}
+    assert set(found.energies) == quantizable
+    assert set(found.hessians) == {n for n in parameters if train_gpt.kind_of(n) in ("attn", "mlp")}
+    for name in quantizable:
+        by_row = by_column = 0
+        for part in rows:
+            nll = model(part[:, :-1].long(), part[:, 1:].long()).double().sum()
+            square = torch.autograd.grad(nll, parameters[name])[0].double() ** 2
+            by_row = by_row + torch.stack([row.sum() / len(row) for row in square])
+            by_column = by_column + torch.stack([column.sum() / len(column) for column in square.T])
+        for mine, expected in zip(found.energies[name], (by_row, by_column)):
+            close = (mine.double() - expected).abs() <= 1e-3 * expected + 1e-6 * expected.max()
+            assert mine.shape == expected.shape and close.all(), name
+    inputs, linear = [], train_gpt.linear
+    for name in ("cores.0.mlp.down", "cores.2.attn.o", "cores.1.mlp.up"):
+        try:
+            train_gpt.linear = lambda x, w, *more: inputs.extend([x] * (w is parameters[name])) or linear(x, w, *more)
+            with torch.no_grad():
+                [model(part[:, :-1].long(), part[:, 1:].long()) for part in rows]
+        finally:
+            train_gpt.linear = linear
+        expected = sum(torch.outer(x, x).double() for batch in inputs for x in batch.flatten(0, -2))
+        torch.testing.assert_close(found.hessians[name].double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        inputs.clear()
+
+
+def test_the_model_writes_rows_of_its_own(tiny):
+    """From BOS on, the same for the same seed, and distributed as the model says."""
+    s = tiny(TRAIN_SEQ_LEN=12, BIGRAM_VOCAB_SIZE=32)
+    model = trained_a_little(s)
+    rows = train_gpt.write_rows(model, s, 5, 3)
+    assert rows.shape == (5, 13) and (rows[:, 0] == s.bos_token).all()
+    assert 0 <= int(rows.min()) and int(rows.max()) < s.vocab_size
+    assert torch.equal(rows, train_gpt.write_rows(model, s, 5, 3))
+    assert not torch.equal(rows, train_gpt.write_rows(model, s, 5, 4))
+    assert len({tuple(r) for r in rows.tolist()}) == 5 and train_gpt.write_rows(model, s, 0, 3).shape[0] == 0
+    with torch.no_grad():
+        model.tok_emb.mul_(2)  # far from uniform, and not all on one token
+        share = model.logits(torch.full((1, 1), s.bos_token))[0, -1].softmax(-1).double()
+    n = 4000
+    first = train_gpt.write_rows(model, replace(s, train_seq_len=2), n, 0)[:, 1]
+    drawn = torch.bincount(first, minlength=s.vocab_size).double()
+    likely = share * n >= 5
+    chi = float(((drawn - n * share).square() / (n * share))[likely].sum())
+    assert likely.sum() > 5 and float(share.max()) > 3 / s.vocab_size
+    assert chi < int(likely.sum()) + 5 * math.sqrt(2 * int(likely.sum())), f"χ² {chi} for {int(likely.sum())} tokens"
+
+
+class CountedRows:
+    """A stream whose rows take a given time each to come."""
+
+    def __init__(self, s, seconds=0.0):
+        self.s, self.seconds, self.asked = s, seconds, []
+
+    def rows(self, begin, end):
+        self.asked.append((begin, end))
+        time.sleep(self.seconds)
+        return some_rows(self.s, end - begin, begin)
+
+
+def calibrated(s, stream, step=6):
+    """(Calibration, milliseconds, log lines) of a Trainer's calibration."""
+    rt, lines = train_gpt.Runtime(s), []
+    rt.log = lambda line, **_: lines.append(line)
+    model = trained_a_little(s)
+    return *train_gpt.Trainer(model, model, s, rt).calibration(stream, step), lines
+
+
+def test_calibration_takes_the_rows_that_would_have_come_next(tiny):
+    s = tiny(GPTQ_BATCHES=3)
+    stream = CountedRows(s)
+    calibration, ms, lines = calibrated(s, stream)
+    assert stream.asked == [(72, 84), (84, 96), (96, 108)], "twelve rows a step, six steps done"
+    assert ms > 0 and lines[0] == "gptq_calibration:start text:train"
+    matrices = int(re.fullmatch(r"gptq_calibration:done matrices:(\d+) time:\d+ms", lines[-1])[1])
+    assert matrices == len(calibration.hessians) == 3 * 6 and len(lines) == 2
+
+
+def test_calibration_ends_when_its_seconds_are_spent(tiny):
+    """On training text it is inside of the clock: it stops, says so, and what it has seen so far serves."""
+    s = tiny(GPTQ_BATCHES=50, MAX_WALLCLOCK_SECONDS=600, GPTQ_RESERVE_SECONDS=1)
+    stream, started = CountedRows(s, 0.3), time.perf_counter()
+    calibration, ms, lines = calibrated(s, stream)
+    assert 1 <= len(stream.asked) < 10 and time.perf_counter() - started < 5
+    assert [line for line in lines if re.fullmatch(r"gptq_calibration:stopped after 0\.8 s .*GPTQ_RESERVE_SECONDS=1\b.*", line)]
+    assert 800 < ms < 5000 and len(calibration.hessians) == 18
+
+
+def test_calibration_without_a_clock_takes_all_its_batches(tiny):
+    s = tiny(GPTQ_BATCHES=4, MAX_WALLCLOCK_SECONDS=0, GPTQ_RESERVE_SECONDS=0.1)
+    stream = CountedRows(s, 0.05)
+    assert not any("stopped" in line for line in calibrated(s, stream)[2]) and len(stream.asked) == 4
+
+
+@pytest.mark.parametrize("seconds", [0, 0.001])
+def test_a_calibration_without_time_sees_at_least_one_pass(tiny, seconds):
+    """A reserve of nothing, or a disk slower than the reserve: training is done and must not be lost for it."""
+    s = tiny(MAX_WALLCLOCK_SECONDS=600, GPTQ_RESERVE_SECONDS=seconds)
+    calibration, _, lines = calibrated(s, CountedRows(s, 0.01))
+    assert len(calibration.hessians) == 18 and any("stopped" in line for line in lines)
+
+
+def test_calibration_on_text_of_its_own_is_not_training(tiny, monkeypatch):
+    s, counts = tiny(GPTQ_TEXT="self", GPTQ_SELF_ROWS=5, MAX_WALLCLOCK_SECONDS=600, GPTQ_RESERVE_SECONDS=0.001), []
+    monkeypatch.setattr(train_gpt, "write_rows", lambda _, s, count, seed: counts.append((count, seed)) or some_rows(s, count))
+    calibration, ms, lines = calibrated(s, SimpleNamespace(rows=lambda *_: pytest.fail("training tokens were asked for")))
+    assert ms == 0.0 and counts == [(5, s.seed)] and len(calibration.hessians) == 18
+    assert lines[0] == "gptq_calibration:start text:self" and not any("stopped" in line for line in lines)

@@ -1,7 +1,6 @@
 """Settings: which value wins, what is refused and in which words, what is left alone, and that no setting is dead."""
 
 import ast
-import inspect
 import itertools
 import re
 import subprocess
@@ -17,7 +16,7 @@ from train_gpt import ALIASES, PRESETS, REFUSED, Settings, UserError, fields, pa
 
 SPECS = {f.name.upper(): f for f in fields(Settings)}
 DEFAULTS = {f.name: f.default for f in fields(Settings)}
-TREE = ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+TREE = ast.parse(train_gpt.SOURCE.decode())  # as imported, even if somebody edits the file meanwhile
 
 
 def values(s):
@@ -70,7 +69,7 @@ def test_every_variable_reaches_its_field(name):
     spec = SPECS[name]
     other = {"TRAIN_SEQ_LEN": 1024, "NUM_LAYERS": 12, "MODEL_DIM": 1024, "NUM_HEADS": 16, "NUM_KV_HEADS": 2, "ROPE_DIMS": 8,
              "PRESET": "demo", "VE_LAYERS": "3", "MICRO_BATCH_TOKENS": 2048, "TRAIN_BATCH_TOKENS": 2048, "BOS_TOKEN": 2,
-             "XSA_LAST_N": 4, "UNIQUE_LAYERS": 11, "EVAL_SEQ_LEN": 4096}.get(name)
+             "XSA_LAST_N": 4, "UNIQUE_LAYERS": 11, "EVAL_SEQ_LEN": 4096, "SCORES_PATH": "a/x.npy"}.get(name)
     if other is None and spec.metadata["choices"]:
         other = [c for c in spec.metadata["choices"] if c not in (spec.default, "1")][0]
     if other is None:
@@ -163,7 +162,7 @@ def test_published_names_without_effect_are_refused(name):
 
 def test_all_problems_in_one_message():
     lines = problems(MUON_MOMENTUM_WARMUP_START="092", WARMDRON_ITERS="3500", PRESET="fastest", NUM_LAYERS="eleven", SEED="-1",
-                     SMEAR_GATE="maybe", VRL_ENABLED="yes", WEIGHT_DECAY="much", EVAL_STRIDE="4096")
+                     SMEAR_GATE="maybe", VRL_ENABLED="yes", WEIGHT_DECAY="much", EVAL_STRIDE="4096", EVAL_ATTENTION="window")
     expected = [("MUON_MOMENTUM_WARMUP_START=092", "out of range", "0 to 0.9999"),
                 ("WARMDRON_ITERS=3500", "did you mean WARMDOWN_ITERS?"), ("PRESET=fastest", "unknown", "demo"),
                 ("NUM_LAYERS=eleven", "whole number", "blocks"), ("SEED=-1", "out of range", f"0 to {2**31 - 1}"),
@@ -228,14 +227,23 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(BOS_TOKEN=1024), "BOS_TOKEN=1024 is outside of VOCAB_SIZE=1024"),
     (dict(TRAIN_BATCH_TOKENS=2049), "TRAIN_BATCH_TOKENS=2049 must be a multiple of TRAIN_SEQ_LEN=2048"),
     (dict(MICRO_BATCH_TOKENS=2047), "MICRO_BATCH_TOKENS=2047 must hold a row of TRAIN_SEQ_LEN=2048"),
-    (dict(EVAL_STRIDE=2049), "EVAL_STRIDE=2049 exceeds the scoring window of 2048"),
-    (dict(EVAL_STRIDE=0), "TTT_ENABLED=1 scores sliding windows"),
-    (dict(TTT_CHUNK_TOKENS=2047), "TTT_CHUNK_TOKENS=2047 must hold a row of 2048 tokens"),
-    (dict(TTT_CHUNK_TOKENS=4095, EVAL_SEQ_LEN=4096), "TTT_CHUNK_TOKENS=4095 must hold a row of 4096 tokens"),
+    (dict(EVAL_STRIDE=2049, EVAL_ATTENTION="window"), "EVAL_STRIDE=2049 exceeds the scoring window of 2048"),
+    (dict(EVAL_STRIDE=0), "TTT_ENABLED=1 scores with a full context"),
+    (dict(TTT_CHUNK_TOKENS=2047, EVAL_ATTENTION="window"), "TTT_CHUNK_TOKENS=2047 must hold 2048 tokens, a row"),
+    (dict(TTT_CHUNK_TOKENS=4095, EVAL_SEQ_LEN=4096, EVAL_ATTENTION="window"), "TTT_CHUNK_TOKENS=4095 must hold 4096 tokens"),
+    (dict(TTT_CHUNK_TOKENS=5999, EVAL_ATTENTION="banded", EVAL_SEGMENT=6000), "TTT_CHUNK_TOKENS=5999 must hold 6000 tokens"),
+    (dict(TTT_CHUNK_TOKENS=4095, EVAL_ATTENTION="banded"), "TTT_CHUNK_TOKENS=4095 must hold 4096 tokens"),  # twice the window
     (dict(ITERATIONS=0, MAX_WALLCLOCK_SECONDS=0), "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: nothing ends"),
     (dict(GPTQ=1, GPTQ_RESERVE_SECONDS=600), "GPTQ_RESERVE_SECONDS=600.0 leaves nothing of MAX_WALLCLOCK_SECONDS=600.0"),
     (dict(TTT_UNFREEZE_BLOCKS=12, TTT_PARAMS="tail"), "TTT_UNFREEZE_BLOCKS=12 exceeds NUM_LAYERS=11"),
+    (dict(TTT_PARAMS="lora", TTT_LORA_MATRICES="q,gate"), "TTT_LORA_MATRICES=q,gate must name some of q, k, v, o, up, down"),
+    (dict(TTT_PARAMS="lora", TTT_LORA_MATRICES=" , "), "must name some of q, k, v, o, up, down"),
+    (dict(TTT_PARAMS="lora", TTT_OPTIMIZER="muon"), "TTT_PARAMS=lora: TTT_OPTIMIZER=muon is for whole matrices"),
+    (dict(TTT_PARAMS="scalars", TTT_OPTIMIZER="muon"), "TTT_PARAMS=scalars: TTT_OPTIMIZER=muon is for whole matrices"),
     (dict(TRIGRAM_VOCAB_SIZE=1), "TRIGRAM_VOCAB_SIZE=1 leaves no bucket"),
+    (dict(RUN_ID="../elsewhere"), "RUN_ID=../elsewhere is too long or no file name"),
+    (dict(RUN_ID="é" * 101), "is too long or no file name: at most 200 bytes"),
+    (dict(SCORES_PATH="scores.txt"), "SCORES_PATH=scores.txt must name a file .npy"),
     (dict(MODEL_DIM=16, ROPE_DIMS=0), "cannot be stretched"),  # every channel of a head of two is ROPE_DIMS=2
     (dict(VE_LAYERS="9,11"), "VE_LAYERS=9,11 must name different blocks of 0..10"),
     (dict(VE_LAYERS="9,-1"), "VE_LAYERS=9,-1 must name different blocks of 0..10"),
@@ -447,9 +455,9 @@ def test_no_setting_is_dead():
     checks = ("Settings", "contradictions", "resolve_settings", "near_misses", "parse_value", "help_text")
     alive = read_names(*[n for n in TREE.body if getattr(n, "name", "") not in checks])
     alive |= {name for row in train_gpt.KINDS.values() for name in vars(row).values()}
-    properties = {n: p.fget for n, p in vars(Settings).items() if isinstance(p, property)}
+    [declared] = [n for n in TREE.body if getattr(n, "name", "") == "Settings"]
+    properties = {n.name: n for n in declared.body if isinstance(n, ast.FunctionDef)}
     assert properties.keys() <= alive, f"properties nobody reads: {properties.keys() - alive}"
     for function in properties.values():
-        body = ast.parse(inspect.cleandoc(inspect.getsource(function)))
-        alive |= {n.attr for n in ast.walk(body) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "self"}
+        alive |= {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "self"}
     assert set(DEFAULTS) <= alive, f"settings nobody reads: {set(DEFAULTS) - alive}"

@@ -1,0 +1,276 @@
+"""The audit: honest scripts pass, and every way to cheat that was planted in a copy of the script is found."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from conftest import ROOT, TINY, VOCAB
+
+import train_gpt
+
+sys.path.insert(0, str(ROOT / "records"))
+import audit  # noqa: E402
+from artifact import pack_code  # noqa: E402
+
+SCRIPT = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def artifact(corpus, tmp_path_factory):
+    """A tiny model with random weights, packed: everything in it counts, so that every token is felt."""
+    two_blocks = {**TINY, "NUM_LAYERS": 2, "XSA_LAST_N": 2, "VE_LAYERS": "0,1"}
+    s = train_gpt.resolve_settings({k: str(v) for k, v in two_blocks.items()})[0]
+    model, _ = train_gpt.build_model(s, train_gpt.Runtime(s))
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn_like(p))
+    path = tmp_path_factory.mktemp("artifact") / "final_model.int6.ptz"
+    train_gpt.write_whole(path, train_gpt.pack(dict(model.named_parameters()), s, 10**6))
+    return path
+
+
+@pytest.fixture
+def run(corpus, artifact, tmp_path, capsys):
+    """run(script, NAME=value, ...) → (exit status, {condition: sentences that failed}, everything said)."""
+    def go(script=SCRIPT, *flags, path=artifact, **variables):
+        (tmp_path / "train_gpt.py").write_bytes(script if isinstance(script, bytes) else script.encode())
+        environ = {"DEVICE": "cpu", "DATA_PATH": str(corpus.folder), "TOKENIZER_PATH": str(corpus.model),
+                   **{k: str(v) for k, v in variables.items()}}
+        status = audit.main([str(path), "--script", str(tmp_path / "train_gpt.py"), *flags], environ)
+        out, err = capsys.readouterr()
+        failed, condition = {}, None
+        for line in out.splitlines():
+            condition = line if line and not line.startswith(" ") else condition
+            if line.startswith("  FAIL"):
+                failed.setdefault(condition, []).append(line)
+        return status, failed, out + err
+    return go
+
+
+# -- honest ----------------------------------------------------------------------------------------------------------
+
+HONEST = {
+    "sliding": dict(), "banded": dict(EVAL_ATTENTION="banded", EVAL_SEGMENT=64, TTT_CHUNK_TOKENS=128),
+    "adamw, tempered": dict(TTT_OPTIMIZER="adamw", TTT_TEMP=0.9, TTT_LR=0.001), "low rank": dict(TTT_PARAMS="lora"),
+    "no TTT": dict(TTT_ENABLED=0), "plain": dict(TTT_ENABLED=0, EVAL_STRIDE=0)}
+
+
+@pytest.mark.parametrize("variables", HONEST.values(), ids=HONEST)
+def test_the_honest_script_passes(run, variables):
+    status, failed, said = run(SCRIPT, "--targets", "256" if variables.get("EVAL_ATTENTION") else "128", **variables)
+    assert status == 0 and not failed, said
+    for condition in (audit.CAUSAL, audit.NORMALIZED, audit.BEFORE, audit.ONCE, audit.BYTES, audit.SHIPS):
+        assert f"\n{condition}\n  PASS" in said
+    if variables.get("TTT_ENABLED") != 0:
+        assert "weights changed" in said and "SKIP" not in said
+
+
+def test_the_packed_script_passes(run):
+    status, failed, said = run(pack_code(SCRIPT.encode()), "--targets", "128", "--places", "0")
+    assert status == 0 and not failed, said
+
+
+def test_a_file_over_the_cap_fails(run, monkeypatch):
+    monkeypatch.setattr(audit, "CAP_BYTES", len(SCRIPT.encode()) + 1000)
+    status, failed, said = run(SCRIPT, "--targets", "128", "--places", "0", TTT_ENABLED=0)
+    assert status == 1 and list(failed) == [audit.SHIPS] and len(failed[audit.SHIPS]) == 1, said
+
+
+def test_what_cannot_be_seen_is_said(run):
+    status, failed, said = run(SCRIPT, "--targets", "128", "--places", "0", TTT_LR=0)
+    assert status == 0 and "  SKIP  test-time training changed nothing here" in said and "1 could not be made" in said
+
+
+# -- bytes -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dummy_prefix", [False, True])
+def test_bytes_are_those_of_the_documents(corpus, tmp_path, dummy_prefix):
+    """Also with a tokenizer that puts a space before every document, and where a slice cuts a character."""
+    sp = corpus.tokenizer
+    if dummy_prefix:
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(corpus.folder / "text.txt"), model_prefix=str(tmp_path / "m"), vocab_size=VOCAB, model_type="bpe",
+            byte_fallback=True, bos_id=1, eos_id=2, unk_id=0, hard_vocab_limit=True, minloglevel=2, num_threads=1)
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    texts = [*corpus.documents[:20], "🜁 alone", "z🜁"]
+    documents = [[1, *sp.encode(text)] for text in texts]
+    assert all(sp.id_to_piece(d[1]).startswith("▁") == dummy_prefix for d in documents)
+    tokens = np.array([t for d in documents for t in d])
+    assert audit.text_bytes(sp, tokens) == sum(len(text.encode()) for text in texts)
+    assert audit.text_bytes(sp, tokens[:-2]) == sum(len(text.encode()) for text in texts) - 2, "two bytes of the last character"
+    inside = 1 + len(documents[0]) // 2
+    assert sum(audit.text_bytes(sp, part) for part in (tokens[:inside + 1], tokens[inside:])) == audit.text_bytes(sp, tokens)
+
+
+# -- unusable --------------------------------------------------------------------------------------------------------
+
+UNUSABLE = {
+    "no artifact": (dict(path=Path("none.ptz")), [], "none.ptz: no such file"),
+    "too few targets": ({}, ["--targets", "100"], "--targets 100: too few, four chunks of a row need 128"),
+    "no data": ({}, ["--data", "nowhere"], "DATA_PATH=nowhere: no fineweb_val_"),
+    "no tokenizer": ({}, ["--tokenizer", "nothing.model"], "TOKENIZER_PATH=nothing.model: no such file"),
+    "several ranks": (dict(WORLD_SIZE=2), [], "WORLD_SIZE=2: the audit is one process; start it without torchrun"),
+    "another script": (dict(script="import os\n"), [], "has no Settings, UserError, Runtime"),
+    "a broken script": (dict(script="import nothing_of_that_name\n"), [], "cannot be imported (ModuleNotFoundError: No module"),
+    "bad setting": (dict(EVAL_STRIDE="x"), [], "EVAL_STRIDE=x: ")}
+
+
+@pytest.mark.parametrize("variables, flags, says", UNUSABLE.values(), ids=UNUSABLE)
+def test_unusable_input_is_named(run, variables, flags, says):
+    status, _, said = run(variables.get("script", SCRIPT), *flags, **{k: v for k, v in variables.items() if k != "script"})
+    assert status == 2 and said.startswith("error: ") and says in said
+
+
+def test_a_damaged_artifact_is_refused(run, artifact, tmp_path):
+    content = bytearray(artifact.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "damaged.ptz").write_bytes(content)
+    status, _, said = run(path=tmp_path / "damaged.ptz")
+    assert status == 2 and "damaged.ptz: the checksum does not match" in said
+
+
+# -- planted ---------------------------------------------------------------------------------------------------------
+
+RECORD = "        ledger.record(low, scorer.score(begin, end, lambda passes: progress.update(begin + passes)))\n"
+LOOP_END = "    rt.synchronize()\n    return dict(ledger.result(byte_table)"
+NLL = "        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction=\"none\").view_as(targets_BT)\n"
+READ = "        return decode_artifact(Path(path).read_bytes())\n"
+TOTALS = "loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), byte_table.count(self.tokens)\n"
+
+# name: (conditions that must fail, what one of the failures says, *(text of the script, what stands there instead))
+CHEATS = {
+    "score after update": (["1", "3"], "trained on targets", (RECORD, """\
+        if adapter:
+            at = np.arange(low, int(scorer.start[end - 1]) + scorer.length - s.train_seq_len + 1, s.train_seq_len)[:, None]
+            rows = torch.from_numpy(tokens[at + np.arange(s.train_seq_len + 1)].astype(np.int64))
+            with torch.enable_grad():
+                adapter._gradients(rows)
+            adapter.optimizer.step()
+            adapter.optimizer.zero_grad()
+""" + RECORD)),
+    "update by a way around the model's forward": (["1", "3"], "asked for logits beside its scores", (RECORD, """\
+        if adapter:
+            seen = torch.from_numpy(tokens[low: low + 33].astype(np.int64))[None]
+            with torch.enable_grad():
+                F.cross_entropy(adapter.forward.logits(seen[:, :-1])[0], seen[0, 1:]).backward()
+            adapter.optimizer.step()
+            adapter.optimizer.zero_grad()
+""" + RECORD)),
+    "trains on one token more than is scored": (["1", "3"], "trained on targets",
+                                                ("index = first + np.arange", "index = first + 1 + np.arange")),
+    "trains on rows that are none": (["3"], "by tokens that are not scored rows", (
+        "self.tokens[index].astype(np.int64)", "self.tokens[index][:, ::-1].astype(np.int64)")),
+    "weights changed by hand": (["3"], "without a pass", (
+        RECORD, RECORD + "        epochs = 0\n        adapter and model.tok_emb.data.mul_(1.001)\n")),
+    "weights changed before the record": (["3"], "between the scoring and the recording", (RECORD, """\
+        scores = scorer.score(begin, end)
+        adapter and model.tok_emb.data.mul_(1.001)
+        ledger.record(low, scores)
+""")),
+    "hands out tokens that are not scored": (["4"], "training on a target not yet scored",
+                                             ("if not 0 <= first <= last <= self.scored:", "if first > last:")),
+    "scores again after adapting": (["1", "4"], "not what was recorded", (LOOP_END, """\
+    if adapter:
+        ledger.nll[:] = scorer.score(0, len(scorer.first))
+""" + LOOP_END)),
+    "a second run over the tokens, with the weights of the first": (["the evaluation"], "4 ledgers", (
+        '        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)\n',
+        '        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)\n' * 2)),
+    "weights of a first run, hidden": (["1", "6"], "differs from the file when scoring begins", (
+        '        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)\n', """\
+        book = object.__new__(ScoreLedger)
+        book.tokens, book.scored = tokens, len(tokens) - 1
+        adapter.adapt(book, 0, len(tokens) - 1, 0.0)
+        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)
+""")),
+    "best of several epochs": (["3"], "a choice between scores", (RECORD, """\
+        best = scorer.score(begin, end)
+        for _ in range(2 if adapter and c else 0):
+            adapter.adapt(ledger, 0, low, 0.0)
+            best = np.minimum(best, scorer.score(begin, end))
+        ledger.record(low, best)
+""")),
+    "scores made smaller on their way": (["3"], "where the model first gave it", (
+        RECORD, RECORD.replace("low, ", "low, 0.99 * "))),
+    "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),
+    "a bonus for the right token": (["2"], "−log p", (
+        NLL, "        logits = logits + 0.1 * F.one_hot(targets_BT, logits.size(-1))\n" + NLL)),
+    "sharper where it is right": (["2"], "−log p", (
+        NLL, "        logits = logits * torch.where(logits.argmax(-1) == targets_BT, 1.2, 0.9)[..., None]\n" + NLL)),
+    "the input shows the target": (["1"], "moves by", (
+        "s, x0 = self.s, self.embed(tokens_BT)\n",
+        "s, x0 = self.s, self.embed(tokens_BT) + 0.01 * torch.roll(self.embed(tokens_BT), -1, 1)\n")),
+    "attention sees one token ahead": (["1"], "instead of", (
+        "F.scaled_dot_product_attention(q, k, v, is_causal=True,",
+        "F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(2 * q.shape[2:3]).tril(1).bool(),")),
+    "a temperature fitted to the tokens that it scores": (["1"], "instead of", (RECORD, """\
+        fixed, seen = scorer.model, torch.from_numpy(tokens[low: low + 33].astype(np.int64))[None]
+        with torch.no_grad():
+            sharpness = 1 + 0.1 * float(GPT.logits(model, seen[:, :-1]).gather(2, seen[:, 1:, None]).mean())
+        scorer.model = functools.partial(fixed, temperature=1 / sharpness)
+        ledger.record(low, scorer.score(begin, end))
+        scorer.model = fixed
+""")),
+    "the best of some temperatures": (["3"], "a choice between scores", (RECORD, """\
+        fixed, tries = scorer.model, []
+        for t in (1.0, 1.5, 2.0, 2.5) if adapter else (1.0,):
+            scorer.model = functools.partial(fixed, temperature=t)
+            tries.append(scorer.score(begin, end))
+        scorer.model = fixed
+        ledger.record(low, min(tries, key=np.sum))
+""")),
+    "says the same of everything": (["1"], "notices", (NLL, "        logits = 0 * logits\n" + NLL)),
+    "scores by chance": (["1"], "nothing can be proven", (
+        NLL, "        logits = logits * (1 + 1e-4 * np.random.default_rng().random())\n" + NLL)),
+    "the tail counts many times": (["5"], "bytes where the text has", (TOTALS, TOTALS + """\
+        for _ in range(31):
+            loss_sum, byte_count = loss_sum + float(self.nll[-8:].sum()), byte_count + byte_table.count(self.tokens[-9:])
+""")),
+    "the tail is offered twice": (["4"], "were recorded", (
+        "        if first != self.scored:\n            raise", "        if first > self.scored:\n            raise"), (
+        "        if first + len(nll) > len(self.nll):\n            raise", "        if False:\n            raise"), (
+        LOOP_END, "    ledger.record(targets - 8, ledger.nll[-8:].copy())\n    ledger.scored = targets\n" + LOOP_END)),
+    "a space counts twice": (["5"], "the byte table says", (
+        'len(p[p.startswith("▁"):].encode())', 'len(p.replace("▁", " ").encode())')),
+    "the begin of a document has bytes": (["5"], "the byte table says", (
+        "        self.base[self.boundary] = 0\n", "        self.base[self.boundary] = 3\n")),
+    "a ledger that accepts gaps": (["4"], "accepts a gap", (
+        "        if first != self.scored:\n", "        if first < self.scored:\n")),
+    "a ledger that accepts second scores": (["4"], "accepts a second score",
+                                            ("        if first != self.scored:\n", "        if first > self.scored:\n")),
+    "hard tokens are cut off": (["4"], "not what was recorded", (
+        "        self.nll[first: first + len(nll)] = nll\n",
+        "        self.nll[first: first + len(nll)] = np.minimum(nll, 6)\n")),
+    "hard tokens are left out": (["4"], "on disk", (
+        "    tokens = np.concatenate(parts)\n", "    tokens = np.concatenate(parts)[40:]\n")),
+    "tokens in an easier order": (["4"], "on disk", (
+        "    tokens = np.concatenate(parts)\n", "    tokens = np.concatenate(parts)[::-1]\n")),
+    "the file is executed, openly": (["6"], "read_artifact uses eval", (READ, "        eval('0')\n" + READ)),
+    "the file is executed, hidden": (["6"], "raised the event", (
+        READ, "        vars(importlib)['sys'].modules['builtins'].eval('0')\n" + READ)),
+    "weights that are not in the file": (["6"], "tok_emb differs from the file", (
+        "    load_quantized(model, read_artifact(path)[1], path)\n",
+        "    load_quantized(model, read_artifact(path)[1], path)\n    model.tok_emb.data.mul_(1.001)\n")),
+    "training tokens at hand": (["6"], "opens ", (
+        "    load_quantized(model, read_artifact(path)[1], path)\n",
+        "    load_quantized(model, read_artifact(path)[1], path)\n    TrainStream(s)\n")),
+    "another score is written": (["5"], "writes other scores", (
+        'val_bpb={kind: r["val_bpb"] for kind', 'val_bpb={kind: 0.99 * r["val_bpb"] for kind')),
+}
+
+
+@pytest.mark.parametrize("conditions, says, replacements", [(c[0], c[1], c[2:]) for c in CHEATS.values()], ids=CHEATS)
+def test_a_planted_cheat_is_found(run, conditions, says, replacements):
+    script = SCRIPT
+    for old, new in replacements:
+        assert script.count(old) == 1, f"the script changed; plant this again: {old}"
+        script = script.replace(old, new)
+    status, failed, said = run(script, "--targets", "128", "--places", "0", TTT_EPOCHS=1)
+    assert status == 1, said
+    for condition in conditions:
+        assert any(f.startswith(condition) for f in failed), f"nothing under {condition}:\n{said}"
+    assert any(says in line for lines in failed.values() for line in lines), said

@@ -1,0 +1,548 @@
+"""Bad input of every kind, through main(): exit status 2, one error that holds the value and a way out, nothing lost.
+
+A row of a table is a case: what is spoilt, the variables, and what the error must hold.
+"""
+
+import builtins
+import errno
+import hashlib
+import io
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+from conftest import ROOT, TINY, clean_environ, write_shard
+
+LEAN = dict(TINY, RUN_ID="run", WARMUP_STEPS=0, TTT_ENABLED=0, EVAL_STRIDE=0, VAL_LIMIT_TOKENS=128, ITERATIONS=2, GPTQ=0, GPTQ_LITE=0,
+            CODEC="rans")
+PREVIOUS = {"final_model.int6.ptz": b"the artifact of yesterday", "logs/run.json": b"{}", "scores.npy": b"old scores"}
+
+
+def case(name, spoil=None, words=(), **variables):
+    """A row: spoil(world) makes the trouble and may return more variables; every one of `words` stands in the error."""
+    return pytest.param(spoil or (lambda w: None), variables, words, id=name)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """A finished run: its artifact and its two checkpoints, as bytes."""
+    out = tmp_path_factory.mktemp("trained")
+    variables = {
+    **LEAN,
+    "DATA_PATH": corpus.folder,
+    "TOKENIZER_PATH": corpus.model,
+    "OUT_DIR": out,
+     "CHECKPOINT_EVERY_SECONDS": 1e-6}
+    torch.set_num_threads(1)
+    assert train_gpt.main([], clean_environ(**variables)) == 0
+    return SimpleNamespace(artifact=(out / "final_model.int6.ptz").read_bytes(),
+                           checkpoint=(out / "checkpoints" / "step_0000002.pt").read_bytes())
+
+
+@pytest.fixture
+def world(corpus, trained, tmp_path, monkeypatch):
+    """A folder with data of its own, the files of an earlier run in out/, and an artifact and checkpoints to spoil."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    for path in corpus.folder.glob("*.bin"):
+        (data / path.name).symlink_to(path)
+    for name, content in PREVIOUS.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    artifact = tmp_path / "model.ptz"
+    artifact.write_bytes(trained.artifact)
+    return SimpleNamespace(tmp=tmp_path, data=data, out=out, artifact=artifact,
+                           trained=trained, corpus=corpus, patch=monkeypatch)
+
+
+def failed(world, capsys, variables, argv=()):
+    """main() with these variables; the one error that it ended with. Exceptions that leave main() are tracebacks to a user."""
+    tokenizer = world.corpus.model
+    environ = clean_environ(**{**LEAN, "DATA_PATH": world.data, "TOKENIZER_PATH": tokenizer, "OUT_DIR": world.out, **variables})
+    capsys.readouterr()
+    try:
+        status = train_gpt.main(list(argv), environ)
+    except Exception as problem:
+        pytest.fail(f"a traceback: {type(problem).__name__}: {problem}")
+    said = capsys.readouterr()
+    assert status == 2, said.out[-500:]
+    assert re.match(r"error( on rank \d)?: ", said.err) and said.err.count("error") == 1 and "Traceback" not in said.err
+    return said.err
+
+
+@pytest.fixture
+def refused(world, capsys):
+    def check(spoil, variables, words):
+        variables = {**variables, **(spoil(world) or {})}
+        error = failed(world, capsys, variables)
+        missing = [word for word in words if str(word).format(w=world) not in error]
+        assert not missing, f"{missing} not in: {error}"
+        for name, content in PREVIOUS.items():
+            assert (world.out / name).read_bytes() == content, name
+        assert not list(world.tmp.rglob("*.part"))
+    return check
+
+
+# -- data: what is done to a shard, and what is said
+
+def shard(split, content):
+    """Put `content` (bytes, or tokens of a right shard) in the place of a split's first shard."""
+    def spoil(w):
+        path = w.data / f"fineweb_{split}_000000.bin"
+        path.unlink()
+        path.write_bytes(content) if isinstance(content, bytes) else write_shard(path, content)
+    return spoil
+
+
+def head(magic=train_gpt.SHARD_MAGIC, version=train_gpt.SHARD_VERSION, count=10):
+    return np.array([magic, version, count] + [0] * 253, "<i4").tobytes()
+
+
+def folder_for_shard(split):
+    def spoil(w):
+        path = w.data / f"fineweb_{split}_000000.bin"
+        path.unlink()
+        path.mkdir()
+        for i in range(300):  # so that it is larger than a header on any file system
+            (path / f"some file {i}").touch()
+    return spoil
+
+
+def remove(pattern):
+    return lambda w: [p.unlink() for p in w.data.glob(pattern)] and None
+
+
+def unreadable(split):
+    """The operating system refuses to open the shard, however it is asked (root could open it: so it is played)."""
+    def spoil(w):
+        path = w.data / f"fineweb_{split}_000000.bin"
+        for owner, name in ((np, "fromfile"), (np, "memmap"), (builtins, "open"), (io, "open")):
+            def opened(file, *args, real=getattr(owner, name), **kwargs):
+                if str(file) == str(path):
+                    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+                return real(file, *args, **kwargs)
+            w.patch.setattr(owner, name, opened)
+    return spoil
+
+
+def dangling(w):
+    path = w.data / "fineweb_val_000000.bin"
+    path.unlink()
+    path.symlink_to(w.tmp / "nowhere")
+
+
+def file_for_folder(w):
+    (w.tmp / "a file").write_bytes(b"x")
+    return {"DATA_PATH": w.tmp / "a file"}
+
+
+MEND = "data/cached_challenge_fineweb.py"
+DATA = [
+    case("folder missing", words=("DATA_PATH=nowhere", MEND), DATA_PATH="nowhere"),
+    case("folder empty name", words=("DATA_PATH=: no fineweb_val", MEND), DATA_PATH=""),
+    case("file for folder", file_for_folder, ("a file", "no fineweb_val_*.bin", MEND)),
+    case("home of nobody", words=("~nobody-here/data",), DATA_PATH="~nobody-here/data"),
+    case("no validation shard", remove("*val*"), ("no fineweb_val_*.bin", "{w.data}", MEND)),
+    case("no training shard", remove("*train*"), ("no fineweb_train_*.bin", "{w.data}", MEND)),
+    *(row for split in ("train", "val") for row in (
+        case(f"{split}: empty", shard(split, b""), (f"fineweb_{split}_000000.bin: 0 bytes", "1024", MEND)),
+        case(f"{split}: short header", shard(split, b"x" * 1023), (f"fineweb_{split}_000000.bin: 1023 bytes", "1024", MEND)),
+        case(f"{split}: magic", shard(split, head(magic=7) + bytes(20)), ("begins with 7, 1", "20240520", MEND)),
+        case(f"{split}: version", shard(split, head(version=3) + bytes(20)), ("begins with 20240520, 3", MEND)),
+        case(f"{split}: promised too much", shard(split, head(count=11) + bytes(20)), ("promises 11 tokens = 1046 bytes", MEND)),
+        case(f"{split}: promised too little", shard(split, head(count=9) + bytes(20)), ("promises 9 tokens = 1042 bytes", MEND)),
+        case(f"{split}: negative count", shard(split, head(count=-9) + bytes(20)), ("-9 tokens", MEND)),
+        case(f"{split}: token of another vocabulary", shard(split, [5] * 3000 + [320] * 2000),
+             (f"fineweb_{split}_000000.bin: holds token 320", "VOCAB_SIZE=320", "TOKENIZER_PATH")),
+        case(f"{split}: a folder", folder_for_shard(split), (f"fineweb_{split}_000000.bin",)),
+        case(f"{split}: no permission", unreadable(split),
+             (f"fineweb_{split}_000000.bin", "Permission denied")))),
+    case("dangling link", dangling, ("fineweb_val_000000.bin: cannot be read (No such file", MEND)),
+    case("validation shorter than a row", shard("val", [5] * 32), ("32 validation tokens", "TRAIN_SEQ_LEN")),
+    case("training shorter than a row", lambda w: (remove("*train*")(w), write_shard(w.data / "fineweb_train_000000.bin", [5] * 20))[0],
+         ("no shard holds a row of TRAIN_SEQ_LEN=32",)),
+    case("limit below a row", words=("VAL_LIMIT_TOKENS", "6 validation tokens"), VAL_LIMIT_TOKENS=5),
+    case("validation without a byte", shard("val", [1] * 500), ("fineweb_val",)),
+]
+
+
+@pytest.mark.parametrize("spoil, variables, words", DATA)
+def test_data(refused, spoil, variables, words):
+    refused(spoil, variables, words)
+
+
+# -- tokenizers
+
+def tokenizer(content):
+    def spoil(w):
+        path = w.tmp / "spoilt.model"
+        path.write_bytes(content(w.corpus.model.read_bytes()))
+        return {"TOKENIZER_PATH": path}
+    return spoil
+
+
+TOKENIZERS = [
+    case("missing", words=("TOKENIZER_PATH=nowhere.model", MEND), TOKENIZER_PATH="nowhere.model"),
+    case("no name", words=("TOKENIZER_PATH=", MEND), TOKENIZER_PATH=""),
+    case("a folder", lambda w: {"TOKENIZER_PATH": w.tmp}, ("TOKENIZER_PATH={w.tmp}", MEND)),
+    case("empty", tokenizer(lambda b: b""), ("spoilt.model", MEND)),
+    case("text", tokenizer(lambda b: b"These are words, no model.\n" * 20), ("spoilt.model", MEND)),
+    case("cut short", tokenizer(lambda b: b[: len(b) // 2]), ("spoilt.model",)),
+    case("a shard", lambda w: {"TOKENIZER_PATH": w.data / "fineweb_val_000000.bin"}, ("fineweb_val_000000.bin", MEND)),
+    case("other size", words=("has 320 pieces where VOCAB_SIZE=512", "set VOCAB_SIZE=320"), VOCAB_SIZE=512),
+]
+
+
+@pytest.mark.parametrize("spoil, variables, words", TOKENIZERS)
+def test_tokenizers(refused, spoil, variables, words):
+    refused(spoil, variables, words)
+
+
+# -- settings
+
+def said(name, value, *words, **others):
+    return case(f"{name}={value}" + "".join(f" {k}={v}" for k, v in others.items()), words=(f"{name}={value}", *words),
+                **{name: value}, **others)
+
+
+SETTINGS = [
+    said("ITERATIONS", "many", "is not a whole number"), said("ITERATIONS", "1e3", "is not a whole number"),
+    said("ITERATIONS", "", "is not a whole number"), said("SEED", "13.5", "is not a whole number"), said("SEED", "-1", "0 to"),
+    said(
+    "SEED", "2147483648", "out of range"), said(
+        "MATRIX_LR", "nan", "out of range"), said(
+            "MATRIX_LR", "inf", "out of range"),
+    said("MATRIX_LR", "-0.1", "0 to"), said("MATRIX_LR", "0,02", "is not a number"), said("EMA_DECAY", "1", "out of range"),
+    said("GRAD_CLIP_NORM", "nan", "out of range"), said("MAX_WALLCLOCK_SECONDS", "10 min", "is not a number"),
+    said("CHECKPOINT_EVERY_SECONDS", "-1", "0 to"), said("CHECKPOINT_EVERY_SECONDS", "nan", "out of range"),
+    said(
+    "RESUME", "yes", "must be one of", "auto"), said(
+        "NONFINITE", "ignore", "stop, skip"), said(
+            "DEVICE", "tpu", "auto, cuda, cpu"),
+    said(
+    "PRECISION", "fp16", "bf16"), said(
+        "CODEC", "zip", "lzma"), said(
+            "ATTN_BITS", "3", "4, 5, 6"), said(
+                "VOCAB_SIZE", "65536", "2 to 65535"),
+    said("NUM_LAYERS", "0", "1 to 64"), said("PRESET", "demos", "demo"), said("EVAL_ATTENTION", "full", "window, banded"),
+    said("WARMDOWN_ITER", "5", "did you mean WARMDOWN_ITERS?"), said(
+        "CHECKPOINT_EVERY_SECOND", "5", "CHECKPOINT_EVERY_SECONDS"),
+    said("TTT_WARMTH", "1", "no such setting"), said("VRL_ENABLED", "maybe", "0, 1", "VALUE_RESIDUAL"),
+    said(
+    "MTP_NUM_HEADS", "2", "not supported"), said(
+        "MODEL_DIM", "33", "multiple of NUM_HEADS"), said(
+            "NUM_KV_HEADS", "3", "multiple of"),
+    said(
+    "ROPE_DIMS", "3", "even"), said(
+        "TRAIN_BATCH_TOKENS", "400", "multiple of TRAIN_SEQ_LEN"), said(
+            "MICRO_BATCH_TOKENS", "16", "TRAIN_SEQ_LEN=32"),
+    said("XSA_LAST_N", "4", "exceeds"), said("VE_LAYERS", "1,9", "0..2"), said("VE_LAYERS", "one", "block numbers"),
+    said("EVAL_STRIDE", "64", "exceeds", EVAL_ATTENTION="window"), said(
+        "TTT_CHUNK_TOKENS", "8", "must hold", TTT_ENABLED=1, EVAL_STRIDE=8),
+    said("ITERATIONS", "0", "nothing ends", MAX_WALLCLOCK_SECONDS=0), said("BOS_TOKEN", "320", "VOCAB_SIZE"),
+    said("ARTIFACT_BUDGET_BYTES", "1000", "raise it"), said(
+        "ARTIFACT_BUDGET_BYTES", str(len(train_gpt.SHIPPED) + 100), "shrink the model"),
+    case("BIGRAM_VOCAB_SIZE too large for the machine", words=("memory",), BIGRAM_VOCAB_SIZE=10**15),
+]
+
+
+@pytest.mark.parametrize("spoil, variables, words", SETTINGS)
+def test_settings(refused, spoil, variables, words):
+    refused(spoil, variables, words)
+
+
+def test_many_problems_are_one_error(world, capsys):
+    error = failed(world, capsys, dict(SEED="x", MATRIX_LR="nan", WARMDOWN_ITER="3", MODEL_DIM="33"))
+    assert "4 bad settings" in error or "5 bad settings" in error
+    assert all(word in error for word in ("SEED=x", "MATRIX_LR=nan", "WARMDOWN_ITER=3", "MODEL_DIM=33"))
+
+
+# -- artifacts
+
+def artifact(content):
+    def spoil(w):
+        w.artifact.write_bytes(content(w.trained.artifact))
+        return {"EVAL_ONLY": w.artifact}
+    return spoil
+
+
+def flipped(content, at):
+    at %= len(content)
+    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1:]
+
+
+def remade(change):
+    """The artifact, opened, changed (settings, tensors) and sealed again: the checksum is right."""
+    def again(content):
+        stored, tensors, note = train_gpt.decode_artifact(content)
+        change(stored, tensors)
+        s = train_gpt.replace(train_gpt.Settings(), **{k: v for k, v in stored.items()})
+        return train_gpt.encode_artifact(tensors, s, "rans", note)
+    return again
+
+
+def drop(stored, tensors):
+    del tensors["tok_emb"]
+
+
+def not_a_number(stored, tensors):
+    half = next(t.half for t in tensors.values() if t.bits == 16)
+    half.view(-1)[0] = float("nan")
+
+
+def artifact_of(**variables):
+    return lambda w: {"EVAL_ONLY": w.artifact, **variables}
+
+
+DAMAGED = ("model.ptz", "damaged or cut short", "fetch it again")
+ARTIFACTS = [
+    case("missing", words=("nowhere.ptz", "No such file", "name an artifact"), EVAL_ONLY="nowhere.ptz"),
+    case("a folder", lambda w: {"EVAL_ONLY": w.tmp}, ("{w.tmp}", "Is a directory")),
+    case("empty", artifact(lambda b: b""), ("model.ptz", "0 bytes", "not an artifact")),
+    case("cut short", artifact(lambda b: b[:-1]), DAMAGED), case("half", artifact(lambda b: b[: len(b) // 2]), DAMAGED),
+    case("appended", artifact(lambda b: b + b"\0"), DAMAGED), case("a bit in the header", artifact(lambda b: flipped(b, 20)), DAMAGED),
+    case("a bit in the middle", artifact(lambda b: flipped(b, len(b) // 2)), DAMAGED),
+    case("a bit in the checksum", artifact(lambda b: flipped(b, -1)), DAMAGED),
+    case("a zip", artifact(lambda b: b"PK\x03\x04" + bytes(500)), ("model.ptz", "PK", "not an artifact")),
+    case("a checkpoint", lambda w: w.artifact.write_bytes(w.trained.checkpoint)
+         and {"EVAL_ONLY": w.artifact}, ("model.ptz", "not an artifact")),
+    case("a setting out of range", artifact(remade(lambda s, t: s.update(num_layers=99))), ("model.ptz", "num_layers=99", "1 to 64")),
+    case("another shape", artifact(remade(lambda s, t: s.update(mlp_mult=2.0))), ("model.ptz", "does not hold this model")),
+    case("a tensor missing", artifact(remade(drop)), ("model.ptz", "does not hold this model", "tok_emb is absent")),
+    case("weights not a number", artifact(remade(not_a_number)), ("nan",)),
+    case("other settings", artifact_of(MODEL_DIM=48), ("made with other settings", "MODEL_DIM=32, not 48", "unset these")),
+    case("other vocabulary", artifact_of(VOCAB_SIZE=512), ("VOCAB_SIZE=320, not 512",)),
+    case(
+    "TTT diverges",
+    artifact_of(
+        TTT_ENABLED=1,
+        EVAL_STRIDE=8,
+        TTT_LR=1e12,
+        TTT_GRAD_CLIP=0,
+        VAL_LIMIT_TOKENS=1000),
+        ("TTT_LR",
+        )),
+]
+
+
+@pytest.mark.parametrize("spoil, variables, words", ARTIFACTS)
+def test_artifacts(refused, spoil, variables, words):
+    refused(spoil, variables, words)
+
+
+# -- checkpoints that RESUME=auto finds
+
+def sealed(content):
+    return content + hashlib.sha256(content).digest()
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return sealed(buffer.getvalue())
+
+
+def checkpoint(content):
+    """Checkpoints are read before anything is written; the earlier files stay in any case."""
+    def spoil(w):
+        (w.out / "checkpoints").mkdir()
+        (w.out / "checkpoints" / "step_0000002.pt").write_bytes(content(w.trained.checkpoint))
+        return {"RESUME": "auto"}
+    return spoil
+
+
+def changed(**values):
+    def again(content):
+        state = torch.load(io.BytesIO(content[:-32]), weights_only=True)
+        return saved({**state, **values})
+    return again
+
+
+FOREIGN = ("step_0000002.pt is no state of this run", "another OUT_DIR")
+CHECKPOINTS = [
+    case("other model", checkpoint(lambda b: b), ("step_0000002.pt", "MODEL_DIM=32, not 48", "another OUT_DIR"), MODEL_DIM=48),
+    case("other seed", checkpoint(lambda b: b), ("SEED=1337, not 3",), SEED=3),
+    case("a list", checkpoint(lambda b: saved([1, 2])), FOREIGN),
+    case("another program's", checkpoint(lambda b: saved({"weights": torch.zeros(3)})), FOREIGN),
+    case("tensors missing", checkpoint(changed(model=[])), FOREIGN),
+    case("other optimizers", checkpoint(changed(optimizers=dict(muon=[], adamw={}))), FOREIGN),
+]
+
+
+@pytest.mark.parametrize("spoil, variables, words", CHECKPOINTS)
+def test_checkpoints(refused, spoil, variables, words):
+    refused(spoil, variables, words)
+
+
+@pytest.mark.parametrize("content", [
+    lambda b: b"", lambda b: b[:-1], lambda b: b[:5000], lambda b: flipped(b, 999), lambda b: b"\x80\x02}q\x00." * 50,
+    lambda b: sealed(b"\x80\x02}q\x00." * 50), lambda b: sealed(b""), lambda b: sealed(b"cos\nsystem\n(S'touch owned'\ntR."),
+    lambda b: saved(SimpleNamespace(a=1))],
+    ids=["empty", "cut", "cut early", "flipped", "pickle", "sealed pickle", "sealed nothing", "code", "an object"])
+def test_damaged_and_foreign_checkpoints_are_left_out_and_nothing_in_them_runs(world, content, capsys):
+    environ = {
+    **LEAN,
+    "DATA_PATH": world.data,
+    "TOKENIZER_PATH": world.corpus.model,
+    "OUT_DIR": world.out,
+     **checkpoint(content)(world)}
+    assert train_gpt.main([], clean_environ(**environ)) == 0
+    out = capsys.readouterr().out
+    assert "step_0000002.pt is damaged and left out" in out and "resume:no checkpoint, from the beginning" in out
+    assert not (world.tmp / "owned").exists()
+
+
+# -- places that cannot be written
+
+def in_the_way(name):
+    def spoil(w):
+        (w.tmp / name).parent.mkdir(parents=True, exist_ok=True)
+        (w.tmp / name).write_bytes(b"in the way")
+        return {"OUT_DIR": w.tmp / "new"}
+    return spoil
+
+
+def taken_by_folder(name):
+    def spoil(w):
+        (w.tmp / "new" / name / "inner").mkdir(parents=True)
+        return {"OUT_DIR": w.tmp / "new"}
+    return spoil
+
+
+def disk_full(word):
+    """The disk is full when a file with `word` in its name is flushed."""
+    def spoil(w):
+        real = os.fsync
+
+        def fsync(number):
+            if word in os.readlink(f"/proc/self/fd/{number}"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(number)
+        w.patch.setattr(os, "fsync", fsync)
+    return spoil
+
+
+PLACES = [
+    case("OUT_DIR is a file", in_the_way("new"), ("OUT_DIR", "new", "cannot be written")),
+    case("OUT_DIR below a file", lambda w: (in_the_way("new")(w), {
+         "OUT_DIR": w.tmp / "new" / "deeper"})[1], ("OUT_DIR", "cannot be written")),
+    case("logs is a file", in_the_way("new/logs"), ("OUT_DIR", "logs", "cannot be written")),
+    case("OUT_DIR in /proc", words=("OUT_DIR", "/proc/nobody", "cannot be written"), OUT_DIR="/proc/nobody"),
+    case("checkpoints is a file", in_the_way("new/checkpoints"),
+         ("checkpoints", "cannot be written"), CHECKPOINT_EVERY_SECONDS=1e-6),
+    case("the artifact's name is a folder's", taken_by_folder(
+        "final_model.int6.ptz"), ("final_model.int6.ptz", "cannot be written")),
+    case("the result's name is a folder's", taken_by_folder("logs/run.json"), ("run.json", "cannot be written")),
+    case("RUN_ID too long", words=("rrr", "too long"), RUN_ID="r" * 300),
+    case("RUN_ID too long for the result alone", words=("too long",), RUN_ID="r" * 248),
+    case("the scores' name is a folder's", words=("SCORES_PATH=.",), SCORES_PATH="."),
+    case(
+    "disk full at a checkpoint",
+    disk_full("step_"),
+    ("step_0000001.pt",
+    "No space left",
+    "intact"),
+     CHECKPOINT_EVERY_SECONDS=1e-6),
+    case("disk full at the artifact", disk_full("final_model"), ("final_model.int6.ptz", "No space left", "intact")),
+]
+
+
+@pytest.mark.parametrize("spoil, variables, words", PLACES)
+def test_places(refused, spoil, variables, words):
+    refused(spoil, variables, words)
+
+
+def test_scores_that_cannot_be_kept_lose_neither_artifact_nor_result(world, capsys):
+    assert "scores.npy: cannot be written" in failed(world, capsys, dict(SCORES_PATH="/proc/nobody/scores.npy"))
+    assert train_gpt.read_artifact(
+    world.out /
+    "final_model.int6.ptz") and b"val_bpb" in (
+        world.out /
+        "logs" /
+         "run.json").read_bytes()
+
+
+def limited(bytes_):
+    """The largest file that the child may write; more fails as on a full disk (EFBIG), wherever it is written."""
+    return lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_)))
+
+
+def test_a_disk_that_fills_up_while_logging_is_said_in_words(corpus, tmp_path):
+    """Half of the source, which the log begins with, is all that the disk takes; the artifact may still fit."""
+    environ = clean_environ(**{**LEAN, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model, "OUT_DIR": tmp_path})
+    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=environ, capture_output=True, text=True,
+                          preexec_fn=limited(len(train_gpt.SHIPPED) // 2), timeout=120)
+    assert done.returncode in (0, 2) and "Traceback" not in done.stderr and "run.txt" in done.stderr
+
+
+# -- launching
+
+@pytest.fixture
+def port():
+    """A port that somebody else listens on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+LAUNCHES = [
+    (dict(RANK=1), ("RANK=1", "torchrun")), (dict(RANK=8, WORLD_SIZE=8), ("RANK=8, WORLD_SIZE=8", "unset all three")),
+    (dict(RANK=-1, WORLD_SIZE=2), ("RANK=-1", "torchrun")), (dict(WORLD_SIZE="two"), ("WORLD_SIZE=two", "torchrun")),
+    (dict(WORLD_SIZE=0), ("WORLD_SIZE=0", "torchrun")), (dict(WORLD_SIZE=""), ("WORLD_SIZE=,", "torchrun")),
+    (dict(LOCAL_RANK=-1), ("LOCAL_RANK=-1", "torchrun")),
+    (dict(WORLD_SIZE=5), ("5 ranks cannot share", "TRAIN_BATCH_TOKENS=384")),
+    (dict(WORLD_SIZE=2), ("WORLD_SIZE=2", "MASTER_ADDR", "torchrun")),
+    (dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1"), ("WORLD_SIZE=2", "MASTER_PORT", "torchrun")),
+    (dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT="many"), ("WORLD_SIZE=2", "many", "torchrun")),
+    (dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT="taken"), ("WORLD_SIZE=2", "{port}", "torchrun")),
+    (dict(DEVICE="cuda", WORLD_SIZE=1), ("DEVICE=cuda", "DEVICE=cpu")),
+]
+
+
+@pytest.mark.parametrize("variables, words", LAUNCHES,
+                         ids=["-".join(f"{k}={v}" for k, v in row[0].items()) for row in LAUNCHES])
+def test_launches(world, capsys, port, variables, words):
+    if variables.get("DEVICE") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    variables = {k: str(port) if v == "taken" else str(v) for k, v in variables.items()}
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"):
+        world.patch.delenv(name, raising=False)
+    world.patch.setattr(train_gpt.time, "sleep", lambda seconds: None)  # ranks but 0 wait before they speak
+    launch = {"RANK": "0", **variables} if "WORLD_SIZE" in variables else variables
+    for name, value in launch.items():  # the process group reads them from the process's own environment
+        world.patch.setenv(name, value)
+    error = failed(world, capsys, launch)
+    assert all(word.format(port=port) in error for word in words), error
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("argv", [["--iterations=5"], ["help"], ["--dry-run", "extra"], ["ITERATIONS=5"]], ids="-".join)
+def test_arguments(argv, capsys):
+    assert train_gpt.main(argv, {}) == 2
+    said = capsys.readouterr()
+    assert argv[-1] in said.err and "--help and --dry-run" in said.err and not said.out
+
+
+def test_the_table_is_long_enough():
+    rows = [row.id for table in (DATA, TOKENIZERS, SETTINGS, ARTIFACTS, CHECKPOINTS, PLACES) for row in table]
+    assert len(rows) + len(LAUNCHES) >= 120 and all(re.search(r"\w", row) for row in rows)

@@ -1,0 +1,571 @@
+"""Interruption: whatever ends a run, the same command with RESUME=auto goes on, and ends where the whole run would have."""
+
+import hashlib
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_gpt
+from conftest import ROOT, TINY, clean_environ
+from train_gpt import Checkpoints, Trainer, UserError
+
+# Everything that a step leaves to a later one is on; nothing depends on the clock; a checkpoint after every step.
+LEAN = dict(TINY, RUN_ID="run", WARMUP_STEPS=0, TTT_ENABLED=0, EVAL_STRIDE=0, VAL_LIMIT_TOKENS=256, SWA_ENABLED=1, SWA_EVERY=2,
+            SWA_START_FRAC=1, CHECKPOINT_EVERY_SECONDS=1e-6, GPTQ=0, GPTQ_LITE=0, CODEC="rans")
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """What a run does with signals is not left to the next one."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def job(corpus, tmp_path, capsys):
+    """job(folder, NAME=value, ...) runs the script in this process; what it left and said. The folder is under tmp_path."""
+    def run(folder="run", **variables):
+        out = tmp_path / folder
+        environ = clean_environ(**{**LEAN,
+    "DATA_PATH": corpus.folder,
+    "TOKENIZER_PATH": corpus.model,
+    "OUT_DIR": out,
+     **variables})
+        capsys.readouterr()
+        status = train_gpt.main([], environ)
+        said, artifact, result = capsys.readouterr(), out / "final_model.int6.ptz", out / "logs" / "run.json"
+        return SimpleNamespace(status=status, out=said.out, err=said.err, folder=out, checkpoints=steps_in(out), environ=environ,
+                               artifact=artifact.read_bytes() if artifact.exists() else None,
+                               result=json.loads(result.read_text()) if result.exists() else None)
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """The run that nothing interrupts, in a process of its own."""
+    process = script_process(corpus, tmp_path_factory.mktemp("whole"))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    folder = process.folder
+    return SimpleNamespace(folder=folder, out=out, artifact=(folder / "final_model.int6.ptz").read_bytes(),
+                           result=json.loads((folder / "logs" / "run.json").read_text()))
+
+
+def script_process(corpus, folder, ranks=1, **variables):
+    """The script, started; by torchrun where there are several ranks."""
+    environ = clean_environ(**{**LEAN,
+    "DATA_PATH": corpus.folder,
+    "TOKENIZER_PATH": corpus.model,
+    "OUT_DIR": folder,
+     **variables})
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                  f"--nproc_per_node={ranks}"]
+    process = subprocess.Popen([*launch, str(ROOT / "train_gpt.py")], env=environ, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.folder = folder
+    return process
+
+
+def steps_in(folder):
+    return sorted(int(p.stem[5:]) for p in (folder / "checkpoints").glob("step_*.pt") if p.stem[5:].isdigit())
+
+
+def state_of(folder, step):
+    """The checkpoint of a step, read by hand: without Checkpoints.load."""
+    content = (folder / "checkpoints" / f"step_{step:07d}.pt").read_bytes()
+    assert hashlib.sha256(content[:-32]).digest() == content[-32:]
+    return torch.load(io.BytesIO(content[:-32]), weights_only=True)
+
+
+def equal(a, b):
+    """Same structure, same bits."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def at_step(monkeypatch, number, act):
+    """Trainer.step does act(trainer) before its `number`-th call from now on (from 1)."""
+    step, calls = Trainer.step, []
+
+    def acting(trainer, *args):
+        calls.append(1)
+        if len(calls) == number:
+            act(trainer)
+        return step(trainer, *args)
+    monkeypatch.setattr(Trainer, "step", acting)
+
+
+def signal_at(monkeypatch, number, which=signal.SIGTERM):
+    at_step(monkeypatch, number, lambda trainer: os.kill(os.getpid(), which))
+
+
+# -- signals
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("every", [0, 1e-6], ids=["only-then", "every-step"])
+def test_a_signal_ends_the_run_with_its_state_and_resuming_loses_nothing(job, whole, monkeypatch, which, every):
+    """Model, momentum, moments, averages, scores, the artifact: as if nothing had been."""
+    with monkeypatch.context() as patch:
+        signal_at(patch, 3, which)
+        stopped = job(CHECKPOINT_EVERY_SECONDS=every)
+    assert stopped.status == 130 and stopped.artifact is None and stopped.checkpoints[-1] == 3
+    assert "interrupted at step 3; RESUME=auto with the same settings goes on from there" in stopped.out
+    assert "Traceback" not in stopped.err and "error" not in stopped.err
+    done = job(CHECKPOINT_EVERY_SECONDS=1e-6, RESUME="auto")
+    assert done.status == 0 and "resume:step 3 " in done.out and "step:3/6" not in done.out and "step:4/6" in done.out
+    assert done.artifact == whole.artifact and done.result["val_loss"] == whole.result["val_loss"]
+    assert done.result["ledger_sha256"] == whole.result["ledger_sha256"]
+    for step in (5, 6):
+        one, other = state_of(whole.folder, step), state_of(done.folder, step)
+        one.pop("elapsed"), other.pop("elapsed")
+        one["settings"].pop("checkpoint_every_seconds", None), other["settings"].pop("checkpoint_every_seconds", None)
+        assert equal(one, other)
+
+
+def test_every_step_is_a_place_to_stop(job, whole, monkeypatch):
+    """Stopped after each step but the last: five interruptions, one result."""
+    for step in range(1, 6):
+        with monkeypatch.context() as patch:
+            signal_at(patch, 1)
+            stopped = job(RESUME="auto")
+        assert stopped.status == 130 and stopped.checkpoints[-1] == step
+    done = job(RESUME="auto")
+    assert done.status == 0 and done.artifact == whole.artifact and done.result["val_loss"] == whole.result["val_loss"]
+
+
+def wait_for(process, words):
+    """Read the process's output until a line holds `words`; what was read."""
+    read = ""
+    for line in process.stdout:
+        read += line
+        if words in line:
+            return read
+    raise AssertionError(f"ended without {words!r}: {read[-2000:]}{process.stderr.read()[-2000:]}")
+
+
+def test_a_real_process_leaves_with_130_and_a_word(corpus, tmp_path):
+    process = script_process(corpus, tmp_path, ITERATIONS=10**6)
+    wait_for(process, "step:2/")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted at step" in out and not err
+    assert f"interrupted at step {steps_in(tmp_path)[-1]};" in (tmp_path / "logs" / "run.txt").read_text()
+
+
+def test_a_signal_to_another_rank_ends_all(tiny, tmp_path, monkeypatch):
+    """`kill` reaches one process alone; the clock's collective carries the signal of any rank."""
+    sent = []
+    rt = SimpleNamespace(rank=1, world_size=2, device=torch.device("cpu"), synchronize=lambda: None,
+                         from_rank0=lambda *values: [0.0] * len(values), sum_=lambda x: sent.append(x) or x)
+    clock = train_gpt.StepClock(rt, 0.0, lambda: signal.SIGTERM)
+    clock.read()
+    assert clock.interrupted
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_while_packing_loses_no_training(job, whole, monkeypatch, which):
+    """All steps are made, and no checkpoint is asked for: the signal waits until the artifact is on disk."""
+    default = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}[which]
+    pack = train_gpt.pack
+
+    def signalled(*args):
+        assert signal.getsignal(which) != default, "the signal would end the process here"
+        os.kill(os.getpid(), which)
+        return pack(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "pack", signalled)
+        stopped = job(CHECKPOINT_EVERY_SECONDS=0)
+    assert stopped.status == 130 and stopped.artifact == whole.artifact and "RESUME=auto" in stopped.out
+    at_step(monkeypatch, 1, lambda trainer: pytest.fail("trained again"))
+    assert job(CHECKPOINT_EVERY_SECONDS=0, RESUME="auto").status == 0
+
+
+def test_ctrl_c_while_scoring_says_so_in_words(job, monkeypatch):
+    def ended(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_gpt, "run_evaluations", ended)
+    done = job()
+    assert done.status == 130 and "RESUME=auto" in done.out + done.err
+
+
+def test_the_last_steps_signal_ends_in_words_too(job, monkeypatch):
+    """It is seen when training is over: the state is on disk, done, and the run ends as at any other step."""
+    def killed(pid, number):
+        pytest.fail(f"the process kills itself with signal {number}")
+    kill = os.kill
+    at_step(monkeypatch, 6, lambda trainer: (kill(os.getpid(), signal.SIGTERM), monkeypatch.setattr(os, "kill", killed)))
+    assert job().status == 130
+
+
+# -- checkpoints on disk
+
+def test_the_last_two_are_kept_and_hold_the_training_clock(job):
+    done = job()
+    assert done.status == 0 and done.checkpoints == [5, 6] and not list(done.folder.rglob("*.part"))
+    one, other = (state_of(done.folder, step) for step in (5, 6))
+    assert (one["step"], one["done"], other["step"], other["done"]) == (
+        5, False, 6, True) and 0 < one["elapsed"] < other["elapsed"]
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "bit":
+        content[len(content) // 2] ^= 1
+    path.write_bytes({"bit": content, "cut": content[:-100], "empty": b"", "foreign": b"PK\x03\x04" + bytes(500)}[how])
+
+
+@pytest.mark.parametrize("how", ["bit", "cut", "empty", "foreign"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(job, whole, monkeypatch, how):
+    with monkeypatch.context() as patch:
+        signal_at(patch, 4)
+        stopped = job()
+    assert stopped.checkpoints == [3, 4]
+    damage(stopped.folder / "checkpoints" / "step_0000004.pt", how)
+    done = job(RESUME="auto")
+    assert done.status == 0 and "step_0000004.pt is damaged and left out" in done.out and "resume:step 3 " in done.out
+    assert done.artifact == whole.artifact
+
+
+def test_two_damaged_checkpoints_begin_anew(job, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_at(patch, 4)
+        stopped = job()
+    for path in (stopped.folder / "checkpoints").glob("*.pt"):
+        damage(path, "cut")
+    done = job(RESUME="auto")  # its checkpoints 1 and 2 come below the damaged 3 and 4
+    assert done.status == 0 and done.out.count(
+        "is damaged and left out") == 2 and "no checkpoint, from the beginning" in done.out
+    assert done.checkpoints == [5, 6]
+
+
+@pytest.mark.parametrize("variables, named", [
+    (dict(SEED=7), "SEED=1337, not 7"), (dict(MODEL_DIM=48), "MODEL_DIM=32, not 48"), (dict(ITERATIONS=7), "ITERATIONS=6, not 7"),
+    (dict(MATRIX_LR=0.03, EMA_ENABLED=0), "MATRIX_LR=0.025, not 0.03; EMA_ENABLED=1, not 0")], ids=lambda x: None if isinstance(x, str) else "-".join(x))
+def test_other_settings_are_refused_by_name_and_nothing_changes(job, monkeypatch, variables, named):
+    with monkeypatch.context() as patch:
+        signal_at(patch, 2)
+        stopped = job()
+    before = {p: p.read_bytes() for p in (stopped.folder / "checkpoints").iterdir()}
+    refused = job(RESUME="auto", **variables)
+    names = [part.split("=")[0] for part in named.split("; ")]
+    assert refused.status == 2 and all(part in refused.err for part in named.split("; ")
+                                       ) and refused.err.count(", not ") == len(names)
+    assert "another OUT_DIR" in refused.err and "Traceback" not in refused.err and refused.artifact is None
+    assert {p: p.read_bytes() for p in (stopped.folder / "checkpoints").iterdir()} == before
+
+
+@pytest.mark.parametrize("variables", [dict(TRAIN_LOG_EVERY=1, RUN_ID="run"), dict(MICRO_BATCH_TOKENS=384), dict(EVAL_BATCH_SEQS=4),
+                                       dict(TTT_LR=0.1), dict(SCORES_PATH="scores.npy")], ids="-".join)
+def test_settings_that_change_no_weight_may_differ(job, monkeypatch, variables, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        signal_at(patch, 2)
+        job()
+    done = job(RESUME="auto", **variables)
+    assert done.status == 0 and "resume:step 2 " in done.out
+
+
+def test_other_data_is_refused(job, monkeypatch, corpus, tmp_path):
+    """Half of the steps on other tokens is no run that anybody can repeat."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "fineweb_val_000000.bin").symlink_to(corpus.folder / "fineweb_val_000000.bin")
+    (other / "fineweb_train_000000.bin").symlink_to(corpus.folder / "fineweb_train_000001.bin")
+    with monkeypatch.context() as patch:
+        signal_at(patch, 2)
+        job()
+    assert job(RESUME="auto", DATA_PATH=other).status == 2
+
+
+def test_without_resume_the_beginning_is_the_beginning(job, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_at(patch, 2)
+        job()
+    done = job()
+    assert done.status == 0 and "resume:" not in done.out and "step:1/6" in done.out
+
+
+def test_a_new_run_over_an_older_one_keeps_its_own_checkpoints(job, monkeypatch):
+    """The older one got further. What is resumed later must be the new one."""
+    assert job().checkpoints == [5, 6]
+    with monkeypatch.context() as patch:
+        signal_at(patch, 3)
+        again = job(SEED=7)
+    assert again.status == 130 and 3 in again.checkpoints
+    done = job(SEED=7, RESUME="auto")
+    assert done.status == 0 and "resume:step 3 " in done.out
+
+
+def test_files_that_are_not_ours_are_left_alone(job, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "step_best.pt").write_bytes(b"a copy that somebody keeps")
+    assert job().status == 0 and (folder / "step_best.pt").exists()
+
+
+def test_what_a_kill_left_half_written_is_removed(job, monkeypatch, tmp_path):
+    """A part of a checkpoint is as large as one; nobody else would delete it. That of a living process is left."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          capture_output=True, text=True).stdout.strip()
+    for name in (f"checkpoints/.step_0000002.pt.{dead}.part", f".final_model.int6.ptz.{dead}.part"):
+        (tmp_path / "run" / name).write_bytes(b"half")
+    assert job(RESUME="auto").status == 0
+    assert not list((tmp_path / "run").rglob("*.part"))
+
+
+# -- after training
+
+def test_a_finished_artifact_goes_straight_to_its_evaluation(job, whole, monkeypatch):
+    """Killed while it was scored: nothing is trained again, and every target is scored anew."""
+    def dead(*args):
+        raise MemoryError
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "run_evaluations", dead)
+        with pytest.raises(MemoryError):
+            job("killed")
+    at_step(monkeypatch, 1, lambda trainer: pytest.fail("trained again"))
+    ledgers, book = [], train_gpt.ScoreLedger
+
+    def opened(tokens):
+        ledgers.append(book(tokens))
+        assert ledgers[-1].scored == 0
+        return ledgers[-1]
+    monkeypatch.setattr(train_gpt, "ScoreLedger", opened)
+    again = job("killed", RESUME="auto")
+    assert again.status == 0 and "is finished, on to its evaluation" in again.out
+    assert again.artifact == whole.artifact and again.result["ledger_sha256"] == whole.result["ledger_sha256"]
+    assert again.result["steps"] == 6 and again.result["train_seconds"] > 0 and len(ledgers) == 1
+    assert again.result["val_loss"] == {k: v for k, v in whole.result["val_loss"].items() if k != "float"}
+
+
+@pytest.mark.parametrize("change", ["other settings", "another artifact", "damaged note", "no artifact"])
+def test_an_artifact_that_is_not_this_runs_is_made_again(job, change):
+    first = job()
+    note, artifact = first.folder / "checkpoints" / "exported.json", first.folder / "final_model.int6.ptz"
+    if change == "another artifact":
+        artifact.write_bytes(b"foreign")
+    elif change == "no artifact":
+        artifact.unlink()
+    elif change == "damaged note":
+        note.write_text(note.read_text()[:-20])
+    again = job(RESUME="auto", **dict(PRUNE_FRAC=0.5) if change == "other settings" else {})
+    if change == "other settings":
+        assert again.status == 2 and "PRUNE_FRAC=0.0, not 0.5" in again.err and again.artifact == first.artifact
+    else:
+        assert again.status == 0 and "is finished" not in again.out and "resume:step 6" in again.out and again.artifact == first.artifact
+
+
+# -- what is not finite
+
+def nan_loss(trainer):
+    """From here on the next pass of this trainer ends in a loss that is not a number."""
+    forward = trainer.forward
+
+    def broken(x, y, fake_quant):
+        trainer.forward = forward
+        return forward(x, y, fake_quant) * float("nan")
+    trainer.forward = broken
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rank_and_the_checkpoint_kept(job, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, nan_loss)
+        stopped = job()
+    assert stopped.status == 2 and "step 4, rank 0: train_loss nan" in stopped.err and "NONFINITE=skip" in stopped.err
+    assert "MATRIX_LR=0.025" in stopped.err and "Traceback" not in stopped.err
+    assert stopped.checkpoints == [2, 3] and stopped.artifact is None
+    assert all(torch.isfinite(p).all() for p in state_of(stopped.folder, 3)["model"])
+    assert job(RESUME="auto").artifact == whole.artifact, "the cause gone, the run goes on"
+
+
+def test_a_gradient_that_is_not_finite_names_its_group(job, monkeypatch):
+    def poison(trainer):
+        name, p = next((n, p) for n, p in trainer.model.named_parameters() if train_gpt.kind_of(n) == "hashed")
+        p.register_hook(lambda g: g * float("inf"))
+    at_step(monkeypatch, 2, poison)
+    stopped = job()
+    said = stopped.err.partition(": training diverged")[0]
+    assert stopped.status == 2 and "step 2, rank 0" in said and "hashed" in said
+    assert not any(kind in said for kind in ("mlp", "attn", "table", "proj")), "and no group that is innocent"
+
+
+def test_skip_leaves_the_step_out_and_goes_on(job, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, nan_loss)
+        done = job(NONFINITE="skip")
+    assert done.status == 0 and "nonfinite:skipped step 4, rank 0: train_loss nan" in done.out and done.out.count(
+        "nonfinite:") == 1
+    assert "step:6/6" in done.out and done.result["steps"] == 6
+
+
+def test_skip_changes_neither_weights_nor_optimizers(job, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, nan_loss)
+        signal_at(patch, 4)
+        done = job(NONFINITE="skip")
+    before, after = (state_of(done.folder, step) for step in (3, 4))
+    assert equal(before["model"], after["model"]) and equal(before["optimizers"]["muon"], after["optimizers"]["muon"])
+    assert equal(before["optimizers"]["adamw"]["state"], after["optimizers"]["adamw"]["state"])
+
+
+def test_weights_that_are_not_finite_end_the_run(job):
+    stopped = job(SCALAR_LR=9e18, GRAD_CLIP_NORM=0)
+    assert stopped.status == 2 and "SCALAR_LR=9e+18" in stopped.err and "not finite" in stopped.err and "Traceback" not in stopped.err
+    assert stopped.artifact is None
+
+
+def test_a_run_that_skips_every_step_ends_in_words(job):
+    """Weights of 1e18 are finite, and no step from them is: all are skipped, and nothing can be scored."""
+    stopped = job(SCALAR_LR=9e18, GRAD_CLIP_NORM=0, NONFINITE="skip")
+    assert stopped.status == 2 and "scored nan" in stopped.err and stopped.artifact is None
+
+
+def test_no_checkpoint_is_written_of_weights_that_are_not_finite(job, monkeypatch, tmp_path):
+    """On a GPU most steps are not looked at; the two checkpoints from before must not give way to two of them."""
+    source, cpu = (ROOT / "train_gpt.py").read_text(), 'if rt.device.type == "cpu" or s.nonfinite'
+    assert source.count(cpu) == 1
+    (tmp_path / "as_on_a_gpu.py").write_text(source.replace(cpu, "if s.nonfinite"))
+    monkeypatch.syspath_prepend(tmp_path)
+    script = importlib.import_module("as_on_a_gpu")
+    monkeypatch.setitem(globals(), "train_gpt", script)
+    monkeypatch.setitem(globals(), "Trainer", script.Trainer)
+    at_step(monkeypatch, 13, nan_loss)
+    stopped = job(ITERATIONS=20)
+    assert stopped.status == 2 and "not finite" in stopped.err and stopped.checkpoints == [11, 12]
+
+
+# -- the clock
+
+def test_no_step_begins_after_the_cap_because_a_checkpoint_took_long(job, monkeypatch):
+    write = train_gpt.write_whole
+
+    def slow(path, content):
+        time.sleep(1.5 if path.name.startswith("step_") else 0)
+        write(path, content)
+    monkeypatch.setattr(train_gpt, "write_whole", slow)
+    steps, real = [], Trainer.step
+
+    def timed(trainer, *args):
+        steps.append(time.perf_counter())
+        return real(trainer, *args)
+    monkeypatch.setattr(Trainer, "step", timed)
+    done = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=2, CHECKPOINT_EVERY_SECONDS=1)
+    assert done.status == 0 and steps[-1] - steps[0] < 2, "what it took is training's"
+
+
+def test_the_clock_goes_on_where_it_stood(job, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_at(patch, 5)
+        at_step(patch, 3, lambda trainer: time.sleep(1))
+        stopped = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=3)
+    spent = state_of(stopped.folder, 5)["elapsed"]
+    done = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=3, RESUME="auto")
+    assert stopped.status == 130 and spent > 1000 and done.status == 0 and spent / 1000 < done.result["train_seconds"] < 3.5
+
+
+# -- several ranks
+
+@pytest.mark.parametrize("one, other", [(1, 2), (2, 1), (2, 3), (3, 2), (1, 4)])
+def test_momentum_of_one_number_of_ranks_is_that_of_another(one, other):
+    """Three matrices, so that every number but 1 and 3 pads: gathered from `one` rank's shares, given to `other`'s."""
+    params = [torch.nn.Parameter(torch.zeros(4, 2)) for _ in range(3)]
+
+    def groups(world_size):
+        return [train_gpt.MuonGroup(params, SimpleNamespace(world_size=world_size, rank=rank)) for rank in range(world_size)]
+
+    def gathered(ranks):
+        for group in ranks:
+            group.rt.all_gather = lambda own: torch.cat([g.momentum for g in ranks])
+        return ranks[0].whole_momentum()
+    whole, ranks, others = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)), groups(one), groups(other)
+    for group in ranks:
+        group.take_momentum(whole)
+    for group in others:
+        group.take_momentum(gathered(ranks))
+    assert torch.equal(gathered(others), whole) and sum(g.momentum.size(0) for g in others) >= 3
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_goes_on_with_equal_losses(corpus, tmp_path):
+    """One rank stops, two go on and stop (SIGTERM to torchrun), one finishes: as one rank from beginning to end."""
+    def run(name, ranks, stop=0, **variables):
+        process = script_process(
+    corpus,
+    tmp_path / name,
+    ranks,
+    TRAIN_LOG_EVERY=1,
+    ITERATIONS=40,
+    WARMDOWN_ITERS=20,
+     **variables)
+        read = ""
+        if stop:
+            read = wait_for(process, f"step:{stop}/")
+            process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, read + out, err
+    assert run("whole", 1)[0] == 0
+    assert run("parts", 1, stop=8)[0] == 130
+    first = steps_in(tmp_path / "parts")[-1]
+    status, out, _ = run("parts", 2, stop=first + 8, RESUME="auto")
+    second = steps_in(tmp_path / "parts")[-1]
+    assert status and 8 <= first < second < 40 and f"resume:step {first} " in out and "interrupted at step" in out
+    status, out, err = run("parts", 1, RESUME="auto")
+    assert status == 0 and f"resume:step {second} " in out, err[-2000:]
+    one, other = (json.loads((tmp_path / name / "logs" / "run.json").read_text())["val_loss"] for name in ("whole", "parts"))
+    assert other["float"] == pytest.approx(one["float"], abs=1e-5) and other["int8"] == pytest.approx(one["int8"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_dead_rank_ends_the_others_and_is_named(corpus, tmp_path):
+    process = script_process(corpus, tmp_path, 2, ITERATIONS=10**6)
+    watchdog = threading.Timer(100, process.kill)
+    watchdog.start()
+    try:
+        wait_for(process, "step:5/")
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)],
+                                  capture_output=True, text=True).stdout.split()
+        [victim] = [pid for pid in children if b"\0RANK=1\0" in b"\0" + open(f"/proc/{pid}/environ", "rb").read()]
+        os.kill(int(victim), signal.SIGKILL)
+        killed = time.monotonic()
+        _, err = process.communicate(timeout=100)
+    finally:
+        watchdog.cancel()
+    assert time.monotonic() - killed < 60 and process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in err and "rank      : 1" in err
+    for pid in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+    step = steps_in(tmp_path)[-1]
+    assert state_of(tmp_path, step)["step"] == step, "what was saved before is whole"
+
+
+def test_the_rank_whose_loss_is_not_finite_is_the_one_named(tiny):
+    """Rank 0 speaks, of the rank that it was: rank 1's loss is bad, rank 0's is not."""
+    s, said = tiny(), []
+    model = torch.nn.Linear(1, 1)
+    rt = SimpleNamespace(rank=0, world_size=2, log=said.append, device=torch.device("cpu"),
+                         sum_=lambda x: x + (torch.tensor([0.0, float("nan")]) if x.numel() == 2 else 1.0),
+                         all_gather=lambda x: torch.cat([x, torch.full_like(x, float("nan"))]))
+    trainer = SimpleNamespace(s=s, rt=rt, model=model, optimizers=SimpleNamespace(squares={}))
+    with pytest.raises(UserError) as stopped:
+        Trainer._check_finite(trainer, torch.tensor(5.0), torch.tensor(float("nan")), 7)
+    assert "step 7, rank 1" in str(stopped.value)
