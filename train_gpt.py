@@ -2441,7 +2441,8 @@ class Checkpoints:
 
     def _sweep(self):
         """Remove what processes that are gone have left half written."""
-        for part in [*self.folder.glob(".*.part"), *self.folder.parent.glob(".*.part")]:
+        out = self.folder.parent
+        for part in [p for folder in (self.folder, out, out / "logs") for p in folder.glob(".*.part")]:
             with contextlib.suppress(ValueError, OSError):
                 try:
                     os.kill(int(part.name.split(".")[-2]), 0)
@@ -2459,7 +2460,7 @@ class Checkpoints:
             raise Interrupted(f"interrupted; {path} is whole: the same command with RESUME=auto scores it")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, leave)
-        if self.signal:
+        if self.rt.sum_(torch.tensor(float(bool(self.signal)))):
             leave()
 
     def key(self):
@@ -2473,21 +2474,25 @@ class Checkpoints:
         return sorted((p for p in self.folder.glob("step_" + "[0-9]" * 7 + ".pt") if p.is_file()), reverse=True)
 
     def save(self, state, elapsed):
-        """Write the state; keep it and the one before. Raises UserError where the disk does not take it, or a weight is not
-        finite."""
+        """Write the state; keep it and the one before. Returns why it could not be written, or "". Raises UserError where a
+        weight is not finite."""
         if not all(torch.isfinite(p).all() for p in state["model"]):
             raise UserError(f"step {state['step']}: weights are not finite, and no checkpoint is made of them: training diverged; "
                             f"lower MATRIX_LR={self.s.matrix_lr}, or set NONFINITE=skip and RESUME=auto")
+        problem = ""
         if self.rt.rank == 0:
             buffer = io.BytesIO()
             torch.save(dict(state, elapsed=elapsed, settings=self.key()), buffer)
             path = self.folder / f"step_{state['step']:07d}.pt"
-            write_whole(path, buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest())
-            self.kept = [*(p for p in self.kept if p != path), path][-2:]
-            for old in set(self.paths()) - set(self.kept):
-                old.unlink(missing_ok=True)
-            self.rt.log(f"checkpoint:step {state['step']} {path} {path.stat().st_size} bytes")
-        self.rt.from_rank0(0.0)  # the others wait
+            try:
+                write_whole(path, buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest())
+                self.kept = [*(p for p in self.kept if p != path), path][-2:]
+                for old in set(self.paths()) - set(self.kept):
+                    old.unlink(missing_ok=True)
+                self.rt.log(f"checkpoint:step {state['step']} {path} {path.stat().st_size} bytes")
+            except UserError as error:
+                problem = str(error)
+        return problem or "rank 0 could not write it" if self.rt.from_rank0(float(bool(problem))) else ""
 
     def _read(self, path):
         """The state in a file. Raises ValueError and the like where it is damaged."""
@@ -2530,7 +2535,10 @@ class Checkpoints:
                 return kept["trained"] if {k: kept[k] for k in now} == now else None
         except (OSError, ValueError, LookupError, TypeError):
             return None
-        return write_whole(note, json.dumps(dict(now, trained=trained)).encode())
+        try:
+            write_whole(note, json.dumps(dict(now, trained=trained)).encode())
+        except UserError as problem:
+            self.rt.log(f"checkpoint:no note of the export: {problem}")
 
 
 class Trainer:
@@ -2589,8 +2597,14 @@ class Trainer:
         clock = StepClock(rt, elapsed, lambda: checkpoints.signal)
 
         def save(done):
-            checkpoints.save(dict(step=step, quantizing=quantizing, done=done, model=[p.detach() for p in self.model.parameters()],
-                                  optimizers=self.optimizers.state(), averages=averages.state()), elapsed)
+            """Without room on the disk training goes on, unless it is to end here."""
+            weights = [p.detach() for p in self.model.parameters()]
+            problem = checkpoints.save(dict(step=step, quantizing=quantizing, done=done, model=weights, averages=averages.state(),
+                                            optimizers=self.optimizers.state()), elapsed)
+            if problem and clock.interrupted:
+                raise UserError(f"interrupted at step {step}, and the state could not be kept: {problem}")
+            if problem:
+                rt.log(f"checkpoint:none at step {step}: {problem}")
 
         while not done:
             elapsed = clock.read() if step else 0.0
@@ -2671,7 +2685,8 @@ class Trainer:
         """Calibration, and the milliseconds of it that are training's.
 
         On the training rows that would have come next, no longer than GPTQ_RESERVE_SECONDS allows; or on text that the model
-        writes itself, which is not training.
+        writes itself, which is not training. Passes are of 8 rows; where a rank's share of a batch is no multiple of that, the
+        steps depend a little on the number of ranks.
         """
         s, rt = self.s, self.rt
         rt.synchronize()
@@ -2824,8 +2839,9 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
         try:
             state = dict(model.named_parameters())
             content = pack(state, s, s.artifact_budget_bytes - len(SHIPPED), rt.log, calibration)
+            tensors = decode_artifact(content)[1]  # what cannot be read is not written
             write_whole(path, content)
-            for line, console in error_report(state, decode_artifact(content)[1], calibration.hessians if calibration else None):
+            for line, console in error_report(state, tensors, calibration.hessians if calibration else None):
                 rt.log(line, console)
         except UserError as error:
             problem = str(error)
@@ -2926,7 +2942,7 @@ def main(argv, environ):
         print(help_text() if not unknown else f"{' '.join(unknown)}: settings are environment variables; "
               "the only flags are --help and --dry-run", file=sys.stderr if unknown else sys.stdout)
         return 2 if unknown else 0
-    rt = None
+    rt, handlers = None, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         ranks = launched_ranks(environ)
         artifact = environ.get("EVAL_ONLY", "").strip()
@@ -2950,11 +2966,14 @@ def main(argv, environ):
         rt.log(said) if rt else print(said)
         return 130
     except (UserError, LedgerError) as problem:
-        rank = rt.rank if rt else int(environ.get("RANK", 0) if environ.get("RANK", "0").isdigit() else 0)
+        rank = rt.rank if rt else int(environ.get("RANK", 0) if environ.get("RANK", "0").isdecimal() else 0)
         if rank:  # what all ranks met is said once, by rank 0, whose end also ends the others
             time.sleep(5)
         print(f"error{f' on rank {rank}' if rank else ''}: {problem}", file=sys.stderr, flush=True)
         return 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import hypothesis
-import numpy as np
-import pytest
-import sentencepiece
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite runs in two processes, which must not fight for cores
+
+import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import sentencepiece  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,6 +33,15 @@ TINY = dict(VOCAB_SIZE=VOCAB, DEVICE="cpu", TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS
             TTT_CHUNK_TOKENS=96, TTT_BATCH_SEQS=16, TTT_EPOCHS=2, TTT_LR=0.05)
 WORDS = ("river stone quiet lamp orchard winter copper signal harbor meadow paper engine violet thunder basket garden mirror "
          "candle forest bridge window silver ocean timber castle rocket planet hollow ribbon marble café naïve 北京").split()
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """What a run does with signals is not left to the next test, nor to the processes that it starts."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def clean_environ(**variables):

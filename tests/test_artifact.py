@@ -162,11 +162,11 @@ def test_codes_that_are_damaged_are_refused_or_have_the_right_shapes(codec):
 def test_rows_and_columns_of_different_spread_take_less_than_their_order_0_entropy():
     """What the contexts are for; where all codes are alike they must not cost much."""
     rng = np.random.default_rng(0)
-    for spread, most in ((0.0, 1.02), (0.6, 0.95)):
+    for spread, most in ((0.0, 1.005), (0.6, 0.93)):  # by rows alone it would be 0.98
         scale = 6 * np.exp(spread * rng.standard_normal((600, 1))) * np.exp(spread * rng.standard_normal((1, 500)))
         block = np.clip(np.rint(scale * rng.standard_normal((600, 500))), -127, 127).astype(np.int8)
         share = np.unique(block, return_counts=True)[1] / block.size
-        assert len(encode_codes("rans", [block])) < most * -(share * np.log2(share)).sum() * block.size / 8 + 8000
+        assert len(encode_codes("rans", [block])) < most * -(share * np.log2(share)).sum() * block.size / 8 + 4 * RANS_LANES
 
 
 # -- round trip ------------------------------------------------------------------------------------------------------
@@ -597,6 +597,15 @@ def test_codes_and_tables_that_are_bombs_cost_no_memory(good, codec):
     bomb = train_gpt.zstd().ZstdCompressor().compress(bytes(1 << 24)) if codec == "zstd" else train_gpt.squeeze(bytes(1 << 24))
     bomb = struct.pack("<I", len(bomb)) + bomb if codec == "rans" else bomb
     refused(put_together(index, side, bomb, dict(codec=codec)), 1 << 23)
+
+
+def test_codes_that_cost_no_bits_are_not_taken_without_bound():
+    """A symbol of frequency one takes no space: a file of some kilobytes could stand for any number of weights."""
+    shape = (1200, 1200)
+    zeros = Quantized(6, torch.zeros(shape, dtype=torch.int8), torch.ones(1200), torch.ones(1200), shape=shape)
+    content = encode_artifact({"a": zeros}, Settings(), "rans")
+    assert train_gpt.MOST_WEIGHTS_PER_BYTE * len(content) < 1200 * 1200
+    refused(content, 1 << 20)
 
 
 def test_an_index_made_of_a_million_lists_is_refused_unread():

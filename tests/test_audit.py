@@ -38,7 +38,7 @@ def run(corpus, artifact, tmp_path, capsys):
     """run(script, NAME=value, ...) → (exit status, {condition: sentences that failed}, everything said)."""
     def go(script=SCRIPT, *flags, path=artifact, **variables):
         (tmp_path / "train_gpt.py").write_bytes(script if isinstance(script, bytes) else script.encode())
-        environ = {"DEVICE": "cpu", "DATA_PATH": str(corpus.folder), "TOKENIZER_PATH": str(corpus.model),
+        environ = {"DEVICE": "cpu", "EVAL_ATTENTION": "window", "DATA_PATH": str(corpus.folder), "TOKENIZER_PATH": str(corpus.model),
                    **{k: str(v) for k, v in variables.items()}}
         status = audit.main([str(path), "--script", str(tmp_path / "train_gpt.py"), *flags], environ)
         out, err = capsys.readouterr()

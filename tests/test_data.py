@@ -142,9 +142,9 @@ def test_validation_limit_keeps_the_beginning(tiny, folder):
 def test_validation_shorter_than_a_row_is_refused(tiny, tmp_path, count, window):
     write_shard(tmp_path / "fineweb_val_000000.bin", range(count))
     with pytest.raises(UserError, match=rf"{tmp_path}: {count} validation tokens, a row needs {64 if window else 32} \+ 1"):
-        load_validation(tiny(DATA_PATH=tmp_path, EVAL_SEQ_LEN=window))
+        load_validation(tiny(DATA_PATH=tmp_path, EVAL_SEQ_LEN=window, TTT_ENABLED=0))
     write_shard(tmp_path / "fineweb_val_000001.bin", range(65 - count))
-    load_validation(tiny(DATA_PATH=tmp_path, EVAL_SEQ_LEN=window))
+    load_validation(tiny(DATA_PATH=tmp_path, EVAL_SEQ_LEN=window, TTT_ENABLED=0))
 
 
 def test_foreign_validation_token_is_named(tiny, tmp_path):

@@ -316,7 +316,7 @@ sys.exit(train_gpt.main(sys.argv[1:], os.environ))
 # gradient until the 30th loss differs by 1.6e-5, and rounding to six bits then makes 3e-4 of it in the score. Two rows a pass, on
 # any of these ranks: calibration squares the gradient of each pass, so what a pass holds is part of the result.
 FIFTY = dict(PRECISION="fp32", ITERATIONS=50, TRAIN_LOG_EVERY=1, WARMDOWN_ITERS=25, LATE_QAT_THRESHOLD=0, VAL_LOSS_EVERY=20,
-             MATRIX_LR=0.01, SCALAR_LR=0.01, TIED_EMBED_LR=0.01, MICRO_BATCH_TOKENS=64)
+             MATRIX_LR=0.01, SCALAR_LR=0.01, TIED_EMBED_LR=0.01, MICRO_BATCH_TOKENS=64, GPTQ_BATCHES=2)
 
 
 @pytest.fixture(scope="module")

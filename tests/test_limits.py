@@ -88,7 +88,6 @@ def test_what_went_before_the_evaluation_counts(tiny):
     assert 136 < clock.now <= 140
 
 
-@pytest.mark.xfail(strict=True, reason="without time for an epoch of every chunk none is adapted to")
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_time_for_one_epoch_of_some_chunks_is_used(tiny, plan):
     """44 s hold the warm-up and six epochs, 6 s each, of the ten that every chunk once would take."""

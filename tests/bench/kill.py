@@ -1,11 +1,12 @@
 """Kill a run at random moments and at the worst ones, resume it until it ends, and compare with a run that nobody disturbed.
 
-    python tests/bench/kill.py > tests/bench/results/kill.txt        one process: ten random moments, eleven chosen ones, a chain of ten
-    python tests/bench/kill.py --ranks 2 --kills 3                   two gloo ranks under torchrun, fewer moments
+    python tests/bench/kill.py                          one process: ten random moments, eleven chosen ones, a chain of ten
+    python tests/bench/kill.py --ranks 2 --kills 3      two gloo ranks under torchrun, fewer moments
 
-Every death is SIGKILL: nothing is flushed, nothing is tidied up. After each one every checkpoint, artifact, note and result on disk
-must read whole (*.part are what a kill leaves). At the end losses, scores of every target and the artifact's bytes must be those
-of the undisturbed run. Needs the demo's data: python data/build_dataset.py --demo. Exit status 1 where anything differs.
+Every death is SIGKILL: nothing is flushed, nothing is tidied up. After each one every checkpoint, artifact, note and result
+on disk must read whole (*.part are what a kill leaves; the next run removes them). At the end losses, scores of every target
+and the artifact's bytes must be those of the undisturbed run. Needs the demo's data: python data/build_dataset.py --demo.
+Exit status 1 where anything differs.
 """
 import argparse
 import hashlib
@@ -22,12 +23,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-RUN = dict(PRESET="demo", DEVICE="cpu", RUN_ID="run", MODEL_DIM=64, TRAIN_SEQ_LEN=128, TRAIN_BATCH_TOKENS=1024, BIGRAM_VOCAB_SIZE=512,
+RUN = dict(PRESET="demo", DEVICE="cpu", RUN_ID="run", MODEL_DIM=64, TRAIN_SEQ_LEN=128, TRAIN_BATCH_TOKENS=1024,
+           BIGRAM_VOCAB_SIZE=512,
            TRIGRAM_VOCAB_SIZE=512, BIGRAM_DIM=32, TRIGRAM_DIM=32, VE_DIM=32, ITERATIONS=60, WARMDOWN_ITERS=30, WARMUP_STEPS=1,
            MAX_WALLCLOCK_SECONDS=0, CHECKPOINT_EVERY_SECONDS=0.1, SWA_ENABLED=1, SWA_EVERY=5, GPTQ=1, GPTQ_BATCHES=2,
            VAL_LIMIT_TOKENS=8192, TTT_CHUNK_TOKENS=2048, RESUME="auto", OMP_NUM_THREADS=1)
 # (which file, how many of them before it, where in write_whole): moments too short to be hit by chance.
-MOMENTS = [("step_", 0, "written"), ("step_", 2, "synced"), ("step_", 2, "replaced"), ("step_", 5, "written"), ("final_model", 0, "written"),
+MOMENTS = [("step_", 0, "written"), ("step_", 2, "synced"), ("step_", 2, "replaced"), ("step_", 5, "written"),
+           ("final_model", 0, "written"),
            ("final_model", 0, "synced"), ("final_model", 0, "replaced"), ("exported", 0, "synced"), ("exported", 0, "replaced"),
            ("run.json", 0, "synced"), ("run.json", 0, "replaced")]
 
@@ -62,12 +65,13 @@ def child(moment):
 def start(folder, ranks, moment=""):
     """The run in `folder`, resumed where there is something, in a process group of its own."""
     environ = {**os.environ, **{k: str(v) for k, v in RUN.items()}, "OUT_DIR": str(folder),
-                                       "SCORES_PATH": str(folder / "scores.npy")}
+               "SCORES_PATH": str(folder / "scores.npy")}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
+              f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
     what = [__file__, "--child", moment] if moment else [str(ROOT / "train_gpt.py")]
     folder.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen([*launch, *map(str, what)], env=environ, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
+    return subprocess.Popen([*launch, *map(str, what)], env=environ, cwd=ROOT, start_new_session=True,
+                            stdout=subprocess.DEVNULL,
                             stderr=open(folder / "stderr.txt", "w"))
 
 
@@ -112,7 +116,8 @@ def phase(folder):
     log = folder / "logs" / "run.txt"
     lines = log.read_text(errors="replace").splitlines()[-1:] if log.exists() else []
     steps = [p.stem for p in sorted(folder.glob("checkpoints/step_*.pt"))]
-    return f"{' '.join(steps) or 'no checkpoint'}; {'artifact' if list(folder.glob('*.ptz')) else 'no artifact'}; log: {''.join(lines)[:50]!r}"
+    artifact = "artifact" if list(folder.glob("*.ptz")) else "no artifact"
+    return f"{' '.join(steps) or 'no checkpoint'}; {artifact}; log: {''.join(lines)[:30]!r}"
 
 
 def finish(folder, ranks):
@@ -127,7 +132,8 @@ def report(label, folder, expected, trouble):
     got = {} if trouble else outcome(folder)
     trouble = trouble or "; ".join(f"{k} {got[k]}, not {v}" for k, v in expected.items() if got[k] != v)
     parts = len(list(folder.rglob("*.part")))
-    print(f"{'DIFFERS' if trouble else 'equal  '} {label}; left over: {parts} .part{'; ' + trouble if trouble else ''}", flush=True)
+    verdict = "DIFFERS" if trouble else "equal  "
+    print(f"{verdict} {label}; left over: {parts} .part{'; ' if trouble else ''}{trouble}", flush=True)
     return not trouble
 
 
@@ -166,13 +172,8 @@ def main():
         for i in range(arguments.kills):  # spread over what follows the imports, a random moment in each part
             at = seconds * (0.3 + 0.7 * (i + random.random()) / arguments.kills)
             said, trouble = struck(root / f"random {i}", ranks, at)
-            good &= report(
-    f"killed after {said}",
-    root / f"random {i}",
-    expected,
-    trouble or finish(
-        root / f"random {i}",
-         ranks))
+            good &= report(f"killed after {said}", root / f"random {i}", expected,
+                           trouble or finish(root / f"random {i}", ranks))
         for i, (name, before, where) in enumerate(MOMENTS[:: 3 if ranks > 1 else 1]):  # torchrun takes its time
             said, trouble = struck(root / f"moment {i}", ranks, moment=f"{name}:{before}:{where}")
             good &= report(f"killed at {name} number {before + 1}, {where}: {said}", root / f"moment {i}", expected,
