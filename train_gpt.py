@@ -2702,6 +2702,7 @@ class Trainer:
                         else write_rows(self.model, s, end - begin, s.seed + rt.rank))
                 for part in rows.split(min(self.micro_rows, 8)):  # small passes: eager, and their gradients are what is counted
                     passes += 1
+                    rt.synchronize()  # what was asked for so far is done when the clock is read
                     if limit < math.inf and rt.from_rank0(time.perf_counter() - started) > limit and passes > 1:
                         rt.log(f"gptq_calibration:stopped after {limit:.1f} s of GPTQ_RESERVE_SECONDS={s.gptq_reserve_seconds:g}")
                         return
