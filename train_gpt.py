@@ -92,7 +92,7 @@ class Settings:
                            off="empty")
 
     checkpoint_every_seconds: float = run(0.0, "s", "of training between checkpoints in OUT_DIR/checkpoints; SIGTERM and "
-                                          "Ctrl-C write one in any case", off="0", low=0)
+                                          "Ctrl-C write one in any case, until the last step", off="0", low=0)
     resume: str = run("", "name", "auto: go on from the last whole checkpoint or artifact of OUT_DIR, if any", off="empty",
                       choices=("", "auto"))
     nonfinite: str = run("stop", "name", "at a gradient that is not finite; skip leaves that step out and waits for the GPU at "
@@ -220,7 +220,7 @@ class Settings:
                                        low=1)
 
     eval_seq_len: int = evaluation(0, "tokens", "length of a scoring window", off="0: TRAIN_SEQ_LEN", low=0)
-    eval_stride: int = evaluation(64, "tokens", "scored per sliding window", off="0: nothing with full context", low=0)
+    eval_stride: int = evaluation(64, "tokens", "scored per sliding window; banded scoring reads only if it is 0", off="0: nothing with full context", low=0)
     # Sliding windows read every token 32 times; banded scoring once or twice, for the same score or a better one.
     eval_attention: str = evaluation("banded", "name", "window: EVAL_STRIDE tokens per pass; banded: a long segment per "
                                      "pass, each layer seeing the last EVAL_SEQ_LEN keys", choices=("window", "banded"))
@@ -1164,7 +1164,7 @@ class HashEmbedding(nn.Module):
         last, T = self.table.size(0) - 1, tokens_BT.size(1)
         reach = self.order - 1
         terms = [factor * tokens_BT[:, reach - back: T - back] for back, factor in enumerate(self.FACTORS[: self.order])]
-        return F.pad(functools.reduce(torch.bitwise_xor, terms) % last, (reach, 0), value=last)
+        return F.pad(functools.reduce(torch.bitwise_xor, terms) % last, (reach, 0), value=last)[:, -T:]
 
     def forward(self, tokens_BT, dtype):
         return linear(F.embedding(self.buckets(tokens_BT), self.table).to(dtype), self.proj) * self.scale.to(dtype)
@@ -1593,9 +1593,17 @@ def gptq_codes(w_RC, steps_R, bits, hessian_CC, s, block=128):
     hessian, w = hessian_CC.double(), w_RC.double()
     diagonal = hessian.diagonal().clone()
     order = diagonal.argsort(descending=True) if s.gptq_act_order else torch.arange(len(diagonal), device=w.device)
-    hessian = hessian + torch.diag(torch.where(diagonal > 0, 0.0, 1.0) + s.gptq_damp * diagonal.mean())
-    w, hessian = w[:, order], hessian[order][:, order]
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    hessian = hessian + torch.diag(torch.where(diagonal > 0, 0.0, 1.0))
+    w, hessian, damp = w[:, order], hessian[order][:, order], s.gptq_damp
+    while True:
+        try:
+            damped = hessian + damp * diagonal.mean() * torch.eye(len(diagonal), dtype=w.dtype, device=w.device)
+            factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+            break
+        except torch.linalg.LinAlgError:  # few calibration rows: more damping, at last as good as none compensated
+            damp *= 10
+            if not damp < 1e6:
+                raise
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     for begin in range(0, w.size(1), block):
         end = min(begin + block, w.size(1))
@@ -1658,7 +1666,8 @@ def calibrate(model, batches_of_rows, rt):
         nll.sum().backward()
         for name, p in model.named_parameters():
             if kind_of(name) != "control":
-                square, (by_row, by_column) = p.grad.float().square(), energies.get(name, (0, 0))
+                shared = len(range(int(name.split(".")[1]), model.s.num_layers, model.s.cores)) if name.startswith("cores.") else 1
+                square, (by_row, by_column) = (shared * p.grad.float()).square(), energies.get(name, (0, 0))  # the sum over its blocks
                 energies[name] = (by_row + square.mean(1), by_column + square.mean(0))
             p.grad = None
     missing = set(recorder.names.values()) - set(recorder.sums)
@@ -1711,7 +1720,7 @@ def step_weights(w_RC, energies):
     mean = energies[0].mean().clamp_min(1e-30)
     rows, columns = ((e / e.mean().clamp_min(1e-30) + 1e-3) ** -0.25 for e in energies)
     rows, columns = (x / x.log().mean().exp() for x in (rows, columns))
-    return on_grid(rows * mean.rsqrt()), on_grid(columns)
+    return on_grid(rows * mean.rsqrt()), fp16_steps(on_grid(columns))
 
 
 def quantize(state, s, calibration=None):
@@ -1740,6 +1749,7 @@ def quantize(state, s, calibration=None):
         steps = fp16_steps(finest * level if s.quant_fit == "scale" else torch.maximum(finest, level * weights))
         if exact and calibration and name in calibration.hessians:
             codes = gptq_codes(w / columns, steps, bits, calibration.hessians[name] * columns * columns[:, None], s)
+            codes = torch.where(w == 0, 0, codes) if s.prune_frac else codes  # what is pruned stays so
         else:
             codes = to_codes(w / columns, steps, bits)
         return Quantized(bits, codes.cpu(), steps.cpu(), columns.cpu(), shape=tuple(w.shape))
@@ -2057,7 +2067,7 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
     coded = sum(w.numel() for name, w in state.items() if bits_of(name, s) < 16)
     content, octaves = fitted_to(budget_bytes, lambda x: encoded(x, False), coded, 0.0, -24.0, 24.0)
     if calibration:
-        content, octaves = fitted_to(budget_bytes, lambda x: encoded(x, True), coded, octaves, octaves - 1, 24.0)
+        content, octaves = fitted_to(budget_bytes, lambda x: encoded(x, True), coded, octaves, octaves - 1, octaves + 1)
     log(f"artifact:{s.quant_fit} 2^{octaves:.4f} fits {len(content)} of {budget_bytes} bytes")
     return content
 
@@ -2241,9 +2251,12 @@ def evaluate(model, tokens, byte_table, s, rt, label, plan, adapter=None, opened
     if adapter:
         rt.log(f"ttt_sliding:start chunks={len(chunks)} chunk_tokens={s.ttt_chunk_tokens} total_windows={len(scorer.first)} "
                f"stride={plan[1]} ttt_lr={s.ttt_lr} ttt_epochs={s.ttt_epochs} freeze_blocks={s.ttt_freeze_blocks}")
-        adapter.warm_up()
+        ends = scorer.start + scorer.length  # every number of rows that a chunk gives is a shape to compile
+        adapter.warm_up({int(ends[end - 1] - scorer.first[begin]) // s.train_seq_len for begin, end in chunks[:-1]})
     if rt.compile:
         scorer.warm_up(s.vocab_size)
+        rt.synchronize()
+        rt.sum_(torch.zeros(1, device=rt.device))  # no rank's clock counts what another still compiles
     progress = Progress(rt, label, len(scorer.first))
     bytes_so_far, loss_so_far, epochs = 0, 0.0, s.ttt_epochs if adapter else 0
     for c, (begin, end) in enumerate(chunks):
@@ -2367,11 +2380,11 @@ class Adapter:
         name = name.split(".lora.")[0]
         return by_matrix.get(name.rsplit(".", 1)[-1], by_kind.get(kind_of(name), 1.0))
 
-    def warm_up(self):
-        """Compile and time a step on random tokens; no weight changes."""
-        rows = torch.randint(self.s.vocab_size, (min(self.s.ttt_batch_seqs, self.s.ttt_chunk_tokens // self.s.train_seq_len),
-                                                 self.s.train_seq_len + 1))
-        for _ in range(2 if self.rt.compile else 1):
+    def warm_up(self, row_counts=()):
+        """Compile (for other numbers of rows too) and time a step on random tokens; no weight changes."""
+        usual = self.s.ttt_chunk_tokens // self.s.train_seq_len
+        for count in [*(sorted(set(row_counts) - {0, usual}) if self.rt.compile else ()), *[usual] * (2 if self.rt.compile else 1)]:
+            rows = torch.randint(self.s.vocab_size, (min(self.s.ttt_batch_seqs, count), self.s.train_seq_len + 1))
             self.rt.synchronize()
             started = time.perf_counter()
             self._gradients(rows)
@@ -2623,8 +2636,12 @@ class Trainer:
                     elapsed = rt.from_rank0(clock.spent_ms)
                     self._log_validation(validate(step), step, elapsed)
             if stop:
-                if s.checkpoint_every_seconds:
+                clock.read()  # has a signal come during the last validation?
+                if s.checkpoint_every_seconds or clock.interrupted:
                     save(done=True)
+                if clock.interrupted:
+                    batches.close()
+                    raise Interrupted(f"interrupted after the last step, {step}; RESUME=auto with the same settings goes on from there")
                 break
             scale, share = lr_scale(s, step, elapsed), warmdown_share(s, step, elapsed)
             if fake_quant_on(s, share) and not quantizing:
@@ -2675,7 +2692,7 @@ class Trainer:
         bad = {kind_of(name) if "." in name else name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()}
         here = f"step {step}, rank {rank}: train_loss {loss.item()} on rank {self.rt.rank}, gradient norm {norm.item()}"
         if self.s.nonfinite == "skip" and not bad:
-            self.rt.log(f"nonfinite:skipped {here}")
+            self.rt.log(f"nonfinite:{'loss alone' if math.isfinite(norm.item()) else 'skipped'} {here}")
             return
         raise UserError(f"{here}, not finite{', nor are weights of ' + ', '.join(sorted(bad)) if bad else ''}: training diverged; "
                         f"lower MATRIX_LR={self.s.matrix_lr}, SCALAR_LR={self.s.scalar_lr} or TIED_EMBED_LR="

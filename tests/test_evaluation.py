@@ -61,7 +61,7 @@ class Onlooker:
     def __init__(self):
         self.given = []
 
-    def warm_up(self):
+    def warm_up(self, row_counts=()):
         assert not self.given, "before the first score"
 
     def adapt(self, book, first, last, share_done, *limits):
@@ -642,7 +642,7 @@ class Spy:
     def __init__(self, inner):
         self.inner, self.calls = inner, []
 
-    def warm_up(self):
+    def warm_up(self, row_counts=()):
         self.inner.warm_up()
 
     def adapt(self, book, first, last, share_done, *limits):
@@ -743,7 +743,7 @@ class Cheat:
     def __init__(self, act):
         self.act = act
 
-    def warm_up(self):
+    def warm_up(self, row_counts=()):
         pass
 
     def adapt(self, book, first, last, share_done, *limits):
