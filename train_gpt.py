@@ -39,6 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+LAUNCHED = time.perf_counter()  # before torch is imported, which takes seconds
 import numpy as np
 import sentencepiece
 import torch
@@ -47,6 +48,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from torch.nn.utils import parametrize
+
+try:  # comes with the CUDA builds of torch
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
 
 SCRIPT = Path(__file__).resolve()
 SHIPPED = SCRIPT.read_bytes()  # the file as it is executed, whose bytes count: an edit during a run changes nothing
@@ -83,9 +90,12 @@ class Settings:
     device: str = run("auto", "name", "auto takes a GPU where there is one", choices=("auto", "cuda", "cpu"))
     precision: str = run("auto", "name", "compute type; fp32 includes Newton–Schulz; auto: bf16 on a GPU, else fp32",
                          choices=("auto", "bf16", "fp32"))
-    compile: str = run("auto", "name", "torch.compile; auto: on a GPU only", off="0", choices=("auto", "0", "1"))
-    attention: str = run("auto", "name", "attention back end; auto: the first that works here",
-                         choices=("auto", "fa3", "fa4", "fa2", "flex", "sdpa"))
+    compile: str = run("auto", "name", "torch.compile; auto: on a GPU only; max: it tries more kernels for each product, which "
+                       "takes minutes before the clock starts", off="0", choices=("auto", "0", "1", "max"))
+    attention: str = run("auto", "name", "attention back end; auto: the fastest here; sdpa: PyTorch's own choice",
+                         choices=("auto", "fa3", "fa4", "fa2", "cudnn", "flash", "flex", "sdpa"))
+    kernels: str = run("auto", "name", "Triton kernels for the MLP and the loss; auto: where they are faster here",
+                       choices=("auto", "plain", "triton"))
     out_dir: str = run(".", "folder", "where the artifact and logs/ are written")
     eval_only: str = run("", "file", "score this artifact with the settings stored in it, train nothing", off="empty")
     scores_path: str = run("", "file.npy", "keep the nll (nats, float32) of every target of the last evaluation",
@@ -515,6 +525,20 @@ def launched_ranks(environ):
     raise UserError(f"{given}: not a place among ranks; start with torchrun, or unset all three")
 
 
+def own_gpu(s, environ, ranks):
+    """The ranks, this process from now on seeing its own GPU alone, as number 0: what one rank compiles then serves all.
+
+    Counting does not wake the driver, which reads CUDA_VISIBLE_DEVICES once; where it does, all GPUs stay in sight.
+    """
+    rank, world, local = ranks
+    count = torch.cuda.device_count()
+    if world == 1 or s.device == "cpu" or local >= count:
+        return ranks
+    named = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    environ["CUDA_VISIBLE_DEVICES"] = named[local] if named else str(local)
+    return rank, world, local if torch.cuda.device_count() > 1 else 0
+
+
 def check_launch(s, world_size):
     """What settings, ranks and installed packages must agree on, before any device is touched. Raises UserError."""
     rows = s.train_batch_tokens // s.train_seq_len
@@ -570,7 +594,8 @@ class Runtime:
                             f"{torch.cuda.device_count()}; start fewer processes, or set DEVICE=cpu")
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         self.dtype = torch.bfloat16 if s.precision == "bf16" or (s.precision == "auto" and cuda) else torch.float32
-        self.compile = s.compile == "1" or (s.compile == "auto" and cuda)
+        self.compile = s.compile in ("1", "max") or (s.compile == "auto" and cuda)
+        self.compile_mode = "max-autotune-no-cudagraphs" if s.compile == "max" else None
         self.log_path, self.lines = None, []
         if cuda:
             torch.cuda.set_device(self.device)
@@ -587,7 +612,7 @@ class Runtime:
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
-    # -- collectives: the identity with one rank
+    # -- collectives: the identity with one rank; of a tensor, all but sum_ begin at once and return a function that waits
 
     def sum_(self, x):
         """Sum of `x` over ranks, in place."""
@@ -602,27 +627,50 @@ class Runtime:
             dist.broadcast(x, 0)
         return x.item() if len(values) == 1 else x.tolist()
 
+    def sum_later(self, x):
+        """sum_, begun."""
+        return self._begun(x, lambda: dist.all_reduce(x, async_op=True), x)
+
     def reduce_scatter(self, x):
         """Sum over ranks of x [n·W, ...]; each rank gets its n rows."""
-        if self.world_size == 1:
-            return x
+        own = x.tensor_split(self.world_size)[self.rank]
         if self.device.type == "cpu":  # gloo: sum everything, keep the own part
-            return self.sum_(x).tensor_split(self.world_size)[self.rank]
-        out = torch.empty_like(x[: x.size(0) // self.world_size])
-        dist.reduce_scatter_tensor(out, x)
-        return out
+            return self._begun(own, lambda: dist.all_reduce(x, async_op=True), x)
+        out = torch.empty_like(own)
+        return self._begun(own if self.world_size == 1 else out, lambda: dist.reduce_scatter_tensor(out, x, async_op=True), x)
 
     def all_gather(self, x):
         """Every rank's x [n, ...], as [n·W, ...]."""
-        if self.world_size == 1:
-            return x
-        out = x.new_empty(x.size(0) * self.world_size, *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out
+        x = x.contiguous()
+        out = x if self.world_size == 1 else x.new_empty(x.size(0) * self.world_size, *x.shape[1:])
+        return self._begun(out, lambda: dist.all_gather_into_tensor(out, x, async_op=True), x)
+
+    def _begun(self, out, begin, source):
+        """Begin a collective; returns a function that gives `out` once it is there."""
+        work = begin() if self.world_size > 1 else None
+
+        def wait(source=source):  # not to be freed before
+            if work:
+                work.wait()  # a GPU's stream waits, not the host
+            return out
+        return wait
 
     def share(self, n):
         """The part (begin, end) of n items that belongs to this rank."""
         return n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size
+
+    def compiled(self, function, **how):
+        """The function as torch.compile makes it, where this run compiles."""
+        return torch.compile(function, dynamic=False, mode=self.compile_mode, **how) if self.compile else function
+
+    @contextlib.contextmanager
+    def rank0_first(self):
+        """The other ranks wait until rank 0 has left, and find what it compiled."""
+        if self.rank and self.compile:
+            self.sum_(torch.zeros(1))
+        yield
+        if not self.rank and self.compile:
+            self.sum_(torch.zeros(1))
 
     def synchronize(self):
         """Wait until this GPU has done everything it was given."""
@@ -910,9 +958,159 @@ def fake_quantize(w, bits):
     return w + (rounded - w32).to(w.dtype)
 
 
+def cast(w, x, fake_bits=0):
+    """w in x's type; with fake_bits rounded per row, by its maximum."""
+    return (fake_quantize(w, fake_bits) if fake_bits else w).to(x.dtype)
+
+
 def linear(x, w, fake_bits=0):
-    """x @ wᵀ in x's type; with fake_bits the weights are rounded per row, by its maximum."""
-    return F.linear(x, (fake_quantize(w, fake_bits) if fake_bits else w).to(x.dtype))
+    """x @ wᵀ in x's type."""
+    return F.linear(x, cast(w, x, fake_bits))
+
+
+def leaky_square_mlp(u_ND, up_RD, down_DR, slope):
+    """W₂·LeakyReLU(W₁u)² [N,D]; slope 0 is relu²."""
+    return F.linear(F.leaky_relu(F.linear(u_ND, up_RD), slope).square(), down_DR)
+
+
+def softcap_nll(logits_NV, targets_N, softcap, temperature):
+    """nll of each target [N], nats, fp32, of logits softcap·tanh(logits/softcap)/temperature."""
+    logits = softcapped(logits_NV, softcap) / temperature
+    return F.cross_entropy(logits, targets_N, reduction="none")
+
+
+def softcapped(logits, softcap):
+    """softcap·tanh(logits/softcap), fp32; softcap 0 leaves them as they are."""
+    return softcap * torch.tanh(logits.float() / softcap) if softcap else logits.float()
+
+
+# The same two in Triton, for compiled models on a GPU. The first writes the hidden layer and its activation from the product
+# that makes it, and multiplies by the activation's slope in the product that needs it: a quarter of the MLP's memory traffic
+# is gone. The second holds fp32 logits of one row at a time.
+jit = triton.jit if triton else lambda kernel: kernel
+MLP_TILES = ((128, 256, 64, 8, 3), (128, 128, 64, 4, 4))  # rows, columns, depth, warps, stages: which is faster is tried
+
+
+@jit
+def leaky_square_kernel(a, b, h, out, rows, B_COLUMN, B_DEPTH, SLOPE: tl.constexpr, BACKWARD: tl.constexpr, N: tl.constexpr,
+                        K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    """A tile of C = A·B [rows, N]; h = C and out = LeakyReLU(C)², or backward out = C · 2·LeakyReLU(h)·LeakyReLU'(h)."""
+    tile, per_group = tl.program_id(0), GROUP * (N // BN)  # GROUP tiles of rows share the columns that are in the cache
+    first = tile // per_group * GROUP
+    group = tl.minimum(tl.cdiv(rows, BM) - first, GROUP)
+    m = (first + tile % per_group % group) * BM + tl.arange(0, BM)
+    n = tile % per_group // group * BN + tl.arange(0, BN)
+    k, inside = tl.arange(0, BK), (m < rows)[:, None]
+    total = tl.zeros((BM, BN), tl.float32)
+    for at in range(0, K, BK):
+        left = tl.load(a + m[:, None] * K + (at + k)[None, :], mask=inside, other=0.0)
+        right = tl.load(b + (at + k)[:, None] * B_DEPTH + n[None, :] * B_COLUMN)
+        total = tl.dot(left, right, total)
+    place = m[:, None] * N + n[None, :]
+    if BACKWARD:
+        x = tl.load(h + place, mask=inside, other=0.0).to(tl.float32)
+        result = total * tl.where(x > 0, 2 * x, 2 * SLOPE * SLOPE * x)
+    else:
+        rounded = total.to(h.dtype.element_ty)
+        tl.store(h + place, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+        leaky = tl.where(x > 0, x, SLOPE * x)
+        result = leaky * leaky
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def softcap_nll_kernel(logits, targets, nll, lse, grad, out, temperature, SOFTCAP: tl.constexpr, BACKWARD: tl.constexpr,
+                       V: tl.constexpr, BLOCK: tl.constexpr):
+    """nll and log-sum-exp of a row of logits; or backward the row's gradient in `out`, times grad."""
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    z = tl.load(logits + row * V + i, mask=i < V, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        tanh = 2 * tl.sigmoid(2 * z / SOFTCAP) - 1
+        z = SOFTCAP * tanh
+    z = tl.where(i < V, z / temperature, float("-inf"))
+    hit = i == tl.load(targets + row)
+    if BACKWARD:
+        slope = (tl.exp(z - tl.load(lse + row)) - tl.where(hit, 1.0, 0.0)) * tl.load(grad + row) / temperature
+        if SOFTCAP:
+            slope *= 1 - tanh * tanh
+        tl.store(out + row * V + i, slope.to(out.dtype.element_ty), mask=i < V)
+    else:
+        top = tl.max(z, 0)
+        total = top + tl.log(tl.sum(tl.exp(z - top), 0))
+        tl.store(lse + row, total)
+        tl.store(nll + row, total - tl.sum(tl.where(hit, z, 0.0), 0))
+
+
+def operator(name, schema, function, results):
+    """A PyTorch operator that compilers take as it is; results(*arguments) are tensors like its own."""
+    op = torch.library.custom_op(f"golf::{name}", function, mutates_args=(), schema=schema)
+    op.register_fake(results)
+    return op
+
+
+@functools.cache
+def triton_mlp():
+    """leaky_square_mlp with a last argument, the row of MLP_TILES; contiguous, D in multiples of 64 and R of 256."""
+    def product(a, b, b_strides, h, out, slope, backward, tile):
+        BM, BN, BK, warps, stages = MLP_TILES[tile]
+        leaky_square_kernel[(triton.cdiv(len(a), BM) * (h.size(1) // BN),)](
+            a, b, h, out, len(a), *b_strides, slope, backward, h.size(1), a.size(1), BM, BN, BK, 8, num_warps=warps,
+            num_stages=stages)
+
+    def forward(u, up, down, slope, tile):
+        h, activated = (u.new_empty(len(u), len(up)) for _ in range(2))
+        product(u, up, up.stride(), h, activated, slope, False, tile)
+        return F.linear(activated, down), h, activated
+
+    def backward(dy, u, up, down, h, activated, slope, tile):
+        dh = torch.empty_like(h)
+        product(dy, down, (down.stride(1), down.stride(0)), h, dh, slope, True, tile)
+        return dh @ up, dh.mT @ u, dy.mT @ activated
+
+    gradient = operator("mlp_backward", "(Tensor dy, Tensor u, Tensor up, Tensor down, Tensor h, Tensor activated, float slope, "
+                        "int tile) -> (Tensor, Tensor, Tensor)", backward,
+                        lambda dy, *inputs: tuple(torch.empty_like(x) for x in inputs[:3]))
+    op = operator("mlp", "(Tensor u, Tensor up, Tensor down, float slope, int tile) -> (Tensor, Tensor, Tensor)", forward,
+                  lambda u, up, *_: (torch.empty_like(u), *(u.new_empty(len(u), len(up)) for _ in range(2))))
+
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3], *output[1:])
+        ctx.constants = inputs[3:]
+    op.register_autograd(lambda ctx, dy, *_: (*gradient(dy.contiguous(), *ctx.saved_tensors, *ctx.constants), None, None),
+                         setup_context=keep)
+    return lambda u, up, down, slope, tile: op(u.contiguous(), up.contiguous(), down.contiguous(), float(slope), tile)[0]
+
+
+@functools.cache
+def triton_nll():
+    """softcap_nll."""
+    def rows(logits, targets, nll, lse, grad, out, softcap, temperature, backward):
+        V = logits.size(1)
+        softcap_nll_kernel[(len(logits),)](logits, targets, nll, lse, grad, out, temperature, softcap, backward, V,
+                                           triton.next_power_of_2(V), num_warps=4)
+        return out
+
+    def forward(logits, targets, softcap, temperature):
+        nll, lse = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+        rows(logits, targets, nll, lse, nll, nll, softcap, temperature, False)
+        return nll, lse
+
+    gradient = operator("nll_backward", "(Tensor grad, Tensor logits, Tensor targets, Tensor lse, float softcap, "
+                        "float temperature) -> Tensor",
+                        lambda grad, logits, targets, lse, *constants: rows(logits, targets, lse, lse, grad, torch.empty_like(logits),
+                                                                           *constants, True),
+                        lambda grad, logits, *_: torch.empty_like(logits))
+    op = operator("nll", "(Tensor logits, Tensor targets, float softcap, float temperature) -> (Tensor, Tensor)", forward,
+                  lambda logits, *_: tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2)))
+
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2], output[1])
+        ctx.constants = inputs[2:]
+    op.register_autograd(lambda ctx, grad, _: (gradient(grad.contiguous(), *ctx.saved_tensors, *ctx.constants), None, None, None),
+                         setup_context=keep)
+    return lambda logits, targets, softcap, temperature: op(logits.contiguous(), targets.contiguous(), float(softcap),
+                                                            float(temperature))[0]
 
 
 def rotary_tables(s, length):
@@ -988,51 +1186,147 @@ def flash_backend(module, function):
     return attend
 
 
-def sdpa_priority(rt):
-    """A context in which PyTorch's own attention takes cuDNN first on Hopper, where it is the fastest of its kernels."""
-    if rt.device.type != "cuda" or torch.cuda.get_device_capability(rt.device) < (9, 0):
-        return contextlib.nullcontext()
-    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(kernels, set_priority=True)
+def torch_attention(kernel):
+    """sdpa by one of PyTorch's own kernels; windows by FlexAttention, or in blocks where nothing is compiled."""
+    def attend(q, k, v, window=0):
+        if window:
+            return (flex if torch.compiler.is_compiling() else sdpa)(q, k, v, window)
+        with sdpa_kernel(kernel):
+            return sdpa(q, k, v)
+    return attend
 
 
 FLASH_PACKAGES = {"fa3": ("flash_attn_interface", "flash_attn_func"), "fa4": ("flash_attn.cute", "flash_attn_func"),
                   "fa2": ("flash_attn", "flash_attn_func")}
+TORCH_ATTENTION = {"cudnn": torch_attention(SDPBackend.CUDNN_ATTENTION), "flash": torch_attention(SDPBackend.FLASH_ATTENTION)}
 
 
-def choose_attention(s, rt):
-    """(name, function) of the attention back end: the first of the candidates that gives the right result here."""
-    banded = s.eval_attention == "banded"
-    names = [s.attention] if s.attention != "auto" else [*FLASH_PACKAGES, *(["flex"] if banded else []), "sdpa"]
-    for name in names:
-        if name == "sdpa":
-            return name, sdpa
-        on_gpu = rt.device.type == "cuda" and rt.dtype == torch.bfloat16
-        usable = on_gpu and (flex if name == "flex" else flash_backend(*FLASH_PACKAGES[name]))
-        if usable and right_result(usable, s, rt):
-            return name, usable
-    raise UserError(f"ATTENTION={s.attention}: not installed, or not working on {rt.device} with {rt.dtype}; "
-                    "ATTENTION=auto takes the best that works")
+@dataclass(frozen=True)
+class Pieces:
+    """What the model computes with. The kernels are for compiled models: an eager pass, in which calibration looks at every
+    product, takes the plain functions."""
+    attend: object = sdpa
+    mlp: object = leaky_square_mlp
+    nll: object = softcap_nll
+
+    def now(self):
+        return self if torch.compiler.is_compiling() else PLAIN
+
+
+PLAIN = Pieces()
+
+
+def rows_per_pass(s, world_size):
+    """Rows of a rank in one pass of training: as many as MICRO_BATCH_TOKENS holds, in equal passes."""
+    rows, most = s.train_batch_tokens // s.train_seq_len // world_size, max(1, s.micro_batch_tokens // s.train_seq_len)
+    return next((n for n in range(min(rows, most), 0, -1) if rows % n == 0), 1)
+
+
+def choose_pieces(s, rt):
+    """({part: name}, Pieces): what is fastest on this device for the passes of this training."""
+    shape = rows_per_pass(s, rt.world_size), s.train_seq_len
+    name, attend = choose_attention(s, rt, shape)
+    names, tokens = dict(attention=name), math.prod(shape)
+    generator = torch.Generator(rt.device).manual_seed(0)
+
+    def sample(*size):
+        return torch.randn(size, device=rt.device, generator=generator).to(rt.dtype).requires_grad_()
+
+    mlps, losses = {"plain": leaky_square_mlp}, {"plain": softcap_nll}
+    interpreted = triton and s.kernels == "triton" and triton.knobs.runtime.interpret
+    if triton and rt.compile and s.kernels != "plain" and (rt.device.type == "cuda" or interpreted):
+        mlps.update({f"triton{BM}x{BN}": functools.partial(triton_mlp(), tile=i) for i, (BM, BN, BK, *_) in enumerate(MLP_TILES)
+                     if s.mlp_hidden % BN == 0 and s.model_dim % BK == 0})
+        losses["triton"] = triton_nll()
+    elif s.kernels == "triton":
+        raise UserError(f"KERNELS=triton: needs the triton package, a GPU (here: {rt.device}) and a compiled model "
+                        f"(COMPILE={s.compile}); KERNELS=auto takes the kernels where they run")
+    parts = dict(
+        mlp=(mlps, lambda: (sample(tokens, s.model_dim), sample(s.mlp_hidden, s.model_dim), sample(s.model_dim, s.mlp_hidden)),
+             (s.leaky_slope,)),
+        nll=(losses, lambda: (sample(tokens, s.vocab_size), torch.randint(s.vocab_size, (tokens,), device=rt.device)),
+             (s.logit_softcap, 1.0)))
+    chosen = {}
+    for part, (candidates, inputs, constants) in parts.items():
+        if s.kernels == "triton" and len(candidates) > 1:
+            candidates = {name: candidates[name] for name in candidates if name != "plain"}
+        names[part] = fastest(candidates, inputs, constants, rt)
+        chosen[part] = candidates[names[part]]
+    return names, Pieces(attend, **chosen)
+
+
+def outcome(function, inputs):
+    """The result of function(*inputs), and the gradient of the sum of its squares for each input that wants one."""
+    y = function(*inputs)
+    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    return [y, *torch.autograd.grad(y.float().square().sum(), wanted)]
+
+
+def agree(mine, reference):
+    """Do the results of `outcome` differ by no more than rounding does?"""
+    return all((a.float() - b.float()).norm() <= 0.02 * b.float().norm() for a, b in zip(mine, reference, strict=True))
+
+
+def fastest(candidates, inputs, constants, rt, repeats=5):
+    """Name of the fastest of {name: function} at function(*inputs(), *constants), forwards and backwards, compiled as the model
+    will be. The first is the reference: one that raises or gives something else on any rank is out. Rank 0's times count."""
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    sample, reference, milliseconds = (*inputs(), *constants), None, []
+    for function in candidates.values():
+        function = rt.compiled(function, fullgraph=True)
+        try:
+            mine = outcome(function, sample)
+            reference = reference or mine
+            right = agree(mine, reference)
+            for repeat in range(3 + repeats):
+                if repeat == 3:
+                    rt.synchronize()
+                    started = time.perf_counter()
+                outcome(function, sample)
+            rt.synchronize()
+            milliseconds.append(1000 * (time.perf_counter() - started) / repeats if right else math.inf)
+        except Exception:  # whatever a kernel raises on this device, it is not usable here
+            if reference is None:
+                raise
+            milliseconds.append(math.inf)
+    wrong = rt.sum_(torch.tensor([float(ms == math.inf) for ms in milliseconds]))
+    times = rt.from_rank0(*milliseconds)
+    rt.log("fastest: " + " ".join(f"{name}:{'out' if bad else f'{ms:.2f}ms'}" for name, ms, bad in zip(candidates, times, wrong)))
+    return min((ms, name) for name, ms, bad in zip(candidates, times, wrong) if not bad)[1]
+
+
+def choose_attention(s, rt, shape):
+    """(name, function) of the attention back end: the fastest of those that give the right result here, at rows × tokens."""
+    on_gpu = rt.device.type == "cuda" and rt.dtype == torch.bfloat16
+    functions = {"sdpa": sdpa}
+    if on_gpu:
+        functions.update({name: attend for name in FLASH_PACKAGES if (attend := flash_backend(*FLASH_PACKAGES[name]))},
+                         **TORCH_ATTENTION, flex=flex)
+    names = [s.attention] if s.attention != "auto" else [name for name in functions if name != "flex"]
+    usable = {name: functions[name] for name in names if name in functions and (name == "sdpa" or right_result(functions[name], s, rt))}
+    if not usable:
+        raise UserError(f"ATTENTION={s.attention}: not installed, or not working on {rt.device} with {rt.dtype}; "
+                        "ATTENTION=auto takes the best that works")
+    generator = torch.Generator(rt.device).manual_seed(0)
+    name = fastest(usable, lambda: [torch.randn(*shape, heads, s.head_dim, device=rt.device, generator=generator).to(rt.dtype)
+                                    .requires_grad_() for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)], (), rt)
+    return name, usable[name]
 
 
 def right_result(attend, s, rt):
     """Does `attend` agree with PyTorch's attention, gradients included, on a small input of this model's heads? Windowed
-    too where the evaluation needs that."""
+    too where the evaluation needs that. On every rank, or on none."""
     shapes = [(1, 256, heads, s.head_dim) for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)]
     generator = torch.Generator(rt.device).manual_seed(0)
     qkv = [torch.randn(shape, device=rt.device, generator=generator).to(rt.dtype).requires_grad_() for shape in shapes]
-    if rt.compile:  # as the model will be: a kernel that breaks the graph would split every block
-        attend = torch.compile(attend, fullgraph=True)
+    attend = rt.compiled(attend, fullgraph=True)  # as the model will be: what breaks the graph would split every block
     try:
-        for window in (0, 128) if s.eval_attention == "banded" else (0,):
-            mine, reference = attend(*qkv, window), sdpa(*qkv, window)
-            pairs = [(mine, reference), *zip(torch.autograd.grad(mine.float().square().sum(), qkv),
-                                             torch.autograd.grad(reference.float().square().sum(), qkv))]
-            if not all((a - b).norm() <= 0.02 * b.norm() for a, b in pairs):
-                return False
-        return True
+        right = all(agree(outcome(functools.partial(attend, window=window), qkv), outcome(functools.partial(sdpa, window=window), qkv))
+                    for window in ((0, 128) if s.eval_attention == "banded" else (0,)))
     except Exception:  # whatever a foreign package raises, it is not usable here
-        return False
+        right = False
+    return not rt.sum_(torch.tensor(float(not right)))
 
 
 # V ← a·V₀ + b·V, where V₀ is block 0's value: name → (initial parameter of a block or None, parameter → (a, b)).
@@ -1056,11 +1350,11 @@ def matrix(rows, columns):
 class Attention(nn.Module):
     """Causal self-attention: grouped queries, QK norm and gain, partial RoPE, value residual, XSA, gate."""
 
-    def __init__(self, s, attend):
+    def __init__(self, s, pieces):
         super().__init__()
         D, kv_dim = s.model_dim, s.num_kv_heads * s.head_dim
         self.heads, self.kv_heads, self.head_dim, self.bits, self.attend = (
-            s.num_heads, s.num_kv_heads, s.head_dim, s.qat_bits if s.attn_bits < 16 else 0, attend)
+            s.num_heads, s.num_kv_heads, s.head_dim, s.qat_bits if s.attn_bits < 16 else 0, pieces.attend)
         self.q, self.k, self.v, self.o = matrix(D, D), matrix(kv_dim, D), matrix(kv_dim, D), matrix(D, D)
         self.q_gain = nn.Parameter(torch.full((s.num_heads,), s.qk_gain_init))
         self.gate = s.gated_attention
@@ -1073,18 +1367,21 @@ class Attention(nn.Module):
         """Attention output [B,T,D] and the V [B,T,K,E] before the value residual; `mix_value` applies the latter."""
         B, T, D = u_BTD.shape
         bits = self.bits if fake_quant else 0
-        q, k, v = (linear(u_BTD, w, bits) for w in (self.q, self.k, self.v))
+        # One product reads u once; in a gradient as well.
+        weights = [fake_quantize(w, bits) if bits else w for w in (self.q, self.k, self.v)]
+        weights += [self.gate_weight] if self.gate == "head" else []
+        q, k, v, *gate = linear(u_BTD, torch.cat(weights)).split([len(w) for w in weights], -1)
         if value_embedding is not None:
             v = v + value_embedding
-        q = q.view(B, T, self.heads, self.head_dim)
-        k, own_v = (x.view(B, T, self.kv_heads, self.head_dim) for x in (k, v))
+        q = q.unflatten(-1, (self.heads, self.head_dim))
+        k, own_v = (x.unflatten(-1, (self.kv_heads, self.head_dim)) for x in (k, v))
         v = mix_value(own_v)
-        q = rotate(rms_norm(q), *rotary) * self.q_gain.to(q.dtype)[:, None]
+        q = rotate(rms_norm(q) * self.q_gain.to(q.dtype)[:, None], *rotary)
         y = self.attend(q, rotate(rms_norm(k), *rotary), v, window)
         if xsa:
             y = exclusive(y, v)
-        if self.gate == "head":
-            y = y * torch.sigmoid(linear(u_BTD, self.gate_weight) + self.gate_bias.to(u_BTD.dtype)).unsqueeze(-1)
+        if gate:
+            y = y * torch.sigmoid(gate[0] + self.gate_bias.to(u_BTD.dtype)).unsqueeze(-1)
         out = linear(y.reshape(B, T, D), self.o, bits)
         return (out * self.gate_scale.to(out.dtype) if self.gate == "scalar" else out), own_v
 
@@ -1092,22 +1389,22 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """W₂·LeakyReLU(W₁u)²; slope 0 is relu²."""
 
-    def __init__(self, s):
+    def __init__(self, s, pieces):
         super().__init__()
-        self.slope, self.bits = s.leaky_slope, s.qat_bits if s.mlp_bits < 16 else 0
+        self.slope, self.bits, self.pieces = s.leaky_slope, s.qat_bits if s.mlp_bits < 16 else 0, pieces
         self.up, self.down = matrix(s.mlp_hidden, s.model_dim), matrix(s.model_dim, s.mlp_hidden)
 
     def forward(self, u_BTD, fake_quant):
-        bits = self.bits if fake_quant else 0
-        return linear(F.leaky_relu(linear(u_BTD, self.up, bits), self.slope).square(), self.down, bits)
+        up, down = (cast(w, u_BTD, self.bits if fake_quant else 0) for w in (self.up, self.down))
+        return self.pieces.now().mlp(u_BTD.flatten(0, 1), up, down, self.slope).view_as(u_BTD)
 
 
 class Core(nn.Module):
     """The matrices of a block; several blocks may share one."""
 
-    def __init__(self, s, attend):
+    def __init__(self, s, pieces):
         super().__init__()
-        self.attn, self.mlp = Attention(s, attend), MLP(s)
+        self.attn, self.mlp = Attention(s, pieces), MLP(s, pieces)
 
 
 class Block(nn.Module):
@@ -1188,9 +1485,9 @@ class ValueEmbedding(nn.Module):
 class GPT(nn.Module):
     """The model. One forward serves training, scoring, fake quantization and test-time training."""
 
-    def __init__(self, s, dtype=torch.float32, attend=sdpa):
+    def __init__(self, s, dtype=torch.float32, pieces=PLAIN):
         super().__init__()
-        self.s, self.dtype = s, dtype
+        self.s, self.dtype, self.pieces = s, dtype, pieces
         D, skips = s.model_dim, s.num_layers // 2 if s.unet_skips else 0
         self.tok_emb = matrix(s.vocab_size, D)
         self.bigram = HashEmbedding(s, 2, s.bigram_vocab_size, s.bigram_dim, 0.05) if s.bigram_vocab_size else None
@@ -1198,7 +1495,7 @@ class GPT(nn.Module):
         self.ve = ValueEmbedding(s) if s.ve_blocks else None
         if s.smear_gate != "0":
             self.smear = nn.Parameter(torch.zeros(D))
-        self.cores = nn.ModuleList(Core(s, attend) for _ in range(s.cores))
+        self.cores = nn.ModuleList(Core(s, pieces) for _ in range(s.cores))
         self.blocks = nn.ModuleList(Block(s, i) for i in range(s.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(skips, D)) if skips else None
         for i, core in enumerate(self.cores):  # a core's gradient is the mean over the blocks that share it (#537)
@@ -1222,8 +1519,9 @@ class GPT(nn.Module):
             gate = gate * (tokens_BT != self.s.bos_token).unsqueeze(-1)
         return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
 
-    def logits(self, tokens_BT, fake_quant=False, window=0):
-        """Next-token logits [B,T,V], fp32; position t has seen tokens 0..t, or in each layer the last `window` of them."""
+    def products(self, tokens_BT, fake_quant=False, window=0):
+        """Next-token logits [B,T,V] before the softcap, compute type; position t has seen tokens 0..t, or in each layer the
+        last `window` of them."""
         s, x0 = self.s, self.embed(tokens_BT)
         x, first_v, skips = x0, None, []
         value_embeddings = self.ve(tokens_BT, x.dtype) if self.ve is not None else {}
@@ -1236,13 +1534,17 @@ class GPT(nn.Module):
             first_v = v if i == 0 else first_v
             if i < encoder:
                 skips.append(x)
-        logits = linear(rms_norm(x), self.tok_emb).float()
-        return s.logit_softcap * torch.tanh(logits / s.logit_softcap) if s.logit_softcap else logits
+        return linear(rms_norm(x), self.tok_emb)
+
+    def logits(self, tokens_BT, fake_quant=False, window=0):
+        """Next-token logits [B,T,V], fp32."""
+        return softcapped(self.products(tokens_BT, fake_quant, window), self.s.logit_softcap)
 
     def forward(self, tokens_BT, targets_BT, fake_quant=False, temperature=1.0, window=0):
         """nll of each target [B,T], nats, fp32. `fake_quant` is an argument, so that a compiler cannot fold it away."""
-        logits = self.logits(tokens_BT, fake_quant, window) / temperature
-        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
+        products = self.products(tokens_BT, fake_quant, window).flatten(0, 1)
+        nll = self.pieces.now().nll(products, targets_BT.flatten(), self.s.logit_softcap, temperature)
+        return nll.view_as(targets_BT)
 
 
 @dataclass(frozen=True)
@@ -1298,16 +1600,16 @@ def init_weights(model, s):
 
 
 def build_model(s, rt):
-    """The model with its initial weights on the device; every rank draws the same ones from SEED."""
-    name, attend = choose_attention(s, rt)
+    """The model with its initial weights on the device, and what it computes with; every rank draws the same ones from SEED."""
+    names, pieces = choose_pieces(s, rt)
     torch.manual_seed(s.seed)
     try:
-        model = GPT(s, rt.dtype, attend)
+        model = GPT(s, rt.dtype, pieces)
     except RuntimeError as problem:
         raise UserError(f"MODEL_DIM={s.model_dim}, BIGRAM_VOCAB_SIZE={s.bigram_vocab_size}, TRIGRAM_VOCAB_SIZE="
                         f"{s.trigram_vocab_size}: no memory for such a model ({problem})") from problem
     init_weights(model, s)
-    return model.to(rt.device), name
+    return model.to(rt.device), names
 
 
 def parameter_shapes(s):
@@ -1360,7 +1662,7 @@ class MuonGroup:
 
     def whole_momentum(self):
         """The momentum of every matrix, from all ranks: [n, R, C]."""
-        return self.rt.all_gather(self.momentum)[: len(self.params)]
+        return self.rt.all_gather(self.momentum)()[: len(self.params)]
 
     def take_momentum(self, whole):
         """This rank's share of whole_momentum, whatever number of ranks it came from."""
@@ -1372,17 +1674,24 @@ class MuonGroup:
         return p if p.shape == (self.rows, self.columns) else p.mT
 
     def reduced_gradients(self):
-        """This rank's share of the gradients, summed over ranks: [n, R, C]."""
+        """Begin to sum the gradients over ranks; returns a function that gives this rank's share, [n, R, C]."""
         grads = [self.oriented(p.grad) for p in self.params]
         grads += [torch.zeros_like(grads[0])] * self.padding
         return self.rt.reduce_scatter(torch.stack(grads))
 
     def update(self, grads, lr, weight_decay, momentum, orthogonalize):
-        """One Muon step with Nesterov momentum and decoupled weight decay."""
+        """Begin a Muon step with Nesterov momentum and decoupled weight decay; returns a function that changes the weights."""
         self.momentum.mul_(momentum).add_(grads)
-        direction = orthogonalize(grads.add(self.momentum, alpha=momentum))
-        for p, scale, u in zip(self.params, self.scales, self.rt.all_gather(direction)):
-            p.mul_(1 - lr * weight_decay).add_(u if p.shape == u.shape else u.mT, alpha=-lr * scale)
+        gathered = self.rt.all_gather(orthogonalize(grads.add(self.momentum, alpha=momentum)))
+
+        @torch.no_grad()
+        def finish():
+            directions = list(zip(self.params, self.scales, gathered().float()))
+            torch._foreach_mul_(self.params, 1 - lr * weight_decay)
+            for scale in set(self.scales):
+                pairs = [(p, u if p.shape == u.shape else u.mT) for p, own, u in directions if own == scale]
+                torch._foreach_add_(*map(list, zip(*pairs)), alpha=-lr * scale)
+        return finish
 
 
 class Optimizers:
@@ -1406,13 +1715,19 @@ class Optimizers:
         assert sorted(grouped) == sorted(id(p) for p in model.parameters()), "every parameter in exactly one group"
         orthogonalize = functools.partial(newton_schulz, coefficients=NEWTON_SCHULZ[s.muon_coefficients],
                                           steps=s.muon_backend_steps, dtype=rt.dtype)
-        self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if rt.compile else orthogonalize
+        self.orthogonalize = rt.compiled(orthogonalize)
 
-    def _sum_small_gradients(self):
-        flat = self.rt.sum_(torch.cat([p.grad.flatten() for p in self.small]))
-        for p, g in zip(self.small, flat.split([p.numel() for p in self.small])):
-            p.grad.copy_(g.view_as(p))
-        return flat.square().sum()
+    def _reduced_gradients(self):
+        """The shares of each Muon group, with the small tensors' gradients in place: all sums over ranks are under way at once,
+        the small ones together; and the square of all gradients' norm."""
+        small = self.rt.sum_later(torch.cat([p.grad.flatten() for p in self.small]))
+        begun = [group.reduced_gradients() for group, *_ in self.muon]
+        shares = [share().float() for share in begun]
+        flat = small()
+        torch._foreach_copy_([p.grad for p in self.small],
+                             [g.view_as(p) for p, g in zip(self.small, flat.split([p.numel() for p in self.small]))])
+        own = torch.stack(torch._foreach_norm(shares)).square().sum()
+        return shares, self.rt.sum_(own) + flat.square().sum()
 
     def state(self):
         """All that a later step depends on; a collective of all ranks."""
@@ -1427,9 +1742,7 @@ class Optimizers:
     def step(self, lr_scale, momentum, skip_bad=False):
         """Reduce, clip by the global norm, update; returns that norm (a tensor) and forgets the gradients. With skip_bad
         nothing is updated where the norm is not finite."""
-        small_square = self._sum_small_gradients()
-        shares = [group.reduced_gradients().float() for group, *_ in self.muon]
-        square = self.rt.sum_(torch.stack([share.square().sum() for share in shares]).sum()) + small_square
+        shares, square = self._reduced_gradients()
         norm = square.sqrt()
         if skip_bad and not math.isfinite(norm.item()):
             self._forget()
@@ -1438,11 +1751,13 @@ class Optimizers:
             factor = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
             factor = torch.where(torch.isfinite(norm), factor, 0.0)  # so that only the group that is not finite spoils weights
             torch._foreach_mul_(shares + [p.grad for p in self.small], factor)
-        for share, (group, lr, weight_decay) in zip(shares, self.muon):
-            group.update(share, lr * lr_scale, weight_decay, momentum, self.orthogonalize)
+        finish = [group.update(share, lr * lr_scale, weight_decay, momentum, self.orthogonalize)
+                  for share, (group, lr, weight_decay) in zip(shares, self.muon)]
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
-        self.adamw.step()
+        self.adamw.step()  # while the directions of the matrices travel
+        for change in finish:
+            change()
         self._forget()
         return norm
 
@@ -1619,23 +1934,30 @@ def gptq_codes(w_RC, steps_R, bits, hessian_CC, s, block=128):
 class HessianRecorder(torch.overrides.TorchFunctionMode):
     """Σ xxᵀ over the inputs x of every attention and MLP matrix while the model runs, eagerly, inside of this context.
 
-    The forward is the one that trains: the matrix behind a product is found by following its cast.
+    The forward is the one that trains: the matrices behind a product are found by following casts and joins.
     """
 
     def __init__(self, model):
         super().__init__()
-        self.names = {id(p): name for name, p in model.named_parameters() if kind_of(name) in ("attn", "mlp")}
-        self.casts, self.sums = {}, {}
+        self.names = {id(p): [name] for name, p in model.named_parameters() if kind_of(name) in ("attn", "mlp")}
+        self.made, self.sums = {}, {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.to and id(args[0]) in self.names:
-            self.casts[id(out)] = (self.names[id(args[0])], out)  # holding `out` keeps its id its own
-        elif func is F.linear and id(args[1]) in self.casts:
-            name, _ = self.casts.pop(id(args[1]))
+        if func in (torch.Tensor.to, torch.cat):
+            names = [name for w in (args[0] if func is torch.cat else args[:1]) for name in self._behind(w)]
+            if names:
+                self.made[id(out)] = (names, out)  # holding `out` keeps its id its own
+        elif func is F.linear and (names := self._behind(args[1])):
             x = args[0].detach().flatten(0, -2).float()
-            self.sums[name] = self.sums.get(name, 0) + x.mT @ x
+            products = x.mT @ x
+            for name in names:
+                self.sums[name] = self.sums.get(name, 0) + products
         return out
+
+    def _behind(self, w):
+        """Names of the matrices that w is a cast or a join of; asked once."""
+        return self.names.get(id(w)) or self.made.pop(id(w), ([], None))[0]
 
 
 @dataclass
@@ -1670,7 +1992,7 @@ def calibrate(model, batches_of_rows, rt):
                 square, (by_row, by_column) = (shared * p.grad.float()).square(), energies.get(name, (0, 0))  # the sum over its blocks
                 energies[name] = (by_row + square.mean(1), by_column + square.mean(0))
             p.grad = None
-    missing = set(recorder.names.values()) - set(recorder.sums)
+    missing = {name for names in recorder.names.values() for name in names} - set(recorder.sums)
     assert not missing, f"no Hessian for {sorted(missing)}"
     return Calibration({name: rt.sum_(total) for name, total in recorder.sums.items()},
                        {name: tuple(rt.sum_(e) for e in pair) for name, pair in energies.items()})
@@ -1797,7 +2119,7 @@ MOST_WEIGHTS_PER_BYTE, MOST_WEIGHTS = 64, 1 << 30
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORMAL, mf=lzma.MF_BT4, nice_len=64, depth=1,
                      dict_size=1 << 16)]
 # Settings that are not stored: where things lie and how this machine computes.
-TIED_TO_THE_RUN = ("preset", "run_id", "device", "precision", "compile", "attention", "out_dir", "eval_only", "scores_path",
+TIED_TO_THE_RUN = ("preset", "run_id", "device", "precision", "compile", "attention", "kernels", "out_dir", "eval_only", "scores_path",
                    "data_path", "tokenizer_path", "val_limit_tokens", "checkpoint_every_seconds", "resume", "nonfinite")
 
 
@@ -2560,18 +2882,21 @@ class Trainer:
     def __init__(self, model, forward, s, rt):
         self.model, self.forward, self.s, self.rt = model, forward, s, rt
         self.rows_per_step = s.train_batch_tokens // s.train_seq_len
-        rows, most = self.rows_per_step // rt.world_size, max(1, s.micro_batch_tokens // s.train_seq_len)
-        self.micro_rows = next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
+        self.micro_rows = rows_per_pass(s, rt.world_size)
         self.optimizers = Optimizers(model, s, rt)
+
+    def gradients(self, rows, fake_quant):
+        """Add the gradients of this rank's rows; returns its part of the mean nll."""
+        loss = torch.zeros((), device=self.rt.device)
+        for micro in rows.split(self.micro_rows):
+            nll = self.forward(micro[:, :-1].long(), micro[:, 1:].long(), fake_quant).sum() / self.s.train_batch_tokens
+            nll.backward()
+            loss += nll.detach()
+        return loss
 
     def step(self, rows, scale, momentum, fake_quant):
         """One optimizer step on this rank's rows; returns the mean nll of the rank's tokens and the gradient norm."""
-        total = self.s.train_batch_tokens
-        loss = torch.zeros((), device=self.rt.device)
-        for micro in rows.split(self.micro_rows):
-            nll = self.forward(micro[:, :-1].long(), micro[:, 1:].long(), fake_quant).sum() / total
-            nll.backward()
-            loss += nll.detach()
+        loss = self.gradients(rows, fake_quant)
         if self.s.crownq_lambda and (fake_quant or not self.s.crownq_warmdown_only):
             (self.s.crownq_lambda / self.rt.world_size * crown_q(self.model)).backward()
         return loss * self.rt.world_size, self.optimizers.step(scale, momentum, self.s.nonfinite == "skip")
@@ -2585,6 +2910,11 @@ class Trainer:
         variants = sorted({False, bool(s.qat_enabled or s.late_qat_threshold)} if not s.qat_enabled else {True})
         rows = torch.randint(s.vocab_size, (self.rows_per_step // rt.world_size, s.train_seq_len + 1), dtype=torch.int32,
                              device=rt.device)
+        with rt.rank0_first():
+            for variant in variants if rt.compile else ():
+                self.gradients(rows[: self.micro_rows], variant)
+                for p in self.model.parameters():
+                    p.grad = None
         for i in range(max(s.warmup_steps, len(variants))):
             self.step(rows, 1.0, s.muon_momentum, variants[i % len(variants)])
             if i + 1 in (1, s.warmup_steps) or (i + 1) % 10 == 0:
@@ -2594,8 +2924,10 @@ class Trainer:
         self.optimizers = Optimizers(self.model, s, rt)
         rt.synchronize()
         if rt.compile:
-            breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
-            rt.log(f"compile:variants {len(variants)} graph_breaks {breaks}")
+            counted = torch._dynamo.utils.counters
+            hits, misses = (counted["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "miss"))
+            rt.log(f"compile:variants {len(variants)} graph_breaks {sum(counted['graph_break'].values())} graphs_compiled {misses} "
+                   f"graphs_from_cache {hits}")
 
     def train(self, stream, validate, checkpoints):
         """Train until ITERATIONS or the clock; then give the model its averaged weights.
@@ -2607,6 +2939,7 @@ class Trainer:
         averages, progress = WeightAverage(self.model, s), Progress(rt, "train", 1)
         step, elapsed, quantizing, done = self._resume(checkpoints, averages)
         batches, saved_at = Batches(stream, rt, self.rows_per_step, step), elapsed
+        rt.log(f"startup:{time.perf_counter() - LAUNCHED:.1f}s from launch to the first step")
         clock = StepClock(rt, elapsed, lambda: checkpoints.signal)
 
         def save(done):
@@ -2941,9 +3274,9 @@ def run_job(s, rt, explicit):
     log_start(s, rt, explicit)
     counts = parameter_counts(s)
     log_shape(s, rt.log, counts)
-    model, attention = build_model(s, rt)
-    rt.log(f"attention:{attention} validation_targets:{len(tokens) - 1}")
-    forward = torch.compile(model, dynamic=False) if rt.compile else model
+    model, pieces = build_model(s, rt)
+    rt.log(" ".join(f"{part}:{name}" for part, name in pieces.items()) + f" validation_targets:{len(tokens) - 1}")
+    forward = rt.compiled(model)
     path = Path(s.eval_only) if s.eval_only else Path(s.out_dir) / "final_model.int6.ptz"
     trained, results = dict(UNTRAINED), {}
     if not s.eval_only:
@@ -2970,9 +3303,8 @@ def main(argv, environ):
             dry_run(s, ranks)
             return 0
         torch._dynamo.config.cache_size_limit = 64
-        rt = Runtime(s, ranks)
-        with sdpa_priority(rt):
-            run_job(s, rt, explicit)
+        rt = Runtime(s, own_gpu(s, environ, ranks))
+        run_job(s, rt, explicit)
         rt.close()
         return 0
     except torch.OutOfMemoryError as problem:

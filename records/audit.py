@@ -44,6 +44,7 @@ from artifact import readable_source  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CAP_BYTES = 16_000_000
+LOGITS = ("logits", "products")  # methods of the model that answer for a whole vocabulary
 NEEDED = ("Settings UserError Runtime ByteTable ScoreLedger load_validation settings_of_artifact build_model run_evaluations "
           "read_artifact find_upward main").split()
 
@@ -131,7 +132,10 @@ class Witness:
         self.model, self.tokens, self.places, self.shipped = model, tokens, set(places), shipped
         self.evaluations, self.index = [], {}
         self.original, model.forward = model.forward, self.forward
-        self.plain_logits, model.logits, self.inside = model.logits, self.logits, False
+        self.plain_logits, self.inside = model.logits, False
+        for name in LOGITS:
+            if hasattr(model, name):
+                setattr(model, name, functools.partial(self.logits, getattr(model, name)))
         self.weights, self.trained, self.foreign, self.scoring = None, False, False, False
 
     @property
@@ -159,11 +163,11 @@ class Witness:
         finally:
             self.inside = False
 
-    def logits(self, *args, **kwargs):
-        """The model's own logits: no evaluation asks for them but by forward."""
+    def logits(self, plain, *args, **kwargs):
+        """The model's own logits, before or after the softcap: no evaluation asks for them but by forward."""
         if not self.inside and self.evaluations:
             self.now.fault("update", f"the model is asked for logits beside its scores when {self.now.scored} are recorded")
-        return self.plain_logits(*args, **kwargs)
+        return plain(*args, **kwargs)
 
     def watched(self, x, y, *args, **kwargs):
         whole = torch.equal(x[:, 1:], y[:, :-1])
@@ -342,7 +346,8 @@ class Audit:
                         **{name: given[name] for name in inspect.signature(self.script.run_evaluations).parameters})
             finally:
                 self.script.ScoreLedger = ledger_class
-                del model.forward, model.logits
+                for name in {"forward", *LOGITS} & vars(model).keys():
+                    delattr(model, name)
         for evaluation in witness.evaluations:
             evaluation.kept = np.array(evaluation.ledger.nll, np.float32)
             if not np.array_equal(evaluation.kept, evaluation.recorded):

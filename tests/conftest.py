@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run here as Python
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite runs in two processes, which must not fight for cores
 
 import hypothesis  # noqa: E402

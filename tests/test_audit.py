@@ -137,7 +137,7 @@ def test_a_damaged_artifact_is_refused(run, artifact, tmp_path):
 
 RECORD = "        ledger.record(low, scorer.score(begin, end, lambda passes: progress.update(begin + passes)))\n"
 LOOP_END = "    rt.synchronize()\n    return dict(ledger.result(byte_table)"
-NLL = "        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction=\"none\").view_as(targets_BT)\n"
+NLL = "        nll = self.pieces.now().nll(products, targets_BT.flatten(), self.s.logit_softcap, temperature)\n"
 READ = "        return decode_artifact(Path(path).read_bytes())\n"
 TOTALS = "loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), byte_table.count(self.tokens)\n"
 
@@ -198,9 +198,9 @@ CHEATS = {
         RECORD, RECORD.replace("low, ", "low, 0.99 * "))),
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),
     "a bonus for the right token": (["2"], "−log p", (
-        NLL, "        logits = logits + 0.1 * F.one_hot(targets_BT, logits.size(-1))\n" + NLL)),
+        NLL, "        products = products + 0.1 * F.one_hot(targets_BT.flatten(), products.size(-1))\n" + NLL)),
     "sharper where it is right": (["2"], "−log p", (
-        NLL, "        logits = logits * torch.where(logits.argmax(-1) == targets_BT, 1.2, 0.9)[..., None]\n" + NLL)),
+        NLL, "        products = products * torch.where(products.argmax(-1) == targets_BT.flatten(), 1.2, 0.9)[:, None]\n" + NLL)),
     "the input shows the target": (["1"], "moves by", (
         "s, x0 = self.s, self.embed(tokens_BT)\n",
         "s, x0 = self.s, self.embed(tokens_BT) + 0.01 * torch.roll(self.embed(tokens_BT), -1, 1)\n")),
@@ -223,9 +223,9 @@ CHEATS = {
         scorer.model = fixed
         ledger.record(low, min(tries, key=np.sum))
 """)),
-    "says the same of everything": (["1"], "notices", (NLL, "        logits = 0 * logits\n" + NLL)),
+    "says the same of everything": (["1"], "notices", (NLL, "        products = 0 * products\n" + NLL)),
     "scores by chance": (["1"], "nothing can be proven", (
-        NLL, "        logits = logits * (1 + 1e-4 * np.random.default_rng().random())\n" + NLL)),
+        NLL, "        products = products * (1 + 1e-4 * np.random.default_rng().random())\n" + NLL)),
     "the tail counts many times": (["5"], "bytes where the text has", (TOTALS, TOTALS + """\
         for _ in range(31):
             loss_sum, byte_count = loss_sum + float(self.nll[-8:].sum()), byte_count + byte_table.count(self.tokens[-9:])

@@ -378,7 +378,7 @@ def test_the_compiled_run_equals_the_eager_one(run_script, tmp_path):
     script.write_text(EXACT_LOSSES)
     few = dict(FIFTY, ITERATIONS=12, WARMDOWN_ITERS=8, VAL_LOSS_EVERY=0, LATE_QAT_THRESHOLD=0.6)
     runs = [succeeded(run_script(script=script, COMPILE=c, OUT_DIR=tmp_path / c, **few)) for c in ("0", "1")]
-    assert re.search(r"^compile:variants 2 graph_breaks 0$", runs[1].log, re.M) and "late_qat:enabled" in runs[1].log
+    assert re.search(r"^compile:variants 2 graph_breaks 0 graphs_compiled \d+ graphs_from_cache \d+$", runs[1].log, re.M) and "late_qat:enabled" in runs[1].log
     eager, compiled = (np.array(re.findall(r"^exact \S+ (\S+) \S+$", r.log, re.M), float) for r in runs)
     np.testing.assert_allclose(compiled, eager, rtol=0, atol=1e-4)
     for kind in KINDS:

@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 import sys
+import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -14,7 +15,18 @@ from hypothesis import HealthCheck, given, settings as hypothesis_settings, stra
 import train_gpt
 from train_gpt import GPT, KINDS, Settings, UserError, fake_quantize, init_weights, kind_of, sdpa
 
-CPU = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, compile=False)
+
+
+def one_rank(**more):
+    """What choosing needs of a Runtime: one rank on a CPU."""
+    told = dict(device=torch.device("cpu"), dtype=torch.float32, compile=False, world_size=1, lines=[])
+    rt = SimpleNamespace(**{**told, **more}, sum_=lambda x: x, from_rank0=lambda *x: list(x), synchronize=lambda: None,
+                         compiled=lambda function, **how: function)
+    rt.log = rt.lines.append
+    return rt
+
+
+CPU, SHAPE = one_rank(), (1, 32)
 
 
 def randomized(s, seed=0, dtype=torch.float32):
@@ -487,11 +499,11 @@ def test_sdpa_is_causal_grouped_attention():
 @pytest.mark.parametrize("name", ["fa3", "fa4", "fa2"])
 def test_absent_attention_is_refused_by_name(tiny, name):
     with pytest.raises(UserError, match=f"ATTENTION={name}: not installed, or not working on cpu"):
-        train_gpt.choose_attention(tiny(ATTENTION=name), CPU)
+        train_gpt.choose_attention(tiny(ATTENTION=name), CPU, SHAPE)
 
 
 def test_auto_falls_back_on_pytorch(tiny):
-    assert train_gpt.choose_attention(tiny(), CPU) == ("sdpa", sdpa)
+    assert train_gpt.choose_attention(tiny(), CPU, SHAPE) == ("sdpa", sdpa)
 
 
 class DetachedValue(torch.autograd.Function):
@@ -567,17 +579,65 @@ def test_absent_flash_packages_are_none():
     assert train_gpt.flash_backend("math", "flash_attn_func") is None
 
 
-def test_the_first_back_end_that_is_right_is_taken(tiny, monkeypatch):
-    """fa3 computes something else, fa4 is missing, fa2 is right: auto takes fa2, and ATTENTION=fa3 is refused."""
-    class Device(str):  # a CPU that says it is a GPU
-        type = "cuda"
-    rt = SimpleNamespace(device=Device("cpu"), dtype=torch.bfloat16, compile=False)
-    install(monkeypatch, "flash_attn", "flash_attn_func", lambda q, k, v, causal, window_size=(-1, -1): sdpa(q, k, v, window_size[0] + 1))
+class Graphics(str):
+    """A CPU that says it is a GPU."""
+    type = "cuda"
+
+
+def slowed(attend, seconds):
+    def later(*args, **kwargs):
+        time.sleep(seconds)
+        return attend(*args, **kwargs)
+    return later
+
+
+def test_the_fastest_back_end_that_is_right_is_taken(tiny, monkeypatch):
+    """fa3 is fast and computes something else, fa4 is missing, fa2 is right: auto takes fa2 where PyTorch's kernels are slower,
+    another where fa2 is, and ATTENTION=fa3 is refused."""
+    rt = one_rank(device=Graphics("cpu"), dtype=torch.bfloat16)
+    right = lambda q, k, v, causal, window_size=(-1, -1): sdpa(q, k, v, window_size[0] + 1)
+    install(monkeypatch, "flash_attn", "flash_attn_func", right)
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend_all)
-    name, attend = train_gpt.choose_attention(tiny(), rt)
-    assert name == "fa2" and attend is not sdpa
-    with pytest.raises(UserError, match="ATTENTION=fa3"):
-        train_gpt.choose_attention(tiny(ATTENTION="fa3"), rt)
+    monkeypatch.setattr(train_gpt, "TORCH_ATTENTION", {"cudnn": slowed(sdpa, 0.01), "flash": refuse})
+    monkeypatch.setattr(train_gpt, "sdpa", slowed(sdpa, 0.01))
+    name, attend = train_gpt.choose_attention(tiny(), rt, SHAPE)
+    assert name == "fa2" and attend is not sdpa and re.fullmatch(r"fastest: sdpa:\S+ms fa2:\S+ms cudnn:\S+ms", rt.lines[-1])
+    install(monkeypatch, "flash_attn", "flash_attn_func", slowed(right, 0.05))
+    assert train_gpt.choose_attention(tiny(), rt, SHAPE)[0] in ("sdpa", "cudnn")
+    assert train_gpt.choose_attention(tiny(ATTENTION="fa2"), rt, SHAPE)[0] == "fa2"
+    for name in ("fa3", "fa4", "flash"):
+        with pytest.raises(UserError, match=f"ATTENTION={name}"):
+            train_gpt.choose_attention(tiny(ATTENTION=name), rt, SHAPE)
+
+
+def test_pytorchs_kernels_by_name():
+    """Each restricted to one kernel, windows included; eager, so that the windows are blocks."""
+    q, k, v = (torch.randn(2, 24, heads, 8) for heads in (4, 2, 2))
+    attend = train_gpt.torch_attention(train_gpt.SDPBackend.MATH)
+    for window in (0, 5):
+        torch.testing.assert_close(attend(q, k, v, window), sdpa(q, k, v, window))
+    with pytest.raises(RuntimeError):  # the restriction is real: there is no such kernel here
+        train_gpt.TORCH_ATTENTION["cudnn"](q, k, v)
+
+
+def test_the_fastest_is_right_on_every_rank():
+    """What is wrong, raises, or is out on another rank is not taken, however fast; rank 0's times decide."""
+    x = torch.randn(64, requires_grad=True)
+    def broken(x):
+        raise RuntimeError("no kernel image")
+    candidates = {"plain": slowed(lambda x: 2 * x, 0.005), "wrong": lambda x: 2.1 * x, "broken": broken,
+                  "wrong gradient": lambda x: 2 * x.detach() + 0 * x, "nan": lambda x: x * math.nan, "right": lambda x: x + x}
+    rt = one_rank()
+    assert train_gpt.fastest(candidates, lambda: (x,), (), rt) == "right"
+    assert [w for w in rt.lines[-1].split() if w.endswith(":out")] == ["wrong:out", "broken:out", "gradient:out", "nan:out"]
+    rt = one_rank()
+    rt.sum_ = lambda out: out + torch.tensor([0.0, 0, 0, 0, 0, 1])  # the other rank cannot run the last one
+    assert train_gpt.fastest(candidates, lambda: (x,), (), rt) == "plain"
+    rt = one_rank()
+    rt.from_rank0 = lambda *times: [1.0, *[math.inf] * 4, 2.0]
+    assert train_gpt.fastest(candidates, lambda: (x,), (), rt) == "plain"
+    with pytest.raises(RuntimeError, match="no kernel image"):  # without a reference there is nothing to run
+        train_gpt.fastest({"plain": broken, "other": lambda x: x}, lambda: (x,), (), one_rank())
 
 
 def test_fake_quant_is_an_argument_of_forward():

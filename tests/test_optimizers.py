@@ -115,8 +115,9 @@ class Reference:
 
 def alone(dtype=torch.float32):
     """One rank, in this process."""
-    same = lambda x: x  # noqa: E731
-    return SimpleNamespace(rank=0, world_size=1, dtype=dtype, compile=False, sum_=same, reduce_scatter=same, all_gather=same)
+    later = lambda x: lambda: x  # noqa: E731
+    return SimpleNamespace(rank=0, world_size=1, dtype=dtype, compile=False, sum_=lambda x: x, sum_later=later, reduce_scatter=later,
+                           all_gather=later, compiled=lambda f: f)
 
 
 class ThreadRank:
@@ -124,7 +125,7 @@ class ThreadRank:
 
     def __init__(self, rank, board, barrier):
         self.rank, self.board, self.barrier, self.world_size = rank, board, barrier, len(board)
-        self.dtype, self.compile = torch.float32, False
+        self.dtype, self.compile, self.compiled = torch.float32, False, lambda function: function
 
     def exchange(self, x):
         self.board[self.rank] = x.clone()
@@ -136,12 +137,24 @@ class ThreadRank:
     def sum_(self, x):
         return x.copy_(torch.stack(self.exchange(x)).sum(0))
 
+    def begun(self, x, result):
+        """Nothing has arrived before the wait, and what is under way must be left alone until then."""
+        sent = x.clone()
+
+        def wait():
+            assert torch.equal(x, sent), "changed while it travelled"
+            return result(self.exchange(x))
+        return wait
+
+    def sum_later(self, x):
+        return self.begun(x, lambda everyone: x.copy_(torch.stack(everyone).sum(0)))
+
     def reduce_scatter(self, x):
         assert len(x) % self.world_size == 0, "the number of matrices must be padded to the ranks"
-        return torch.stack(self.exchange(x)).sum(0).chunk(self.world_size)[self.rank]
+        return self.begun(x, lambda everyone: torch.stack(everyone).sum(0).chunk(self.world_size)[self.rank])
 
     def all_gather(self, x):
-        return torch.cat(self.exchange(x))
+        return self.begun(x, torch.cat)
 
 
 def fresh_model(s):

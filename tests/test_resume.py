@@ -501,7 +501,7 @@ def test_momentum_of_one_number_of_ranks_is_that_of_another(one, other):
 
     def gathered(ranks):
         for group in ranks:
-            group.rt.all_gather = lambda own: torch.cat([g.momentum for g in ranks])
+            group.rt.all_gather = lambda own: lambda: torch.cat([g.momentum for g in ranks])
         return ranks[0].whole_momentum()
     whole, ranks, others = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)), groups(one), groups(other)
     for group in ranks:
