@@ -90,8 +90,7 @@ class Settings:
     device: str = run("auto", "name", "auto takes a GPU where there is one", choices=("auto", "cuda", "cpu"))
     precision: str = run("auto", "name", "compute type; fp32 includes Newton–Schulz; auto: bf16 on a GPU, else fp32",
                          choices=("auto", "bf16", "fp32"))
-    compile: str = run("auto", "name", "torch.compile; auto: on a GPU only; max: it tries more kernels for each product, which "
-                       "takes minutes before the clock starts", off="0", choices=("auto", "0", "1", "max"))
+    compile: str = run("auto", "name", "torch.compile; auto: on a GPU only", off="0", choices=("auto", "0", "1"))
     attention: str = run("auto", "name", "attention back end; auto: the fastest here; sdpa: PyTorch's own choice",
                          choices=("auto", "fa3", "fa4", "fa2", "cudnn", "flash", "flex", "sdpa"))
     kernels: str = run("auto", "name", "Triton kernels for the MLP and the loss; auto: where they are faster here",
@@ -230,7 +229,8 @@ class Settings:
                                        low=1)
 
     eval_seq_len: int = evaluation(0, "tokens", "length of a scoring window", off="0: TRAIN_SEQ_LEN", low=0)
-    eval_stride: int = evaluation(64, "tokens", "scored per sliding window; banded scoring reads only if it is 0", off="0: nothing with full context", low=0)
+    eval_stride: int = evaluation(64, "tokens", "scored per sliding window; banded scoring reads only if it is 0",
+                                  off="0: nothing with full context", low=0)
     # Sliding windows read every token 32 times; banded scoring once or twice, for the same score or a better one.
     eval_attention: str = evaluation("banded", "name", "window: EVAL_STRIDE tokens per pass; banded: a long segment per "
                                      "pass, each layer seeing the last EVAL_SEQ_LEN keys", choices=("window", "banded"))
@@ -451,7 +451,8 @@ def contradictions(s):
     need(not s.ttt_enabled or s.ttt_chunk_tokens >= row,
          f"TTT_CHUNK_TOKENS={s.ttt_chunk_tokens} must hold {row} tokens, a row and what a pass scores: raise it, lower "
          "EVAL_SEGMENT, or set TTT_ENABLED=0")
-    need(len(s.run_id.encode()) <= 200 and "/" not in s.run_id, f"RUN_ID={s.run_id} is too long or no file name: at most 200 bytes")
+    need(len(s.run_id.encode()) <= 200 and "/" not in s.run_id,
+         f"RUN_ID={s.run_id} is too long or no file name: at most 200 bytes")
     need(not s.scores_path or Path(s.scores_path).suffix == ".npy", f"SCORES_PATH={s.scores_path} must name a file .npy")
     need(s.iterations or s.max_wallclock_seconds or s.eval_only, "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: nothing ends")
     need(not s.gptq or not s.max_wallclock_seconds or s.gptq_reserve_seconds < s.max_wallclock_seconds,
@@ -528,15 +529,20 @@ def launched_ranks(environ):
 def own_gpu(s, environ, ranks):
     """The ranks, this process from now on seeing its own GPU alone, as number 0: what one rank compiles then serves all.
 
-    Counting does not wake the driver, which reads CUDA_VISIBLE_DEVICES once; where it does, all GPUs stay in sight.
+    The driver reads CUDA_VISIBLE_DEVICES when it wakes, once, and counting does not wake it. Where it was awake already,
+    nothing is changed.
     """
     rank, world, local = ranks
-    count = torch.cuda.device_count()
-    if world == 1 or s.device == "cpu" or local >= count:
+    if world == 1 or s.device == "cpu" or local >= torch.cuda.device_count():
         return ranks
-    named = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    given = environ.get("CUDA_VISIBLE_DEVICES")
+    named = [name.strip() for name in (given or "").split(",") if name.strip()]
     environ["CUDA_VISIBLE_DEVICES"] = named[local] if named else str(local)
-    return rank, world, local if torch.cuda.device_count() > 1 else 0
+    if torch._C._cuda_getDeviceCount() == 1:
+        return rank, world, 0
+    environ.pop("CUDA_VISIBLE_DEVICES")
+    environ.update({} if given is None else {"CUDA_VISIBLE_DEVICES": given})
+    return ranks
 
 
 def check_launch(s, world_size):
@@ -594,8 +600,7 @@ class Runtime:
                             f"{torch.cuda.device_count()}; start fewer processes, or set DEVICE=cpu")
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         self.dtype = torch.bfloat16 if s.precision == "bf16" or (s.precision == "auto" and cuda) else torch.float32
-        self.compile = s.compile in ("1", "max") or (s.compile == "auto" and cuda)
-        self.compile_mode = "max-autotune-no-cudagraphs" if s.compile == "max" else None
+        self.compile = s.compile == "1" or (s.compile == "auto" and cuda)
         self.log_path, self.lines = None, []
         if cuda:
             torch.cuda.set_device(self.device)
@@ -661,7 +666,7 @@ class Runtime:
 
     def compiled(self, function, **how):
         """The function as torch.compile makes it, where this run compiles."""
-        return torch.compile(function, dynamic=False, mode=self.compile_mode, **how) if self.compile else function
+        return torch.compile(function, dynamic=False, **how) if self.compile else function
 
     @contextlib.contextmanager
     def rank0_first(self):
@@ -676,6 +681,12 @@ class Runtime:
         """Wait until this GPU has done everything it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def forget_peak_memory(self):
+        """Count anew: what was tried before training is not training's."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_memory_bytes(self):
         """Most memory held: of this rank's GPU, or of this process on a CPU."""
@@ -975,8 +986,8 @@ def leaky_square_mlp(u_ND, up_RD, down_DR, slope):
 
 def softcap_nll(logits_NV, targets_N, softcap, temperature):
     """nll of each target [N], nats, fp32, of logits softcap·tanh(logits/softcap)/temperature."""
-    logits = softcapped(logits_NV, softcap) / temperature
-    return F.cross_entropy(logits, targets_N, reduction="none")
+    logits = softcapped(logits_NV, softcap)
+    return F.cross_entropy(logits if temperature == 1 else logits / temperature, targets_N, reduction="none")
 
 
 def softcapped(logits, softcap):
@@ -984,11 +995,13 @@ def softcapped(logits, softcap):
     return softcap * torch.tanh(logits.float() / softcap) if softcap else logits.float()
 
 
+OPERATORS = f"golf_{hashlib.sha256(SOURCE).hexdigest()[:12]}"
+
 # The same two in Triton, for compiled models on a GPU. The first writes the hidden layer and its activation from the product
 # that makes it, and multiplies by the activation's slope in the product that needs it: a quarter of the MLP's memory traffic
 # is gone. The second holds fp32 logits of one row at a time.
 jit = triton.jit if triton else lambda kernel: kernel
-MLP_TILES = ((128, 256, 64, 8, 3), (128, 128, 64, 4, 4))  # rows, columns, depth, warps, stages: which is faster is tried
+MLP_TILES = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4))  # rows, columns, depth, warps, stages: which is faster is tried
 
 
 @jit
@@ -998,7 +1011,7 @@ def leaky_square_kernel(a, b, h, out, rows, B_COLUMN, B_DEPTH, SLOPE: tl.constex
     tile, per_group = tl.program_id(0), GROUP * (N // BN)  # GROUP tiles of rows share the columns that are in the cache
     first = tile // per_group * GROUP
     group = tl.minimum(tl.cdiv(rows, BM) - first, GROUP)
-    m = (first + tile % per_group % group) * BM + tl.arange(0, BM)
+    m = ((first + tile % per_group % group) * BM + tl.arange(0, BM)).to(tl.int64)
     n = tile % per_group // group * BN + tl.arange(0, BN)
     k, inside = tl.arange(0, BK), (m < rows)[:, None]
     total = tl.zeros((BM, BN), tl.float32)
@@ -1025,14 +1038,14 @@ def softcap_nll_kernel(logits, targets, nll, lse, grad, out, temperature, SOFTCA
     """nll and log-sum-exp of a row of logits; or backward the row's gradient in `out`, times grad."""
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     z = tl.load(logits + row * V + i, mask=i < V, other=0.0).to(tl.float32)
-    if SOFTCAP:
+    if SOFTCAP != 0:
         tanh = 2 * tl.sigmoid(2 * z / SOFTCAP) - 1
         z = SOFTCAP * tanh
     z = tl.where(i < V, z / temperature, float("-inf"))
     hit = i == tl.load(targets + row)
     if BACKWARD:
         slope = (tl.exp(z - tl.load(lse + row)) - tl.where(hit, 1.0, 0.0)) * tl.load(grad + row) / temperature
-        if SOFTCAP:
+        if SOFTCAP != 0:
             slope *= 1 - tanh * tanh
         tl.store(out + row * V + i, slope.to(out.dtype.element_ty), mask=i < V)
     else:
@@ -1043,8 +1056,11 @@ def softcap_nll_kernel(logits, targets, nll, lse, grad, out, temperature, SOFTCA
 
 
 def operator(name, schema, function, results):
-    """A PyTorch operator that compilers take as it is; results(*arguments) are tensors like its own."""
-    op = torch.library.custom_op(f"golf::{name}", function, mutates_args=(), schema=schema)
+    """A PyTorch operator that compilers take as it is; results(*arguments) are tensors like its own.
+
+    torch's cache of compiled code knows it by name alone, so that the name holds what it is made of.
+    """
+    op = torch.library.custom_op(f"{OPERATORS}::{name}", function, mutates_args=(), schema=schema)
     op.register_fake(results)
     return op
 
@@ -1063,22 +1079,28 @@ def triton_mlp():
         product(u, up, up.stride(), h, activated, slope, False, tile)
         return F.linear(activated, down), h, activated
 
-    def backward(dy, u, up, down, h, activated, slope, tile):
-        dh = torch.empty_like(h)
+    def backward(dy, u, up, down, h, activated, slope, tile, *wanted):
+        dh, nothing = torch.empty_like(h), dy.new_empty
         product(dy, down, (down.stride(1), down.stride(0)), h, dh, slope, True, tile)
-        return dh @ up, dh.mT @ u, dy.mT @ activated
+        return (dh @ up if wanted[0] else nothing(0), dh.mT @ u if wanted[1] else nothing(0),
+                dy.mT @ activated if wanted[2] else nothing(0))
 
-    gradient = operator("mlp_backward", "(Tensor dy, Tensor u, Tensor up, Tensor down, Tensor h, Tensor activated, float slope, "
-                        "int tile) -> (Tensor, Tensor, Tensor)", backward,
-                        lambda dy, *inputs: tuple(torch.empty_like(x) for x in inputs[:3]))
+    gradient = operator("mlp_backward", "(Tensor dy, Tensor u, Tensor up, Tensor down, Tensor h, Tensor activated, "
+                        "float slope, int tile, bool du, bool dup, bool ddown) -> (Tensor, Tensor, Tensor)", backward,
+                        lambda dy, *inputs: tuple(torch.empty_like(x) if wanted else dy.new_empty(0)
+                                                  for x, wanted in zip(inputs, inputs[-3:])))
     op = operator("mlp", "(Tensor u, Tensor up, Tensor down, float slope, int tile) -> (Tensor, Tensor, Tensor)", forward,
                   lambda u, up, *_: (torch.empty_like(u), *(u.new_empty(len(u), len(up)) for _ in range(2))))
 
     def keep(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:3], *output[1:])
         ctx.constants = inputs[3:]
-    op.register_autograd(lambda ctx, dy, *_: (*gradient(dy.contiguous(), *ctx.saved_tensors, *ctx.constants), None, None),
-                         setup_context=keep)
+
+    def differentiate(ctx, dy, *_):
+        wanted = ctx.needs_input_grad[:3]
+        found = gradient(dy.contiguous(), *ctx.saved_tensors, *ctx.constants, *wanted)
+        return *(x if want else None for x, want in zip(found, wanted)), None, None
+    op.register_autograd(differentiate, setup_context=keep)
     return lambda u, up, down, slope, tile: op(u.contiguous(), up.contiguous(), down.contiguous(), float(slope), tile)[0]
 
 
@@ -1096,19 +1118,21 @@ def triton_nll():
         rows(logits, targets, nll, lse, nll, nll, softcap, temperature, False)
         return nll, lse
 
+    def backward(grad, logits, targets, lse, softcap, temperature):
+        return rows(logits, targets, lse, lse, grad, torch.empty_like(logits), softcap, temperature, True)
+
     gradient = operator("nll_backward", "(Tensor grad, Tensor logits, Tensor targets, Tensor lse, float softcap, "
-                        "float temperature) -> Tensor",
-                        lambda grad, logits, targets, lse, *constants: rows(logits, targets, lse, lse, grad, torch.empty_like(logits),
-                                                                           *constants, True),
-                        lambda grad, logits, *_: torch.empty_like(logits))
+                        "float temperature) -> Tensor", backward, lambda grad, logits, *_: torch.empty_like(logits))
     op = operator("nll", "(Tensor logits, Tensor targets, float softcap, float temperature) -> (Tensor, Tensor)", forward,
                   lambda logits, *_: tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2)))
 
     def keep(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:2], output[1])
         ctx.constants = inputs[2:]
-    op.register_autograd(lambda ctx, grad, _: (gradient(grad.contiguous(), *ctx.saved_tensors, *ctx.constants), None, None, None),
-                         setup_context=keep)
+
+    def differentiate(ctx, grad, _):
+        return gradient(grad.contiguous(), *ctx.saved_tensors, *ctx.constants), None, None, None
+    op.register_autograd(differentiate, setup_context=keep)
     return lambda logits, targets, softcap, temperature: op(logits.contiguous(), targets.contiguous(), float(softcap),
                                                             float(temperature))[0]
 
@@ -1186,19 +1210,27 @@ def flash_backend(module, function):
     return attend
 
 
+FLASH_PACKAGES = {"fa3": ("flash_attn_interface", "flash_attn_func"), "fa4": ("flash_attn.cute", "flash_attn_func"),
+                  "fa2": ("flash_attn", "flash_attn_func")}
+TORCH_KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
 def torch_attention(kernel):
-    """sdpa by one of PyTorch's own kernels; windows by FlexAttention, or in blocks where nothing is compiled."""
+    """sdpa by this one of PyTorch's kernels or none."""
     def attend(q, k, v, window=0):
-        if window:
-            return (flex if torch.compiler.is_compiling() else sdpa)(q, k, v, window)
         with sdpa_kernel(kernel):
-            return sdpa(q, k, v)
+            return sdpa(q, k, v, window)
     return attend
 
 
-FLASH_PACKAGES = {"fa3": ("flash_attn_interface", "flash_attn_func"), "fa4": ("flash_attn.cute", "flash_attn_func"),
-                  "fa2": ("flash_attn", "flash_attn_func")}
-TORCH_ATTENTION = {"cudnn": torch_attention(SDPBackend.CUDNN_ATTENTION), "flash": torch_attention(SDPBackend.FLASH_ATTENTION)}
+def torch_kernel_first(name):
+    """A context in which PyTorch's attention takes the kernel of that name where it can, and others where it cannot, as for rows
+    of one token. Compiled code is kept under that name: the context is no part of what torch's cache looks at."""
+    if name not in TORCH_KERNELS:
+        return contextlib.nullcontext()
+    torch.compiler.config.cache_key_tag = name
+    rest = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel([TORCH_KERNELS[name], *(kernel for kernel in rest if kernel != TORCH_KERNELS[name])], set_priority=True)
 
 
 @dataclass(frozen=True)
@@ -1222,16 +1254,106 @@ def rows_per_pass(s, world_size):
     return next((n for n in range(min(rows, most), 0, -1) if rows % n == 0), 1)
 
 
-def choose_pieces(s, rt):
-    """({part: name}, Pieces): what is fastest on this device for the passes of this training."""
-    shape = rows_per_pass(s, rt.world_size), s.train_seq_len
-    name, attend = choose_attention(s, rt, shape)
-    names, tokens = dict(attention=name), math.prod(shape)
+def outcome(function, inputs):
+    """The result of function(*inputs), and the gradient of the sum of its squares for each input that wants one."""
+    y = function(*inputs)
+    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    return [y, *torch.autograd.grad(y.float().square().sum(), wanted)]
+
+
+def agree(mine, reference):
+    """Do two results of `outcome` differ by no more than rounding does?"""
+    return all((a.float() - b.float()).norm() <= 0.02 * b.float().norm() for a, b in zip(mine, reference, strict=True))
+
+
+def usable(candidates, inputs, rt):
+    """{name: function}, compiled as the model will be: the first of the candidates, and those that do not raise and give what
+    it gives, gradients included, on every rank. The log says why others are out."""
+    functions, reference, out = {}, None, []
+    for name, function in candidates.items():
+        functions[name], why = rt.compiled(function, fullgraph=True), ""
+        with rt.rank0_first():
+            try:
+                mine = outcome(functions[name], inputs)
+                if reference is not None and not agree(mine, reference):
+                    why = "gives something else"
+                reference = mine if reference is None else reference
+            except Exception as problem:  # whatever a kernel or a foreign package raises, it is not usable here
+                if reference is None:
+                    raise
+                why = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:120]}"
+        out.append(float(bool(why)))
+        if why:
+            rt.log(f"left out: {name}: {why}")
+    return {name: function for (name, function), n in zip(functions.items(), rt.sum_(torch.tensor(out)).tolist()) if not n}
+
+
+def fastest(functions, inputs, rt, repeats=5):
+    """Name of the fastest of {name: function} at function(*inputs), forwards and backwards, by rank 0's clock. The first is
+    taken unless another saves 2 % of its time."""
+    milliseconds = []
+    for function in functions.values() if len(functions) > 1 else ():
+        for repeat in range(2 + repeats):
+            if repeat == 2:
+                rt.synchronize()
+                started = time.perf_counter()
+            outcome(function, inputs)
+        rt.synchronize()
+        milliseconds.append(1000 * (time.perf_counter() - started) / repeats)
+    if not milliseconds:
+        return next(iter(functions))
+    first, *_ = times = rt.from_rank0(*milliseconds)
+    rt.log("tried: " + " ".join(f"{name}:{ms:.2f}ms" for name, ms in zip(functions, times)))
+    return list(functions)[0 if min(times) > 0.98 * first else times.index(min(times))]
+
+
+def qkv_like_the_models(rows, tokens, s, rt):
+    """Random q, k, v [rows, tokens, heads, E], slices of one tensor, as the model's v is in its first block."""
+    widths = [heads * s.head_dim for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)]
     generator = torch.Generator(rt.device).manual_seed(0)
+    joined = torch.randn(rows, tokens, sum(widths), device=rt.device, generator=generator).to(rt.dtype)
+    return [x.unflatten(-1, (-1, s.head_dim)).requires_grad_() for x in joined.split(widths, -1)]
 
-    def sample(*size):
-        return torch.randn(size, device=rt.device, generator=generator).to(rt.dtype).requires_grad_()
 
+def right_result(attend, s, rt, window=0):
+    """Does `attend` agree with PyTorch's attention, on a small input of this model's heads?"""
+    functions = {"sdpa": functools.partial(sdpa, window=window), "it": functools.partial(attend, window=window)}
+    return len(usable(functions, qkv_like_the_models(1, 256, s, rt), rt)) == 2
+
+
+def choose_attention(s, rt, shape):
+    """({part: name}, function) of the attention back end: the fastest of those that are right here, at rows × tokens.
+
+    The windows of banded scoring are its own, FlexAttention's or in blocks, whichever is right first.
+    """
+    packages, others = {}, {}
+    if rt.device.type == "cuda" and rt.dtype == torch.bfloat16:
+        packages = {name: attend for name in FLASH_PACKAGES if (attend := flash_backend(*FLASH_PACKAGES[name]))}
+        others = {**{name: torch_attention(kernel) for name, kernel in TORCH_KERNELS.items()}, "flex": flex}
+    candidates = {**packages, **others}
+    asked = [s.attention] if s.attention != "auto" else [name for name in candidates if name != "flex"]
+    right = {name: candidates[name] for name in asked if name in candidates and right_result(candidates[name], s, rt)}
+    if not right and s.attention not in ("auto", "sdpa"):
+        raise UserError(f"ATTENTION={s.attention}: not installed, or not working on {rt.device} with {rt.dtype}; "
+                        "ATTENTION=auto takes the best that works")
+    inputs = qkv_like_the_models(*shape, s, rt) if len(right) > 1 else ()
+    names = dict(attention=fastest(right, inputs, rt) if right else "sdpa")
+    whole = sdpa if names["attention"] in ("sdpa", *TORCH_KERNELS) else right[names["attention"]]
+    if s.eval_attention != "banded":
+        return names, whole
+    windows = {name: packages[name] for name in names.values() if name in packages}
+    windows.update({"flex": flex} if others and rt.compile else {})
+    names["windows"] = next((name for name, attend in windows.items() if right_result(attend, s, rt, 128)), "blocks")
+    if names["windows"] == "blocks" and whole is sdpa:
+        return names, sdpa
+    windowed = windows.get(names["windows"], sdpa)
+    return names, lambda q, k, v, window=0: windowed(q, k, v, window) if window else whole(q, k, v)
+
+
+def choose_pieces(s, rt):
+    """({part: name}, Pieces): what is fastest on this device for the passes of this training. Raises UserError."""
+    shape = rows_per_pass(s, rt.world_size), s.train_seq_len
+    (names, attend), tokens = choose_attention(s, rt, shape), math.prod(shape)
     mlps, losses = {"plain": leaky_square_mlp}, {"plain": softcap_nll}
     interpreted = triton and s.kernels == "triton" and triton.knobs.runtime.interpret
     if triton and rt.compile and s.kernels != "plain" and (rt.device.type == "cuda" or interpreted):
@@ -1241,92 +1363,27 @@ def choose_pieces(s, rt):
     elif s.kernels == "triton":
         raise UserError(f"KERNELS=triton: needs the triton package, a GPU (here: {rt.device}) and a compiled model "
                         f"(COMPILE={s.compile}); KERNELS=auto takes the kernels where they run")
-    parts = dict(
-        mlp=(mlps, lambda: (sample(tokens, s.model_dim), sample(s.mlp_hidden, s.model_dim), sample(s.model_dim, s.mlp_hidden)),
-             (s.leaky_slope,)),
-        nll=(losses, lambda: (sample(tokens, s.vocab_size), torch.randint(s.vocab_size, (tokens,), device=rt.device)),
-             (s.logit_softcap, 1.0)))
-    chosen = {}
-    for part, (candidates, inputs, constants) in parts.items():
-        if s.kernels == "triton" and len(candidates) > 1:
-            candidates = {name: candidates[name] for name in candidates if name != "plain"}
-        names[part] = fastest(candidates, inputs, constants, rt)
-        chosen[part] = candidates[names[part]]
-    return names, Pieces(attend, **chosen)
-
-
-def outcome(function, inputs):
-    """The result of function(*inputs), and the gradient of the sum of its squares for each input that wants one."""
-    y = function(*inputs)
-    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    return [y, *torch.autograd.grad(y.float().square().sum(), wanted)]
-
-
-def agree(mine, reference):
-    """Do the results of `outcome` differ by no more than rounding does?"""
-    return all((a.float() - b.float()).norm() <= 0.02 * b.float().norm() for a, b in zip(mine, reference, strict=True))
-
-
-def fastest(candidates, inputs, constants, rt, repeats=5):
-    """Name of the fastest of {name: function} at function(*inputs(), *constants), forwards and backwards, compiled as the model
-    will be. The first is the reference: one that raises or gives something else on any rank is out. Rank 0's times count."""
-    if len(candidates) == 1:
-        return next(iter(candidates))
-    sample, reference, milliseconds = (*inputs(), *constants), None, []
-    for function in candidates.values():
-        function = rt.compiled(function, fullgraph=True)
-        try:
-            mine = outcome(function, sample)
-            reference = reference or mine
-            right = agree(mine, reference)
-            for repeat in range(3 + repeats):
-                if repeat == 3:
-                    rt.synchronize()
-                    started = time.perf_counter()
-                outcome(function, sample)
-            rt.synchronize()
-            milliseconds.append(1000 * (time.perf_counter() - started) / repeats if right else math.inf)
-        except Exception:  # whatever a kernel raises on this device, it is not usable here
-            if reference is None:
-                raise
-            milliseconds.append(math.inf)
-    wrong = rt.sum_(torch.tensor([float(ms == math.inf) for ms in milliseconds]))
-    times = rt.from_rank0(*milliseconds)
-    rt.log("fastest: " + " ".join(f"{name}:{'out' if bad else f'{ms:.2f}ms'}" for name, ms, bad in zip(candidates, times, wrong)))
-    return min((ms, name) for name, ms, bad in zip(candidates, times, wrong) if not bad)[1]
-
-
-def choose_attention(s, rt, shape):
-    """(name, function) of the attention back end: the fastest of those that give the right result here, at rows × tokens."""
-    on_gpu = rt.device.type == "cuda" and rt.dtype == torch.bfloat16
-    functions = {"sdpa": sdpa}
-    if on_gpu:
-        functions.update({name: attend for name in FLASH_PACKAGES if (attend := flash_backend(*FLASH_PACKAGES[name]))},
-                         **TORCH_ATTENTION, flex=flex)
-    names = [s.attention] if s.attention != "auto" else [name for name in functions if name != "flex"]
-    usable = {name: functions[name] for name in names if name in functions and (name == "sdpa" or right_result(functions[name], s, rt))}
-    if not usable:
-        raise UserError(f"ATTENTION={s.attention}: not installed, or not working on {rt.device} with {rt.dtype}; "
-                        "ATTENTION=auto takes the best that works")
     generator = torch.Generator(rt.device).manual_seed(0)
-    name = fastest(usable, lambda: [torch.randn(*shape, heads, s.head_dim, device=rt.device, generator=generator).to(rt.dtype)
-                                    .requires_grad_() for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)], (), rt)
-    return name, usable[name]
 
+    def choose(part, candidates, *sizes, constants):
+        if len(candidates) == 1:
+            return "plain"
+        inputs = [torch.randn(size, device=rt.device, generator=generator).to(rt.dtype).requires_grad_() for size in sizes]
+        inputs += constants
+        functions = usable(candidates, inputs, rt)
+        if s.kernels == "auto":
+            return fastest(functions, inputs, rt)
+        if len(functions) == 1:
+            raise UserError(f"KERNELS=triton: no kernel of the {part} is right on {rt.device}, see above; KERNELS=auto leaves "
+                            "them out")
+        return list(functions)[1]
 
-def right_result(attend, s, rt):
-    """Does `attend` agree with PyTorch's attention, gradients included, on a small input of this model's heads? Windowed
-    too where the evaluation needs that. On every rank, or on none."""
-    shapes = [(1, 256, heads, s.head_dim) for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)]
-    generator = torch.Generator(rt.device).manual_seed(0)
-    qkv = [torch.randn(shape, device=rt.device, generator=generator).to(rt.dtype).requires_grad_() for shape in shapes]
-    attend = rt.compiled(attend, fullgraph=True)  # as the model will be: what breaks the graph would split every block
-    try:
-        right = all(agree(outcome(functools.partial(attend, window=window), qkv), outcome(functools.partial(sdpa, window=window), qkv))
-                    for window in ((0, 128) if s.eval_attention == "banded" else (0,)))
-    except Exception:  # whatever a foreign package raises, it is not usable here
-        right = False
-    return not rt.sum_(torch.tensor(float(not right)))
+    D, R, V = s.model_dim, s.mlp_hidden, s.vocab_size
+    names["mlp"] = choose("mlp", mlps, (tokens, D), (R, D), (D, R), constants=[s.leaky_slope])
+    targets = torch.randint(V, (tokens,), device=rt.device)
+    names["nll"] = choose("nll", losses, (tokens, V), constants=[targets, s.logit_softcap, 1.0])
+    rt.forget_peak_memory()
+    return names, Pieces(attend, mlps[names["mlp"]], losses[names["nll"]])
 
 
 # V ← a·V₀ + b·V, where V₀ is block 0's value: name → (initial parameter of a block or None, parameter → (a, b)).
@@ -1369,7 +1426,8 @@ class Attention(nn.Module):
         bits = self.bits if fake_quant else 0
         # One product reads u once; in a gradient as well.
         weights = [fake_quantize(w, bits) if bits else w for w in (self.q, self.k, self.v)]
-        weights += [self.gate_weight] if self.gate == "head" else []
+        if self.gate == "head":  # rows of 16 bytes: products of other widths, and slices of them, are slow
+            weights += [self.gate_weight, self.gate_weight.new_zeros(-self.heads % 8, D)]
         q, k, v, *gate = linear(u_BTD, torch.cat(weights)).split([len(w) for w in weights], -1)
         if value_embedding is not None:
             v = v + value_embedding
@@ -2915,6 +2973,8 @@ class Trainer:
                 self.gradients(rows[: self.micro_rows], variant)
                 for p in self.model.parameters():
                     p.grad = None
+            for group, *_ in self.optimizers.muon if rt.compile else ():
+                self.optimizers.orthogonalize(group.momentum)
         for i in range(max(s.warmup_steps, len(variants))):
             self.step(rows, 1.0, s.muon_momentum, variants[i % len(variants)])
             if i + 1 in (1, s.warmup_steps) or (i + 1) % 10 == 0:
@@ -3274,16 +3334,18 @@ def run_job(s, rt, explicit):
     log_start(s, rt, explicit)
     counts = parameter_counts(s)
     log_shape(s, rt.log, counts)
-    model, pieces = build_model(s, rt)
-    rt.log(" ".join(f"{part}:{name}" for part, name in pieces.items()) + f" validation_targets:{len(tokens) - 1}")
+    model, names = build_model(s, rt)
+    rt.log(" ".join(f"{part}:{name}" for part, name in names.items()) + f" validation_targets:{len(tokens) - 1}")
     forward = rt.compiled(model)
     path = Path(s.eval_only) if s.eval_only else Path(s.out_dir) / "final_model.int6.ptz"
     trained, results = dict(UNTRAINED), {}
-    if not s.eval_only:
-        trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
-    started = time.perf_counter()
-    scored, ledger = run_evaluations(model, forward, path, s, rt, tokens, byte_table, started)
-    report(s, rt, path, counts, trained, {**results, **scored}, ledger, time.perf_counter() - started)
+    with torch_kernel_first(names["attention"]):
+        if not s.eval_only:
+            trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
+        started = time.perf_counter()
+        scored, ledger = run_evaluations(model, forward, path, s, rt, tokens, byte_table, started)
+        seconds = time.perf_counter() - started
+    report(s, rt, path, counts, trained, {**results, **scored}, ledger, seconds)
 
 
 def main(argv, environ):
@@ -3308,8 +3370,8 @@ def main(argv, environ):
         rt.close()
         return 0
     except torch.OutOfMemoryError as problem:
-        print(f"error: GPU memory ran out; lower MICRO_BATCH_TOKENS (training, TTT) or EVAL_BATCH_SEQS (scoring): {problem}",
-              file=sys.stderr, flush=True)
+        print(f"error: GPU memory ran out; lower MICRO_BATCH_TOKENS={s.micro_batch_tokens} (training and TTT; 32768 should suit "
+              f"24 GB) or EVAL_BATCH_SEQS={s.eval_batch_seqs} (scoring): {problem}", file=sys.stderr, flush=True)
         return 2
     except (Interrupted, KeyboardInterrupt) as problem:
         said = str(problem) or "interrupted; RESUME=auto goes on from what is saved, if anything is"

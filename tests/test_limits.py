@@ -5,6 +5,8 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from conftest import TINY
 
 import train_gpt
 from test_evaluation import BANDED, Clock, SlowAdapter, run, world
@@ -152,3 +154,14 @@ def test_hessians_do_not_depend_on_the_number_of_ranks(tiny):
         sums.append(total)
     for name, h in sums[0].items():
         train_gpt.torch.testing.assert_close(h, sums[1][name], rtol=1e-4, atol=1e-4)
+
+
+def test_memory_that_runs_out_names_what_to_lower(corpus, tmp_path, monkeypatch, capsys):
+    """With the value that was too much, and one that suits a smaller GPU."""
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(train_gpt, "run_job", run_out)
+    environ = {k: str(v) for k, v in dict(TINY, DATA_PATH=corpus.folder, TOKENIZER_PATH=corpus.model, OUT_DIR=tmp_path).items()}
+    assert train_gpt.main([], environ) == 2
+    said = capsys.readouterr().err
+    assert "MICRO_BATCH_TOKENS=384" in said and "32768" in said and "EVAL_BATCH_SEQS=8" in said and "2.00 GiB" in said

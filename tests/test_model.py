@@ -1,5 +1,6 @@
 """Model: every formula against a slow float64 reference, causality, fake quantization, initial weights, back ends."""
 
+import contextlib
 import inspect
 import math
 import re
@@ -20,7 +21,8 @@ from train_gpt import GPT, KINDS, Settings, UserError, fake_quantize, init_weigh
 def one_rank(**more):
     """What choosing needs of a Runtime: one rank on a CPU."""
     told = dict(device=torch.device("cpu"), dtype=torch.float32, compile=False, world_size=1, lines=[])
-    rt = SimpleNamespace(**{**told, **more}, sum_=lambda x: x, from_rank0=lambda *x: list(x), synchronize=lambda: None,
+    rt = SimpleNamespace(**{**told, **more}, rank=0, rank0_first=contextlib.nullcontext,
+                         forget_peak_memory=lambda: None, sum_=lambda x: x, from_rank0=lambda *x: list(x), synchronize=lambda: None,
                          compiled=lambda function, **how: function)
     rt.log = rt.lines.append
     return rt
@@ -503,7 +505,7 @@ def test_absent_attention_is_refused_by_name(tiny, name):
 
 
 def test_auto_falls_back_on_pytorch(tiny):
-    assert train_gpt.choose_attention(tiny(), CPU, SHAPE) == ("sdpa", sdpa)
+    assert train_gpt.choose_attention(tiny(), CPU, SHAPE) == (dict(attention="sdpa", windows="blocks"), sdpa)
 
 
 class DetachedValue(torch.autograd.Function):
@@ -531,6 +533,11 @@ def refuse(q, k, v, causal):
     raise RuntimeError("no kernel image is available for execution on the device")
 
 
+class Graphics(str):
+    """A CPU that says it is a GPU."""
+    type = "cuda"
+
+
 WRONG = {"not causal": attend_all, "other grouping": attend_interleaved, "no kernel": refuse,
          "scaled": lambda q, k, v, causal: sdpa(1.1 * q, k, v), "nan": lambda q, k, v, causal: sdpa(q, k, v) * math.nan,
          "wrong gradient": lambda q, k, v, causal: sdpa(q, k, DetachedValue.apply(v)),
@@ -550,16 +557,23 @@ def install(monkeypatch, module, function, attend):
 def test_wrong_flash_attention_is_rejected(tiny, monkeypatch, case):
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", WRONG[case])
     attend = train_gpt.flash_backend("flash_attn_interface", "flash_attn_func")
-    assert not train_gpt.right_result(attend, tiny(EVAL_ATTENTION="window"), CPU)
+    assert not train_gpt.right_result(attend, tiny(), CPU)
 
 
 @pytest.mark.parametrize("case", WRONG_IN_A_WINDOW)
 def test_a_window_is_asked_for_where_the_evaluation_needs_it(tiny, monkeypatch, case):
-    """What is right with all keys and wrong with the last few serves sliding windows and no banded evaluation."""
+    """What is right with all keys and wrong with the last few serves training, and no banded evaluation."""
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", WRONG_IN_A_WINDOW[case])
     attend = train_gpt.flash_backend("flash_attn_interface", "flash_attn_func")
-    assert train_gpt.right_result(attend, tiny(EVAL_ATTENTION="window"), CPU)
-    assert not train_gpt.right_result(attend, tiny(EVAL_ATTENTION="banded"), CPU)
+    assert train_gpt.right_result(attend, tiny(), CPU)
+    assert not train_gpt.right_result(attend, tiny(), CPU, 128)
+    rt = one_rank(device=Graphics("cpu"), dtype=torch.bfloat16)
+    monkeypatch.setattr(train_gpt, "TORCH_KERNELS", {})
+    names, chosen = train_gpt.choose_attention(tiny(ATTENTION="fa3"), rt, SHAPE)
+    assert names == dict(attention="fa3", windows="blocks")
+    q, k, v = (torch.randn(1, 40, heads, 8) for heads in (4, 2, 2))
+    torch.testing.assert_close(chosen(q, k, v, 7), sdpa(q, k, v, 7))
+    assert train_gpt.choose_attention(tiny(ATTENTION="fa3", EVAL_ATTENTION="window"), rt, SHAPE)[0] == dict(attention="fa3")
 
 
 @pytest.mark.parametrize("result", [lambda y: y, lambda y: (y, None), lambda y: y + 1e-4 * torch.randn_like(y)])
@@ -569,19 +583,13 @@ def test_right_flash_attention_is_accepted(tiny, monkeypatch, result):
         assert causal is True and window_size[1] in (-1, 0)
         return result(sdpa(q, k, v, window_size[0] + 1))
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend)
-    for attention in ("window", "banded"):
-        s = tiny(EVAL_ATTENTION=attention)
-        assert train_gpt.right_result(train_gpt.flash_backend("flash_attn_interface", "flash_attn_func"), s, CPU)
+    for window in (0, 128):
+        assert train_gpt.right_result(train_gpt.flash_backend("flash_attn_interface", "flash_attn_func"), tiny(), CPU, window)
 
 
 def test_absent_flash_packages_are_none():
     assert train_gpt.flash_backend("no_such_module_here", "f") is None
     assert train_gpt.flash_backend("math", "flash_attn_func") is None
-
-
-class Graphics(str):
-    """A CPU that says it is a GPU."""
-    type = "cuda"
 
 
 def slowed(attend, seconds):
@@ -593,51 +601,74 @@ def slowed(attend, seconds):
 
 def test_the_fastest_back_end_that_is_right_is_taken(tiny, monkeypatch):
     """fa3 is fast and computes something else, fa4 is missing, fa2 is right: auto takes fa2 where PyTorch's kernels are slower,
-    another where fa2 is, and ATTENTION=fa3 is refused."""
+    another where fa2 is, and ATTENTION=fa3 is refused. What is out is said with its reason."""
     rt = one_rank(device=Graphics("cpu"), dtype=torch.bfloat16)
-    right = lambda q, k, v, causal, window_size=(-1, -1): sdpa(q, k, v, window_size[0] + 1)
+
+    def right(q, k, v, causal, window_size=(-1, -1)):
+        return sdpa(q, k, v, window_size[0] + 1)
     install(monkeypatch, "flash_attn", "flash_attn_func", right)
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend_all)
-    monkeypatch.setattr(train_gpt, "TORCH_ATTENTION", {"cudnn": slowed(sdpa, 0.01), "flash": refuse})
-    monkeypatch.setattr(train_gpt, "sdpa", slowed(sdpa, 0.01))
-    name, attend = train_gpt.choose_attention(tiny(), rt, SHAPE)
-    assert name == "fa2" and attend is not sdpa and re.fullmatch(r"fastest: sdpa:\S+ms fa2:\S+ms cudnn:\S+ms", rt.lines[-1])
+    kernels = {"cudnn": slowed(sdpa, 0.01), "flash": refuse}
+    monkeypatch.setattr(train_gpt, "TORCH_KERNELS", {name: name for name in kernels})
+    monkeypatch.setattr(train_gpt, "torch_attention", kernels.get)
+    names, attend = train_gpt.choose_attention(tiny(), rt, SHAPE)
+    assert names == dict(attention="fa2", windows="fa2") and attend is not sdpa
+    assert [line.split(": ")[:3] for line in rt.lines[:2]] == [["left out", "it", "gives something else"], ["left out", "it", "TypeError"]]
+    assert re.fullmatch(r"tried: fa2:\S+ms cudnn:\S+ms", rt.lines[2])
     install(monkeypatch, "flash_attn", "flash_attn_func", slowed(right, 0.05))
-    assert train_gpt.choose_attention(tiny(), rt, SHAPE)[0] in ("sdpa", "cudnn")
-    assert train_gpt.choose_attention(tiny(ATTENTION="fa2"), rt, SHAPE)[0] == "fa2"
+    names, attend = train_gpt.choose_attention(tiny(), rt, SHAPE)
+    assert names == dict(attention="cudnn", windows="blocks") and attend is sdpa
+    assert train_gpt.choose_attention(tiny(ATTENTION="fa2"), rt, SHAPE)[0]["attention"] == "fa2"
     for name in ("fa3", "fa4", "flash"):
         with pytest.raises(UserError, match=f"ATTENTION={name}"):
             train_gpt.choose_attention(tiny(ATTENTION=name), rt, SHAPE)
 
 
 def test_pytorchs_kernels_by_name():
-    """Each restricted to one kernel, windows included; eager, so that the windows are blocks."""
+    """Alone while they are tried; first among others afterwards, so that what a kernel does not do is done by another."""
     q, k, v = (torch.randn(2, 24, heads, 8) for heads in (4, 2, 2))
     attend = train_gpt.torch_attention(train_gpt.SDPBackend.MATH)
     for window in (0, 5):
         torch.testing.assert_close(attend(q, k, v, window), sdpa(q, k, v, window))
-    with pytest.raises(RuntimeError):  # the restriction is real: there is no such kernel here
-        train_gpt.TORCH_ATTENTION["cudnn"](q, k, v)
+    with pytest.raises(RuntimeError):  # there is no such kernel here
+        train_gpt.torch_attention(train_gpt.TORCH_KERNELS["cudnn"])(q, k, v)
+    with torch.compiler.config.patch(cache_key_tag=""):
+        with train_gpt.torch_kernel_first("fa2"):
+            assert torch.compiler.config.cache_key_tag == "", "nothing to keep apart"
+        with train_gpt.torch_kernel_first("cudnn"):
+            torch.testing.assert_close(sdpa(q, k, v), attend(q, k, v))
+        assert torch.compiler.config.cache_key_tag == "cudnn"
 
 
-def test_the_fastest_is_right_on_every_rank():
-    """What is wrong, raises, or is out on another rank is not taken, however fast; rank 0's times decide."""
+def test_usable_is_what_is_right_on_every_rank():
+    """What is wrong, raises, or is out on another rank is left out, and why is said."""
     x = torch.randn(64, requires_grad=True)
+
     def broken(x):
-        raise RuntimeError("no kernel image")
-    candidates = {"plain": slowed(lambda x: 2 * x, 0.005), "wrong": lambda x: 2.1 * x, "broken": broken,
-                  "wrong gradient": lambda x: 2 * x.detach() + 0 * x, "nan": lambda x: x * math.nan, "right": lambda x: x + x}
+        raise RuntimeError("no kernel image\nand more")
+    candidates = {"plain": lambda x: 2 * x, "wrong": lambda x: 2.1 * x, "broken": broken, "nan": lambda x: x * math.nan,
+                  "wrong gradient": lambda x: 2 * x.detach() + 0 * x, "right": lambda x: x + x}
     rt = one_rank()
-    assert train_gpt.fastest(candidates, lambda: (x,), (), rt) == "right"
-    assert [w for w in rt.lines[-1].split() if w.endswith(":out")] == ["wrong:out", "broken:out", "gradient:out", "nan:out"]
-    rt = one_rank()
+    assert list(train_gpt.usable(candidates, [x], rt)) == ["plain", "right"]
+    assert rt.lines == ["left out: wrong: gives something else", "left out: broken: RuntimeError: no kernel image",
+                        "left out: nan: gives something else", "left out: wrong gradient: gives something else"]
     rt.sum_ = lambda out: out + torch.tensor([0.0, 0, 0, 0, 0, 1])  # the other rank cannot run the last one
-    assert train_gpt.fastest(candidates, lambda: (x,), (), rt) == "plain"
-    rt = one_rank()
-    rt.from_rank0 = lambda *times: [1.0, *[math.inf] * 4, 2.0]
-    assert train_gpt.fastest(candidates, lambda: (x,), (), rt) == "plain"
+    assert list(train_gpt.usable(candidates, [x], rt)) == ["plain"]
+    assert list(train_gpt.usable({"nan": candidates["nan"]}, [x], one_rank())) == ["nan"], "the first is what there is"
     with pytest.raises(RuntimeError, match="no kernel image"):  # without a reference there is nothing to run
-        train_gpt.fastest({"plain": broken, "other": lambda x: x}, lambda: (x,), (), one_rank())
+        train_gpt.usable({"plain": broken, "other": lambda x: x}, [x], one_rank())
+
+
+def test_the_fastest_must_be_faster_by_more_than_noise():
+    """Rank 0's times decide; a near tie goes to the first."""
+    x = torch.randn(64, requires_grad=True)
+    functions = {"plain": slowed(lambda x: 2 * x, 0.01), "quick": lambda x: x + x, "slow": slowed(lambda x: x + x, 0.02)}
+    rt = one_rank()
+    assert train_gpt.fastest(functions, [x], rt) == "quick" and re.fullmatch(r"tried: plain:\S+ms quick:\S+ms slow:\S+ms", rt.lines[0])
+    for times, name in (([1.0, 0.99, 2.0], "plain"), ([1.0, 0.97, 0.5], "slow"), ([1.0, 3.0, 2.0], "plain")):
+        rt.from_rank0 = lambda *mine, times=times: times
+        assert train_gpt.fastest(functions, [x], rt) == name
+    assert train_gpt.fastest({"only": None}, [x], rt) == "only"
 
 
 def test_fake_quant_is_an_argument_of_forward():

@@ -70,15 +70,6 @@ def load_script(path, name):
     return module
 
 
-def own_operators(label):
-    """While this lasts, what a script registers as golf::name has a name that another version's does not replace."""
-    register = torch.library.custom_op
-
-    def custom_op(name, *rest, **more):
-        return register(name.replace("golf::", f"golf_{label}::"), *rest, **more)
-    return mock.patch.object(torch.library, "custom_op", custom_op)
-
-
 def write_shard(module, folder, count, vocab_size):
     """A training shard of `count` random tokens."""
     header = np.zeros(256, "<i4")
@@ -181,6 +172,8 @@ class Version:
 
     def kernels(self):
         """The choice of attention kernels that the script makes around its work, if it makes one."""
+        if hasattr(self.module, "torch_kernel_first"):
+            return self.module.torch_kernel_first(self.chosen["attention"])
         return getattr(self.module, "sdpa_priority", lambda rt: contextlib.nullcontext())(self.rt)
 
     def step(self):
@@ -394,7 +387,7 @@ def report(versions, measured, floor, bus):
     """All that is printed, line by line."""
     s, rt, cuda = versions[0].s, versions[0].rt, versions[0].rt.device.type == "cuda"
     for v in versions:
-        yield f"{v.label:<5} {v.module.__file__}, {hashlib.sha256(v.module.SHIPPED).hexdigest()[:16]}, kernels {v.chosen}"
+        yield f"{v.label:<5} {v.module.__file__}, {hashlib.sha256(Path(v.module.__file__).read_bytes()).hexdigest()[:16]}, computes with {v.chosen}"
     device = torch.cuda.get_device_name(rt.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     yield f"{device}, torch {torch.__version__}, {rt.dtype}, compile {'on' if rt.compile else 'off'}, repeats {floor.repeats}"
     yield (f"preset {s.preset or 'none'}, {s.num_layers} × {s.model_dim}, rows of {s.train_seq_len}; ranks {rt.world_size}, "
@@ -436,8 +429,7 @@ def prepared(arguments, folder, on_gpu):
     for label, module in modules.items():
         with mock.patch("torch.distributed.init_process_group") if versions else contextlib.nullcontext():
             rt = module.Runtime(settings[label], ranks)
-        with own_operators(label):
-            versions.append(Version(label, module, settings[label], rt))
+        versions.append(Version(label, module, settings[label], rt))
     return versions
 
 
