@@ -527,7 +527,7 @@ def launched_ranks(environ):
 
 
 def own_gpu(s, environ, ranks):
-    """The ranks, this process from now on seeing its own GPU alone, as number 0: what one rank compiles then serves all.
+    """The ranks, this process from now on seeing its own GPU alone, as number 0: all then make the same code, and find it again.
 
     The driver reads CUDA_VISIBLE_DEVICES when it wakes, once, and counting does not wake it. Where it was awake already,
     nothing is changed.
@@ -667,15 +667,6 @@ class Runtime:
     def compiled(self, function, **how):
         """The function as torch.compile makes it, where this run compiles."""
         return torch.compile(function, dynamic=False, **how) if self.compile else function
-
-    @contextlib.contextmanager
-    def rank0_first(self):
-        """The other ranks wait until rank 0 has left, and find what it compiled."""
-        if self.rank and self.compile:
-            self.sum_(torch.zeros(1))
-        yield
-        if not self.rank and self.compile:
-            self.sum_(torch.zeros(1))
 
     def synchronize(self):
         """Wait until this GPU has done everything it was given."""
@@ -1272,16 +1263,15 @@ def usable(candidates, inputs, rt):
     functions, reference, out = {}, None, []
     for name, function in candidates.items():
         functions[name], why = rt.compiled(function, fullgraph=True), ""
-        with rt.rank0_first():
-            try:
-                mine = outcome(functions[name], inputs)
-                if reference is not None and not agree(mine, reference):
-                    why = "gives something else"
-                reference = mine if reference is None else reference
-            except Exception as problem:  # whatever a kernel or a foreign package raises, it is not usable here
-                if reference is None:
-                    raise
-                why = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:120]}"
+        try:
+            mine = outcome(functions[name], inputs)
+            if reference is not None and not agree(mine, reference):
+                why = "gives something else"
+            reference = mine if reference is None else reference
+        except Exception as problem:  # whatever a kernel or a foreign package raises, it is not usable here
+            if reference is None:
+                raise
+            why = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:120]}"
         out.append(float(bool(why)))
         if why:
             rt.log(f"left out: {name}: {why}")
@@ -2943,18 +2933,14 @@ class Trainer:
         self.micro_rows = rows_per_pass(s, rt.world_size)
         self.optimizers = Optimizers(model, s, rt)
 
-    def gradients(self, rows, fake_quant):
-        """Add the gradients of this rank's rows; returns its part of the mean nll."""
-        loss = torch.zeros((), device=self.rt.device)
-        for micro in rows.split(self.micro_rows):
-            nll = self.forward(micro[:, :-1].long(), micro[:, 1:].long(), fake_quant).sum() / self.s.train_batch_tokens
-            nll.backward()
-            loss += nll.detach()
-        return loss
-
     def step(self, rows, scale, momentum, fake_quant):
         """One optimizer step on this rank's rows; returns the mean nll of the rank's tokens and the gradient norm."""
-        loss = self.gradients(rows, fake_quant)
+        total = self.s.train_batch_tokens
+        loss = torch.zeros((), device=self.rt.device)
+        for micro in rows.split(self.micro_rows):
+            nll = self.forward(micro[:, :-1].long(), micro[:, 1:].long(), fake_quant).sum() / total
+            nll.backward()
+            loss += nll.detach()
         if self.s.crownq_lambda and (fake_quant or not self.s.crownq_warmdown_only):
             (self.s.crownq_lambda / self.rt.world_size * crown_q(self.model)).backward()
         return loss * self.rt.world_size, self.optimizers.step(scale, momentum, self.s.nonfinite == "skip")
@@ -2968,13 +2954,6 @@ class Trainer:
         variants = sorted({False, bool(s.qat_enabled or s.late_qat_threshold)} if not s.qat_enabled else {True})
         rows = torch.randint(s.vocab_size, (self.rows_per_step // rt.world_size, s.train_seq_len + 1), dtype=torch.int32,
                              device=rt.device)
-        with rt.rank0_first():
-            for variant in variants if rt.compile else ():
-                self.gradients(rows[: self.micro_rows], variant)
-                for p in self.model.parameters():
-                    p.grad = None
-            for group, *_ in self.optimizers.muon if rt.compile else ():
-                self.optimizers.orthogonalize(group.momentum)
         for i in range(max(s.warmup_steps, len(variants))):
             self.step(rows, 1.0, s.muon_momentum, variants[i % len(variants)])
             if i + 1 in (1, s.warmup_steps) or (i + 1) % 10 == 0:

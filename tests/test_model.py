@@ -1,6 +1,5 @@
 """Model: every formula against a slow float64 reference, causality, fake quantization, initial weights, back ends."""
 
-import contextlib
 import inspect
 import math
 import re
@@ -21,8 +20,7 @@ from train_gpt import GPT, KINDS, Settings, UserError, fake_quantize, init_weigh
 def one_rank(**more):
     """What choosing needs of a Runtime: one rank on a CPU."""
     told = dict(device=torch.device("cpu"), dtype=torch.float32, compile=False, world_size=1, lines=[])
-    rt = SimpleNamespace(**{**told, **more}, rank=0, rank0_first=contextlib.nullcontext,
-                         forget_peak_memory=lambda: None, sum_=lambda x: x, from_rank0=lambda *x: list(x), synchronize=lambda: None,
+    rt = SimpleNamespace(**{**told, **more}, rank=0, forget_peak_memory=lambda: None, sum_=lambda x: x, from_rank0=lambda *x: list(x), synchronize=lambda: None,
                          compiled=lambda function, **how: function)
     rt.log = rt.lines.append
     return rt
