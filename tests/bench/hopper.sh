@@ -32,7 +32,7 @@ train() {  # train <script> <name> <seed>
     env "${GPU[@]}" DATA_PATH=./data/datasets/demo TOKENIZER_PATH=./data/tokenizers/demo_1024_bpe.model RUN_ID="$2" SEED="$3" \
         OUT_DIR="$WORK/$2" ITERATIONS=$STEPS MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0 VAL_LIMIT_TOKENS=16384 EVAL_STRIDE=0 \
         TTT_ENABLED=0 GPTQ=0 WARMUP_STEPS=2 LATE_QAT_THRESHOLD=0 $PYTHON "$1" |
-        grep -E "^(fastest|attention|compile|startup|peak|final)|step:$STEPS/"
+        grep -E "^(tried|left out|attention|compile|startup|peak|final)|step:$STEPS/"
 }
 export -f train
 export PYTHON STEPS WORK
