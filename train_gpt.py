@@ -1305,9 +1305,10 @@ def qkv_like_the_models(rows, tokens, s, rt):
     return [x.unflatten(-1, (-1, s.head_dim)).requires_grad_() for x in joined.split(widths, -1)]
 
 
-def right_result(attend, s, rt, window=0):
-    """Does `attend` agree with PyTorch's attention, on a small input of this model's heads?"""
-    functions = {"sdpa": functools.partial(sdpa, window=window), "it": functools.partial(attend, window=window)}
+def right_result(attend, s, rt, window=0, name="attention"):
+    """Does `attend` agree with PyTorch's attention, on a small input of this model's heads? If not, the log says why."""
+    label = f"{name}, window {window}" if window else name
+    functions = {"": functools.partial(sdpa, window=window), label: functools.partial(attend, window=window)}
     return len(usable(functions, qkv_like_the_models(1, 256, s, rt), rt)) == 2
 
 
@@ -1322,7 +1323,7 @@ def choose_attention(s, rt, shape):
         others = {**{name: torch_attention(kernel) for name, kernel in TORCH_KERNELS.items()}, "flex": flex}
     candidates = {**packages, **others}
     asked = [s.attention] if s.attention != "auto" else [name for name in candidates if name != "flex"]
-    right = {name: candidates[name] for name in asked if name in candidates and right_result(candidates[name], s, rt)}
+    right = {name: candidates[name] for name in asked if name in candidates and right_result(candidates[name], s, rt, 0, name)}
     if not right and s.attention not in ("auto", "sdpa"):
         raise UserError(f"ATTENTION={s.attention}: not installed, or not working on {rt.device} with {rt.dtype}; "
                         "ATTENTION=auto takes the best that works")
@@ -1333,7 +1334,7 @@ def choose_attention(s, rt, shape):
         return names, whole
     windows = {name: packages[name] for name in names.values() if name in packages}
     windows.update({"flex": flex} if others and rt.compile else {})
-    names["windows"] = next((name for name, attend in windows.items() if right_result(attend, s, rt, 128)), "blocks")
+    names["windows"] = next((name for name, attend in windows.items() if right_result(attend, s, rt, 128, name)), "blocks")
     if names["windows"] == "blocks" and whole is sdpa:
         return names, sdpa
     windowed = windows.get(names["windows"], sdpa)

@@ -611,7 +611,7 @@ def test_the_fastest_back_end_that_is_right_is_taken(tiny, monkeypatch):
     monkeypatch.setattr(train_gpt, "torch_attention", kernels.get)
     names, attend = train_gpt.choose_attention(tiny(), rt, SHAPE)
     assert names == dict(attention="fa2", windows="fa2") and attend is not sdpa
-    assert [line.split(": ")[:3] for line in rt.lines[:2]] == [["left out", "it", "gives something else"], ["left out", "it", "TypeError"]]
+    assert [line.split(": ")[:3] for line in rt.lines[:2]] == [["left out", "fa3", "gives something else"], ["left out", "flash", "TypeError"]]
     assert re.fullmatch(r"tried: fa2:\S+ms cudnn:\S+ms", rt.lines[2])
     install(monkeypatch, "flash_attn", "flash_attn_func", slowed(right, 0.05))
     names, attend = train_gpt.choose_attention(tiny(), rt, SHAPE)
