@@ -484,7 +484,7 @@ def test_ttt_equals_the_slow_reference(tiny, variables):
     book = run(w, adapter=adapting(w))[1]
     reference_world = world(tiny, **variables)
     reference = ttt_reference(reference_world)
-    assert np.abs(book.nll - reference).max() < 3e-5
+    assert np.abs(book.nll - reference).max() < 3e-5  # 1.3e-5 by rounding, over 20 chunks of large steps; adapting moves 1e-3
     for (name, p), q in zip(w.model.named_parameters(), reference_world.model.parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5, msg=name)
     adapts = w.s.ttt_epochs and w.s.ttt_chunk_tokens < 1000
