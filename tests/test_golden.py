@@ -1,0 +1,39 @@
+"""A witness for changes of structure: twenty steps of three systems must end where they ended before.
+
+The figures stay until a change is meant to change results; its commit says so.
+"""
+import re
+
+import pytest
+
+STEPS = dict(NUM_LAYERS=5, UNIQUE_LAYERS=0, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_LEN=64, ROPE_NTK_REFERENCE=32,
+             TRAIN_BATCH_TOKENS=1536, MICRO_BATCH_TOKENS=1536, ITERATIONS=20, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1,
+             WARMDOWN_ITERS=12, MUON_MOMENTUM_WARMUP_STEPS=10, TRAIN_LOG_EVERY=5, VE_LAYERS="3,4", XSA_LAST_N=2,
+             EMA_DECAY=0.8, SWA_EVERY=2, EVAL_STRIDE=16, TTT_CHUNK_TOKENS=256, TTT_EPOCHS=2, TTT_LR=0.01, SEED=1337,
+             ARTIFACT_BUDGET_BYTES=400_000, CODEC="rans", GPTQ_BATCHES=2)
+SYSTEMS = {"": dict(XSA_LAST_N=5), "pr549": dict(CODEC="lzma"), "pr537": dict(CODEC="zstd", UNIQUE_LAYERS=4, TTT_EPOCHS=3)}
+# train_loss at steps 1, 5, 10, 15, 20; model bytes without the code's; bpb of each evaluation
+GOLDEN = {
+    "": dict(losses=[5.7647, 3.2914, 2.7224, 2.1433, 1.6428], model_bytes=200073,
+             bpb=dict(float=1.87621, int8=1.87647, banded=1.84997, ttt=1.84384)),
+    "pr549": dict(losses=[5.7636, 3.317, 2.8842, 2.3058, 1.9284], model_bytes=157953,
+                  bpb=dict(float=2.0466, int6=2.04734, sliding=2.02973, ttt=2.0317)),
+    "pr537": dict(losses=[5.7636, 3.3199, 2.9355, 2.385, 1.9859], model_bytes=131241,
+                  bpb=dict(float=2.01547, int5_6=2.01728, sliding=1.99727, ttt=1.99258)),
+}
+
+
+def measured(run_script, preset):
+    done = run_script(PRESET=preset, **{**STEPS, **SYSTEMS[preset]})
+    assert done.returncode == 0, done.stderr
+    losses = [float(x) for x in re.findall(r"^step:(?:1|5|10|15|20)/20 train_loss:(\S+)", done.log, re.M)]
+    return dict(losses=losses, model_bytes=done.result["model_bytes"],
+                bpb={k: round(v, 5) for k, v in done.result["val_bpb"].items()})
+
+
+@pytest.mark.parametrize("preset", SYSTEMS)
+def test_twenty_steps_end_where_they_ended(run_script, preset):
+    now, then = measured(run_script, preset), GOLDEN[preset]
+    assert now["losses"] == pytest.approx(then["losses"], abs=1e-3)
+    assert now["model_bytes"] == pytest.approx(then["model_bytes"], rel=0.01)
+    assert list(now["bpb"]) == list(then["bpb"]) and list(now["bpb"].values()) == pytest.approx(list(then["bpb"].values()), abs=1e-3)
