@@ -142,9 +142,18 @@ class Settings:
     rope_ntk_reference: Count = 1024  # tokens; longer rows stretch the rotary base; 0: off
     ln_scale: Flag = 1  # block i reads its input times 1/√(i+1)
     xsa_last_n: Count = 11  # blocks, from the end, with exclusive self-attention: −0.0017; 0: off
-    unet_skips: Flag = 1  # add outputs of the first half in the second half
+    # Once training is so far, blocks run in this order: depth recurrence (#1394, #1493).
+    late_passes: str = ""  # such as 0-5,3-5,3-5,6-10: block numbers and ranges; empty: as before
+    late_passes_from: Share = 0.35  # of the training clock, or of ITERATIONS without one
+    parallel: Literal["0", "one", "lanes"] = "0"
+        # blocks from PARALLEL_FROM on: one: attention and MLP read the same input (#1493); lanes:
+        # two residual streams with learned routing (#1529)
+    parallel_from: Count = 7  # first of those blocks
+    unet_skips: Literal["0", "1", "gated"] = "1"
+        # add outputs of the first half of the passes in the second half; gated: blend them (#1218)
     # Mixing across documents is a known mistake: bos closes the gate at the start of a document.
-    smear_gate: Literal["0", "1", "bos"] = "bos"  # mix in the previous token; bos: not at BOS
+    smear_gate: Literal["0", "1", "bos", "embed"] = "bos"
+        # mix in the previous token; bos: not at BOS; embed: so, on raw embeddings (#1667)
     bigram_vocab_size: Count = 2048  # buckets of the hashed bigram embedding; 0: off
     bigram_dim: Positive = 128  # channels of the bigram and trigram embeddings
     trigram_vocab_size: Count = 0  # buckets of a hashed trigram embedding; 0: off
@@ -153,8 +162,8 @@ class Settings:
     # −0.0010 (value residual) and −0.0005 to −0.0010 (gate) at full scale.
     value_residual: Literal["0", "1", "pair", "sigmoid", "shortcut", "half", "embed"] = "pair"
         # V ← a·V₀ + b·V; 1: pair; embed: block output + λ·x₀; 0: off
-    gated_attention: Literal["0", "1", "head", "scalar"] = "head"
-        # gate on the attention output; 1: head; 0: off
+    gated_attention: Literal["0", "1", "head", "sparse", "scalar"] = "head"
+        # gate on the attention output; 1: head; sparse: reads 12 channels (#1787); 0: off
 
     # == Optimizers
     matrix_lr: Amount = 0.025  # Muon, matrices
@@ -163,6 +172,8 @@ class Settings:
     proj_optimizer: Literal["muon", "adamw"] = "muon"  # of the small embeddings' projections
     muon_wd: Amount = 0.04  # decoupled weight decay of Muon, × learning rate
     adam_wd: Amount = 0.04  # the same of AdamW
+    embed_wd: Annotated[float, -1.0, 1e18] = -1.0  # the same of embedding tables; -1: ADAM_WD
+    muon_row_norm: Flag = 0  # normalize the rows of Muon's momentum (MuonEq-R, #1285)
     muon_momentum: Decay = 0.99  # Nesterov momentum after its warm-up
     muon_momentum_warmup_start: Decay = 0.92  # momentum at step 0
     muon_momentum_warmup_steps: Count = 1500  # of linear growth; 0: none
@@ -177,6 +188,7 @@ class Settings:
     max_wallclock_seconds: Amount = 600.0  # training clock; 0: ITERATIONS alone decides
     warmup_steps: Count = 20  # on random tokens before the clock, then everything is restored
     warmdown_iters: Count = 3500  # steps of linear decay of the learning rate at the end
+    warmdown_frac: Share = 0.0  # share of the run instead of WARMDOWN_ITERS; 0: off
     lr_floor: Share = 0.1  # × lr, where the warmdown ends
     ema_enabled: Flag = 1  # average the weights exponentially (−0.0006)
     ema_decay: Decay = 0.0  # per step; 0: the average reaches back over 1/21 of the steps so far
@@ -198,9 +210,11 @@ class Settings:
     quant_fit: Literal["level", "scale"] = "level"
         # to fit the budget; level: no step below a common one; scale: all steps × one factor
     quant_clip: Literal["max", "row", "matrix", "std"] = "max"
-        # clip of a row: its maximum, a searched quantile by row or by matrix, or QUANT_CLIP_STD
-    quant_clip_std: Amount = 12.85  # root mean squares of a row, int4 to int7 (SDClip, #1394)
-    quant_clip_std_int8: Amount = 20.0  # the same, int8
+        # clip of a row: its maximum, a searched quantile by row or by matrix, or its root mean
+        # square times the next three (SDClip, #1394)
+    attn_clip_sigmas: Amount = 12.85  # attention, gates and projections
+    mlp_clip_sigmas: Amount = 12.85  # MLP
+    embed_clip_sigmas: Amount = 20.0  # embedding tables
     quant_step_floor: Amount = 0.0  # least step of int4 to int7 rows; 0.03226 (1/31): ancestors
     prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # share of smallest weights of a matrix set to zero
     gptq: Flag = 1  # calibrate: GPTQ, and steps by what errors cost
@@ -291,6 +305,25 @@ _SMALL = dict(
     num_kv_heads=2, rope_ntk_reference=0, bigram_dim=64, ve_dim=64, warmup_steps=2,
     warmdown_iters=1000, muon_momentum=0.95, muon_momentum_warmup_steps=300, val_loss_every=0,
     train_log_every=50, ttt_chunk_tokens=8192)
+# The record line. Each begins with the one before it.
+_PR1218 = dict(
+    data_path="./data/datasets/fineweb10B_sp4096", vocab_size=4096,
+    tokenizer_path="./data/tokenizers/fineweb_4096_bpe.model", mlp_mult=4.0, rope_ntk_reference=0,
+    unet_skips="gated", smear_gate="0", bigram_vocab_size=0, value_residual="0",
+    gated_attention="0", muon_coefficients="classic", matrix_lr=0.02, scalar_lr=0.02,
+    tied_embed_lr=0.03, muon_wd=0.085, embed_wd=0.085, adam_wd=0.02, warmdown_frac=0.667,
+    lr_floor=0.0, ema_decay=0.997, late_qat_threshold=0.0, quant_fit="scale", quant_clip="row",
+    quant_step_floor=0.03226, gptq_act_order=1, gptq_reserve_seconds=10.0, attn_bits=6, mlp_bits=6,
+    proj_bits=16, eval_attention="window", ttt_enabled=0)
+_PR1394 = dict(
+    _PR1218, data_path="./data/datasets/fineweb10B_sp8192", vocab_size=8192,
+    tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model", ve_layers="",
+    late_passes="0-5,4-5,4-5,6-10", late_passes_from=0.5, muon_row_norm=1, quant_clip="std",
+    quant_step_floor=0.0, gptq_reserve_seconds=12.0)
+_PR1493 = dict(
+    _PR1394, late_passes="0-5,3-5,3-5,6-10", late_passes_from=0.35, parallel="one",
+    qk_gain_init=5.25, matrix_lr=0.022, muon_wd=0.095, ema_decay=0.9965, warmdown_frac=0.72,
+    ttt_enabled=1, ttt_lr=0.005)
 PRESETS = {  # a row holds only what differs from the defaults, or from the row it begins with
     "demo": dict(
         _SMALL, data_path="./data/datasets/demo", run_id="demo",
@@ -311,6 +344,16 @@ PRESETS = {  # a row holds only what differs from the defaults, or from the row 
         muon_momentum_warmup_steps=500, late_qat_threshold=0.0, gptq=1, prune_frac=0.02,
         val_loss_every=1000, train_log_every=200, ttt_enabled=1, ttt_optimizer="adamw",
         ttt_params="tail", ttt_freeze_blocks=9, ttt_lr=1e-4, ttt_chunk_tokens=131072),
+    "pr1218": _PR1218,
+    "pr1394": _PR1394,
+    "pr1493": _PR1493,
+    # Without CaseOps and the low-rank correction of weights; rows end at their borders.
+    "pr1855": dict(
+        _PR1493, parallel="lanes", parallel_from=8, smear_gate="embed", gated_attention="sparse",
+        muon_coefficients="polar", qk_gain_init=5.0, matrix_lr=0.026, muon_momentum=0.97,
+        beta2=0.99, warmdown_frac=0.85, lr_floor=0.1, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0,
+        embed_bits=7, embed_clip_sigmas=14.0, gptq_batches=2, gptq_reserve_seconds=4.0,
+        ttt_enabled=0),
     "pr537": dict(
         _PR414, leaky_slope=0.5, unique_layers=10, seed=42, iterations=5200, warmdown_iters=3000,
         adam_wd=0.01, ema_enabled=0, late_qat_threshold=0.1, mlp_bits=5, bigram_bits=6,
@@ -489,6 +532,12 @@ def contradictions(s, world_size):
     ]
     problems = [message for holds, message in rules if not holds]
     try:
+        if not set(late_order(s)) <= set(range(s.num_layers)):
+            raise ValueError
+    except ValueError:
+        problems.append(f"LATE_PASSES={s.late_passes} must be blocks of 0..{s.num_layers - 1} and "
+                        "ranges of them, commas between: 0-5,3-5,6-10")
+    try:
         if not (set(s.ve_blocks) <= set(range(s.num_layers))
                 and len(set(s.ve_blocks)) == len(s.ve_blocks)):
             problems.append(f"VE_LAYERS={s.ve_layers} must name different blocks of "
@@ -500,6 +549,15 @@ def contradictions(s, world_size):
             f"TTT_PARAMS={s.ttt_params}, TTT_OPTIMIZER={s.ttt_optimizer}, TTT_FREEZE_BLOCKS="
             f"{s.ttt_freeze_blocks} leave nothing to adapt: change one, or set TTT_ENABLED=0")
     return problems
+
+
+def late_order(s):
+    """Blocks in the order of LATE_PASSES, or of before where it is empty. Raises ValueError."""
+    order = []
+    for part in filter(None, (part.strip() for part in s.late_passes.split(","))):
+        first, _, last = part.partition("-")
+        order += range(int(first), int(last or first) + 1)
+    return order or list(range(s.num_layers))
 
 
 def foreign(module):
@@ -1418,23 +1476,26 @@ class Pass:
     block: int
     core: int
     push: bool        # keep the output as a skip
-    skip: int | None  # row of skip_weights for the last skip kept, which is added to the input
+    skip: int | None  # row of skip_weights for the last skip kept, which joins the input
     xsa: bool
+    form: str         # how attention and MLP join the residual stream: "0", "one" or "lanes"
 
 
-def pass_list(s):
-    """The passes in the order they run: the only place that knows which block runs when.
+def pass_list(s, late=False):
+    """The passes in the order they run, before or after the switch to LATE_PASSES: the only place
+    that knows which block runs when.
 
     The first half keeps its outputs, the second half takes them, last in first out. XSA is counted
-    over cores, as in #537.
+    over cores, as in #537. Lanes begin in the second half.
     """
-    order = list(range(s.num_layers))
+    order = late_order(s) if late else list(range(s.num_layers))
     half, passes = len(order) // 2, []
     for position, block in enumerate(order):
-        core, row = block % s.cores, position - half
-        skip = row if s.unet_skips and 0 <= row < half else None
-        xsa = core >= s.cores - s.xsa_last_n
-        passes.append(Pass(block, core, bool(s.unet_skips) and row < 0, skip, xsa))
+        core, row, skips = block % s.cores, position - half, s.unet_skips != "0"
+        parallel = block >= s.parallel_from and (row >= 0 or s.parallel == "one")
+        passes.append(Pass(
+            block, core, push=skips and row < 0, skip=row if skips and 0 <= row < half else None,
+            xsa=core >= s.cores - s.xsa_last_n, form=s.parallel if parallel else "0"))
     return passes
 
 
@@ -1466,6 +1527,8 @@ class Attention(nn.Module):
         if self.gate == "head":  # y_h × σ(W_h·u + b_h), nearly open at first
             self.gate_weight = nn.Parameter(torch.zeros(s.num_heads, D))
             self.gate_bias = vector(*[4.0] * s.num_heads)
+        elif self.gate == "sparse":  # y_h × σ(W_h·u[:12] / 2), half open at first
+            self.gate_weight = nn.Parameter(torch.zeros(s.num_heads, min(12, D)))
         elif self.gate == "scalar":  # one factor on the block's attention output
             self.gate_scale = vector(1.0)
 
@@ -1488,8 +1551,11 @@ class Attention(nn.Module):
         q = rotate(rms_norm(q) * self.q_gain.to(q.dtype)[:, None], *rotary)
         y = self.attend(q, rotate(rms_norm(k), *rotary), v, window)
         y = exclusive(y, v) if xsa else y
-        if gate:
+        if self.gate == "head":
             y = y * torch.sigmoid(gate[0] + self.gate_bias.to(y.dtype)).unsqueeze(-1)
+        elif self.gate == "sparse":
+            read = linear(u_BTD[..., : self.gate_weight.size(1)], self.gate_weight)
+            y = y * torch.sigmoid(0.5 * read).unsqueeze(-1)
         out = linear(y.flatten(-2), self.o, fake_quant)
         return (out * self.gate_scale.to(out.dtype) if self.gate == "scalar" else out), unmixed_v
 
@@ -1517,7 +1583,7 @@ class Core(nn.Module):
 
 
 class Block(nn.Module):
-    """z = m₀⊙x + m₁⊙x₀; y = z + a⊙Attn(s·RMS(z)); out = y + b⊙MLP(s·RMS(y)), around a core."""
+    """The scales and mixes of a block, around a core's attention and MLP."""
 
     def __init__(self, s, index):
         super().__init__()
@@ -1539,17 +1605,22 @@ class Block(nn.Module):
         a, b = self.value_weights(None if p is None else p.to(v.dtype))
         return a * (first_v.detach() if self.detach_first else first_v) + b * v
 
-    def forward(self, x_BTD, x0_BTD, core, first_v, rotary, xsa, value_embedding, fake_quant,
-                window):
-        """The block's output [B,T,D] and its v before the value residual."""
-        dtype = x_BTD.dtype
-        mix = self.resid_mix.to(dtype)
-        z = mix[0] * x_BTD + mix[1] * x0_BTD
-        attn, v = core.attn(self.input_scale * rms_norm(z), rotary, xsa, value_embedding,
-                            lambda v: self.mix_value(v, first_v), fake_quant, window)
-        y = z + self.attn_scale.to(dtype) * attn
-        y = y + self.mlp_scale.to(dtype) * core.mlp(self.input_scale * rms_norm(y), fake_quant)
-        return (y if self.embed_shortcut is None else y + self.embed_shortcut.to(dtype) * x0_BTD), v
+    def mix(self, x_BTD, x0_BTD):
+        """m₀⊙x + m₁⊙x₀."""
+        m = self.resid_mix.to(x_BTD.dtype)
+        return m[0] * x_BTD + m[1] * x0_BTD
+
+    def attention(self, z_BTD, core, first_v, *context):
+        """a⊙Attn(s·RMS(z)), and v before the value residual; context: see Attention."""
+        rotary, xsa, value_embedding, fake_quant, window = context
+        out, v = core.attn(self.input_scale * rms_norm(z_BTD), rotary, xsa, value_embedding,
+                           lambda v: self.mix_value(v, first_v), fake_quant, window)
+        return self.attn_scale.to(out.dtype) * out, v
+
+    def mlp(self, y_BTD, core, fake_quant):
+        """b⊙MLP(s·RMS(y))."""
+        out = core.mlp(self.input_scale * rms_norm(y_BTD), fake_quant)
+        return self.mlp_scale.to(out.dtype) * out
 
 
 class HashEmbedding(nn.Module):
@@ -1596,17 +1667,24 @@ class GPT(nn.Module):
 
     def __init__(self, s, dtype=torch.float32, pieces=PLAIN):
         super().__init__()
-        self.s, self.dtype, self.pieces, self.passes = s, dtype, pieces, pass_list(s)
-        D, skip_rows = s.model_dim, sum(p.skip is not None for p in self.passes)
+        self.s, self.dtype, self.pieces = s, dtype, pieces
+        self.passes = {late: pass_list(s, late) for late in (False, True)}
+        D = s.model_dim
+        skip_rows = max(sum(p.skip is not None for p in run) for run in self.passes.values())
         self.tok_emb = matrix(s.vocab_size, D)
         buckets = (s.bigram_vocab_size, s.trigram_vocab_size)
         self.bigram = HashEmbedding(s, 2, buckets[0], 0.05) if buckets[0] else None
         self.trigram = HashEmbedding(s, 3, buckets[1], 0.03) if buckets[1] else None
         self.ve = ValueEmbedding(s) if s.ve_blocks else None
-        self.smear = nn.Parameter(torch.zeros(D)) if s.smear_gate != "0" else None
+        smeared = {"0": 0, "embed": 1 + min(12, D)}.get(s.smear_gate, D)
+        self.smear = nn.Parameter(torch.zeros(smeared)) if smeared else None
         self.cores = nn.ModuleList(Core(s, pieces) for _ in range(s.cores))
         self.blocks = nn.ModuleList(Block(s, i) for i in range(s.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(skip_rows, D)) if skip_rows else None
+        gated = skip_rows and s.unet_skips == "gated"
+        self.skip_gates = nn.Parameter(torch.zeros(skip_rows, D)) if gated else None
+        if s.parallel == "lanes":  # of each block and lane: factors of lane, attention, MLP
+            self.lanes = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(s.num_layers, 2, 1))
         for name, p in self.named_parameters():  # the mean over the blocks of a core, as in #537
             if name.startswith("cores.") and (uses := core_uses(name, s)) > 1:
                 p.register_hook(lambda grad, uses=uses: grad / uses)
@@ -1617,42 +1695,69 @@ class GPT(nn.Module):
     def embed(self, tokens_BT):
         """RMS of token + hashed embeddings, smeared with the token before: [B,T,D]."""
         e = F.embedding(tokens_BT, self.tok_emb).to(self.dtype)
+        inside = (tokens_BT != BOS).unsqueeze(-1)  # not the first token of a document
+        if self.s.smear_gate == "embed":
+            *w, strength = self.smear.to(e.dtype).split([len(self.smear) - 1, 1])
+            gate = strength * torch.sigmoid(F.linear(e[..., : len(w[0])], w[0][None]))
+            e = e + gate * inside * F.pad(e[:, :-1], (0, 0, 1, 0))
         for hashed in (self.bigram, self.trigram):
             e = e if hashed is None else e + hashed(tokens_BT, self.dtype)
         x = rms_norm(e)
-        if self.smear is None:
+        if self.s.smear_gate not in ("1", "bos"):
             return x
         gate = torch.sigmoid(self.smear).to(x.dtype)
-        if self.s.smear_gate == "bos":
-            gate = gate * (tokens_BT != BOS).unsqueeze(-1)
+        gate = gate * inside if self.s.smear_gate == "bos" else gate
         return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
 
-    def products(self, tokens_BT, fake_quant=False, window=0):
+    def joined_skip(self, x_BTD, skip_BTD, row):
+        """x + w⊙skip; gated: σ(γ)⊙x + (1 − σ(γ))⊙w⊙skip."""
+        skip_BTD = self.skip_weights[row].to(x_BTD.dtype) * skip_BTD
+        if self.skip_gates is None:
+            return x_BTD + skip_BTD
+        return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(self.skip_gates[row]).to(x_BTD.dtype))
+
+    def products(self, tokens_BT, fake_quant=False, window=0, late=True):
         """Next-token logits [B,T,V] before the softcap, compute type.
 
-        Position t sees tokens 0..t, or in each layer the last `window` of them.
+        Position t sees tokens 0..t, or in each layer the last `window` of them. `late`: the passes
+        are those after the switch to LATE_PASSES.
         """
         x = x0 = self.embed(tokens_BT)
         values = self.ve(tokens_BT, x.dtype) if self.ve is not None else {}
-        first_v, skips, rotary = None, [], (self.cos, self.sin)
-        for p in self.passes:
+        first_v, skips, lane, rotary = None, [], None, (self.cos, self.sin)
+        for p in self.passes[late]:
+            block, core = self.blocks[p.block], self.cores[p.core]
+            lane = x if p.form == "lanes" and lane is None else lane
             if p.skip is not None:
-                x = x + self.skip_weights[p.skip].to(x.dtype) * skips.pop()
-            x, v = self.blocks[p.block](x, x0, self.cores[p.core], first_v, rotary, p.xsa,
-                                        values.get(p.block), fake_quant, window)
+                x = self.joined_skip(x, skips.pop(), p.skip)
+            z = block.mix(x, x0)
+            a, v = block.attention(z, core, first_v, rotary, p.xsa, values.get(p.block),
+                                   fake_quant, window)
             first_v = v if first_v is None else first_v
+            if p.form == "lanes":
+                m = block.mlp(lane, core, fake_quant)
+                x, lane = (keep * old + to_attn * a + to_mlp * m for old, (keep, to_attn, to_mlp)
+                           in zip((x, lane), self.lanes[p.block].to(x.dtype)))
+            else:
+                y = z + a
+                x = y + block.mlp(z if p.form == "one" else y, core, fake_quant)
+            if block.embed_shortcut is not None:
+                x = x + block.embed_shortcut.to(x.dtype) * x0
             if p.push:
                 skips.append(x)
+        x = x if lane is None else (x + lane) / 2
         return linear(rms_norm(x), self.tok_emb)
 
-    def logits(self, tokens_BT, fake_quant=False, window=0):
+    def logits(self, tokens_BT, fake_quant=False, window=0, late=True):
         """Next-token logits [B,T,V], fp32."""
-        return softcapped(self.products(tokens_BT, fake_quant, window), self.s.logit_softcap)
+        products = self.products(tokens_BT, fake_quant, window, late)
+        return softcapped(products, self.s.logit_softcap)
 
-    def forward(self, tokens_BT, targets_BT, fake_quant=False, temperature=1.0, window=0):
-        """nll of each target [B,T], nats, fp32. `fake_quant` is an argument, so that a compiler
-        cannot fold it away."""
-        products = self.products(tokens_BT, fake_quant, window).flatten(0, 1)
+    def forward(self, tokens_BT, targets_BT, fake_quant=False, temperature=1.0, window=0,
+                late=True):
+        """nll of each target [B,T], nats, fp32. What changes during a run is an argument, so that
+        a compiler cannot fold it away."""
+        products = self.products(tokens_BT, fake_quant, window, late).flatten(0, 1)
         nll = self.pieces.now().nll(products, targets_BT.flatten(), self.s.logit_softcap,
                                     temperature)
         return nll.view_as(targets_BT)
@@ -1692,26 +1797,31 @@ class Kind:
     lr: str
     decay: str
     bits: str         # "": always fp16
+    clip: str         # factor of the root mean square with QUANT_CLIP=std
     calibrated: bool  # its inputs' Hessian and its gradients are recorded for the quantizer
     ttt_lr: str = ""  # factor of TTT_LR; "": 1
 
 
-_MATRIX, _TABLE = ("muon", "matrix_lr", "muon_wd"), ("adamw", "tied_embed_lr", "adam_wd")
+_MATRIX, _TABLE = ("muon", "matrix_lr", "muon_wd"), ("adamw", "tied_embed_lr", "embed_wd")
 _SCALAR = ("adamw", "scalar_lr", "adam_wd")
+_ATTN, _MLP = ("attn_bits", "attn_clip_sigmas"), ("mlp_bits", "mlp_clip_sigmas")
+_EMBED, _SMALL_BITS = ("embed_bits", "embed_clip_sigmas"), ("proj_bits", "attn_clip_sigmas")
 KINDS = (
-    Kind("attn", r"cores\.\d+\.attn\.[qkv]", orthogonal, *_MATRIX, "attn_bits", True),
-    Kind("attn", r"cores\.\d+\.attn\.o", zero, *_MATRIX, "attn_bits", True),
-    Kind("mlp", r"cores\.\d+\.mlp\.up", orthogonal, *_MATRIX, "mlp_bits", True, "ttt_fc_lr_mult"),
-    Kind("mlp", r"cores\.\d+\.mlp\.down", zero, *_MATRIX, "mlp_bits", True, "ttt_proj_lr_mult"),
+    Kind("attn", r"cores\.\d+\.attn\.[qkv]", orthogonal, *_MATRIX, *_ATTN, True),
+    Kind("attn", r"cores\.\d+\.attn\.o", zero, *_MATRIX, *_ATTN, True),
+    Kind("mlp", r"cores\.\d+\.mlp\.up", orthogonal, *_MATRIX, *_MLP, True, "ttt_fc_lr_mult"),
+    Kind("mlp", r"cores\.\d+\.mlp\.down", zero, *_MATRIX, *_MLP, True, "ttt_proj_lr_mult"),
     Kind("proj", r"(bigram|trigram|ve)\.proj", orthogonal_small, "proj_optimizer", *_MATRIX[1:],
-         "proj_bits", False),
-    Kind("table", "tok_emb", normal(0.005), *_TABLE, "embed_bits", False),
-    Kind("table", r"ve\.table", normal(0.01), *_TABLE, "embed_bits", False),
-    Kind("hashed", r"(bigram|trigram)\.table", zero, *_TABLE, "bigram_bits", False),
-    Kind("gate", r"cores\.\d+\.attn\.gate_weight", constructed, *_SCALAR, "proj_bits", False),
-    Kind("control", r"cores\.\d+\.attn\.(q_gain|gate_bias|gate_scale)|smear|skip_weights"
+         *_SMALL_BITS, False),
+    Kind("table", "tok_emb", normal(0.005), *_TABLE, *_EMBED, True),  # as the head
+    Kind("table", r"ve\.table", normal(0.01), *_TABLE, *_EMBED, False),
+    Kind("hashed", r"(bigram|trigram)\.table", zero, *_TABLE, "bigram_bits", "embed_clip_sigmas",
+         False),
+    Kind("gate", r"cores\.\d+\.attn\.gate_weight", constructed, *_SCALAR, *_SMALL_BITS, False),
+    Kind("control", r"cores\.\d+\.attn\.(q_gain|gate_bias|gate_scale)"
          r"|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|value_residual|embed_shortcut)"
-         r"|(bigram|trigram|ve)\.scale|ve\.block_scales", constructed, *_SCALAR, "", False),
+         r"|smear|skip_weights|skip_gates|lanes|(bigram|trigram|ve)\.scale|ve\.block_scales",
+         constructed, *_SCALAR, "", "", False),
 )
 
 
@@ -1807,6 +1917,7 @@ class Muon:
         self.stacks = {}
         for p in params:
             self.stacks.setdefault((min(p.shape), max(p.shape)), []).append(p)
+        self.row_norm = s.muon_row_norm
         self.momenta = [torch.zeros(-(-len(stack) // rt.world_size), *shape,
                                     device=params[0].device)
                         for shape, stack in self.stacks.items()]
@@ -1830,10 +1941,13 @@ class Muon:
         """Start the step: the new directions travel until `finish`."""
         self.step_size = self.lr * lr_scale
         self.pending = []
-        for grads, buffer in zip(self.shares, self.momenta):
+        for stack, grads, buffer in zip(self.stacks.values(), self.shares, self.momenta):
             buffer.mul_(momentum).add_(grads)
-            direction = self.orthogonalize(grads.add(buffer, alpha=momentum))
-            self.pending.append(self.rt.all_gather(direction))
+            direction = grads.add(buffer, alpha=momentum)
+            if self.row_norm:  # rows of the weight are columns where the stack is transposed
+                along = (direction.norm(dim=d, keepdim=True).clamp_min(1e-7) for d in (-2, -1))
+                direction = direction / torch.where(self._transposed(stack, buffer), *along)
+            self.pending.append(self.rt.all_gather(self.orthogonalize(direction)))
 
     @torch.no_grad()
     def finish(self):
@@ -1844,6 +1958,13 @@ class Muon:
                 pairs = [(p, u if p.shape == u.shape else u.mT)
                          for p, u in zip(stack, wait().float()) if self._scale(p) == scale]
                 torch._foreach_add_(*map(list, zip(*pairs)), alpha=-self.step_size * scale)
+
+    def _transposed(self, stack, buffer):
+        """For each matrix of this rank's part of a stack: is it transposed? [n, 1, 1]"""
+        tall = [p.size(0) > p.size(1) for p in stack]
+        tall += [False] * (-len(tall) % self.rt.world_size)
+        mine = tall[len(buffer) * self.rt.rank:][: len(buffer)]
+        return torch.tensor(mine, device=buffer.device)[:, None, None]
 
     @staticmethod
     def _scale(p):
@@ -1961,7 +2082,9 @@ def training_optimizers(model, s, rt):
     groups = {}
     for name, p in model.named_parameters():
         row = kind_of(name)
-        key = setting_or(s, row.optimizer), getattr(s, row.lr), getattr(s, row.decay)
+        decay = getattr(s, row.decay)
+        decay = s.adam_wd if decay < 0 else decay
+        key = setting_or(s, row.optimizer), getattr(s, row.lr), decay
         groups.setdefault(key, []).append(p)
     return Optimizers([OPTIMIZERS[optimizer](params, lr, decay, s, rt)
                        for (optimizer, lr, decay), params in groups.items()],
@@ -1970,12 +2093,20 @@ def training_optimizers(model, s, rt):
 
 # ---- 7. Schedules: pure functions of the step and the training clock ----------------------------
 
+def progress_of(s, step, elapsed_ms):
+    """Fraction of the run that is over: of ITERATIONS or of the clock, whichever is further."""
+    by_clock = elapsed_ms / 1000 / s.max_wallclock_seconds if s.max_wallclock_seconds else 0.0
+    return max(step / s.iterations if s.iterations else 0.0, by_clock)
+
+
 def warmdown_left(s, step, elapsed_ms):
-    """1, then a linear decay to 0 over the last WARMDOWN_ITERS steps.
+    """1, then a linear decay to 0 over the last WARMDOWN_FRAC of the run or WARMDOWN_ITERS steps.
 
     The end is ITERATIONS or the cap of the clock, whichever is nearer at the pace so far. A
     warmdown longer than the run spans the run.
     """
+    if s.warmdown_frac:
+        return min(1.0, max(0.0, 1 - progress_of(s, step, elapsed_ms)) / s.warmdown_frac)
     left = [1.0]
     if s.warmdown_iters and s.iterations:
         left.append((s.iterations - step) / min(s.warmdown_iters, s.iterations))
@@ -1996,10 +2127,12 @@ def muon_momentum(s, step):
     return (1 - warm) * s.muon_momentum_warmup_start + warm * s.muon_momentum
 
 
-def out_of_time(s, step, elapsed_ms, reserve_ms=0.0):
-    """True where the next step, at the mean pace so far, would end after the cap less a reserve."""
+def out_of_time(s, step, elapsed_ms, reserve_ms=0.0, step_ms=0.0):
+    """True where the next step would end after the cap less a reserve. It is expected to take the
+    mean of all steps, or `step_ms` if that is more: late passes are slower."""
     budget_ms = 1000 * s.max_wallclock_seconds - reserve_ms
-    return bool(s.max_wallclock_seconds and step and elapsed_ms * (step + 1) / step > budget_ms)
+    step_ms = max(step_ms, elapsed_ms / max(step, 1))
+    return bool(s.max_wallclock_seconds and step and elapsed_ms + step_ms > budget_ms)
 
 
 # ---- 8. Weight averaging ------------------------------------------------------------------------
@@ -2078,7 +2211,7 @@ def as_fp16(x):
     return x.clamp(max=65504.0).half().float()
 
 
-def finest_steps(w_RC, bits, s):
+def finest_steps(w_RC, bits, s, deviations=0.0):
     """The finest step of each row [R], fp16: that of its clip by QUANT_CLIP.
 
     row: the quantile of |w| with the least squared error (GPTQ-lite); matrix: one quantile for all
@@ -2086,7 +2219,6 @@ def finest_steps(w_RC, bits, s):
     """
     magnitude = w_RC.abs()
     if s.quant_clip == "std":
-        deviations = s.quant_clip_std if bits < 8 else s.quant_clip_std_int8
         clips = deviations * w_RC.square().mean(1).sqrt()[None]
     elif s.quant_clip == "max":
         clips = magnitude.amax(1)[None]
@@ -2221,7 +2353,7 @@ def write_rows(model, s, count, seed):
 
 def crown_q(model):
     """Σ over matrices and rows of mean(w²)·(rowmax/15)²/12: the cost of rounding (#693)."""
-    matrices = [p for name, p in model.named_parameters() if kind_of(name).calibrated]
+    matrices = [p for name, p in model.named_parameters() if kind_of(name).kind in ("attn", "mlp")]
     return sum((w.square().mean(1) * (w.abs().amax(1) / 15).square() / 12).sum() for w in matrices)
 
 
@@ -2312,8 +2444,10 @@ class Quantizer:
             w = prune(w, s.prune_frac)
             by_cost = calibration and s.quant_fit == "level"
             rows, columns = tolerances(w, calibration.energies[name] if by_cost else None)
-            self.tensors[name] = Matrix(w / columns, bits, finest_steps(w / columns, bits, s), rows,
-                                        columns, calibration and calibration.hessians.get(name))
+            w = w / columns
+            finest = finest_steps(w, bits, s, getattr(s, kind_of(name).clip))
+            self.tensors[name] = Matrix(w, bits, finest, rows, columns,
+                                        calibration and calibration.hessians.get(name))
 
     def at(self, level, compensate=True):
         """{name: Quantized} at a level; `compensate`: GPTQ where a Hessian was recorded."""
@@ -2730,8 +2864,10 @@ def size_forecast(s):
         bits, count = bits_of(name, s), math.prod(shape)
         if bits == 16:
             total += 2 * count
-        else:  # a row's clip is near its expected maximum, √(2 ln 2C) deviations
-            deviations_per_step = math.sqrt(2 * math.log(2 * shape[1])) * 0.92 / code_limit(bits)
+        else:  # a row's maximum is near √(2 ln 2C) deviations
+            clip = (getattr(s, kind_of(name).clip) if s.quant_clip == "std"
+                    else math.sqrt(2 * math.log(2 * shape[1])) * 0.92)
+            deviations_per_step = clip / code_limit(bits)
             entropy = math.log2(math.sqrt(2 * math.pi * math.e) / deviations_per_step)
             total += int(count * min(max(entropy, 0.1), bits) / 8) + shape[0]
     return total
@@ -3144,26 +3280,27 @@ class Trainer:
         self.micro_rows = rows_per_pass(s, rt.world_size)
         self.optimizers = training_optimizers(model, s, rt)
         self.averages = WeightAverage(model, s)
-        self.step, self.elapsed, self.fake_quant, self.done = 0, 0.0, False, False
-        self.reserve_ms, self.resumed = 0.0, False
+        self.step, self.elapsed, self.done = 0, 0.0, False
+        self.fake_quant, self.late = False, False  # both stay on once they are
+        self.reserve_ms, self.step_ms, self.resumed = 0.0, 0.0, False
 
     # -- one step
 
-    def gradients(self, rows, fake_quant):
+    def gradients(self, rows, fake_quant=False, late=True):
         """Accumulate gradients of this rank's rows; returns the mean nll of the rank's tokens."""
         s, loss = self.s, torch.zeros((), device=self.rt.device)
         for micro in rows.split(self.micro_rows):
             x, y = micro[:, :-1].long(), micro[:, 1:].long()
-            nll = self.forward(x, y, fake_quant).sum() / s.train_batch_tokens
+            nll = self.forward(x, y, fake_quant, late=late).sum() / s.train_batch_tokens
             nll.backward()
             loss += nll.detach()
         if s.crownq_lambda and fake_quant:
             (s.crownq_lambda / self.rt.world_size * crown_q(self.model)).backward()
         return loss * self.rt.world_size
 
-    def optimize(self, rows, scale, momentum, fake_quant):
+    def optimize(self, rows, scale, momentum, fake_quant=False, late=True):
         """One optimizer step; returns the mean nll of the rank's tokens and the gradient norm."""
-        loss = self.gradients(rows, fake_quant)
+        loss = self.gradients(rows, fake_quant, late)
         return loss, self.optimizers.step(scale, momentum, self.s.nonfinite == "skip")
 
     # -- before the clock
@@ -3175,11 +3312,13 @@ class Trainer:
         kept = [p.detach().clone() for p in self.model.parameters()]
         shape = self.rows_per_step // rt.world_size, s.train_seq_len + 1
         rows = torch.randint(s.vocab_size, shape, dtype=torch.int32, device=rt.device)
-        always, late = s.late_qat_threshold > 1, s.late_qat_threshold > 0
-        variants = [True] if always else [False, True] if late else [False]
+        quantized = ([True] if s.late_qat_threshold > 1 else
+                     [False, True] if s.late_qat_threshold else [False])
+        variants = [(fake_quant, late) for late in ([False, True] if s.late_passes else [True])
+                    for fake_quant in quantized]
         steps = max(s.warmup_steps, len(variants)) if s.warmup_steps else 0
         for i in range(steps):
-            self.optimize(rows, 1.0, s.muon_momentum, variants[i % len(variants)])
+            self.optimize(rows, 1.0, s.muon_momentum, *variants[i % len(variants)])
             if i + 1 in (1, steps) or (i + 1) % 10 == 0:
                 rt.log(f"warmup_step:{i + 1}/{steps}")
         if s.gptq and s.gptq_text == "train" and s.max_wallclock_seconds:
@@ -3229,7 +3368,8 @@ class Trainer:
         clock = StepClock(rt, self.elapsed, lambda: self.checkpoints.signal)
         try:
             while not self.done:
-                self.elapsed = clock.read() if self.step else self.elapsed
+                before, self.elapsed = self.elapsed, clock.read() if self.step else self.elapsed
+                self.step_ms = 0.9 * self.step_ms + 0.1 * (self.elapsed - before)
                 due = 0 < s.checkpoint_every_seconds <= (self.elapsed - saved_at) / 1000
                 if clock.interrupted or due:
                     self._save(clock)
@@ -3261,12 +3401,12 @@ class Trainer:
     def _time_to_stop(self, clock):
         s = self.s
         # Near the end wait for the GPU, which may be two steps behind the host's reading.
-        if out_of_time(s, self.step, self.elapsed * (self.step + 4) / max(self.step, 1),
-                       self.reserve_ms):
+        ahead = self.elapsed + 3 * max(self.step_ms, self.elapsed / max(self.step, 1))
+        if out_of_time(s, self.step, ahead, self.reserve_ms, self.step_ms):
             self.rt.synchronize()
             self.elapsed = clock.read()
         return (self.step >= s.iterations > 0
-                or out_of_time(s, self.step, self.elapsed, self.reserve_ms))
+                or out_of_time(s, self.step, self.elapsed, self.reserve_ms, self.step_ms))
 
     def _train_step(self, rows, clock):
         s, rt = self.s, self.rt
@@ -3275,8 +3415,13 @@ class Trainer:
         if left < s.late_qat_threshold and not self.fake_quant:
             self.fake_quant = True
             rt.log(f"late_qat:enabled step:{self.step} scale:{scale:.4f}")
+        over = progress_of(s, self.step, self.elapsed)
+        if s.late_passes and over >= s.late_passes_from and not self.late:
+            self.late = True
+            rt.log(f"late_passes:enabled step:{self.step} order:{s.late_passes}")
         momentum = muon_momentum(s, self.step)
-        loss, norm = self.optimize(rows, scale, momentum, self.fake_quant)
+        late = self.late or not s.late_passes  # one compiled variant where there is one list
+        loss, norm = self.optimize(rows, scale, momentum, self.fake_quant, late)
         self.step += 1
         if self.averages.update(self.step, left):
             rt.log(f"swa:start step:{self.step}")
@@ -3291,7 +3436,7 @@ class Trainer:
     def _save(self, clock):
         """Save; after a signal raise Interrupted. Without room on the disk training goes on."""
         state = dict(step=self.step, elapsed=self.elapsed, fake_quant=self.fake_quant,
-                     done=self.done, resumed=True, averages=self.averages.state(),
+                     late=self.late, done=self.done, averages=self.averages.state(),
                      model=[p.detach() for p in self.model.parameters()],
                      optimizers=self.optimizers.state())
         problem = self.checkpoints.save({**state, "resumed": self.resumed})
@@ -3316,8 +3461,8 @@ class Trainer:
             with torch.no_grad():
                 for p, saved in zip(self.model.parameters(), state["model"], strict=True):
                     p.copy_(saved)
-            self.step, self.elapsed, self.fake_quant, self.done = (
-                state[k] for k in ("step", "elapsed", "fake_quant", "done"))
+            for name in ("step", "elapsed", "fake_quant", "late", "done"):
+                setattr(self, name, state[name])
         except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as problem:
             raise UserError(f"RESUME=auto: the checkpoint in {self.checkpoints.folder} is no state "
                             f"of this run ({type(problem).__name__}: {problem}): move it away, or "
