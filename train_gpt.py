@@ -7,7 +7,7 @@ tokens only after they were scored. Settings are environment variables.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py     the defaults, on 8×H100
     PRESET=demo python train_gpt.py                           the same job, small, on two CPU cores
-    python train_gpt.py --help | --dry-run                    list settings | check all, train nothing
+    python train_gpt.py --help | --dry-run                    list settings | check them, no training
 
 Contents: 1 Settings · 2 Runtime · 3 Data · 4 Bits per byte · 5 Model · 6 Optimizers ·
 7 Schedules · 8 Weight averaging · 9 Quantizer · 10 Artifact · 11 Evaluation · 12 Training · 13 main
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -32,11 +33,13 @@ import os
 import platform
 import re
 import resource
+import shutil
 import signal
 import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import typing
 import uuid
@@ -110,7 +113,7 @@ class Settings:
         # MLP and loss; auto: Triton's in a compiled model on a GPU, where right
     out_dir: str = "."  # folder of the artifact, checkpoints/ and logs/
     eval_only: str = ""  # score this artifact with the settings stored in it, train nothing
-    scores_path: str = ""  # file.npy for the nll (nats, float32) of each target in the last evaluation
+    scores_path: str = ""  # file.npy for the nll (nats, float32) of each target, last evaluation
     checkpoint_every_seconds: Amount = 0.0  # of training; 0: only after a signal
     resume: Literal["", "auto"] = ""  # auto: continue from OUT_DIR's last checkpoint or artifact
     nonfinite: Literal["stop", "skip"] = "stop"
@@ -138,7 +141,7 @@ class Settings:
     logit_softcap: Amount = 30.0  # c of c·tanh(logits/c); 0: off
     qk_gain_init: Amount = 4.0  # initial gain of each query head; 1.5 → 4: −0.0039
     rope_base: Annotated[float, 1.0, 1e18] = 10000.0  # of the rotary frequencies
-    rope_dims: Count = 16  # channels of a head that rotate (16 of 64: −0.0023 with LN_SCALE); 0: all
+    rope_dims: Count = 16  # channels of a head that rotate (16: −0.0023 with LN_SCALE); 0: all
     rope_ntk_reference: Count = 1024  # tokens; longer rows stretch the rotary base; 0: off
     ln_scale: Flag = 1  # block i reads its input times 1/√(i+1)
     xsa_last_n: Count = 11  # blocks, from the end, with exclusive self-attention: −0.0017; 0: off
@@ -196,7 +199,7 @@ class Settings:
     swa_every: Positive = 50  # steps between snapshots
     late_qat_threshold: Amount = 0.15
         # fake quantization (int6) in the last share of the warmdown; above 1: always; 0: never
-    crownq_lambda: Amount = 0.0  # penalty on the error of rounding, with fake quantization (CROWN-Q)
+    crownq_lambda: Amount = 0.0  # penalty on rounding errors, with fake quantization (CROWN-Q)
     val_loss_every: Count = 4000  # steps between validations; 0: only after the last step
     train_log_every: Positive = 500  # steps between log lines after step 10
 
@@ -216,13 +219,13 @@ class Settings:
     mlp_clip_sigmas: Amount = 12.85  # MLP
     embed_clip_sigmas: Amount = 20.0  # embedding tables
     quant_step_floor: Amount = 0.0  # least step of int4 to int7 rows; 0.03226 (1/31): ancestors
-    prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # share of smallest weights of a matrix set to zero
+    prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # share of a matrix's smallest weights set to 0
     gptq: Flag = 1  # calibrate: GPTQ, and steps by what errors cost
     gptq_batches: Positive = 8  # of TRAIN_BATCH_TOKENS, for calibration; fewer if time is short
-    gptq_text: Literal["train", "self"] = "train"  # training rows, on the clock; or self-written text
+    gptq_text: Literal["train", "self"] = "train"  # training rows, on the clock, or self-written text
     gptq_reserve_seconds: Amount = 0.0  # of the training clock for calibration; 0: as measured
     gptq_act_order: Flag = 0  # columns in descending order of the Hessian's diagonal
-    codec: Literal["rans", "lzma", "zstd"] = "rans"  # of the codes; zstd needs the package zstandard
+    codec: Literal["rans", "lzma", "zstd"] = "rans"  # of the codes; zstd needs zstandard
     artifact_budget_bytes: Positive = 16_000_000  # for code + model
 
     # == Evaluation
@@ -233,7 +236,7 @@ class Settings:
         # window: EVAL_STRIDE tokens a pass; banded: long segments, EVAL_SEQ_LEN keys in each layer
     eval_segment: Count = 0  # tokens scored per banded segment; 0: 2 × EVAL_SEQ_LEN
     eval_prefix: Count = 0  # tokens of context before a banded segment; 0: EVAL_SEQ_LEN
-    eval_wallclock_seconds: Amount = 600.0  # from opening the artifact; TTT keeps to it; 0: no limit
+    eval_wallclock_seconds: Amount = 600.0  # from opening the artifact, kept by TTT; 0: no limit
     eval_batch_seqs: Positive = 32  # windows per rank and pass
     ttt_enabled: Flag = 1  # score-first test-time training (−0.0021 to −0.0033)
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices alone
@@ -381,27 +384,18 @@ ALIASES = {
     "VAL_BATCH_SIZE": lambda text: {"EVAL_BATCH_SEQS": str(max(1, int(text) // 16384))},
 }
 
-# Published names that nothing here reads: name → (the value that is let through, why not others).
-_LAWA = "LAWA was declared and never used: EMA_ENABLED or SWA_ENABLED average the weights"
-_MTP = "multi-token heads were declared and never used"
-_UNTIED = "an untied head costs bytes and was never used: set TIED_EMBED_LR"
-_FIXED = "fixed here at the value that every published system uses"
+# Published names that nothing here reads: the value at which they change nothing, and a hint.
 REFUSED = {
-    "DTG_ENABLED": ("0", "the dynamic token gate never gained anything where it was published"),
-    "MTP_NUM_HEADS": ("0", _MTP), "MTP_LOSS_WEIGHT": ("0.2", _MTP),
-    "LAWA_ENABLED": ("0", _LAWA), "LAWA_K": ("10", _LAWA), "LAWA_FREQ": ("100", _LAWA),
-    "TIE_EMBEDDINGS": ("1", _UNTIED), "EMBED_LR": ("0.6", _UNTIED), "HEAD_LR": ("0.008", _UNTIED),
-    "GRAD_QUANT": ("0", "its published code read it and did nothing with it"),
-    "MUON_BETA2": ("0.95", "its published code read it and did nothing with it"),
-    "MUON_BACKEND_STEPS": ("5", _FIXED), "ADAM_EPS": ("1e-8", _FIXED),
-    "TIED_EMBED_INIT_STD": ("0.005", _FIXED), "SWA_START_FRAC": ("0.2", _FIXED),
-    "CROWNQ_WARMDOWN_ONLY": ("1", "the penalty always waits for fake quantization"),
-    "TTT_UNFREEZE_BLOCKS": ("2", "set TTT_FREEZE_BLOCKS, counted from the beginning"),
-    "XSA_START_LAYER": ("-4", "set XSA_LAST_N, counted from the end"),
-    "QUANT_EVAL_EVERY": ("0", "the quantized model is scored once, from the file"),
-    "INT8_CLIP_PERCENTILE": ("99.99984", "QUANT_CLIP chooses how rows are clipped"),
-    "CONTROL_TENSOR_NAME_PATTERNS": ("", "the table of kinds decides: see --dry-run"),
-    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": ("", "FP16_KEEP_NAME_PATTERNS keeps tensors as fp16"),
+    "DTG_ENABLED": ("0", ""), "MTP_NUM_HEADS": ("0", ""), "MTP_LOSS_WEIGHT": ("0.2", ""),
+    "LAWA_ENABLED": ("0", "EMA_ENABLED"), "LAWA_K": ("10", ""), "LAWA_FREQ": ("100", ""),
+    "TIE_EMBEDDINGS": ("1", "TIED_EMBED_LR"), "EMBED_LR": ("0.6", "TIED_EMBED_LR"),
+    "HEAD_LR": ("0.008", "TIED_EMBED_LR"), "GRAD_QUANT": ("0", ""), "MUON_BETA2": ("0.95", ""),
+    "MUON_BACKEND_STEPS": ("5", ""), "ADAM_EPS": ("1e-8", ""), "SWA_START_FRAC": ("0.2", ""),
+    "TIED_EMBED_INIT_STD": ("0.005", ""), "CROWNQ_WARMDOWN_ONLY": ("1", ""),
+    "TTT_UNFREEZE_BLOCKS": ("2", "TTT_FREEZE_BLOCKS"), "XSA_START_LAYER": ("-4", "XSA_LAST_N"),
+    "QUANT_EVAL_EVERY": ("0", ""), "INT8_CLIP_PERCENTILE": ("99.99984", "QUANT_CLIP"),
+    "CONTROL_TENSOR_NAME_PATTERNS": ("", "FP16_KEEP_NAME_PATTERNS"),
+    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": ("", "FP16_KEEP_NAME_PATTERNS"),
 }
 
 
@@ -479,32 +473,27 @@ def near_misses(environ):
 def contradictions(s, world_size):
     """Problems with combinations of settings, ranks and packages that are each fine alone."""
     T, rows, plan = s.train_seq_len, s.train_batch_tokens // s.train_seq_len, s.scoring_plan
-    pass_tokens = max(T, s.window, plan[1])
-    code = len(SHIPPED)
+    pass_tokens, reserve = max(T, s.window, plan[1]), s.gptq_reserve_seconds
     rules = [
         (s.model_dim % s.num_heads == 0,
          f"MODEL_DIM={s.model_dim} must be a multiple of NUM_HEADS={s.num_heads}"),
         (s.num_heads % s.num_kv_heads == 0,
          f"NUM_HEADS={s.num_heads} must be a multiple of NUM_KV_HEADS={s.num_kv_heads}"),
-        (s.head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={s.head_dim} must be even for rotary embeddings"),
-        (s.rope_dims % 2 == 0 and s.rope_dims <= s.head_dim,
-         f"ROPE_DIMS={s.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS={s.head_dim}"),
+        (s.head_dim % 2 == 0 and s.rope_dims % 2 == 0 and s.rope_dims <= s.head_dim,
+         f"ROPE_DIMS={s.rope_dims} and MODEL_DIM/NUM_HEADS={s.head_dim} must be even, in this order"),
         ((s.rope_dims or s.head_dim) != 2 or not s.rope_ntk_reference,
          f"ROPE_DIMS={s.rope_dims}: two channels cannot be stretched: set ROPE_NTK_REFERENCE=0"),
-        (s.xsa_last_n <= s.cores,
-         f"XSA_LAST_N={s.xsa_last_n} exceeds the {s.cores} blocks with matrices of their own"),
-        (s.unique_layers <= s.num_layers,
-         f"UNIQUE_LAYERS={s.unique_layers} exceeds NUM_LAYERS={s.num_layers}"),
+        (s.xsa_last_n <= s.cores and s.unique_layers <= s.num_layers,
+         f"XSA_LAST_N={s.xsa_last_n}, UNIQUE_LAYERS={s.unique_layers} exceed {s.cores} blocks with "
+         f"matrices of their own, or NUM_LAYERS={s.num_layers}"),
         (s.ttt_freeze_blocks <= s.num_layers,
          f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} exceeds NUM_LAYERS={s.num_layers}"),
         (s.bigram_vocab_size != 1 and s.trigram_vocab_size != 1,
          f"BIGRAM_VOCAB_SIZE={s.bigram_vocab_size}, TRIGRAM_VOCAB_SIZE={s.trigram_vocab_size}: "
-         "one bucket is that of row beginnings: 0 or at least 2"),
-        (s.train_batch_tokens % T == 0,
-         f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={T}"),
-        (rows % world_size == 0 or s.eval_only,
-         f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} makes {rows} rows, which {world_size} ranks "
-         "cannot divide equally: start a number of processes that divides them"),
+         "0 or at least 2, one bucket is that of row beginnings"),
+        (s.train_batch_tokens % T == 0 and (s.eval_only or rows % world_size == 0),
+         f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} must be rows of TRAIN_SEQ_LEN={T}, as many on "
+         f"each of {world_size} ranks: start a number of processes that divides the rows"),
         (s.micro_batch_tokens >= T,
          f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} must hold a row of TRAIN_SEQ_LEN={T}"),
         (plan[2] or s.eval_stride <= s.window,
@@ -520,15 +509,13 @@ def contradictions(s, world_size):
          f"SCORES_PATH={s.scores_path} must name a file .npy"),
         (s.iterations or s.max_wallclock_seconds or s.eval_only,
          "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: nothing ends the training"),
-        (not s.gptq or not s.max_wallclock_seconds
-         or s.gptq_reserve_seconds < s.max_wallclock_seconds,
-         f"GPTQ_RESERVE_SECONDS={s.gptq_reserve_seconds} leaves nothing of "
-         f"MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}"),
-        (s.artifact_budget_bytes > code, f"ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}: the "
-         f"code alone has {code} bytes; raise it"),
+        (not s.gptq or not s.max_wallclock_seconds or reserve < s.max_wallclock_seconds,
+         f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of MAX_WALLCLOCK_SECONDS="
+         f"{s.max_wallclock_seconds}"),
+        (s.artifact_budget_bytes > len(SHIPPED), f"ARTIFACT_BUDGET_BYTES="
+         f"{s.artifact_budget_bytes}: the code alone has {len(SHIPPED)} bytes; raise it"),
         (s.codec != "zstd" or foreign("zstandard"),
-         "CODEC=zstd: the package zstandard does not import here; pip install zstandard, or "
-         "CODEC=rans"),
+         "CODEC=zstd: the package zstandard does not import: pip install zstandard, or CODEC=rans"),
     ]
     problems = [message for holds, message in rules if not holds]
     try:
@@ -568,6 +555,12 @@ def foreign(module):
         return None
 
 
+def number_or_text(text):
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return text
+
+
 def plain_text(text):
     """A variable's text without surrounding space and carriage returns, True and False as 1, 0."""
     text = text.strip()
@@ -593,11 +586,11 @@ def translated(environ):
             if target not in environ and (text == "0" or target not in texts):
                 texts[target] = name, value
     for name in (n for n in REFUSED if n in environ):
-        text, (harmless, why) = plain_text(environ[name]), REFUSED[name]
-        with contextlib.suppress(ValueError):
-            text, harmless = float(text), float(harmless)
-        if text != harmless:
-            problems.append(f"{name}={environ[name].strip()}: not supported: {why}")
+        text, (harmless, instead) = plain_text(environ[name]), REFUSED[name]
+        if text != harmless and (not harmless or number_or_text(text) != float(harmless)):
+            hint = f"set {instead}" if instead else "unset it"
+            problems.append(f"{name}={text}: nothing here reads it, and only the published default "
+                            f"{harmless or '(empty)'} changes nothing; {hint}")
     return texts, problems
 
 
@@ -678,7 +671,7 @@ class Runtime:
         bf16 = s.precision == "bf16" or (s.precision == "auto" and cuda)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.compile = s.compile == "1" or (s.compile == "auto" and cuda)
-        self.log_path, self.console = None, True
+        self.log_path, self.console, self.phase = None, True, ("", 0.0, 0.0)
         if cuda:
             torch.cuda.set_device(self.device)
         torch.set_float32_matmul_precision("high" if bf16 else "highest")
@@ -748,6 +741,22 @@ class Runtime:
         """The range (begin, end) of n items that this rank works on."""
         return n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size
 
+    def probe_compiler(self, s):
+        """Compile a small function; where that fails, go on without. Raises UserError if COMPILE=1
+        asks for it."""
+        x = torch.ones(8, device=self.device)
+        try:
+            self.compiled(lambda x: x * 2 + 1)(x)
+            why = ""
+        except Exception as problem:  # a missing compiler, a full cache folder, a broken triton
+            why = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[-1][:200]}"
+        if self.any_rank(why):
+            if s.compile == "1":
+                raise UserError(f"COMPILE=1: torch.compile does not work here ({why}); "
+                                "COMPILE=0 goes on without")
+            self.compile = False
+            self.log(f"compile:off, it does not work here ({why or 'on another rank'})")
+
     def compiled(self, function, **options):
         """The function under torch.compile, where this run compiles."""
         return torch.compile(function, dynamic=False, **options) if self.compile else function
@@ -765,6 +774,18 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     # -- log
+
+    def progress(self, label, fraction):
+        """Print to the console, every ten seconds, how far a long phase is; not in the log."""
+        now = time.perf_counter()
+        if label != self.phase[0]:
+            self.phase = label, now, now
+        _, start, last = self.phase
+        if self.rank == 0 and self.console and now - last >= 10 and fraction > 0:
+            self.phase = label, start, now
+            remaining = max(0, (now - start) * (1 - fraction) / fraction)
+            printed(f"progress:{label} {100 * fraction:.0f}% remaining:{remaining:.0f}s",
+                    sys.stderr)
 
     def open_log(self, path):
         """Write log lines to `path`; an older log of that name gets a number."""
@@ -802,22 +823,6 @@ def printed(line, stream):
         with contextlib.suppress(OSError, ValueError):  # Python must not fail at its exit either
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False
-
-
-class Progress:
-    """Print to the console, every ten seconds, how far a long phase is; not in the log."""
-
-    def __init__(self, rt, label, total):
-        self.rt, self.label, self.total = rt, label, total
-        self.start = self.last = time.perf_counter()
-
-    def update(self, done):
-        now = time.perf_counter()
-        if self.rt.rank == 0 and self.rt.console and now - self.last >= 10 and done:
-            self.last = now
-            remaining = max(0, (now - self.start) * (self.total - done) / done)
-            printed(f"progress:{self.label} {100 * done / self.total:.0f}% "
-                    f"remaining:{remaining:.0f}s", sys.stderr)
 
 
 class StepClock:
@@ -908,6 +913,29 @@ def shard_paths(s, split):
     return paths
 
 
+def check_content(tokens, path, every=1):
+    """Refuse a shard with a hole: a block of 1,024 equal tokens among every `every`-th block."""
+    blocks = tokens[: len(tokens) // 1024 * 1024].reshape(-1, 1024)[::every]
+    holes = np.flatnonzero((blocks == blocks[:, :1]).all(1))
+    if len(holes):
+        where = int(holes[0]) * 1024 * every
+        raise UserError(f"{path}: tokens {where} to {where + 1024} are all {tokens[where]}: damaged; "
+                        f"delete it and fetch it again: {GET_DATA}")
+
+
+def document_keys(tokens):
+    """The first 32 tokens of each whole document, as a set of bytes."""
+    starts = np.flatnonzero(tokens[:-32] == BOS)
+    ends = np.append(starts[1:], len(tokens))
+    return {tokens[a: a + 32].tobytes() for a, b in zip(starts, ends) if b - a >= 32}
+
+
+def contamination(stream, validation):
+    """(documents, those of them in validation) of the first 2^18 tokens of each training shard."""
+    known, seen = document_keys(validation), [document_keys(t[: 1 << 18]) for t in stream.shards]
+    return sum(map(len, seen)), sum(len(keys & known) for keys in seen)
+
+
 def check_tokens(tokens, vocab_size, path):
     if tokens.size and int(tokens.max()) >= vocab_size:
         raise UserError(f"{path}: holds token {int(tokens.max())}, outside of VOCAB_SIZE="
@@ -924,6 +952,8 @@ class TrainStream:
     def __init__(self, s):
         self.s, self.paths = s, shard_paths(s, "train")
         self.shards = [open_shard(p) for p in self.paths]
+        for path, tokens in zip(self.paths, self.shards):
+            check_content(tokens, path, every=max(1, len(tokens) >> 16))  # 64 blocks of a shard
         self.row_counts = np.array([(len(t) - 1) // s.train_seq_len for t in self.shards])
         self.epoch_rows = int(self.row_counts.sum())
         if not self.epoch_rows:
@@ -991,6 +1021,7 @@ def load_validation(s):
     parts = [np.asarray(open_shard(p)) for p in paths]
     for path, part in zip(paths, parts):
         check_tokens(part, s.vocab_size, path)
+        check_content(part, path)
     tokens = np.concatenate(parts)
     if s.val_limit_tokens:
         tokens = tokens[: s.val_limit_tokens + 1]
@@ -1004,11 +1035,21 @@ def load_validation(s):
 
 # ---- 4. Bits per byte: the only road from a sum of losses to a score ----------------------------
 
-class ByteTable:
-    """UTF-8 bytes that a target stands for, by the challenge's rule.
+def manifest_of(s):
+    """manifest.json of the data folder, or {} where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((find_upward(s.data_path) / "manifest.json").read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
 
-    A piece counts its bytes without the leading "▁", plus one for that "▁" unless the token before
-    is a boundary (control, unknown or unused). Byte pieces count 1, boundaries 0.
+
+class ByteTable:
+    """UTF-8 bytes that a target stands for: counted from the text where fineweb_val_bytes_*.bin
+    are there, else from the pieces, by the challenge's rule.
+
+    That rule: a piece counts its bytes without the leading "▁", plus one for that "▁" unless the
+    token before is a boundary (control, unknown or unused). Byte pieces count 1, boundaries 0. A
+    tokenizer whose pieces it miscounts is refused.
     """
 
     def __init__(self, s):
@@ -1016,7 +1057,7 @@ class ByteTable:
         if not path.is_file():
             raise UserError(f"TOKENIZER_PATH={s.tokenizer_path}: no such file; {GET_DATA}")
         try:
-            sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            sp = self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as problem:
             raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({problem}); "
                             f"{GET_DATA}") from problem
@@ -1025,16 +1066,72 @@ class ByteTable:
             raise UserError(f"TOKENIZER_PATH={path}: has {V} pieces where VOCAB_SIZE="
                             f"{s.vocab_size}; set VOCAB_SIZE={V} with shards made by this "
                             "tokenizer, or name the shards' own")
+        made_by = (manifest_of(s).get("tokenizer") or {}).get("sha256")
+        if made_by not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+            raise UserError(f"TOKENIZER_PATH={path}: not the tokenizer that made the shards of "
+                            f"DATA_PATH={s.data_path}, whose manifest has sha256 {made_by}")
         self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
                                   for i in range(V)])
+        self.unknown = sp.unk_id()
         pieces = [sp.id_to_piece(i) for i in range(V)]
         self.space = np.array([p.startswith("▁") for p in pieces]) & ~self.boundary
         self.base = np.array([1 if sp.is_byte(i) else len(p[p.startswith("▁"):].encode())
                               for i, p in enumerate(pieces)], np.int64)
         self.base[self.boundary] = 0
+        self.side, self.source = self._side(s), "text"
+        if self.side is None:
+            self.source = "pieces"
+            self._check_pieces(path, pieces)
 
-    def count(self, tokens):
-        """Bytes of targets tokens[1:], each after its predecessor."""
+    def _side(self, s):
+        """Bytes of every validation token, from the text, or None. Raises UserError."""
+        paths = sorted(find_upward(s.data_path).glob("fineweb_val_bytes_*.bin"))
+        if not paths:
+            return None
+        side = np.concatenate([np.asarray(open_shard(p)) for p in paths])
+        tokens = sum(len(open_shard(p)) for p in shard_paths(s, "val"))
+        text = ((manifest_of(s).get("splits") or {}).get("val") or {}).get("utf8_bytes")
+        total = int(side.sum(dtype=np.int64))
+        if len(side) != tokens or text not in (None, total):
+            raise UserError(f"{paths[0]}: {len(side)} entries, {total} bytes in all, for {tokens} "
+                            f"tokens and {text} bytes of text: build the dataset again")
+        return side
+
+    def _check_pieces(self, path, pieces):
+        inside = [p for p, edge in zip(pieces, self.boundary)
+                  if not edge and ("▁" in p[1:] or " " in p)]
+        way_out = ("build the dataset with data/build_dataset.py, which counts the bytes of the "
+                   "text (fineweb_val_bytes_*.bin)")
+        if inside:
+            raise UserError(f"TOKENIZER_PATH={path}: {len(inside)} pieces such as {inside[0]!r} hold "
+                            f"spaces that the table of pieces miscounts: {way_out}")
+        if "▁" not in pieces:
+            raise UserError(f"TOKENIZER_PATH={path}: no piece is a single space, so that runs of "
+                            f"spaces are lost: {way_out}")
+
+    def check_text(self, tokens, s):
+        """Refuse shards and a tokenizer that do not belong together: whole documents among the
+        first 2^15 tokens must encode to the same tokens again, more than half of them by length;
+        unknown pieces cannot be counted. Raises UserError."""
+        if self.source == "pieces" and self.unknown >= 0 and (tokens == self.unknown).any():
+            raise UserError(f"DATA_PATH={s.data_path}: validation holds unknown pieces, whose bytes "
+                            "no table knows; build the dataset with byte fallback or with "
+                            "data/build_dataset.py")
+        starts = np.flatnonzero(tokens[: 1 << 15] == BOS)
+        documents = [tokens[a + 1: b].tolist() for a, b in zip(starts, starts[1:])]
+        again = self.sp.encode([self.sp.decode(ids) for ids in documents])
+        same = sum(len(ids) for ids, new in zip(documents, again) if ids == new)
+        total = sum(map(len, documents))
+        if same < 0.5 * total:
+            raise UserError(f"DATA_PATH={s.data_path}, TOKENIZER_PATH={s.tokenizer_path} do not "
+                            f"belong together: of the first {total} validation tokens {same} are "
+                            "what this tokenizer makes of the text that they decode to")
+
+    def count(self, tokens, first=0):
+        """Bytes of targets tokens[1:], each after its predecessor; `first`: number of the first
+        target among those of the validation set."""
+        if self.side is not None:
+            return int(self.side[first + 1: first + len(tokens)].sum(dtype=np.int64))
         before, target = tokens[:-1], tokens[1:]
         spaces = np.count_nonzero(self.space[target] & ~self.boundary[before])
         return int(self.base[target].sum() + spaces)
@@ -1951,7 +2048,7 @@ class Muon:
 
     @torch.no_grad()
     def finish(self):
-        """Decay the weights and add the directions, times √max(1, rows/columns) as of the weight."""
+        """Decay the weights and add the directions × √max(1, rows/columns)."""
         torch._foreach_mul_(self.params, 1 - self.step_size * self.decay)
         for stack, wait in zip(self.stacks.values(), self.pending):
             for scale in {self._scale(p) for p in stack}:
@@ -2254,7 +2351,7 @@ def inverse_factor(hessian_CC, order):
         try:
             damped = torch.linalg.cholesky(hessian + damp * diagonal.mean() * identity)
             return torch.linalg.cholesky(torch.cholesky_inverse(damped), upper=True)
-        except torch.linalg.LinAlgError:  # few calibration rows: with more damping, less is compensated
+        except torch.linalg.LinAlgError:  # few calibration rows; damping means less compensation
             damp *= 10
             if not damp < 1e6:
                 raise
@@ -2308,7 +2405,7 @@ class HessianRecorder(torch.overrides.TorchFunctionMode):
         return out
 
     def _matrices(self, w):
-        """Names of the matrices that w is a cast or a concatenation of; each result is used once."""
+        """Names of the matrices that w is a cast or concatenation of; each result is used once."""
         return self.names.get(id(w)) or self.derived.pop(id(w), ([], None))[0]
 
 
@@ -2386,7 +2483,7 @@ def tolerances(w_RC, energies):
     times energy^(−1/4) of row and column.
 
     Equal cost everywhere would be 1/√energy of rows and columns too. Their fourth root lost least
-    on a model of 2 M weights. Values are powers of 2^(1/4), which the file holds for almost nothing.
+    on a model of 2 M weights. Values are powers of 2^(1/4): few, hence cheap in the file.
     """
     if energies is None:
         return w_RC.new_ones(w_RC.size(0)), w_RC.new_ones(w_RC.size(1))
@@ -2918,7 +3015,8 @@ class ScoreLedger:
             raise LedgerError(f"{self.scored} of {len(self.nll)} targets scored")
         loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), byte_table.count(self.tokens)
         return dict(val_loss=loss_sum / len(self.nll), val_bpb=bits_per_byte(loss_sum, byte_count),
-                    targets=len(self.nll), bytes=byte_count, loss_sum=loss_sum,
+                    targets=len(self.nll), bytes=byte_count, bytes_from=byte_table.source,
+                    loss_sum=loss_sum,
                     sha256=hashlib.sha256(self.nll.tobytes()).hexdigest())
 
 
@@ -2936,7 +3034,7 @@ def window_plan(targets, length, stride):
 
 
 def chunk_plan(first, targets, chunk):
-    """Ranges of passes [(begin, end)]: the first targets of a range lie in one stretch of `chunk`."""
+    """Ranges of passes [(begin, end)] whose first targets are in one stretch of `chunk`."""
     borders = np.searchsorted(first, np.arange(0, targets, chunk))
     borders = np.unique(np.append(borders, len(first)))
     return list(zip(borders[:-1].tolist(), borders[1:].tolist()))
@@ -3014,19 +3112,19 @@ def evaluate(model, tokens, byte_table, s, rt, label, plan, adapter=None, opened
     if rt.compile:
         scorer.warm_up(s.vocab_size)
         rt.any_rank(False)  # a barrier: no rank's clock counts what another still compiles
-    progress, deadline = Progress(rt, label, len(scorer.first)), math.inf
+    deadline, passes = math.inf, len(scorer.first)
     if s.eval_wallclock_seconds:  # 2 % for what no forecast knows
         deadline = (opened or started) + 0.98 * s.eval_wallclock_seconds
     for c, (begin, end) in enumerate(chunks):
         low, before = ledger.scored, time.perf_counter()
-        ledger.record(low, scorer.score(begin, end,
-                                        lambda passes: progress.update(begin + passes)))
+        ledger.record(low, scorer.score(
+            begin, end, lambda n: rt.progress(label, (begin + n) / passes)))
         scoring.append((time.perf_counter() - before) / (end - begin))
         if adapter:
-            adapter.scored(byte_table.count(tokens[low: ledger.scored + 1]),
+            adapter.scored(byte_table.count(tokens[low: ledger.scored + 1], low),
                            float(ledger.nll[low: ledger.scored].sum(dtype=np.float64)))
         if adapter and c + 1 < len(chunks):
-            rest = statistics.median(scoring[-9:]) * (len(scorer.first) - end)
+            rest = statistics.median(scoring[-9:]) * (passes - end)
             left = rt.from_rank0(deadline - time.perf_counter() - rest)
             adapter.adapt(ledger, low, ledger.scored, c, len(chunks), left)
     rt.synchronize()
@@ -3363,7 +3461,6 @@ class Trainer:
         s, rt = self.s, self.rt
         self._resume()
         batches, saved_at = Batches(stream, rt, self.rows_per_step, self.step), self.elapsed
-        progress = Progress(rt, "train", 1)
         rt.log(f"startup:{time.perf_counter() - LAUNCHED:.1f}s from launch to the first step")
         clock = StepClock(rt, self.elapsed, lambda: self.checkpoints.signal)
         try:
@@ -3386,9 +3483,7 @@ class Trainer:
                         self._save(clock)
                     break
                 self._train_step(batches.next(), clock)
-                progress.update(max(
-                    self.step / s.iterations if s.iterations else 0,
-                    self.elapsed / 1000 / (s.max_wallclock_seconds or math.inf)))
+                rt.progress("train", progress_of(s, self.step, self.elapsed))
         finally:
             batches.close()
         if s.max_wallclock_seconds and (self.step < s.iterations or not s.iterations):
@@ -3595,17 +3690,18 @@ def log_shape(s, log, counts):
 
 def dry_run(s, ranks):
     """What a run would be, without data or device."""
-    print(f"settings are good; preset:{s.preset or 'none'} world_size:{ranks[1]}")
-    log_shape(s, print, parameter_counts(s))
+    say = functools.partial(printed, stream=sys.stdout)
+    say(f"settings are good; preset:{s.preset or 'none'} world_size:{ranks[1]}")
+    log_shape(s, say, parameter_counts(s))
     code, model = len(SHIPPED), size_forecast(s)
     room = s.artifact_budget_bytes - code
     fits = "" if model <= room else f"; coarser steps will fit the model into {room}"
-    print(f"size: code {code} + model {model} at the finest steps (Gaussian weights) = "
+    say(f"size: code {code} + model {model} at the finest steps (Gaussian weights) = "
           f"{code + model} of {s.artifact_budget_bytes} bytes{fits}")
-    print(f"training: {s.iterations or 'any number of'} steps at most, "
+    say(f"training: {s.iterations or 'any number of'} steps at most, "
           f"{s.max_wallclock_seconds or 'no limit of'} s")
     length, stride, band = s.scoring_plan
-    print(f"evaluation: {s.eval_attention}, "
+    say(f"evaluation: {s.eval_attention}, "
           f"{f'{length} tokens a pass to score {stride}' if stride else 'plain only'}"
           f"{f', {band} keys a layer' if band else ''}; TTT {'on' if s.ttt_enabled else 'off'}")
 
@@ -3654,6 +3750,10 @@ UNTRAINED = dict(steps=0, train_tokens=0, train_seconds=0.0, pack_seconds=0.0)
 def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     """Train, average, quantize, write. Returns (facts of training, {kind: result})."""
     stream = TrainStream(s)
+    documents, shared = contamination(stream, tokens)
+    if shared:
+        rt.log(f"not a legal record: {shared} of {documents} sampled training documents begin like "
+               "documents of the validation set")
     checkpoints = Checkpoints(s, rt, stream)
     kept = checkpoints.exported(path) if s.resume and rt.rank == 0 else None
     if rt.any_rank(kept):
@@ -3692,13 +3792,24 @@ def write_artifact(state, s, rt, calibration, path):
         try:
             content = pack(state, s, s.artifact_budget_bytes - len(SHIPPED), rt.log, calibration)
             tensors = decode_artifact(content)[1]  # what cannot be read is not written
-            write_whole(path, content)
+            write_or_rescue(path, content)
             for line, console in error_report(state, tensors):
                 rt.log(line, console)
         except UserError as error:
             problem = str(error)
     if rt.any_rank(problem):
         raise UserError(problem or "packing failed on rank 0")
+
+
+def write_or_rescue(path, content):
+    """write_whole; where that fails the bytes go to the folder for temporary files."""
+    try:
+        write_whole(path, content)
+    except UserError as problem:
+        rescue = Path(tempfile.gettempdir()) / f"{path.stem}.{os.getpid()}{path.suffix}"
+        write_whole(rescue, content)
+        raise UserError(f"{problem}; the artifact is in {rescue}: EVAL_ONLY={rescue} scores it"
+                        ) from problem
 
 
 def report(s, rt, path, counts, trained, results, ledger, eval_seconds):
@@ -3717,6 +3828,7 @@ def report(s, rt, path, counts, trained, results, ledger, eval_seconds):
         code_sha256=hashlib.sha256(SHIPPED).hexdigest(), code_bytes=len(SHIPPED),
         model_bytes=len(content), total_bytes=total, model_params=sum(counts.values()), **trained,
         eval_seconds=eval_seconds, scored_targets=last["targets"], scored_bytes=last["bytes"],
+        bytes_from=last["bytes_from"],
         peak_memory_bytes=rt.peak_memory_bytes(),
         val_loss={kind: r["val_loss"] for kind, r in results.items()},
         val_bpb={kind: r["val_bpb"] for kind, r in results.items()},
@@ -3766,6 +3878,38 @@ def settings_of_artifact(path, environ, world_size=1):
     return s, explicit
 
 
+def check_places(s, path, rt):
+    """Find before training what could not be written after it; one training run per OUT_DIR.
+    Raises UserError."""
+    if rt.rank:
+        return
+    with explained(f"OUT_DIR={s.out_dir} cannot be used", "set OUT_DIR to another folder"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if not s.eval_only:
+            rt.lock = open(path.parent / ".lock", "a+", encoding="utf-8", errors="replace")
+    if not s.eval_only:
+        try:
+            fcntl.flock(rt.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as problem:
+            rt.lock.seek(0)
+            raise UserError(f"OUT_DIR={s.out_dir}: in use by {rt.lock.read().strip()}; set another "
+                            "OUT_DIR, or wait for that run") from problem
+        rt.lock.truncate(0)
+        rt.lock.write(f"run {s.run_id}, process {os.getpid()}")
+        rt.lock.flush()
+        if path.is_dir() or free < s.artifact_budget_bytes:
+            raise UserError(f"OUT_DIR={s.out_dir}: {path.name} is a folder, or {free} bytes free are "
+                            f"less than ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}; make room, "
+                            "or set another OUT_DIR")
+    if s.scores_path:
+        target = Path(s.scores_path).expanduser()
+        with explained(f"SCORES_PATH={s.scores_path} cannot be written", "name another file"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "ab"):
+                pass
+
+
 def run_job(s, rt, explicit):
     """The whole job, in the order the data flows."""
     s = replace(s, run_id=s.run_id or str(uuid.uuid4()))
@@ -3774,15 +3918,19 @@ def run_job(s, rt, explicit):
     if not byte_table.count(tokens):
         raise UserError(f"DATA_PATH={s.data_path}: the tokens of fineweb_val_* stand for no text by "
                         f"TOKENIZER_PATH={s.tokenizer_path}")
+    byte_table.check_text(tokens, s)
+    path = Path(s.eval_only).expanduser() if s.eval_only else out / "final_model.ptz"
+    check_places(s, path, rt)
     rt.open_log(out / "logs" / f"{s.run_id}.txt")
     log_start(s, rt, explicit)
     counts = parameter_counts(s)
     log_shape(s, rt.log, counts)
+    if rt.compile:
+        rt.probe_compiler(s)
     model, names = build_model(s, rt)
     rt.log(" ".join(f"{part}:{name}" for part, name in names.items())
-           + f" validation_targets:{len(tokens) - 1}")
+           + f" validation_targets:{len(tokens) - 1} bytes_from:{byte_table.source}")
     forward = rt.compiled(model)
-    path = Path(s.eval_only).expanduser() if s.eval_only else out / "final_model.ptz"
     trained, results = dict(UNTRAINED), {}
     if not s.eval_only:
         trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
