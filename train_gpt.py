@@ -249,7 +249,7 @@ class Settings:
     ttt_fc_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's up matrices
     ttt_temp: Annotated[float, 0.1, 10.0] = 1.0  # temperature of the logits in TTT
     ttt_momentum: Decay = 0.9  # of sgd and muon
-    ttt_epochs: Count = 3  # passes over each scored chunk
+    ttt_epochs: Annotated[int, -1, 1000] = 3  # over each scored chunk; -1: what the clock allows
     ttt_chunk_tokens: Annotated[int, 2, 2**31] = 32768  # scored before each adaptation
     ttt_freeze_blocks: Count = 0  # the first so many blocks are not adapted
     ttt_batch_seqs: Positive = 256  # rows per TTT step, over all ranks
@@ -3047,7 +3047,7 @@ class Scorer:
     a band each layer sees so many keys, and the tokens before the scored ones are their prefix.
     """
 
-    def __init__(self, model, tokens, plan, s, rt, pieces=PLAIN):
+    def __init__(self, model, tokens, plan, s, rt, pieces=PLAIN, chunk_tokens=1 << 22):
         length, stride, band = plan
         self.length, self.rt = min(length, len(tokens) - 1), rt
         window = pieces.window(self.length, band, rt.device)
@@ -3056,7 +3056,9 @@ class Scorer:
         self.tokens, self.starts, self.firsts = (torch.from_numpy(x).to(rt.device) for x in (
             tokens.astype(np.int32), self.start, self.first))
         self.offsets = torch.arange(self.length + 1, device=rt.device)
-        self.batch = max(1, s.eval_batch_seqs * s.window // self.length)
+        self.chunks = chunk_plan(self.first, len(tokens) - 1, chunk_tokens)
+        most = max(-(-(end - begin) // rt.world_size) for begin, end in self.chunks)
+        self.batch = min(max(1, s.eval_batch_seqs * s.window // self.length), most)
         self.tokens_read = 0
 
     @torch.no_grad()
@@ -3101,17 +3103,12 @@ def evaluate(model, tokens, byte_table, s, rt, label, plan, adapter=None, opened
     for the scoring left. Returns the ledger's result with `seconds` and `tokens_read`, and the
     ledger.
     """
-    targets, scoring = len(tokens) - 1, []
-    scorer, ledger = Scorer(model, tokens, plan, s, rt, pieces), ScoreLedger(tokens)
-    chunks = chunk_plan(scorer.first, targets, s.ttt_chunk_tokens if adapter else 1 << 22)
-    most = max(-(-(end - begin) // rt.world_size) for begin, end in chunks)
-    scorer.batch = min(scorer.batch, most)
+    scorer = Scorer(model, tokens, plan, s, rt, pieces, s.ttt_chunk_tokens if adapter else 1 << 22)
+    ledger, chunks, scoring = ScoreLedger(tokens), scorer.chunks, []
+    rt.any_rank(False)  # a barrier: no rank's clock counts what another does before
     started = time.perf_counter()
     if adapter:
-        adapter.begin(scorer, chunks)
-    if rt.compile:
-        scorer.warm_up(s.vocab_size)
-        rt.any_rank(False)  # a barrier: no rank's clock counts what another still compiles
+        adapter.begin(scorer)
     deadline, passes = math.inf, len(scorer.first)
     if s.eval_wallclock_seconds:  # 2 % for what no forecast knows
         deadline = (opened or started) + 0.98 * s.eval_wallclock_seconds
@@ -3173,25 +3170,26 @@ class Adapter:
         self.origin = [p.detach().clone() for p in self.params] if s.ttt_decay else []
         self.trained = sum(p.numel() for p in self.params)
         self.frozen = sum(p.numel() for p in model.parameters()) - self.trained
-        self.step_seconds, self.chunks_adapted, self.byte_count, self.loss = [], 0, 0, 0.0
+        self.step_seconds, self.byte_count, self.loss = [], 0, 0.0
+        rows = min(s.ttt_batch_seqs, s.ttt_chunk_tokens // s.train_seq_len)
+        self.pass_rows = max(1, min(-(-rows // rt.world_size),
+                                    s.micro_batch_tokens // s.train_seq_len))
         rt.log(f"{self.label}:params unfrozen={self.trained} frozen={self.frozen}")
 
-    def begin(self, scorer, chunks):
-        """Log the plan; compile, on random tokens, for every number of rows that a chunk gives."""
-        s, self.chunk_count, self.started = self.s, len(chunks), time.perf_counter()
+    def begin(self, scorer):
+        """Log the plan."""
+        s, self.started = self.s, time.perf_counter()
         self.rt.log(
-            f"{self.label}:start chunks={len(chunks)} chunk_tokens={s.ttt_chunk_tokens} "
-            f"total_windows={len(scorer.first)} stride={scorer.start[1:2].sum() or scorer.length} "
-            f"ttt_lr={s.ttt_lr} ttt_epochs={s.ttt_epochs} freeze_blocks={s.ttt_freeze_blocks}")
-        ends = scorer.start + scorer.length
-        counts = {int(ends[end - 1] - scorer.first[begin]) // s.train_seq_len
-                  for begin, end in chunks[:-1]} - {0}
-        for count in sorted(counts) if self.rt.compile else ():
-            rows = torch.randint(s.vocab_size, (min(s.ttt_batch_seqs, count), s.train_seq_len + 1))
-            self._backward(rows)
+            f"{self.label}:start chunks={len(scorer.chunks)} chunk_tokens={s.ttt_chunk_tokens} "
+            f"total_windows={len(scorer.first)} stride={s.scoring_plan[1]} ttt_lr={s.ttt_lr} "
+            f"ttt_epochs={s.ttt_epochs} freeze_blocks={s.ttt_freeze_blocks}")
+
+    def warm_up(self):
+        """Compile for the one shape of a pass, on random tokens; no weight changes."""
+        self._backward(torch.randint(self.s.vocab_size, (self.pass_rows * self.rt.world_size,
+                                                         self.s.train_seq_len + 1)))
         for p in self.params:
             p.grad = None
-        self.rt.synchronize()
 
     def scored(self, byte_count, loss):
         """Note the score of a chunk, before it is trained on."""
@@ -3200,13 +3198,13 @@ class Adapter:
     def adapt(self, ledger, first, last, chunk, chunks, left=math.inf):
         """Train on targets [first, last), scored before; `chunk` of `chunks` were adapted to.
 
-        Takes TTT_EPOCHS epochs, or what this chunk's part of the seconds `left` allows, or one
+        Takes TTT_EPOCHS epochs (-1: up to 10), or what this chunk's part of the seconds `left` allows, or one
         epoch if that fits into `left` at all, or none: a late chunk is skipped and later ones are
         adapted to again. Returns the epochs. Steps run over the rows of all ranks.
         """
         s, rows = self.s, ledger.rows_for_adapting(first, last, self.s.train_seq_len)
         batches = rows.split(s.ttt_batch_seqs) if len(rows) else ()
-        epochs = s.ttt_epochs
+        epochs = s.ttt_epochs if s.ttt_epochs >= 0 else 10 if self.step_seconds else 1
         if self.step_seconds:
             epoch = max(statistics.median(self.step_seconds[-9:]) * len(batches), 1e-9)
             affordable = max(left / (chunks - 1 - chunk) / epoch, min(1.0, left / epoch))
@@ -3240,11 +3238,14 @@ class Adapter:
                         f"time={time.perf_counter() - self.started:.1f}s")
 
     def _backward(self, batch):
-        """This rank's part of the gradients of the batch's mean nll."""
+        """This rank's part of the gradients of the batch's mean nll. Compiled passes have one
+        shape: a shorter one is padded with rows that do not count."""
         begin, end = self.rt.share(len(batch))
-        most = max(1, self.s.micro_batch_tokens // self.s.train_seq_len)
-        for rows in batch[begin:end].to(self.rt.device).split(most) if end > begin else ():
-            nll = self.forward(rows[:, :-1], rows[:, 1:])
+        mine = batch[begin:end].to(self.rt.device)
+        for rows in mine.split(self.pass_rows) if len(mine) else ():
+            missing = self.pass_rows - len(rows) if self.rt.compile else 0
+            x = torch.cat((rows, rows[:1].expand(missing, -1)))
+            nll = self.forward(x[:, :-1], x[:, 1:])[: len(rows)]
             (nll.sum() / batch[:, 1:].numel()).backward()
 
 
@@ -3706,14 +3707,33 @@ def dry_run(s, ranks):
           f"{f', {band} keys a layer' if band else ''}; TTT {'on' if s.ttt_enabled else 'off'}")
 
 
+def warm_up_evaluations(model, forward, s, rt, tokens):
+    """Compile what the evaluations run, on random tokens, before the artifact is opened."""
+    if not rt.compile:
+        return
+    started, plans = time.perf_counter(), [(s.window, s.window, 0)]
+    plans += [s.scoring_plan] if s.scoring_plan[1] else []
+    for plan in plans:
+        Scorer(forward, tokens, plan, s, rt, model.pieces).warm_up(s.vocab_size)
+    if s.ttt_enabled:
+        tempered = with_temperature(forward, s)
+        Scorer(tempered, tokens, plan, s, rt, model.pieces, s.ttt_chunk_tokens
+               ).warm_up(s.vocab_size)
+        Adapter(model, tempered, s, rt).warm_up()
+        model.requires_grad_(True)
+    rt.synchronize()
+    rt.log(f"compile:evaluation {time.perf_counter() - started:.1f}s before the artifact is opened")
+
+
+def with_temperature(forward, s):
+    return lambda x, y, window=0: forward(x, y, False, s.ttt_temp, window)
+
+
 def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened):
     """Read the artifact from disk and score it: plain, full context, TTT. Returns {kind: result}
     and the last ledger."""
     label, results, plan = s.quant_label, {}, s.scoring_plan
-    full = "banded" if plan[2] else "sliding"
-
-    def tempered(x, y, window=0):
-        return forward(x, y, False, s.ttt_temp, window)
+    full, tempered = "banded" if plan[2] else "sliding", with_temperature(forward, s)
 
     def timed(kind, key, plan, note="", adapter=None):
         try:
@@ -3934,6 +3954,7 @@ def run_job(s, rt, explicit):
     trained, results = dict(UNTRAINED), {}
     if not s.eval_only:
         trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
+    warm_up_evaluations(model, forward, s, rt, tokens)
     opened = time.perf_counter()
     scored, ledger = run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened)
     seconds = time.perf_counter() - opened
