@@ -3171,6 +3171,7 @@ class Adapter:
         self.trained = sum(p.numel() for p in self.params)
         self.frozen = sum(p.numel() for p in model.parameters()) - self.trained
         self.step_seconds, self.byte_count, self.loss = [], 0, 0.0
+        self.started = time.perf_counter()
         rows = min(s.ttt_batch_seqs, s.ttt_chunk_tokens // s.train_seq_len)
         self.pass_rows = max(1, min(-(-rows // rt.world_size),
                                     s.micro_batch_tokens // s.train_seq_len))

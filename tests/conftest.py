@@ -39,7 +39,7 @@ WORDS = ("river stone quiet lamp orchard winter copper signal harbor meadow pape
 @pytest.fixture(autouse=True)
 def handlers():
     """What a run does with signals is not left to the next test, nor to the processes that it starts."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

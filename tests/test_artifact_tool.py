@@ -87,7 +87,7 @@ def both(run_once, packed, tmp_path_factory):
         out = tmp_path_factory.mktemp("out")
         runs.append(run_once(script=script, OUT_DIR=out, **TRAINING))
         assert runs[-1].returncode == 0, runs[-1].stderr[-2000:]
-        runs[-1].artifact = out / "final_model.int6.ptz"
+        runs[-1].artifact = out / "final_model.ptz"
     return runs
 
 

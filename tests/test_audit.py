@@ -28,7 +28,7 @@ def artifact(corpus, tmp_path_factory):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.15 * torch.randn_like(p))
-    path = tmp_path_factory.mktemp("artifact") / "final_model.int6.ptz"
+    path = tmp_path_factory.mktemp("artifact") / "final_model.ptz"
     train_gpt.write_whole(path, train_gpt.pack(dict(model.named_parameters()), s, 10**6))
     return path
 

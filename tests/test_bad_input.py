@@ -24,7 +24,7 @@ from conftest import ROOT, TINY, clean_environ, write_shard
 LEAN = dict(TINY, RUN_ID="run", WARMUP_STEPS=0, TTT_ENABLED=0, EVAL_STRIDE=0, VAL_LIMIT_TOKENS=128, ITERATIONS=2, GPTQ=0,
             GPTQ_LITE=0,
             CODEC="rans")
-PREVIOUS = {"final_model.int6.ptz": b"the artifact of yesterday", "logs/run.json": b"{}", "scores.npy": b"old scores"}
+PREVIOUS = {"final_model.ptz": b"the artifact of yesterday", "logs/run.json": b"{}", "scores.npy": b"old scores"}
 
 
 def case(name, spoil=None, words=(), **variables):
@@ -40,7 +40,7 @@ def trained(corpus, tmp_path_factory):
                  "CHECKPOINT_EVERY_SECONDS": 1e-6}
     torch.set_num_threads(1)
     assert train_gpt.main([], clean_environ(**variables)) == 0
-    return SimpleNamespace(artifact=(out / "final_model.int6.ptz").read_bytes(),
+    return SimpleNamespace(artifact=(out / "final_model.ptz").read_bytes(),
                            checkpoint=(out / "checkpoints" / "step_0000002.pt").read_bytes())
 
 
@@ -416,13 +416,13 @@ PLACES = [
          ("OUT_DIR", "cannot be written")),
     case("logs is a file", in_the_way("new/logs"), ("OUT_DIR", "logs", "cannot be written")),
     case("OUT_DIR in /proc", words=("OUT_DIR", "/proc/nobody", "cannot be written"), OUT_DIR="/proc/nobody"),
-    case("the artifact's name is a folder's", taken_by_folder("final_model.int6.ptz"),
-         ("final_model.int6.ptz", "cannot be written")),
+    case("the artifact's name is a folder's", taken_by_folder("final_model.ptz"),
+         ("final_model.ptz", "cannot be written")),
     case("the result's name is a folder's", taken_by_folder("logs/run.json"), ("run.json", "cannot be written")),
     case("RUN_ID too long", words=("rrr", "too long"), RUN_ID="r" * 300),
     case("RUN_ID too long for the result alone", words=("too long",), RUN_ID="r" * 248),
     case("the scores' name is a folder's", words=("SCORES_PATH=.",), SCORES_PATH="."),
-    case("disk full at the artifact", disk_full("final_model"), ("final_model.int6.ptz", "No space left", "intact")),
+    case("disk full at the artifact", disk_full("final_model"), ("final_model.ptz", "No space left", "intact")),
 ]
 
 
@@ -433,7 +433,7 @@ def test_places(refused, spoil, variables, words):
 
 def test_scores_that_cannot_be_kept_lose_neither_artifact_nor_result(world, capsys):
     assert "scores.npy: cannot be written" in failed(world, capsys, dict(SCORES_PATH="/proc/nobody/scores.npy"))
-    assert train_gpt.read_artifact(world.out / "final_model.int6.ptz")
+    assert train_gpt.read_artifact(world.out / "final_model.ptz")
     assert b"val_bpb" in (world.out / "logs" / "run.json").read_bytes()
 
 

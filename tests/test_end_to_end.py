@@ -31,8 +31,8 @@ def trained(run_once, tmp_path_factory):
     """One finished run with its folder, artifact and scores."""
     out = tmp_path_factory.mktemp("trained")
     done = succeeded(run_once(OUT_DIR=out, SCORES_PATH=out / "scores.npy", **EVERYTHING))
-    return SimpleNamespace(out=out, log=done.log, result=done.result, artifact=out / "final_model.int6.ptz", stdout=done.stdout,
-                           content=(out / "final_model.int6.ptz").read_bytes(), scores=np.load(out / "scores.npy"))
+    return SimpleNamespace(out=out, log=done.log, result=done.result, artifact=out / "final_model.ptz", stdout=done.stdout,
+                           content=(out / "final_model.ptz").read_bytes(), scores=np.load(out / "scores.npy"))
 
 
 def environment(corpus, **variables):
@@ -173,10 +173,10 @@ def test_an_earlier_log_is_kept(corpus, tmp_path, capsys):
 
 def test_the_same_seed_gives_the_same_artifact_and_another_another(trained, run_script, tmp_path):
     again = succeeded(run_script(OUT_DIR=tmp_path / "again", **EVERYTHING))
-    assert (tmp_path / "again" / "final_model.int6.ptz").read_bytes() == trained.content
+    assert (tmp_path / "again" / "final_model.ptz").read_bytes() == trained.content
     assert again.result["val_loss"] == trained.result["val_loss"] and again.result["ledger_sha256"] == trained.result["ledger_sha256"]
     other = succeeded(run_script(OUT_DIR=tmp_path / "other", SEED=7, **EVERYTHING))
-    tensors = [train_gpt.decode_artifact(c)[1] for c in (trained.content, (tmp_path / "other" / "final_model.int6.ptz").read_bytes())]
+    tensors = [train_gpt.decode_artifact(c)[1] for c in (trained.content, (tmp_path / "other" / "final_model.ptz").read_bytes())]
     assert not torch.equal(*(t["cores.0.attn.q"].codes for t in tensors))
     assert other.result["val_loss"]["float"] != trained.result["val_loss"]["float"]
 
@@ -328,7 +328,7 @@ def by_ranks(run_once, tmp_path_factory):
     for ranks in (1, 2, 3):
         out = tmp_path_factory.mktemp(f"ranks{ranks}")
         runs[ranks] = succeeded(run_once(OUT_DIR=out, ranks=ranks, script=script, **FIFTY))
-        runs[ranks].artifact = out / "final_model.int6.ptz"
+        runs[ranks].artifact = out / "final_model.ptz"
         runs[ranks].steps = np.array(re.findall(r"^exact (\S+) (\S+) (\S+)$", runs[ranks].log, re.M), float)
     return runs
 
@@ -423,11 +423,11 @@ def test_a_place_that_cannot_be_written_is_said_in_words(corpus, tmp_path, capsy
 
 
 def test_a_budget_below_the_code_is_refused_and_leaves_the_old_artifact(corpus, tmp_path, capsys):
-    (tmp_path / "final_model.int6.ptz").write_bytes(b"old")
+    (tmp_path / "final_model.ptz").write_bytes(b"old")
     budget = len(train_gpt.SHIPPED) + 1000
     assert train_gpt.main([], environment(corpus, OUT_DIR=tmp_path, ARTIFACT_BUDGET_BYTES=budget)) == 2
     assert "ARTIFACT_BUDGET_BYTES" in capsys.readouterr().err
-    assert (tmp_path / "final_model.int6.ptz").read_bytes() == b"old" and not list(tmp_path.glob(".*part"))
+    assert (tmp_path / "final_model.ptz").read_bytes() == b"old" and not list(tmp_path.glob(".*part"))
 
 
 def test_a_tight_budget_is_kept_and_scored_as_it_is(corpus, tmp_path, trained, capsys):
@@ -436,7 +436,7 @@ def test_a_tight_budget_is_kept_and_scored_as_it_is(corpus, tmp_path, trained, c
     budget = code + int(0.9 * len(trained.content))
     assert train_gpt.main([], environment(corpus, OUT_DIR=tmp_path, ARTIFACT_BUDGET_BYTES=budget, **EVERYTHING)) == 0
     result = json.loads((tmp_path / "logs" / "run.json").read_text())
-    assert result["total_bytes"] <= budget and result["total_bytes"] == code + (tmp_path / "final_model.int6.ptz").stat().st_size
+    assert result["total_bytes"] <= budget and result["total_bytes"] == code + (tmp_path / "final_model.ptz").stat().st_size
     assert result["val_loss"]["float"] == pytest.approx(trained.result["val_loss"]["float"], abs=1e-6)
     assert result["val_loss"]["int8"] != trained.result["val_loss"]["int8"]
     assert result["model_bytes"] >= 0.995 * (budget - code), "sizes of so small a file jump by half a percent"

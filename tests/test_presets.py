@@ -52,7 +52,7 @@ def test_preset_trains_packs_and_scores(preset, corpus, tmp_path):
     kinds = {"float", s.quant_label, "sliding"} | ({"ttt"} if s.ttt_enabled else set())
     assert set(result["val_bpb"]) == kinds and all(0 < v < 20 for v in result["val_bpb"].values())
     assert result["preset"] == preset and result["steps"] == 12
-    stored, tensors, _ = train_gpt.read_artifact(tmp_path / "final_model.int6.ptz")
+    stored, tensors, _ = train_gpt.read_artifact(tmp_path / "final_model.ptz")
     assert {t.bits for n, t in tensors.items() if train_gpt.kind_of(n) == "mlp"} == {s.mlp_bits}
     assert ("swa:start" in log) == bool(s.swa_enabled)
     assert ("late_qat:enabled" in log) == bool(s.late_qat_threshold)
@@ -235,7 +235,7 @@ def test_crown_q_enters_the_gradient_once_whatever_the_ranks(corpus, tmp_path):
 def test_zstd_artifact_reads_back_and_names_its_version(corpus, tmp_path):
     zstandard = pytest.importorskip("zstandard")
     run_preset("pr414", corpus, tmp_path, CODEC="zstd", EVAL_STRIDE=0)
-    content = (tmp_path / "final_model.int6.ptz").read_bytes()
+    content = (tmp_path / "final_model.ptz").read_bytes()
     assert b'"codec":"zstd"' in content and f'"zstandard":"{zstandard.__version__}"'.encode() in content
     train_gpt.decode_artifact(content)
 

@@ -33,7 +33,7 @@ def job(corpus, tmp_path, capsys):
                                    **variables})
         capsys.readouterr()
         status = train_gpt.main([], environ)
-        said, artifact, result = capsys.readouterr(), out / "final_model.int6.ptz", out / "logs" / "run.json"
+        said, artifact, result = capsys.readouterr(), out / "final_model.ptz", out / "logs" / "run.json"
         return SimpleNamespace(status=status, out=said.out, err=said.err, folder=out, checkpoints=steps_in(out),
                                environ=environ,
                                artifact=artifact.read_bytes() if artifact.exists() else None,
@@ -48,7 +48,7 @@ def whole(corpus, tmp_path_factory):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     folder = process.folder
-    return SimpleNamespace(folder=folder, out=out, artifact=(folder / "final_model.int6.ptz").read_bytes(),
+    return SimpleNamespace(folder=folder, out=out, artifact=(folder / "final_model.ptz").read_bytes(),
                            result=json.loads((folder / "logs" / "run.json").read_text()))
 
 
@@ -315,7 +315,7 @@ def test_what_a_kill_left_half_written_is_removed(job, monkeypatch, tmp_path):
     folder.mkdir(parents=True)
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True,
                           text=True).stdout.strip()
-    for name in (f"checkpoints/.step_0000002.pt.{dead}.part", f".final_model.int6.ptz.{dead}.part"):
+    for name in (f"checkpoints/.step_0000002.pt.{dead}.part", f".final_model.ptz.{dead}.part"):
         (tmp_path / "run" / name).write_bytes(b"half")
     assert job(RESUME="auto").status == 0
     assert not list((tmp_path / "run").rglob("*.part"))
@@ -349,7 +349,7 @@ def test_a_finished_artifact_goes_straight_to_its_evaluation(job, whole, monkeyp
 @pytest.mark.parametrize("change", ["other settings", "another artifact", "damaged note", "no artifact"])
 def test_an_artifact_that_is_not_this_runs_is_made_again(job, change):
     first = job()
-    note, artifact = first.folder / "checkpoints" / "exported.json", first.folder / "final_model.int6.ptz"
+    note, artifact = first.folder / "checkpoints" / "exported.json", first.folder / "final_model.ptz"
     if change == "another artifact":
         artifact.write_bytes(b"foreign")
     elif change == "no artifact":

@@ -117,11 +117,17 @@ def test_without_a_cap_time_never_runs_out():
     assert not train_gpt.out_of_time(replace(Settings(), max_wallclock_seconds=0.0), 10, 1e12)
 
 
-def test_fake_quant_begins_below_the_threshold():
-    late = replace(Settings(), qat_enabled=0, late_qat_threshold=0.15)
-    assert [train_gpt.fake_quant_on(late, x) for x in (1.0, 0.15, 0.1499, 0.0)] == [False, False, True, True]
-    assert not train_gpt.fake_quant_on(replace(late, late_qat_threshold=0.0), 0.0)
-    assert train_gpt.fake_quant_on(replace(late, qat_enabled=1), 1.0)
+def test_warmdown_of_a_share_of_the_run():
+    s = replace(Settings(), warmdown_frac=0.5, iterations=100, max_wallclock_seconds=10.0, lr_floor=0.0)
+    assert [train_gpt.lr_scale(s, step, 0.0) for step in (0, 50, 75, 100)] == [1, 1, 0.5, 0]
+    assert train_gpt.lr_scale(s, 10, 7500.0) == 0.5, "the nearer end counts"
+
+
+def test_a_slow_step_is_foreseen():
+    """After the switch to more passes a step takes longer than the mean so far."""
+    s = replace(Settings(), max_wallclock_seconds=10.0)
+    assert not train_gpt.out_of_time(s, 9, 9000.0) and train_gpt.out_of_time(s, 9, 9000.0, step_ms=1500.0)
+    assert train_gpt.out_of_time(s, 9, 9000.0, reserve_ms=1.0)
 
 
 # -- averaging -------------------------------------------------------------------------------------------------------
@@ -158,11 +164,27 @@ def ema_of(history, decay):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 50, 700])
-@pytest.mark.parametrize("decay", [0.0, 0.9, 0.997])
+@pytest.mark.parametrize("decay", [0.9, 0.997])
 def test_ema_is_the_bias_corrected_weighted_sum(steps, decay):
     model, history, average, _ = trained(replace(Settings(), ema_decay=decay), steps)
     assert average.apply() == "EMA"
     np.testing.assert_allclose(flat(model), ema_of(history, decay), atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 30, 700])
+def test_without_a_decay_the_ema_reaches_back_over_a_21st_of_the_run(steps):
+    """Update n takes 21/(n + 20) of the newest weights; their mean age is n/22, whatever the length."""
+    model, history, average, _ = trained(Settings(), steps)
+    expected, weights = np.zeros(history.shape[1]), np.zeros(steps)
+    for n, w in enumerate(history, 1):
+        fraction = 21 / (n + 20)
+        expected = (1 - fraction) * expected + fraction * w
+        weights *= 1 - fraction
+        weights[n - 1] = fraction
+    average.apply()
+    np.testing.assert_allclose(flat(model), expected, atol=1e-5)
+    assert weights.sum() == pytest.approx(1)
+    assert steps == 1 or (weights * np.arange(steps, 0, -1)).sum() == pytest.approx(steps / 22, abs=1.1)
 
 
 def late(step):
@@ -170,7 +192,7 @@ def late(step):
 
 
 def test_swa_mean_is_applied():
-    s = replace(Settings(), ema_enabled=0, swa_enabled=1, swa_every=7, swa_start_frac=0.2)
+    s = replace(Settings(), ema_enabled=0, swa_enabled=1, swa_every=7)
     model, history, average, firsts = trained(s, 80, late)
     snapshots = [step for step in range(31, 81) if step % 7 == 0]
     assert firsts == [35] and average.apply() == "SWA"
@@ -178,7 +200,7 @@ def test_swa_mean_is_applied():
 
 
 def test_ema_and_swa_give_the_mean_of_both():
-    s = replace(Settings(), ema_decay=0.9, swa_enabled=1, swa_every=7, swa_start_frac=0.2)
+    s = replace(Settings(), ema_decay=0.9, swa_enabled=1, swa_every=7)
     model, history, average, _ = trained(s, 80, late)
     swa = history[[i - 1 for i in range(31, 81) if i % 7 == 0]].mean(0)
     assert average.apply() == "EMA and SWA"

@@ -69,7 +69,7 @@ def result_of(seed, loss, code=SOURCE.encode(), **settings):
                 versions=dict(torch="2.13.0+cu128", numpy="2.4.6"), code_sha256=submission.sha256(code), code_bytes=len(code),
                 model_bytes=MODEL_BYTES, total_bytes=MODEL_BYTES + len(code), steps=7100, train_seconds=599.95,
                 pack_seconds=20.0, eval_seconds=510.0, scored_targets=TARGETS, scored_bytes=BYTES, val_loss=kinds,
-                val_bpb={k: bpb_of(v) for k, v in kinds.items()}, ledger_sha256="", artifact="final_model.int6.ptz")
+                val_bpb={k: bpb_of(v) for k, v in kinds.items()}, ledger_sha256="", artifact="final_model.ptz")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What the exporter makes of real weights: every way to choose steps, at equal bytes, and what coding them costs.
 
-    python tests/bench/artifact.py out/final_model.int6.ptz --data data/datasets/mix_sp1024 [--targets 65536] [--log out.txt]
+    python tests/bench/artifact.py out/final_model.ptz --data data/datasets/mix_sp1024 [--targets 65536] [--log out.txt]
 
 The weights come from an artifact whose tensors are all fp16, as a run leaves it with FP16_KEEP_NAME_PATTERNS=
 cores,emb,table,proj,blocks,gram and a large ARTIFACT_BUDGET_BYTES. Calibration uses training rows; scores are taken on the first

@@ -1,7 +1,7 @@
 """Banded scoring against sliding windows, and ways to adapt at test time, on one artifact.
 
-    python tests/bench/evaluator.py plans out/final_model.int6.ptz --data data/datasets/mix_sp1024 --targets 65536
-    python tests/bench/evaluator.py ttt out/final_model.int6.ptz --data data/datasets/mix_sp1024 --seconds 60
+    python tests/bench/evaluator.py plans out/final_model.ptz --data data/datasets/mix_sp1024 --targets 65536
+    python tests/bench/evaluator.py ttt out/final_model.ptz --data data/datasets/mix_sp1024 --seconds 60
 
 `plans`: bpb, seconds and tokens through the model of the sliding window (stride = window / 32) and of banded segments with
 several prefixes; same artifact, same batch tokens, one process. `ttt`: every variant gets the same seconds for scoring and

@@ -106,7 +106,7 @@ def broken(folder):
 def outcome(folder):
     """All that must not depend on interruptions. A run that resumes after its packing has no float score of its own."""
     result = json.loads((folder / "logs" / "run.json").read_text())
-    return dict(artifact=hashlib.sha256((folder / "final_model.int6.ptz").read_bytes()).hexdigest()[:16],
+    return dict(artifact=hashlib.sha256((folder / "final_model.ptz").read_bytes()).hexdigest()[:16],
                 scores=hashlib.sha256((folder / "scores.npy").read_bytes()).hexdigest()[:16], steps=result["steps"],
                 **{f"loss of {kind}": loss for kind, loss in result["val_loss"].items() if kind != "float"})
 
