@@ -1,7 +1,7 @@
 """Look at an artifact, and pack the script that made it.
 
     python records/artifact.py pack-code [train_gpt.py] [-o packed/train_gpt.py]     a small self-extracting script
-    python records/artifact.py inspect final_model.int6.ptz [--float final.fp16.ptz]  what every tensor got and costs
+    python records/artifact.py inspect final_model.ptz [--float final.fp16.ptz]  what every tensor got and costs
 
 The packed script is one Python file of a third of the size that unpacks the readable one, byte for byte, and runs it. Its
 own bytes and hash are what a run counts; the readable source stands in the log.

@@ -1,8 +1,8 @@
 """Prove on your own data that a score is legal: one line for each check, grouped by the conditions on the evaluator.
 
-    python records/audit.py final_model.int6.ptz                                      with the project's script
-    python records/audit.py final_model.int6.ptz --script somewhere/train_gpt.py      with the one that made it, packed or not
-    python records/audit.py final_model.int6.ptz --data data/datasets/demo --tokenizer data/tokenizers/demo_1024_bpe.model
+    python records/audit.py final_model.ptz                                      with the project's script
+    python records/audit.py final_model.ptz --script somewhere/train_gpt.py      with the one that made it, packed or not
+    python records/audit.py final_model.ptz --data data/datasets/demo --tokenizer data/tokenizers/demo_1024_bpe.model
 
 The script is imported, which runs it: read a stranger's before. Its own run_evaluations is then watched from outside (what
 the model is asked and answers, when weights change, what the ledger gets), and run again and again on tokens that were
@@ -676,7 +676,7 @@ def describe(audit, script_path, own_chunk):
 
 def arguments_of(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path, help="such as final_model.int6.ptz")
+    parser.add_argument("artifact", type=Path, help="such as final_model.ptz")
     parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help="what is judged, readable or packed")
     parser.add_argument("--data", help="folder with fineweb_val_*.bin; without it DATA_PATH, PRESET or the default says")
     parser.add_argument("--tokenizer", help="SentencePiece model of these shards; likewise TOKENIZER_PATH")
