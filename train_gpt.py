@@ -451,17 +451,18 @@ def parse_value(name, text):
 def near_misses(environ):
     """Problems with variables that are not ours but look like a misspelt published setting.
 
-    Names without an underscore, short ones and those of the sections Run and Data are common words
-    that other programs use as well: MODEL_DIR or DEVICES must not end a run.
+    Names without an underscore, short ones, names of paths and those of the sections Run and Data
+    are common words that other programs use as well: MODEL_DIR or DEVICES must not end a run.
     """
     known = {f.name.upper() for f in fields(Settings)} | set(ALIASES) | set(REFUSED)
     ours = [n.upper() for n, (section, _) in DESCRIBED.items() if section not in ("Run", "Data")]
     ours += [n for n in ("TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN", "VAL_LIMIT_TOKENS", *ALIASES)
              if "_" in n]
     prefixes = ("TTT_", "MUON_", "EMA_", "SWA_", "XSA_", "BIGRAM_", "ROPE_", "QAT_", "WARMDOWN_",
-                "GPTQ_", "EVAL_")
+                "GPTQ_")
+    paths = ("_DIR", "_PATH", "_FILE", "_HOME", "_NAME")
     for name in sorted(set(environ) - known):
-        if "_" not in name or len(name) < 9 or not name.isupper():
+        if "_" not in name or len(name) < 7 or not name.isupper() or name.endswith(paths):
             continue
         near = difflib.get_close_matches(name, ours, n=1, cutoff=0.86)
         if near or name.startswith(prefixes):
@@ -543,7 +544,10 @@ def late_order(s):
     order = []
     for part in filter(None, (part.strip() for part in s.late_passes.split(","))):
         first, _, last = part.partition("-")
-        order += range(int(first), int(last or first) + 1)
+        blocks = range(int(first), int(last or first) + 1)[: s.num_layers + 1]
+        if not blocks:
+            raise ValueError(part)
+        order += blocks
     return order or list(range(s.num_layers))
 
 
