@@ -451,13 +451,13 @@ def parse_value(name, text):
 def near_misses(environ):
     """Problems with variables that are not ours but look like a misspelt published setting.
 
-    Names without an underscore, short ones, names of paths and those of the sections Run and Data
-    are common words that other programs use as well: MODEL_DIR or DEVICES must not end a run.
+    Names without an underscore, short ones, names of paths and those like RUN_ID and DATA_PATH are
+    common words that other programs use as well: MODEL_DIR or DEVICES must not end a run.
     """
     known = {f.name.upper() for f in fields(Settings)} | set(ALIASES) | set(REFUSED)
-    ours = [n.upper() for n, (section, _) in DESCRIBED.items() if section not in ("Run", "Data")]
-    ours += [n for n in ("TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN", "VAL_LIMIT_TOKENS", *ALIASES)
-             if "_" in n]
+    ours = [n.upper() for n, (section, _) in DESCRIBED.items()
+            if section not in ("Run", "Data") or n.count("_") > 1]
+    ours += [n for n in ALIASES if "_" in n]
     prefixes = ("TTT_", "MUON_", "EMA_", "SWA_", "XSA_", "BIGRAM_", "ROPE_", "QAT_", "WARMDOWN_",
                 "GPTQ_")
     paths = ("_DIR", "_PATH", "_FILE", "_HOME", "_NAME")
