@@ -193,7 +193,7 @@ def files(both, tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     weights = {n: t.weights() * (1 + 1e-3 * torch.randn(t.shape, generator=generator)) for n, t in tensors.items()}
     halves = {n: train_gpt.Quantized(16, half=w.half(), shape=tuple(w.shape)) for n, w in weights.items()}
-    (folder / "float.ptz").write_bytes(train_gpt.encode_artifact(halves, train_gpt.Settings(), "lzma"))
+    (folder / "float.ptz").write_bytes(train_gpt.encode_artifact(halves, train_gpt.Settings()))
     torch.save(weights, folder / "float.pt")
     return SimpleNamespace(artifact=both[0].artifact, tensors=tensors, weights=weights, half=folder / "float.ptz",
                            state=folder / "float.pt")

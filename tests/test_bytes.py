@@ -1,11 +1,14 @@
 """Bytes: the denominator of the score, against the rule token by token and against the decoded text."""
 
+import json
 import math
 
 import numpy as np
 import pytest
-from conftest import VOCAB, WORDS
+from conftest import VOCAB, WORDS, write_shard
 from hypothesis import given, settings as hypothesis_settings, strategies as st
+
+import sentencepiece
 
 import train_gpt
 from train_gpt import ByteTable, UserError, bits_per_byte, resolve_settings
@@ -93,7 +96,10 @@ def test_byte_fallback_counts_one_each(corpus, table):
 class HandMade:
     """A tokenizer of nine pieces, one of each sort."""
     PIECES = [("<pad>", "control"), ("<unk>", "unknown"), ("<dead>", "unused"), ("<0x41>", "byte"), ("▁", ""), ("▁a", ""), ("é", ""),
-              ("▁北京", ""), ("x▁", "")]
+              ("▁北京", ""), ("x", "")]
+
+    def unk_id(self):
+        return 1
 
     def __init__(self, model_file):
         for sort in ("control", "unknown", "unused", "byte"):
@@ -109,7 +115,7 @@ class HandMade:
 @pytest.mark.parametrize("before, target, count", [
     (6, 0, 0), (6, 1, 0), (6, 2, 0), (6, 3, 1), (0, 3, 1),         # control, unknown, unused: nothing; a byte: one
     (6, 4, 1), (0, 4, 0), (1, 4, 0), (2, 4, 0), (3, 4, 1),         # a space alone, after text and after boundaries
-    (6, 5, 2), (0, 5, 1), (2, 5, 1), (4, 5, 2), (6, 6, 2), (0, 6, 2), (6, 7, 7), (1, 7, 6), (6, 8, 4)])
+    (6, 5, 2), (0, 5, 1), (2, 5, 1), (4, 5, 2), (6, 6, 2), (0, 6, 2), (6, 7, 7), (1, 7, 6), (6, 8, 1)])
 def test_each_sort_of_piece_by_hand(monkeypatch, tmp_path, before, target, count):
     monkeypatch.setattr(train_gpt.sentencepiece, "SentencePieceProcessor", HandMade)
     (tmp_path / "m").write_bytes(b"")
@@ -119,6 +125,79 @@ def test_each_sort_of_piece_by_hand(monkeypatch, tmp_path, before, target, count
 
 def test_one_token_has_no_target(table):
     assert table.count(np.array([5])) == 0
+
+
+# -- bytes from the text, and tokenizers that the table of pieces miscounts
+
+def trained(folder, text, **options):
+    (folder / "t.txt").write_text(text, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(**{**dict(
+        input=str(folder / "t.txt"), model_prefix=str(folder / "m"), vocab_size=300, model_type="bpe", byte_fallback=True,
+        add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2, num_threads=1, hard_vocab_limit=False), **options})
+    return folder / "m.model"
+
+
+TEXT = "\n".join(["the end of the day in the city of the sun"] * 40 + ["    if x:", "        return the value of it"] * 30)
+MISCOUNTED = {"space behind": dict(treat_whitespace_as_suffix=True), "space inside": dict(split_by_whitespace=False),
+              "user symbol with a space": dict(user_defined_symbols=["the end"]),
+              "several spaces": dict(user_defined_symbols=["▁▁▁▁"], remove_extra_whitespaces=False)}
+
+
+@pytest.mark.parametrize("options", MISCOUNTED.values(), ids=MISCOUNTED)
+def test_a_tokenizer_whose_spaces_the_table_miscounts_is_refused_unless_the_text_was_counted(tiny, tmp_path, options):
+    model = trained(tmp_path, TEXT, **options)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    s = dict(TOKENIZER_PATH=model, VOCAB_SIZE=sp.vocab_size(), DATA_PATH=tmp_path)
+    with pytest.raises(UserError, match="pieces such as .* hold spaces.*build_dataset.py"):
+        ByteTable(tiny(**s))
+    tokens = np.array([BOS, *sp.encode("the end of the day")])
+    write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
+    counts = np.zeros(len(tokens), int)
+    counts[-1] = len("the end of the day")
+    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", counts)
+    table = ByteTable(tiny(**s))
+    assert table.source == "text" and table.count(tokens) == 18 and table.count(tokens[:3]) == 0
+    assert table.count(tokens[-2:], first=len(tokens) - 2) == 18
+
+
+def test_side_files_must_fit_the_tokens_and_the_text(tiny, tmp_path, corpus):
+    tokens = np.array([BOS, 10, 11, 12])
+    write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
+    for counts, text in (([0, 1, 2], None), ([0, 1, 2, 3], 7)):
+        write_shard(tmp_path / "fineweb_val_bytes_000000.bin", counts)
+        (tmp_path / "manifest.json").write_text(json.dumps(dict(splits=dict(val=dict(utf8_bytes=text)))))
+        with pytest.raises(UserError, match=r"fineweb_val_bytes_000000.bin: \d entries, \d bytes in all, for 4 tokens"):
+            ByteTable(tiny(DATA_PATH=tmp_path))
+    (tmp_path / "manifest.json").write_text(json.dumps(dict(splits=dict(val=dict(utf8_bytes=6)))))
+    assert ByteTable(tiny(DATA_PATH=tmp_path)).count(tokens) == 6
+
+
+def test_a_vocabulary_without_a_single_space_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(HandMade, "PIECES", [p for p in HandMade.PIECES if p[0] != "▁"])
+    monkeypatch.setattr(train_gpt.sentencepiece, "SentencePieceProcessor", HandMade)
+    (tmp_path / "m").write_bytes(b"")
+    with pytest.raises(UserError, match="no piece is a single space"):
+        ByteTable(tiny(TOKENIZER_PATH=tmp_path / "m", VOCAB_SIZE=8))
+
+
+def test_shards_of_another_tokenizer_are_refused(tiny, tmp_path, corpus):
+    """As many pieces, other pieces: by the manifest's hash, and without a manifest by encoding again what they decode to."""
+    other = trained(tmp_path, "\n".join(d[::-1] for d in corpus.documents), vocab_size=VOCAB, hard_vocab_limit=True, split_digits=True)
+    table = ByteTable(tiny(TOKENIZER_PATH=other))
+    with pytest.raises(UserError, match="do not belong together"):
+        table.check_text(np.asarray(corpus.tokens[:1031]), tiny(TOKENIZER_PATH=other))
+    ByteTable(tiny()).check_text(np.asarray(corpus.tokens[:1031]), tiny())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(dict(tokenizer=dict(sha256="0" * 64))))
+    with pytest.raises(UserError, match="not the tokenizer that made the shards"):
+        ByteTable(tiny(DATA_PATH=tmp_path / "data"))
+
+
+def test_unknown_pieces_are_refused_where_only_the_table_counts(tiny, corpus):
+    tokens = np.array(corpus.tokens[:200])
+    tokens[50] = corpus.tokenizer.unk_id()
+    with pytest.raises(UserError, match="unknown pieces"):
+        ByteTable(tiny()).check_text(tokens, tiny())
 
 
 # -- what is refused

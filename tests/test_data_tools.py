@@ -59,7 +59,7 @@ def tokenizer_path(tmp_path_factory) -> Path:
 
 def documents_of(folder: Path, split: str) -> list[tuple[int, ...]]:
     """Token tuples of the documents of a split, without BOS; the stream must start with BOS."""
-    tokens = np.concatenate([shards.read_shard(p) for p in sorted(folder.glob(f"fineweb_{split}_*.bin"))])
+    tokens = np.concatenate([shards.read_shard(p) for p in sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))])
     assert tokens[0] == BOS_ID
     return [tuple(d[1:].tolist()) for d in np.split(tokens, np.flatnonzero(tokens == BOS_ID))[1:]]
 
@@ -371,7 +371,8 @@ def test_built_dataset_round_trips_and_its_manifest_counts(tmp_path):
     for split, decoded in (("train", train), ("val", val)):
         entry = manifest["splits"][split]
         assert entry["documents"] == len(decoded)
-        assert entry["utf8_bytes"] == sum(len(t.encode()) for t in decoded)
+        originals = {folded(text): text for text in texts}
+        assert entry["utf8_bytes"] == sum(len(originals[t].encode()) for t in decoded)
         assert [f["tokens"] for f in entry["files"][:-1]] == [1000] * (len(entry["files"]) - 1)
         assert entry["tokens"] == sum(f["tokens"] for f in entry["files"]) == sum(len(d) + 1 for d in documents_of(folder, split))
         for file in entry["files"]:
@@ -448,7 +449,7 @@ def test_same_bytes_whatever_the_workers_and_another_seed_differs(tmp_path, monk
         build_dataset.main([str(source), "--out-root", str(root), "--vocab-size", "350", "--val-fraction", "0.2",
                             "--workers", str(workers), "--seed", str(seed)])
         contents.append({p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()})
-    assert contents[0] == contents[1] and len(contents[0]) == 4
+    assert contents[0] == contents[1] and len(contents[0]) == 5
     assert all(contents[0][name] != contents[2][name] for name in contents[0])
 
 
@@ -558,8 +559,8 @@ def test_old_dataset_stays_if_the_new_one_cannot_be_moved(tmp_path):
 def test_errors_are_one_line_and_exit_code_2(tmp_path, tokenizer_path):
     source = write_jsonl(tmp_path / "t.jsonl", ["a", "b"])
     process = subprocess.run([sys.executable, DATA / "build_dataset.py", source, "--out-root", tmp_path,
-                              "--vocab-size", "65536", "--workers", "0"], capture_output=True, text=True)
-    assert_one_line_error(process, "--vocab-size 65536", "65535", "--workers 0")
+                              "--vocab-size", "65537", "--workers", "0"], capture_output=True, text=True)
+    assert_one_line_error(process, "--vocab-size 65537", "65536", "--workers 0")
     assert not (tmp_path / "datasets").exists()
 
 

@@ -26,14 +26,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "records")]
 import train_gpt as T  # noqa: E402
 from artifact import entropy_bits, pack_code  # noqa: E402
 
-ANCESTOR = dict(attn_bits=6, mlp_bits=6, proj_bits=16, quant_fit="scale")
+ANCESTOR = dict(attn_bits=6, mlp_bits=6, proj_bits=16, quant_fit="scale", quant_clip="row")
 SCHEMES = {  # name: (settings, calibrated)
-    "ancestors: one clip a matrix, floor 1/31": (dict(ANCESTOR, quant_clip_scope="matrix", quant_step_floor=1 / 31), False),
-    "the same without floor": (dict(ANCESTOR, quant_clip_scope="matrix"), False),
+    "ancestors: one clip a matrix, floor 1/31": (dict(ANCESTOR, quant_clip="matrix", quant_step_floor=1 / 31), False),
+    "the same without floor": (dict(ANCESTOR, quant_clip="matrix"), False),
     "GPTQ-lite by row": (ANCESTOR, False),
-    "SDClip, k fitted": (dict(ANCESTOR, quant_clip_std=4.0, quant_clip_std_int8=8.0), False),
-    "full GPTQ, row maximum": (dict(ANCESTOR, gptq_lite=0), True),
-    "full GPTQ, SDClip, k fitted": (dict(ANCESTOR, quant_clip_std=4.0, quant_clip_std_int8=8.0), True),
+    "SDClip, k fitted": (dict(ANCESTOR, quant_clip="std", attn_clip_sigmas=4.0, mlp_clip_sigmas=4.0, embed_clip_sigmas=8.0), False),
+    "full GPTQ, row maximum": (dict(ANCESTOR, quant_clip="max"), True),
+    "full GPTQ, SDClip, k fitted": (dict(ANCESTOR, quant_clip="std", attn_clip_sigmas=4.0, mlp_clip_sigmas=4.0, embed_clip_sigmas=8.0), True),
     "level by squared error": (dict(quant_fit="level"), False),
     "level by what errors cost, int6 range": (dict(quant_fit="level", attn_bits=6, mlp_bits=6), True),
     "level by what errors cost (default)": (dict(quant_fit="level"), True),
@@ -67,7 +67,7 @@ def load(arguments):
     stored = {k: v for k, v in stored.items() if k in T.Settings.__dataclass_fields__}
     s = replace(T.resolve_settings(environ, stored)[0], fp16_keep_name_patterns="", eval_batch_seqs=16, precision=arguments.precision,
                 **{k: getattr(T.Settings(), k) for k in ("attn_bits", "mlp_bits", "proj_bits", "quant_fit", "codec",
-                                                         "artifact_budget_bytes", "gptq", "gptq_lite", "prune_frac")})
+                                                         "artifact_budget_bytes", "gptq", "quant_clip", "prune_frac")})
     rt = T.Runtime(s)
     model = T.build_model(s, rt)[0]
     T.load_quantized(model, tensors, arguments.artifact)
@@ -133,7 +133,7 @@ def main():
     say()
     for codec in ("rans", "lzma", "zstd"):
         started = time.perf_counter()
-        size = len(T.encode_codes(codec, [t.codes.numpy() for t in tensors.values() if t.bits < 16]))
+        size = len(T.CODECS[codec][0]([t.codes.numpy() for t in tensors.values() if t.bits < 16]))
         say(f"codes of the last row by {codec}: {size} bytes, {size / entropy:.4f} of their order-0 entropy, {time.perf_counter() - started:.1f} s")
     old = ancestors_bytes(tensors)
     say(f"the same codes in torch.save and lzma preset 6: {old} bytes, ours {len(content)}: {old - len(content)} saved")

@@ -71,8 +71,8 @@ def honest_files(codecs=CODECS):
     """{codec: bytes of a small artifact}: all bits, steps that repeat and steps that do not."""
     s, generator = T.Settings(attn_bits=6, mlp_bits=4), torch.Generator().manual_seed(0)
     state = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    tensors = T.quantize(state, s)(0.004)
-    return {codec: T.encode_artifact(tensors, replace(s, codec=codec), codec, "level 0.004") for codec in codecs}
+    tensors = T.Quantizer(state, s).at(0.004)
+    return {codec: T.encode_artifact(tensors, replace(s, codec=codec), "level 0.004") for codec in codecs}
 
 
 # Each mutation: (honest content, its parts, random.Random) → content.

@@ -1,0 +1,211 @@
+"""The bytes of text behind each validation token: side files against the text, for tokenizers of every kind."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sentencepiece")
+pytest.importorskip("zstandard")
+import sentencepiece
+from hypothesis import given, settings, strategies as st
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+sys.path.insert(0, str(DATA))
+import build_dataset
+import shards
+from shards import BOS_ID, DataError
+
+WORDS = ("of the river stone quiet lamp in the orchard winter copper signal to be harbor meadow paper engine "
+         "violet thunder basket garden mirror candle forest bridge window silver ocean timber").split()
+PLAIN = dict(model_type="bpe", byte_fallback=True, add_dummy_prefix=False, normalization_rule_name="nmt_nfkc")
+KEEP_SPACES = dict(remove_extra_whitespaces=False, normalization_rule_name="identity")
+# Every kind that a table of pieces with a leading "▁" miscounts, three of each.
+KINDS = {
+    "prefix": {},
+    "space behind": dict(treat_whitespace_as_suffix=True),
+    "space behind, unigram": dict(treat_whitespace_as_suffix=True, model_type="unigram"),
+    "space behind, dummy": dict(treat_whitespace_as_suffix=True, add_dummy_prefix=True),
+    "space inside": dict(split_by_whitespace=False),
+    "space inside, unigram": dict(split_by_whitespace=False, model_type="unigram", max_sentencepiece_length=32),
+    "space inside and behind": dict(split_by_whitespace=False, treat_whitespace_as_suffix=True),
+    "spaces": dict(allow_whitespace_only_pieces=True, **KEEP_SPACES),
+    "spaces inside": dict(allow_whitespace_only_pieces=True, split_by_whitespace=False, **KEEP_SPACES),
+    "spaces, declared": dict(user_defined_symbols=["▁▁", "▁▁▁▁", "▁▁▁▁▁▁▁▁"], **KEEP_SPACES),
+    "symbol with a space": dict(user_defined_symbols=["in the", "to be"]),
+    "symbol with space in front": dict(user_defined_symbols=["▁of▁the", "▁in"]),
+    "symbol with space behind": dict(user_defined_symbols=["river▁", "the▁▁"], **KEEP_SPACES),
+    "no lone space": dict(LONE=True),
+    "no lone space, unigram": dict(LONE=True, model_type="unigram"),
+    "no lone space, dummy": dict(LONE=True, add_dummy_prefix=True),
+    "unknown": dict(byte_fallback=False),
+    "unknown, unigram": dict(byte_fallback=False, model_type="unigram"),
+    "unknown, many": dict(byte_fallback=False, character_coverage=0.98),
+    "dummy": dict(add_dummy_prefix=True),
+    "lower case": dict(normalization_rule_name="nmt_nfkc_cf"),
+    "unchanged": dict(normalization_rule_name="identity"),
+}
+CLEAN = ["of the river in the forest to be of the stone", "river", "naïve café of the 北京 \U0001d11e lamp",
+         "the  river    stone\n    quiet        lamp"]
+UNCLEAN = ["  two  leading, trailing ½ \n\n", "ﬁne ａｂ №5 x\u200by \ufeff", "a\x01b\x07 \u00a0 c", "e\u0301 \u212b ㍿", "tab\t\tend\r\n"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """kind -> (path, tokenizer), trained on first use."""
+    folder, made = tmp_path_factory.mktemp("tokenizers"), {}
+
+    def get(kind: str):
+        if kind not in made:
+            rng, model = np.random.default_rng(0), io.BytesIO()
+            lines = ["  " * int(rng.integers(3)) + " ".join(rng.choice(WORDS, 20)) + "    of the" for _ in range(300)]
+            sentencepiece.SentencePieceTrainer.train(**{
+                "sentence_iterator": iter(lines), "model_writer": model, "vocab_size": 380, "hard_vocab_limit": False,
+                "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "minloglevel": 2, **PLAIN, **KINDS[kind]})
+            path = folder / f"{len(made)}.model"
+            path.write_bytes(model.getvalue())
+            made[kind] = path, build_dataset.load_tokenizer(str(path))
+        return made[kind]
+
+    return get
+
+
+def counted(tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """(tokens, bytes of each) of a document, without BOS."""
+    made = build_dataset.encode_for_val(tokenizer, text)
+    tokens, counts = (np.frombuffer(data, "<u2").tolist() for data in (made.tokens, made.counts))
+    assert (tokens[0], counts[0]) == (BOS_ID, 0) and len(tokens) == len(counts)
+    assert tokens[1:] == tokenizer.encode(text)
+    return tokens[1:], counts[1:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_a_document_are_those_of_its_text(tokenizers, kind):
+    _, tokenizer = tokenizers(kind)
+    for text in CLEAN + UNCLEAN:
+        tokens, counts = counted(tokenizer, text)
+        assert sum(counts) == len(text.encode()) or not tokens, text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_token_has_the_bytes_that_its_piece_stands_for(tokenizers, kind):
+    """On text that normalization leaves alone, piece by piece, "▁" a space; a dummy space is none."""
+    _, tokenizer = tokenizers(kind)
+    for text in CLEAN[:3]:
+        tokens, counts = counted(tokenizer, text)
+        pieces = [tokenizer.id_to_piece(t) for t in tokens]
+        expected = [1 if tokenizer.is_byte(t) else len(p.replace("▁", " ").encode()) for t, p in zip(tokens, pieces)]
+        if pieces[0].startswith("▁"):
+            expected[0] -= 1
+        elif pieces[-1].endswith("▁"):
+            expected[-1] -= 1
+        known = [t != tokenizer.unk_id() for t in tokens]
+        assert [c for c, k in zip(counts, known) if k] == [e for e, k in zip(expected, known) if k], (text, pieces)
+
+
+def test_unknown_pieces_have_the_bytes_of_their_characters(tokenizers):
+    _, tokenizer = tokenizers("unknown")
+    tokens, counts = counted(tokenizer, "river 北京 of")
+    assert [c for t, c in zip(tokens, counts) if t == tokenizer.unk_id()] == [6]
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(st.text(st.sampled_from("ab  \n\t½ﬁ北é\u0301\u200b\x00\x01▁\U0001d11e") | st.characters(exclude_categories=["Cs"]), max_size=30),
+       st.sampled_from(["prefix", "space behind", "spaces, declared", "unknown", "dummy", "lower case"]))
+def test_any_text_in_any_kind_adds_up(tokenizers, text, kind):
+    _, tokenizer = tokenizers(kind)
+    tokens, counts = counted(tokenizer, text)
+    assert sum(counts) == len(text.encode()) or not tokens
+    changed, *lost = build_dataset.lost_bytes(tokenizer, text)
+    if kind != "unknown" and "▁" not in text and "\x00" not in text:
+        assert sum(lost) == len(text.encode()) - len(tokenizer.decode(tokens).encode())
+        assert changed or tokenizer.decode(tokens) == re.sub(r"[\t\n\r]", " ", text)
+
+
+@pytest.mark.parametrize("text, spaces, dropped, rewritten", [
+    ("plain text\nof two lines", 0, 0, 0), ("a  b   c ", 4, 0, 0), ("\n\n a", 3, 0, 0), ("a\u00a0b", 1, 0, 0),
+    ("a\x01b\x02", 0, 2, 0), ("a\x7fb", 0, 1, 0), ("a\u200bb", 2, 0, 0),
+    ("ﬁ", 0, 0, 1), ("ａｂ", 0, 0, 4), ("½", 0, 0, -3), ("  x\x01 ﬁ", 2, 1, 1)])
+def test_what_normalization_loses_has_a_name(tokenizers, text, spaces, dropped, rewritten):
+    _, tokenizer = tokenizers("prefix")
+    assert build_dataset.lost_bytes(tokenizer, text)[1:] == (spaces, dropped, rewritten)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def build(tmp_path, tokenizer_path, val: list[str], *arguments) -> tuple[Path, dict]:
+    source = write_jsonl(tmp_path / "t.jsonl", [f"training {i} of the river" for i in range(9)])
+    build_dataset.main([str(a) for a in (
+        source, "--val-input", write_jsonl(tmp_path / "v.jsonl", val), "--tokenizer", tokenizer_path,
+        "--out-root", tmp_path, "--workers", 1, "--force", *arguments)])
+    folder = tmp_path / "datasets/t"
+    return folder, json.loads((folder / "manifest.json").read_text())
+
+
+def test_side_files_stand_beside_the_shards_and_the_manifest_names_them(tmp_path, tokenizers, capsys):
+    path, tokenizer = tokenizers("prefix")
+    folder, manifest = build(tmp_path, path, CLEAN + UNCLEAN + CLEAN[:1], "--shard-tokens", 50)
+    val = manifest["splits"]["val"]
+    assert len(val["files"]) > 2 and val["dropped_repeats"] == 1
+    tokens = np.concatenate([shards.read_shard(folder / f["name"]) for f in val["files"]])
+    counts = np.concatenate([shards.read_shard(folder / f["bytes_name"]) for f in val["files"]])
+    assert [f["bytes_name"] for f in val["files"]] == [f["name"].replace("val_", "val_bytes_") for f in val["files"]]
+    assert tokens.tolist() == [t for text in CLEAN + UNCLEAN for t in [BOS_ID, *tokenizer.encode(text)]]
+    starts = np.flatnonzero(tokens == BOS_ID)
+    assert np.add.reduceat(counts, starts, dtype=int).tolist() == [len(t.encode()) for t in CLEAN + UNCLEAN]
+    for file in val["files"]:
+        assert shards.sha256_file(folder / file["bytes_name"]) == file["bytes_sha256"]
+        assert shards.read_shard(folder / file["bytes_name"]).sum() == file["utf8_bytes"]
+    assert val["utf8_bytes"] == sum(f["utf8_bytes"] for f in val["files"])
+    decoded = sum(len(tokenizer.decode(tokenizer.encode(t)).encode()) for t in CLEAN + UNCLEAN)
+    assert val["bytes_lost_by_normalization"] == val["utf8_bytes"] - decoded
+    assert not list(folder.glob("fineweb_train_bytes_*")) and "bytes_name" not in manifest["splits"]["train"]["files"][0]
+    said = capsys.readouterr().out
+    assert f"{val['normalization']['white_space_bytes']} of white space" in said and "dropped characters" in said
+    assert f"changes {val['normalization']['changed_documents']} of 9 validation documents" in said
+
+
+def test_text_that_normalization_leaves_alone_is_not_spoken_of(tmp_path, tokenizers, capsys):
+    _, manifest = build(tmp_path, tokenizers("prefix")[0], ["of the river\nin the forest", "a stone"])
+    assert manifest["splits"]["val"]["bytes_lost_by_normalization"] == 0
+    assert "normalization" not in capsys.readouterr().out
+
+
+def test_the_same_text_has_the_same_bytes_with_every_tokenizer(tmp_path, tokenizers):
+    totals = {build(tmp_path, tokenizers(kind)[0], CLEAN + UNCLEAN)[1]["splits"]["val"]["utf8_bytes"] for kind in KINDS}
+    assert totals == {sum(len(text.encode()) for text in CLEAN + UNCLEAN)}
+
+
+def test_unknown_pieces_are_said(tmp_path, tokenizers, capsys):
+    _, manifest = build(tmp_path, tokenizers("unknown")[0], ["river 北京 of 京", "stone"])
+    assert manifest["splits"]["val"]["normalization"]["unknown_tokens"] == 2
+    assert "2 validation tokens are unknown pieces" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["a" + " " * 65_536 + "b", "a" + "\n" * 70_000, "a" + "\x01" * 70_000 + " b"])
+def test_more_bytes_than_a_side_file_can_hold_are_refused(tmp_path, tokenizers, text):
+    with pytest.raises(DataError, match=r"validation document 'a.*fall to one token.*at most 65535: shorten"):
+        build(tmp_path, tokenizers("prefix")[0], [text])
+    assert not (tmp_path / "datasets/t").exists()
+
+
+def test_a_vocabulary_of_65536_pieces_fits():
+    assert shards.MAX_VOCAB_SIZE == 2**16
+    parser = build_dataset.make_parser()
+    assert build_dataset.settings_from(parser.parse_args(["x", "--vocab-size", "65536"])).vocab_size == 65_536
+    with pytest.raises(DataError, match="--vocab-size 65537"):
+        build_dataset.settings_from(parser.parse_args(["x", "--vocab-size", "65537"]))
+
+
+def test_the_highest_id_is_written_and_read(tmp_path):
+    shards.write_shard(tmp_path / "s.bin", [np.array([0, 65_535])], 2)
+    assert shards.read_shard(tmp_path / "s.bin").tolist() == [0, 65_535]
