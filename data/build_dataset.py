@@ -7,7 +7,8 @@
     python data/build_dataset.py --report result.json                    a demo model's score beside xz's
 
 The result is data/datasets/<name>/ with fineweb_train_*.bin, fineweb_val_*.bin and manifest.json,
-and data/tokenizers/<name>_<vocabulary>_bpe.model unless --tokenizer is given.
+and data/tokenizers/<name>_<vocabulary>_bpe.model unless --tokenizer is given. Beside each validation
+shard stands fineweb_val_bytes_*.bin: for every token the UTF-8 bytes of the text that it stands for.
 
 The same inputs and seed give the same bytes whatever --workers is. Documents are read one by one;
 what stays in memory is about 24 bytes per document and at most 100 MB of text for a new tokenizer.
@@ -25,6 +26,7 @@ import lzma
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -52,6 +54,10 @@ TOKENIZER_SAMPLE_CHARS = 100_000_000
 TOKENIZER_LINE_BYTES = 4_000         # SentencePiece skips lines longer than 4,192 bytes
 BATCH_CHARS = 500_000                # text sent to a worker at once
 DEMO_VAL_FRACTION = 0.045
+MAX_COUNT = 65_535                   # bytes of one token: side files are uint16
+# What normalization and the vocabulary lose of the validation text, one number per document.
+LOSSES = ("changed_documents", "white_space_bytes", "dropped_characters_bytes",
+          "rewritten_characters_bytes", "unknown_tokens")
 
 
 @dataclass(frozen=True)
@@ -297,7 +303,8 @@ def load_tokenizer(path: str) -> sentencepiece.SentencePieceProcessor:
     if not Path(path).is_file():
         raise DataError(f"--tokenizer {path}: no such file: give a SentencePiece .model file")
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=path)
+        # Read here: SentencePiece cannot open names that are not UTF-8.
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
     except (RuntimeError, OSError) as error:
         raise DataError(f"--tokenizer {path}: not a SentencePiece model ({error}): give a .model file") from None
     if tokenizer.vocab_size() > MAX_VOCAB_SIZE:
@@ -314,34 +321,142 @@ def load_tokenizer(path: str) -> sentencepiece.SentencePieceProcessor:
 # ---------------------------------------------------------------------------------------------
 
 class Spool:
-    """Encoded documents of one split in a temporary file, with an index in memory (24 bytes a document)."""
+    """Encoded documents of one split in temporary files, with an index in memory (24 bytes a document,
+    validation 56)."""
 
     def __init__(self, path: Path):
-        self.file = open(path, "w+b")
+        self.token_file, self.count_file = open(path, "w+b"), open(path.with_suffix(".bytes"), "w+b")
         self.starts, self.keys, self.text_bytes = array("Q", [0]), array("Q"), array("Q")
+        self.lost = array("q")  # validation only: LOSSES of every document
 
-    def add(self, tokens: bytes, text_bytes: int) -> None:
-        """Append one document: uint16 tokens as bytes, and the length of its decoded text in UTF-8."""
-        self.file.write(tokens)
-        self.starts.append(self.starts[-1] + len(tokens) // 2)
-        self.keys.append(int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "big"))
-        self.text_bytes.append(text_bytes)
+    def add(self, document: "Encoded") -> None:
+        self.token_file.write(document.tokens)
+        self.count_file.write(document.counts)
+        self.starts.append(self.starts[-1] + len(document.tokens) // 2)
+        digest = hashlib.blake2b(document.tokens, digest_size=8).digest()
+        self.keys.append(int.from_bytes(digest, "big"))
+        self.text_bytes.append(document.text_bytes)
+        self.lost.extend(document.lost)
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def _mapped(self, file) -> np.ndarray:
+        file.flush()
+        return np.memmap(file, dtype="<u2", mode="r") if self.starts[-1] else np.zeros(0, "<u2")
+
     def tokens(self) -> np.ndarray:
         """All tokens [token_count] uint16, mapped from the file."""
-        self.file.flush()
-        return np.memmap(self.file, dtype="<u2", mode="r") if self.starts[-1] else np.zeros(0, "<u2")
+        return self._mapped(self.token_file)
+
+    def counts(self) -> np.ndarray:
+        """Bytes of text of all tokens [token_count] uint16, mapped from the file; validation only."""
+        return self._mapped(self.count_file)
+
+    def close(self) -> None:
+        self.token_file.close()
+        self.count_file.close()
 
 
-def encode_batch(tokenizer_path: str, texts: list[str]) -> list[tuple[bytes, int]]:
-    """Per text its tokens as bytes, BOS first, and the UTF-8 length of what they decode to."""
+@dataclass(frozen=True)
+class Encoded:
+    """One document: its tokens with BOS in front, and what the manifest says of its text.
+
+    `counts` and `lost` are empty for training, where nothing is scored.
+    """
+    tokens: bytes
+    text_bytes: int
+    for_val: bool
+    counts: bytes = b""
+    lost: tuple[int, ...] = ()
+
+
+def encode_batch(tokenizer_path: str, seed: int, key_limit: int, texts: list[str]) -> list[Encoded]:
+    """The texts that have tokens, encoded; those with a key below `key_limit` for validation."""
     tokenizer = load_tokenizer(tokenizer_path)
-    encoded = tokenizer.encode(texts)
-    lengths = [len(text.encode()) for text in tokenizer.decode(encoded)]
-    return [(np.array([BOS_ID, *ids], dtype="<u2").tobytes(), length) for ids, length in zip(encoded, lengths)]
+    for_val = [text_key(text, seed) < key_limit for text in texts]
+    plain = iter(tokenizer.encode([text for text, val in zip(texts, for_val) if not val]))
+    made = (encode_for_val(tokenizer, text) if val else
+            Encoded(_with_bos(next(plain)), len(text.encode()), False) for text, val in zip(texts, for_val))
+    return [document for document in made if len(document.tokens) > 2]
+
+
+def _with_bos(ids: list[int]) -> bytes:
+    return np.array([BOS_ID, *ids], dtype="<u2").tobytes()
+
+
+def encode_for_val(tokenizer, text: str) -> Encoded:
+    """A validation document with the bytes of text behind each token."""
+    found = tokenizer.encode(text, return_type="offset_mapping", return_bytes=True)
+    raw, ids = text.encode(), found["ids"]
+    counts = token_bytes(tokenizer, ids, [end for _, end in found["offsets"]], len(raw))
+    if counts and max(counts) > MAX_COUNT:
+        where = sum(counts[:counts.index(max(counts))])
+        raise DataError(f"validation document {text[:40]!r}: {max(counts)} bytes of text fall to one token "
+                        f"(at byte {where}), side files hold at most {MAX_COUNT}: shorten the run of white "
+                        "space or unknown characters there")
+    unknown = ids.count(tokenizer.unk_id())
+    return Encoded(_with_bos(ids), len(raw), True, np.array([0, *counts], dtype="<u2").tobytes(),
+                   (*lost_bytes(tokenizer, text), unknown))
+
+
+def token_bytes(tokenizer, ids: list[int], ends: list[int], total: int) -> list[int]:
+    """UTF-8 bytes of the text behind each token; together exactly `total`, the bytes of the document.
+
+    `ends`: where the text behind each token ends, in bytes. A token takes what normalization dropped
+    in front of it, the last one also what is behind. Of a stretch that is normalized as one
+    (a character in byte pieces, a symbol with a space) SentencePiece gives all to the last token;
+    here each gets the bytes of its piece, if there are enough, and the last one the rest.
+    """
+    if not ids:
+        return []
+    counts = np.diff([0, *ends[:-1], total]).tolist()
+    first = 0  # of the tokens that wait for their bytes
+    for i, count in enumerate(counts):
+        if not count:
+            continue
+        if first < i:
+            if first and counts[first - 1] < _piece_bytes(tokenizer, ids[first - 1]):
+                first -= 1  # the stretch begins inside this token
+            *shares, last = (_piece_bytes(tokenizer, id_) for id_ in ids[first:i + 1])
+            rest = sum(counts[first:i + 1]) - sum(shares)
+            if rest >= last:
+                counts[first:i + 1] = [*shares, rest]
+        first = i + 1
+    return counts
+
+
+def _piece_bytes(tokenizer, id_: int) -> int:
+    return 1 if tokenizer.is_byte(id_) else len(tokenizer.id_to_piece(id_).replace("▁", " ").encode())
+
+
+def lost_bytes(tokenizer, text: str) -> tuple[int, int, int, int]:
+    """LOSSES without the last: 1 if normalization changes more than line ends; then the bytes by cause."""
+    normal = _without_dummy(tokenizer, tokenizer.normalize(text)).replace("▁", " ")
+    if normal in (text, re.sub(r"[\t\n\r]", " ", text)):  # a line end for a space loses no byte
+        return 0, 0, 0, 0
+    before, after = collections.Counter(text), collections.Counter(normal)
+    kinds = {c: _becomes(tokenizer, c) for c in before}
+
+    def size(kind: str) -> int:
+        return sum(n * len(c.encode()) for c, n in before.items() if kinds[c] == kind)
+
+    spaces, dropped = size(" ") - after[" "], size("")
+    return 1, spaces, dropped, len(text.encode()) - len(normal.encode()) - spaces - dropped
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _becomes(tokenizer, character: str) -> str:
+    """What normalization makes of a character between two others, "▁" as a space."""
+    if character.isascii() and character.isprintable():
+        return character
+    return _without_dummy(tokenizer, tokenizer.normalize(f"0{character}0"))[1:-1].replace("▁", " ")
+
+
+def _without_dummy(tokenizer, normal: str) -> str:
+    """Normalized text without the space that some tokenizers add in front or behind."""
+    dummy = tokenizer.normalize("0")
+    return normal[dummy.startswith("▁"):len(normal) - dummy.endswith("▁")] if normal else normal
 
 
 def batches(texts):
@@ -377,12 +492,10 @@ def parallel_map(function, items, workers: int):
 def encode(settings: Settings, documents, label: str, tokenizer_path: Path, key_limit: int,
            train: Spool, val: Spool) -> None:
     """Encode the documents into `val` (key below `key_limit`) or `train`; texts without tokens are left out."""
-    work = functools.partial(encode_batch, str(tokenizer_path))
-    for texts, encoded in parallel_map(work, batches(documents.read(label)), settings.workers):
-        for text, (tokens, text_bytes) in zip(texts, encoded):
-            if len(tokens) > 2:
-                spool = val if text_key(text, settings.seed) < key_limit else train
-                spool.add(tokens, text_bytes)
+    work = functools.partial(encode_batch, str(tokenizer_path), settings.seed, key_limit)
+    for _, encoded in parallel_map(work, batches(documents.read(label)), settings.workers):
+        for document in encoded:
+            (val if document.for_val else train).add(document)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -401,19 +514,33 @@ def chosen_documents(train: Spool, val: Spool, seed: int) -> tuple[np.ndarray, n
 
 
 def write_split(folder: Path, split: str, spool: Spool, indices: np.ndarray, shard_tokens: int) -> dict:
-    """Write the documents as shards of `shard_tokens` tokens, the last one shorter; their manifest entry."""
+    """Write the documents as shards of `shard_tokens` tokens, the last one shorter; their manifest entry.
+
+    Validation shards get side files with the bytes of text behind each token.
+    """
     starts = np.frombuffer(spool.starts, dtype="u8").astype(np.int64)
     lengths = starts[indices + 1] - starts[indices]
     total = int(lengths.sum())
     pieces = _pieces(spool.tokens(), starts[indices], lengths, shard_tokens)
+    counts = _pieces(spool.counts(), starts[indices], lengths, shard_tokens) if split == "val" else None
     files = []
     for number in range(-(-total // shard_tokens)):
         count = min(shard_tokens, total - number * shard_tokens)
         name = f"fineweb_{split}_{number:06d}.bin"
-        sha256 = write_shard(folder / name, next(pieces), count)
-        files.append({"name": name, "tokens": count, "sha256": sha256})
-    return {"documents": len(indices), "tokens": total,
-            "utf8_bytes": int(np.frombuffer(spool.text_bytes, dtype="u8")[indices].sum()), "files": files}
+        files.append({"name": name, "tokens": count, "sha256": write_shard(folder / name, next(pieces), count)})
+        if counts:
+            name = f"fineweb_{split}_bytes_{number:06d}.bin"
+            sha256 = write_shard(folder / name, next(counts), count)
+            files[-1] |= {"bytes_name": name, "bytes_sha256": sha256,
+                          "utf8_bytes": int(read_shard(folder / name).sum(dtype=np.int64))}
+    text_bytes = int(np.frombuffer(spool.text_bytes, dtype="u8")[indices].sum())
+    entry = {"documents": len(indices), "tokens": total, "utf8_bytes": text_bytes, "files": files}
+    if counts:
+        if sum(file["utf8_bytes"] for file in files) != text_bytes:
+            raise AssertionError(f"{folder}: the side files do not add up to the {text_bytes} bytes of text")
+        lost = np.frombuffer(spool.lost, dtype="i8").reshape(-1, len(LOSSES))[indices].sum(axis=0).tolist()
+        entry |= {"bytes_lost_by_normalization": sum(lost[1:4]), "normalization": dict(zip(LOSSES, lost))}
+    return entry
 
 
 def _pieces(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, shard_tokens: int):
@@ -517,7 +644,7 @@ def encode_splits(settings: Settings, train, val, tokenizer_path: Path, key_limi
         splits["val"]["dropped_repeats"] = len(val_spool) - len(val_indices)
     finally:
         for spool in spools:
-            spool.file.close()
+            spool.close()
     return splits
 
 
@@ -557,15 +684,23 @@ def make_manifest(settings: Settings, tokenizer_path: Path, splits: dict, source
 
 def decoded_documents(folder: Path, split: str, tokenizer) -> list[str]:
     """The texts of a split as its tokens decode: what a model is scored on."""
-    tokens = np.concatenate([read_shard(path) for path in sorted(folder.glob(f"fineweb_{split}_*.bin"))])
+    tokens = np.concatenate([read_shard(path) for path in sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))])
     documents = np.split(tokens, np.flatnonzero(tokens == BOS_ID))[1:]
     return tokenizer.decode([document[1:].tolist() for document in documents])
+
+
+def normal_lines(text: str) -> str:
+    """The text as the demo's tokenizer decodes it, with its lines: xz and the model count the same bytes."""
+    normalizer = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc", add_dummy_prefix=False,
+                                                       escape_whitespaces=False, remove_extra_whitespaces=True)
+    return "\n".join(filter(None, map(normalizer.normalize, text.splitlines())))
 
 
 def build_demo(settings: Settings, max_modules: int | None = None) -> dict:
     """Build the demo corpus (of `max_modules` modules only, if given) with xz's figure in the manifest."""
     check_free(settings)
     train, val = demo_corpus.split(demo_corpus.documents(max_modules), settings.seed, DEMO_VAL_FRACTION)
+    train, val = ([normal_lines(text) for text in texts] for texts in (train, val))
 
     def xz_figure(folder: Path, tokenizer) -> dict:
         return demo_corpus.xz_comparison(decoded_documents(folder, "train", tokenizer),
@@ -702,9 +837,25 @@ def summary(settings: Settings, manifest: dict) -> str:
     for split, entry in manifest["splits"].items():
         lines.append(f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
                      f"{entry['utf8_bytes']:,} bytes of text, {len(entry['files'])} shards")
+    lines += normalization_lines(manifest["splits"]["val"])
     if "xz_bits_per_byte" in manifest:
         lines.append(f"xz -9e needs {manifest['xz_bits_per_byte']:.4f} bits per byte of validation text")
     return "\n".join(lines)
+
+
+def normalization_lines(val: dict) -> list[str]:
+    """What of the validation text the tokens do not hold, by name; nothing if they hold everything."""
+    found, lines = val["normalization"], []
+    if found["changed_documents"]:
+        lines.append(
+            f"the tokenizer's normalization changes {found['changed_documents']:,} of {val['documents']:,} validation "
+            f"documents and loses {val['bytes_lost_by_normalization']:,} bytes: "
+            f"{found['white_space_bytes']:,} of white space, {found['dropped_characters_bytes']:,} of dropped characters, "
+            f"{found['rewritten_characters_bytes']:,} by rewritten characters (NFKC); bits per byte count the original text")
+    if found["unknown_tokens"]:
+        lines.append(f"{found['unknown_tokens']:,} validation tokens are unknown pieces, which stand for any text: "
+                     "no fair score; use a tokenizer with byte fallback")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> None:
