@@ -15,9 +15,9 @@ what stays in memory is about 24 bytes per document and at most 100 MB of text f
 """
 
 import argparse
+import bz2
 import collections
 import functools
-import gzip
 import hashlib
 import heapq
 import io
@@ -30,6 +30,7 @@ import re
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import zlib
 from array import array
@@ -43,10 +44,21 @@ from tqdm import tqdm
 
 import demo_corpus
 from shards import (BOS_ID, EOS_ID, MAX_VOCAB_SIZE, PAD_ID, UNK_ID, DataError, atomic_write, exit_code_of,
-                    read_shard, sha256_file, write_shard)
+                    read_shard, sha256_file, user_path, write_shard)
 
 DATA_ROOT = Path(__file__).resolve().parent
-COMPRESSED = {".gz", ".xz", ".zst"}
+COMPRESSED_SUFFIXES = {".gz", ".xz", ".zst", ".bz2"}
+COMPRESSIONS = (  # first bytes, and what unpacks one stream
+    (rb"\x1f\x8b\x08", lambda: zlib.decompressobj(wbits=31)),
+    (rb"\xfd7zXZ\0", lambda: lzma.LZMADecompressor()),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", lambda: bz2.BZ2Decompressor()),
+    (rb"(\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)",
+     lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()))
+FOREIGN = ((rb"PK\x03\x04", "a zip archive: unpack it and name the files in it"),
+           (rb"PAR1", "a Parquet file: write its text column as JSON lines"),
+           (rb"%PDF-", "a PDF: extract its text first"),
+           (rb"\xff\xfe|\xfe\xff", "UTF-16: convert it to UTF-8, e.g. with iconv"))
+PEEK_BYTES = 1 << 16                 # of an input, to see what it is
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
 DECODE_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error, zstandard.ZstdError)
 MIN_DOCUMENT_CHARS = 2_000           # of a plain text file cut at blank lines
@@ -87,6 +99,15 @@ class Settings:
 # Reading documents
 # ---------------------------------------------------------------------------------------------
 
+def what_is(path: Path) -> str:
+    """Why a path that is no regular file cannot be an input."""
+    if path.is_dir():
+        return "a folder: name the files in it"
+    if path.exists() or str(path) == "-":
+        return "not a regular file: inputs are read several times, so save it to a file first"
+    return "not there: check the path"
+
+
 class FileDocuments:
     """The documents of several files, read lazily, as often as asked for; errors name file and line."""
 
@@ -94,14 +115,14 @@ class FileDocuments:
         self.paths, self.text_field, self.separator = paths, text_field, separator
         for path in paths:
             if not path.is_file():
-                raise DataError(f"{path} is {'a folder: name the files in it' if path.is_dir() else 'not there'}")
+                raise DataError(f"{path} is {what_is(path)}")
 
     def read(self, label: str):
         """Yield the text of every document, with a progress bar over the bytes on disk."""
         total = sum(path.stat().st_size for path in self.paths)
         with tqdm(total=total, desc=label, unit="B", unit_scale=True, mininterval=0.5) as bar:
             for path in self.paths:
-                with open(path, "rb") as raw:
+                with open(path, "rb", buffering=PEEK_BYTES) as raw:
                     before = 0
                     for text in self._documents(path, raw):
                         position = raw.tell()
@@ -112,61 +133,100 @@ class FileDocuments:
                     bar.update(path.stat().st_size - before)
 
     def _documents(self, path: Path, raw):
-        suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-        lines = text_lines(path, raw)
-        if suffix in JSON_LINES:
-            return json_documents(path, lines, self.text_field)
-        return plain_documents(lines, self.separator)
+        content = decompressed(path, raw)
+        if is_json_lines(path, content, self.separator is None):
+            return json_documents(path, text_lines(path, content), self.text_field)
+        return plain_documents(text_lines(path, content), self.separator)
 
 
-def text_lines(path: Path, raw):
-    """Yield (line number from 1, line without its end) of a plain or compressed file; DataError if damaged."""
+def text_lines(path: Path, content):
+    """Yield (line number from 1, line without its end); DataError if damaged."""
     number = 0
     try:
-        for number, line in enumerate(decompressed(path, raw), start=1):
+        for number, line in enumerate(content, start=1):
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}): convert the file") from None
     except DECODE_ERRORS as error:
-        raise DataError(f"{path}, after line {number}: damaged or not really {path.suffix} ({error}): "
-                        "make or fetch the file again") from None
+        raise damaged(path, f"after line {number}", error) from None
+
+
+def damaged(path: Path, where: str, error: Exception) -> DataError:
+    return DataError(f"{path}, {where}: damaged ({error}): make or fetch the file again")
 
 
 def decompressed(path: Path, raw) -> io.BufferedIOBase:
-    """A file object over the content of `raw`, by the suffix of `path`."""
-    if path.suffix == ".gz":
-        return gzip.open(raw)
-    if path.suffix == ".xz":
-        return lzma.open(raw)
-    if path.suffix == ".zst":
-        return io.BufferedReader(ZstandardFrames(raw), 1 << 20)
-    return raw
+    """A file object over the content of `raw`, unpacked by its first bytes, whatever the name says."""
+    content = raw
+    try:
+        while new_decompressor := next((make for magic, make in COMPRESSIONS if
+                                        re.match(magic, content.peek(16), re.DOTALL)), None):
+            content = io.BufferedReader(Decompressed(content, new_decompressor), PEEK_BYTES)
+        head = content.peek(PEEK_BYTES)
+    except DECODE_ERRORS as error:
+        raise damaged(path, "at its beginning", error) from None
+    found = next((what for magic, what in FOREIGN if re.match(magic, head)), None)
+    if found is None and is_tar(head):
+        found = "a tar archive: unpack it and name the files in it"
+    if found is None and b"\0" in head:
+        found = "binary, not text: give UTF-8 text or JSON lines"
+    if found:
+        raise DataError(f"{path} is {found}")
+    return content
 
 
-class ZstandardFrames(io.RawIOBase):
-    """All frames of a .zst stream; unlike zstandard's own reader it reports a stream that is cut short."""
+def is_tar(head: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(head[:tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
-    def __init__(self, raw):
-        self.raw, self.frame, self.pending, self.output = raw, None, b"", b""
+
+class Decompressed(io.RawIOBase):
+    """All streams or frames of a compressed file, with the zeros that may pad them.
+
+    Unlike the libraries' readers it reports a file that is cut short, and skips nothing in silence.
+    """
+
+    def __init__(self, raw, new_decompressor):
+        self.raw, self.new, self.stream, self.pending, self.output = raw, new_decompressor, None, b"", b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
         while not self.output:
-            block = self.pending or self.raw.read(1 << 17)
+            block = self.pending or self.raw.read(1 << 16)
             self.pending = b""
             if not block:
-                if self.frame:
-                    raise EOFError("ends in the middle of a frame")
+                if self.stream:
+                    raise EOFError("ends in the middle of its compressed data")
                 return 0
-            self.frame = self.frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self.output = self.frame.decompress(block)
-            if self.frame.eof:
-                self.pending, self.frame = self.frame.unused_data, None
+            if not self.stream:
+                block = block.lstrip(b"\0")
+                if not block:
+                    continue
+                self.stream = self.new()
+            self.output = self.stream.decompress(block)
+            if self.stream.eof:
+                self.pending, self.stream = self.stream.unused_data, None
         size = min(len(buffer), len(self.output))
         buffer[:size], self.output = self.output[:size], self.output[size:]
         return size
+
+
+def is_json_lines(path: Path, content, guess: bool) -> bool:
+    """Whether to read JSON lines: by the first bytes if `guess`, else by the name; refuses an array."""
+    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED_SUFFIXES else path
+    named = inner.suffix.lower() in JSON_LINES
+    head = content.peek(PEEK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if named and not re.match(rb"\[", head):
+        return True
+    if (named or guess) and re.match(rb'\[\s*[{\["]', head):
+        raise DataError(f"{path} is a JSON array, JSON lines have one object per line: "
+                        f"jq -c '.[]' {path.name} > {inner.stem}.jsonl makes them")
+    return named or guess and bool(re.match(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:', head))
 
 
 def json_documents(path: Path, lines, text_field: str):
@@ -174,17 +234,24 @@ def json_documents(path: Path, lines, text_field: str):
     for number, line in lines:
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error}): mend or remove the line") from None
-        text = record.get(text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            found = f"keys {sorted(record)[:8]}" if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise DataError(f"{path}, line {number}: no string under {text_field!r}, found {found}: "
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not valid JSON ({error}): mend or remove the line; "
+                            "each line is one object") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: a {type(record).__name__}, an object with {text_field!r} was expected: "
+                            "mend or remove the line")
+        if text_field not in record:
+            raise DataError(f"{where}: no {text_field!r} in it, found keys {sorted(record)[:8]}: "
                             "name the right --text-field")
+        text = record[text_field]
+        if not isinstance(text, str):
+            raise DataError(f"{where}: {text_field!r} is {json.dumps(text)[:40]}, not a string: "
+                            "mend or remove the line, or name another --text-field")
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise DataError(f"{path}, line {number}: half of a surrogate pair, not a character: mend the line")
+            raise DataError(f"{where}: half of a surrogate pair, not a character: mend the line")
         yield text
 
 
@@ -767,15 +834,15 @@ def _scores(result: dict, path: Path) -> dict[str, float]:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="*", type=Path, help=".jsonl files with a text per line, or plain text; also .gz, .xz, .zst")
+    add("inputs", nargs="*", type=user_path, help="JSON lines or plain text, also packed by gzip, xz, zstd or bzip2: told by content")
     add("--name", help="folder under datasets/ (default: name of the first input)")
-    add("--out-root", type=Path, default=DATA_ROOT, help="where datasets/ and tokenizers/ are (default: %(default)s)")
-    add("--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model instead of training one")
+    add("--out-root", type=user_path, default=DATA_ROOT, help="where datasets/ and tokenizers/ are (default: %(default)s)")
+    add("--tokenizer", type=user_path, metavar="MODEL", help="use this SentencePiece model instead of training one")
     add("--vocab-size", type=int, default=1024, help="pieces of the tokenizer to train (default %(default)s)")
     validation = parser.add_mutually_exclusive_group()
     validation.add_argument("--val-fraction", type=float, help="share of documents for validation (default 0.05)")
     validation.add_argument("--val-docs", type=int, metavar="N", help="this many documents for validation")
-    validation.add_argument("--val-input", type=Path, nargs="+", metavar="PATH", help="files of validation documents")
+    validation.add_argument("--val-input", type=user_path, nargs="+", metavar="PATH", help="files of validation documents")
     add("--text-field", default="text", help="key of the text in JSON lines (default %(default)s)")
     add("--doc-separator", metavar="LINE",
         help="plain text: a line equal to this ends a document ('' is every blank line). Default: a document ends "
@@ -787,7 +854,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="replace an existing dataset and tokenizer of this name")
     add("--demo", action="store_true", help="build the demo corpus from the documentation that comes with Python: "
         "pydoc topics, and docstrings and comment blocks of the standard library")
-    add("--report", type=Path, metavar="RESULT.json", help="compare a run on the demo with xz, and build nothing")
+    add("--report", type=user_path, metavar="RESULT.json", help="compare a run on the demo with xz, and build nothing")
     return parser
 
 

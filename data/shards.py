@@ -103,10 +103,23 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def user_path(text: str) -> Path:
+    """The path a user wrote, with ~ for the home folder."""
+    return Path(os.path.expanduser(text))
+
+
 def exit_code_of(main, arguments) -> int:
-    """Run `main(arguments)`; what the user can mend becomes one line on stderr and exit code 2."""
+    """Run `main(arguments)`; what the user can mend becomes one line on stderr and exit code 2.
+
+    Carriage returns, which scripts saved on Windows leave behind arguments, are removed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # not every console writes every character
     try:
-        main(arguments)
+        main([stripped for a in arguments if (stripped := a.rstrip("\r")) or not a])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of stdout is gone, as with "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """Tests of data/: shards, the download against a server on loopback, the builder, the demo corpus, the report."""
 
+import bz2
 import gzip
 import hashlib
 import io
@@ -10,6 +11,7 @@ import re
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -453,37 +455,143 @@ def test_same_bytes_whatever_the_workers_and_another_seed_differs(tmp_path, monk
     assert all(contents[0][name] != contents[2][name] for name in contents[0])
 
 
-def compressed(suffix: str, content: bytes) -> bytes:
-    half = len(content) // 2
-    pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
-    return pack(content[:half]) + pack(content[half:])  # two members or frames, as parallel compressors write
+PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress, ".bz2": bz2.compress}
+TEXTS = sentences(300)
+JSONL = "".join(json.dumps({"body": t}) + "\n" for t in TEXTS).encode()
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
-def test_every_compression(tmp_path, suffix):
-    texts = sentences(300)
-    content = "".join(json.dumps({"body": t}) + "\n" for t in texts).encode()
-    path = tmp_path / f"t.jsonl{suffix}"
-    path.write_bytes(compressed(suffix, content))
-    assert list(build_dataset.FileDocuments([path], "body").read("x")) == texts
-    if suffix:
-        path.write_bytes(compressed(suffix, content)[:-30])
-        with pytest.raises(DataError, match=rf"t\.jsonl\{suffix}, after line \d+: damaged"):
-            list(build_dataset.FileDocuments([path], "body").read("x"))
-        path.write_bytes(b"plain text")
-        with pytest.raises(DataError, match="damaged or not really"):
-            list(build_dataset.FileDocuments([path], "body").read("x"))
+def read(path: Path, field: str = "text", separator: str | None = None) -> list[str]:
+    return list(build_dataset.FileDocuments([path], field, separator).read("x"))
+
+
+def file_of(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("name", ["t.jsonl{}", "T.JSONL{}", "no_suffix", "t.jsonl", "t.jsonl.gz", "t.txt{}"])
+def test_compression_and_json_are_told_by_content(tmp_path, suffix, name):
+    half, pack = len(JSONL) // 2, PACK[suffix]
+    content = pack(JSONL[:half]) + pack(JSONL[half:])  # two members or frames, as parallel compressors write
+    for name in (name.format(suffix), name.format(suffix.upper())):
+        assert read(file_of(tmp_path / name, content), "body") == TEXTS
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_damaged_compression_is_named(tmp_path, suffix):
+    content = PACK[suffix](JSONL)
+    for bad in (content[:-30], content[:len(content) // 2]):
+        with pytest.raises(DataError, match=rf"t\.jsonl, (after line \d+|at its beginning): damaged"):
+            read(file_of(tmp_path / "t.jsonl", bad), "body")
+    for rest in (b"garbage", b"\0\0\0\0garbage", JSONL):
+        with pytest.raises(DataError, match="damaged"):
+            read(file_of(tmp_path / "t.jsonl", content + rest), "body")
+
+
+@pytest.mark.parametrize("padding", [b"\0" * 4, b"\0" * 512, b"\0" * 200_000])
+def test_padded_xz_is_whole(tmp_path, padding):
+    half = len(JSONL) // 2
+    content = lzma.compress(JSONL[:half]) + padding + lzma.compress(JSONL[half:]) + padding
+    assert read(file_of(tmp_path / "t.jsonl.xz", content), "body") == TEXTS
+
+
+def test_packed_twice_is_unpacked_twice(tmp_path):
+    assert read(file_of(tmp_path / "t.gz", gzip.compress(bz2.compress(JSONL))), "body") == TEXTS
+
+
+def tar(format_: int) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format_) as archive:
+        member = tarfile.TarInfo("t.jsonl")
+        member.size = len(JSONL)
+        archive.addfile(member, io.BytesIO(JSONL))
+    return file.getvalue()
+
+
+V7 = tar(tarfile.USTAR_FORMAT)
+V7 = V7[:148] + b"%06o\0 " % (sum(V7[:148]) + 8 * 32 + sum(V7[156:257])) + V7[156:257] + bytes(255) + V7[512:]
+
+
+@pytest.mark.parametrize("content, message", [
+    (tar(tarfile.GNU_FORMAT), "a tar archive"), (tar(tarfile.PAX_FORMAT), "a tar archive"), (V7, "a tar archive"),
+    (b"PK\x03\x04" + b"x" * 99, "a zip archive"), (b"PAR1" + b"x" * 99, "a Parquet file"), (b"%PDF-1.7\n", "a PDF"),
+    ("a text".encode("utf-16"), "UTF-16"), ("a text".encode("utf-16-be"), "binary"), (b"a\0b", "binary"),
+    (shards.shard_header(2) + b"abcd", "binary"), (b'{"text": "a\0b"}', "binary"), (bytes(5000), "binary")])
+@pytest.mark.parametrize("suffix", ["", *PACK])
+def test_what_is_no_text_is_refused(tmp_path, content, message, suffix):
+    for name in ("t.jsonl", "t.txt", "t" + suffix):
+        path = file_of(tmp_path / name, PACK.get(suffix, bytes)(content))
+        with pytest.raises(DataError, match=re.escape(f"{path} is {message}")):
+            read(path)
+
+
+@pytest.mark.parametrize("content", [b'[{"text": "a"}]', b'[\n {"text": "a"}\n]', b'\xef\xbb\xbf [ "a", "b"]', b'[["a"]]'])
+def test_a_json_array_is_refused_with_the_way_out(tmp_path, content):
+    for name in ("t.json", "t.JSONL", "t.txt"):
+        with pytest.raises(DataError, match=r"is a JSON array.*jq -c '\.\[\]' t\.\w+ > t\.jsonl"):
+            read(file_of(tmp_path / name, content))
+
+
+@pytest.mark.parametrize("content", [b"[1] A note.", b"{curly} text", b'"quoted": text', b"{\\rtf1 x}", b""])
+def test_plain_text_that_looks_a_little_like_json_stays_text(tmp_path, content):
+    assert read(file_of(tmp_path / "t.txt", content)) == [content.decode()][:len(content)]
+
+
+def test_a_separator_makes_any_content_plain_text(tmp_path):
+    for content in (b'{"text": "a"}', b'["a"]'):
+        assert read(file_of(tmp_path / "t.txt", content), separator="--") == [content.decode()]
 
 
 @pytest.mark.parametrize("line, message", [
-    (b'{"text": "a', "line 3: not valid JSON"), (b'["a"]', "line 3: no string under 'text', found a list"),
-    (b'{"txt": "a"}', "line 3: no string under 'text', found keys ['txt']"), (b'{"text": 5}', "line 3: no string"),
+    (b'{"text": "a', "line 3: not valid JSON"), (b'["a"]', "line 3: a list, an object with 'text' was expected"),
+    (b"7", "line 3: a int"), (b'{"txt": "a"}', "line 3: no 'text' in it, found keys ['txt']: name the right --text-field"),
+    (b"{}", "line 3: no 'text' in it, found keys []"), (b'{"text": 5}', "line 3: 'text' is 5, not a string"),
+    (b'{"text": null}', "line 3: 'text' is null, not a string"), (b'{"text": ["a"]}', """line 3: 'text' is ["a"], not"""),
+    (b"[" * 100_000, "line 3: not valid JSON"),
     (b'{"text": "\xff"}', "line 3: not UTF-8"), (b'{"text": "\\ud800"}', "line 3: half of a surrogate")])
 def test_bad_json_line_is_named(tmp_path, line, message):
-    path = tmp_path / "t.jsonl"
-    path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
+    path = file_of(tmp_path / "t.jsonl", b'{"text": "fine"}\n\n' + line + b"\n")
     with pytest.raises(DataError, match=re.escape(f"{path}, {message}")):
-        list(build_dataset.FileDocuments([path]).read("x"))
+        read(path)
+
+
+@pytest.mark.parametrize("path", ["/dev/stdin", "-", "pipe"])
+def test_what_cannot_be_read_again_is_refused(tmp_path, path):
+    os.mkfifo(tmp_path / "pipe")
+    process = subprocess.run([sys.executable, DATA / "build_dataset.py", path], input="a text", cwd=tmp_path,
+                             capture_output=True, text=True)
+    assert_one_line_error(process, f"{path} is not a regular file", "save it to a file")
+
+
+def test_paths_and_arguments_of_odd_surroundings(tmp_path, tokenizer_path):
+    """~ in every path, carriage returns, names that are not UTF-8, a console that writes ASCII only."""
+    write_jsonl(tmp_path / os.fsdecode(b"caf\xc3\xa9\xff.jsonl"), sentences(30))
+    write_jsonl(tmp_path / "val.jsonl", sentences(3, 1))
+    (tmp_path / os.fsdecode(b"\xfe.model")).write_bytes(tokenizer_path.read_bytes())
+    environment = os.environ | {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, DATA / "build_dataset.py", *arguments], env=environment, capture_output=True)
+
+    process = run(b"~/caf\xc3\xa9\xff.jsonl", "--tokenizer", b"~/\xfe.model", "--val-input", "~/val.jsonl\r",
+                  "--out-root", "~/out\r", "--workers", "2\r", "\r")
+    assert process.returncode == 0, process.stderr
+    assert rb"caf\xe9\udcff  (tokenizer" in process.stdout
+    assert (tmp_path / "out/datasets" / os.fsdecode(b"caf\xc3\xa9\xff") / "manifest.json").is_file()
+    for arguments in ((b"~/\xff\r",), (b"~/val.jsonl", "--tokenizer", "~/\u00e9"), ("--report", b"~/\xff.json")):
+        process = run(*arguments)
+        assert process.returncode == 2 and process.stderr.startswith(b"error: " + bytes(tmp_path)) or b"--tokenizer" in process.stderr
+        assert b"Traceback" not in process.stderr and process.stderr.isascii()
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path, tokenizer_path):
+    source = write_jsonl(tmp_path / "t.jsonl", sentences(30))
+    process = subprocess.Popen([sys.executable, DATA / "build_dataset.py", source, "--tokenizer", tokenizer_path, "--workers", "1",
+                                "--out-root", tmp_path], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 0 and b"rror" not in errors and b"Exception" not in errors, errors
 
 
 @pytest.mark.parametrize("separator, expected", [
@@ -542,7 +650,7 @@ def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path):
         run_builder(*arguments)
     assert marker.exists()
     bad = write_jsonl(tmp_path / "bad.jsonl", ["a"], field="other")
-    with pytest.raises(DataError, match="no string under"):
+    with pytest.raises(DataError, match="no 'text' in it"):
         run_builder(bad, "--name", "t", "--force", *arguments[1:])
     assert marker.exists() and os.listdir(tmp_path / "datasets") == ["t"]  # a failed build changes nothing
     run_builder(*arguments, "--force")
