@@ -392,7 +392,8 @@ REFUSED = {
     "HEAD_LR": ("0.008", "TIED_EMBED_LR"), "GRAD_QUANT": ("0", ""), "MUON_BETA2": ("0.95", ""),
     "MUON_BACKEND_STEPS": ("5", ""), "ADAM_EPS": ("1e-8", ""), "SWA_START_FRAC": ("0.2", ""),
     "TIED_EMBED_INIT_STD": ("0.005", ""), "CROWNQ_WARMDOWN_ONLY": ("1", ""),
-    "TTT_UNFREEZE_BLOCKS": ("2", "TTT_FREEZE_BLOCKS"), "XSA_START_LAYER": ("-4", "XSA_LAST_N"),
+    "TRIGRAM_DIM": ("128", "BIGRAM_DIM"), "TTT_UNFREEZE_BLOCKS": ("2", "TTT_FREEZE_BLOCKS"),
+    "XSA_START_LAYER": ("-4", "XSA_LAST_N"),
     "QUANT_EVAL_EVERY": ("0", ""), "INT8_CLIP_PERCENTILE": ("99.99984", "QUANT_CLIP"),
     "CONTROL_TENSOR_NAME_PATTERNS": ("", "FP16_KEEP_NAME_PATTERNS"),
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": ("", "FP16_KEEP_NAME_PATTERNS"),
@@ -3833,9 +3834,11 @@ def write_or_rescue(path, content):
         write_whole(path, content)
     except UserError as problem:
         rescue = Path(tempfile.gettempdir()) / f"{path.stem}.{os.getpid()}{path.suffix}"
-        write_whole(rescue, content)
-        raise UserError(f"{problem}; the artifact is in {rescue}: EVAL_ONLY={rescue} scores it"
-                        ) from problem
+        found = ""
+        with contextlib.suppress(UserError):
+            write_whole(rescue, content)
+            found = f"; the artifact is in {rescue}: EVAL_ONLY={rescue} scores it"
+        raise UserError(f"{problem}{found}") from problem
 
 
 def report(s, rt, path, counts, trained, results, ledger, eval_seconds):
