@@ -156,7 +156,7 @@ def test_a_compiled_model_computes_with_kernels_what_it_does_without(tiny):
     lines = []
     rt.log = lines.append
     names, pieces = train_gpt.choose_pieces(s, rt)
-    assert names == dict(attention="sdpa", windows="blocks", mlp="triton16x32", nll="triton") and not lines
+    assert names == dict(attention="sdpa", windows="blocks", mlp="triton", nll="triton") and not lines
     model, _ = train_gpt.build_model(s, rt)
     with torch.no_grad():
         for p in model.parameters():

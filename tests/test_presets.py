@@ -1,7 +1,6 @@
 """Every ancestor's preset: its parameter count to the unit, and a whole run of it, shrunk to seconds."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -33,16 +32,19 @@ def run_preset(preset, corpus, folder, **more):
     return json.loads((folder / "logs/run.json").read_text()), log
 
 
-@pytest.mark.parametrize("preset", COUNTS)
-def test_parameter_count_to_the_unit(preset):
-    assert sum(train_gpt.parameter_counts(settings_of(preset)).values()) == COUNTS[preset]
+RECORDS = dict(pr1218=34_401_371, pr1394=35_943_512, pr1493=35_944_536, pr1855=35_945_671)
+
+
+@pytest.mark.parametrize("preset, count", [*COUNTS.items(), *RECORDS.items()])
+def test_parameter_count_to_the_unit(preset, count):
+    assert sum(train_gpt.parameter_counts(settings_of(preset)).values()) == count
 
 
 def test_ttt_of_pr537_trains_the_published_number_of_parameters():
     s = settings_of("pr537")
     with torch.device("meta"):
         model = train_gpt.GPT(s)
-    assert sum(p.numel() for name, p in model.named_parameters() if train_gpt.adapted(name, s)) == 19_911_748
+    assert sum(p.numel() for name, p in model.named_parameters() if train_gpt.ttt_factor(name, s)) == 19_911_748
 
 
 @pytest.mark.parametrize("preset", COUNTS)
@@ -53,7 +55,7 @@ def test_preset_trains_packs_and_scores(preset, corpus, tmp_path):
     assert set(result["val_bpb"]) == kinds and all(0 < v < 20 for v in result["val_bpb"].values())
     assert result["preset"] == preset and result["steps"] == 12
     stored, tensors, _ = train_gpt.read_artifact(tmp_path / "final_model.ptz")
-    assert {t.bits for n, t in tensors.items() if train_gpt.kind_of(n) == "mlp"} == {s.mlp_bits}
+    assert {t.bits for n, t in tensors.items() if train_gpt.kind_of(n).kind == "mlp"} == {s.mlp_bits}
     assert ("swa:start" in log) == bool(s.swa_enabled)
     assert ("late_qat:enabled" in log) == bool(s.late_qat_threshold)
     assert f"Total submission size {s.quant_label}+{s.codec}:" in log
@@ -61,7 +63,7 @@ def test_preset_trains_packs_and_scores(preset, corpus, tmp_path):
 
 def test_pr537_shares_a_core_and_marks_xsa_by_core():
     s = settings_of("pr537")
-    assert s.xsa_blocks == [6, 7, 8, 9] and s.cores == 10
+    assert [p.block for p in train_gpt.pass_list(s) if p.xsa] == [6, 7, 8, 9] and s.cores == 10
     assert train_gpt.bits_of("tok_emb", s) == train_gpt.bits_of("cores.2.attn.k", s) == 16
     assert train_gpt.bits_of("cores.3.attn.k", s) == train_gpt.bits_of("bigram.table", s) == 6
 
@@ -95,7 +97,7 @@ def test_scalar_only_ttt_moves_scalars_alone(corpus, tiny):
     adapter = train_gpt.Adapter(model, model, s, rt)
     train_gpt.evaluate(model, train_gpt.load_validation(s), train_gpt.ByteTable(s), s, rt, "ttt", s.scoring_plan, adapter)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert {train_gpt.kind_of(n) for n in moved} <= {"control", "gate"}
+    assert {train_gpt.kind_of(n).kind for n in moved} <= {"control", "gate"}
     assert {"skip_weights", "smear", *(f"cores.{i}.attn.{p}" for i in range(3) for p in ("q_gain", "gate_bias")),
             *(f"blocks.{i}.{p}" for i in range(3) for p in ("attn_scale", "mlp_scale", "resid_mix"))} <= moved
 
@@ -104,22 +106,17 @@ def test_tail_ttt_trains_last_blocks_scalars_and_token_table():
     s = settings_of("pr490")
     with torch.device("meta"):
         model = train_gpt.GPT(s)
-    trained = {n for n, _ in model.named_parameters() if train_gpt.adapted(n, s)}
+    trained = {n for n, _ in model.named_parameters() if train_gpt.ttt_factor(n, s)}
     assert {"tok_emb", "cores.10.mlp.up", "cores.9.attn.q", "blocks.0.attn_scale", "bigram.scale"} <= trained
     assert not {"cores.8.mlp.up", "bigram.table", "blocks.8.resid_mix", "skip_weights"} & trained
 
 
-@pytest.mark.parametrize("params", ["all", "lora"])
-def test_learning_rate_multipliers_by_matrix(tiny, params):
-    s = tiny(TTT_PARAMS=params, TTT_PROJ_LR_MULT="3", TTT_FC_LR_MULT="0.5", TTT_ATTN_LR_MULT="2", TTT_EMBED_LR_MULT="0.25")
+def test_learning_rate_multipliers_by_matrix(tiny):
+    s = tiny(TTT_PROJ_LR_MULT="3", TTT_FC_LR_MULT="0.5", TTT_LR="0.1")
     model, _ = train_gpt.build_model(s, rt := train_gpt.Runtime(s))
-    factors = {id(p): g["factor"] for g in train_gpt.Adapter(model, model, s, rt).optimizer.param_groups for p in g["params"]}
-    expected = dict(down=3.0, up=0.5, q=2.0, k=2.0, v=2.0, o=2.0, tok_emb=0.25, table=0.25)
+    rates = {id(p): g.lr for g in train_gpt.Adapter(model, model, s, rt).optimizers.groups for p in g.params}
     for name, p in model.named_parameters():
-        name = train_gpt.plain_name(name)
-        if params == "all" or ".lora." in name:
-            assert factors.pop(id(p)) == expected.get(name.split(".lora.")[0].split(".")[-1], 1.0), name
-    assert not factors
+        assert rates[id(p)] == pytest.approx(0.1 * dict(down=3.0, up=0.5).get(name.split(".")[-1], 1.0)), name
 
 
 # --- the quantizer's variants
@@ -149,9 +146,9 @@ def slow_gptq(w, steps, limit, hessian, damp, order):
 @pytest.mark.parametrize("act_order", [0, 1])
 def test_gptq_equals_the_explicit_inverse(tiny, act_order):
     s, (w, x) = tiny(GPTQ_ACT_ORDER=act_order), weights_and_inputs()
-    hessian, steps = x.T @ x, train_gpt.fit_steps(w, 6, s)
+    hessian, steps = x.T @ x, train_gpt.finest_steps(w, 6, s)
     order = (hessian.diagonal().argsort(descending=True) if act_order else torch.arange(40)).tolist()
-    slow = slow_gptq(w, steps, 31, hessian, s.gptq_damp, order)
+    slow = slow_gptq(w, steps, 31, hessian, 0.01, order)
     for block in (8, 128):
         fast = train_gpt.gptq_codes(w, steps, 6, hessian, s, block)
         assert (fast != slow).float().mean() < 0.002  # ties at half a step may fall either way
@@ -159,7 +156,7 @@ def test_gptq_equals_the_explicit_inverse(tiny, act_order):
 
 def test_gptq_lowers_the_error_of_the_outputs(tiny):
     s, (w, x) = tiny(), weights_and_inputs()
-    steps = train_gpt.fit_steps(w, 4, s)
+    steps = train_gpt.finest_steps(w, 4, s)
     error = [float((x @ (w - train_gpt.from_codes(codes, steps)).T).square().sum())
              for codes in (train_gpt.to_codes(w, steps, 4), train_gpt.gptq_codes(w, steps, 4, x.T @ x, s))]
     assert error[1] < 0.65 * error[0]
@@ -168,7 +165,7 @@ def test_gptq_lowers_the_error_of_the_outputs(tiny):
 def test_gptq_bears_an_input_that_is_always_zero(tiny):
     w, x = weights_and_inputs()
     x[:, 3] = 0
-    steps = train_gpt.fit_steps(w, 6, tiny())
+    steps = train_gpt.finest_steps(w, 6, tiny())
     codes = train_gpt.gptq_codes(w, steps, 6, x.T @ x, tiny())
     assert torch.equal(codes[:, 3], train_gpt.to_codes(w, steps, 6)[:, 3])
 
@@ -181,7 +178,7 @@ def test_hessians_are_those_of_the_inputs(tiny, precision):
     model, _ = train_gpt.build_model(s, rt)
     rows = [torch.randint(s.vocab_size, (3, s.train_seq_len + 1)) for _ in range(2)]
     hessians = train_gpt.calibrate(model, rows, rt).hessians
-    assert set(hessians) == {n for n, _ in model.named_parameters() if train_gpt.kind_of(n) in ("attn", "mlp")}
+    assert set(hessians) == {n for n, _ in model.named_parameters() if train_gpt.kind_of(n).calibrated}
     expected = 0
     handle = model.cores[1].attn.register_forward_pre_hook(lambda module, args: seen.append(args[0].float()))
     seen = []
@@ -195,7 +192,7 @@ def test_hessians_are_those_of_the_inputs(tiny, precision):
 
 
 def test_matrix_wide_clip_with_floor_is_the_ancestors_rule(tiny):
-    s = tiny(QUANT_CLIP_SCOPE="matrix", QUANT_STEP_FLOOR=str(1 / 31))
+    s = tiny(QUANT_CLIP="matrix", QUANT_STEP_FLOOR=str(1 / 31))
     w, _ = weights_and_inputs()
     w[:12] *= 0.2  # rows whose maximum is below 1 meet the floor
     best = None
@@ -205,8 +202,8 @@ def test_matrix_wide_clip_with_floor_is_the_ancestors_rule(tiny):
         error = ((w / steps[:, None]).round().clamp(-31, 31) * steps[:, None] - w).square().mean()
         if best is None or error < best[0]:
             best = (error, steps)
-    torch.testing.assert_close(train_gpt.fit_steps(w, 6, s), best[1], rtol=0, atol=0)
-    assert not torch.equal(train_gpt.fit_steps(w, 6, tiny()), best[1])
+    torch.testing.assert_close(train_gpt.finest_steps(w, 6, s), best[1], rtol=0, atol=0)
+    assert not torch.equal(train_gpt.finest_steps(w, 6, tiny()), best[1])
 
 
 def test_pruning_drops_the_smallest_share():
@@ -226,30 +223,13 @@ def test_crown_q_by_hand(tiny):
     assert train_gpt.crown_q(model).item() == pytest.approx(total, rel=1e-5)
 
 
-def test_crown_q_enters_the_gradient_once_whatever_the_ranks(corpus, tmp_path):
-    losses = [run_preset("pr657", corpus, tmp_path / str(x), CROWNQ_LAMBDA=x, LATE_QAT_THRESHOLD=0, CROWNQ_WARMDOWN_ONLY=0,
-                         TRAIN_LOG_EVERY=1)[0]["val_loss"]["float"] for x in (0, 100)]
+def test_crown_q_enters_the_gradient_with_fake_quantization(corpus, tmp_path):
+    losses = [run_preset("pr657", corpus, tmp_path / str(x), CROWNQ_LAMBDA=x, LATE_QAT_THRESHOLD=2, TRAIN_LOG_EVERY=1)[0]["val_loss"]["float"]
+              for x in (0, 100)]
     assert losses[0] != losses[1]
 
 
-def test_zstd_artifact_reads_back_and_names_its_version(corpus, tmp_path):
-    zstandard = pytest.importorskip("zstandard")
-    run_preset("pr414", corpus, tmp_path, CODEC="zstd", EVAL_STRIDE=0)
-    content = (tmp_path / "final_model.ptz").read_bytes()
-    assert b'"codec":"zstd"' in content and f'"zstandard":"{zstandard.__version__}"'.encode() in content
-    train_gpt.decode_artifact(content)
-
-
 # --- published names
-
-def test_refused_names_give_their_reason_and_let_their_harmless_value_through():
-    harmless = {name: value for name, (value, _) in train_gpt.REFUSED.items()}
-    assert train_gpt.resolve_settings(harmless)[0] == train_gpt.Settings()
-    with pytest.raises(train_gpt.UserError) as error:
-        train_gpt.resolve_settings({name: "7" for name in train_gpt.REFUSED})
-    for name, (_, reason) in train_gpt.REFUSED.items():
-        assert re.search(rf"^  {name}=7: not supported: {re.escape(reason)}$", str(error.value), re.M)
-
 
 def test_every_published_name_is_understood():
     """Own setting, alias, or refused with the reason: nothing that a published command sets is silently ignored."""
