@@ -4,26 +4,32 @@
     python data/cached_challenge_fineweb.py --train-shards 1       enough for a first try
     python data/cached_challenge_fineweb.py --variant sp4096
 
-Every shard is checked (header, exact size) before it gets its name, so an interrupted run leaves
-whole shards only; run the same command again and it fetches what is missing.
+Every file is compared with the hash that the server has of it before it gets its name, and again
+when the same command is run again: what is missing or damaged is fetched. Where the server gives no
+hash, or cannot be reached, shards are checked for header, size, tokens in range, holes and density
+of documents.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import sentencepiece
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from tqdm import tqdm
 
-from shards import DataError, check_shard, exit_code_of
+from shards import DataError, check_content, check_shard, exit_code_of, sha256_file
 
 DATA_ROOT = Path(__file__).resolve().parent
 DEFAULT_REPO_ID = "willdepueoai/parameter-golf"
+# Exports by participants, of tokenizations that the official repository does not have.
+COMMUNITY_REPO_IDS = {"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"}
 DEFAULT_PREFIX = "datasets"
 TOKENIZER_SUFFIXES = (".model", ".vocab", ".json")
 DOCS_FILES = ("docs_selected.jsonl", "docs_selected.source_manifest.json")
@@ -43,17 +49,17 @@ class Remote:
         self.data_root, self.repo_id, self.prefix = data_root, repo_id, prefix.strip("/")
         self.staging = data_root / ".download"
 
-    def fetch(self, relative_path: str, check=None) -> Path:
+    def fetch(self, relative_path: str, check=None, guess=None) -> Path:
         """Download `relative_path` (below the prefix) and return its local path.
 
-        `check(path)` raises DataError on a bad file; one damaged transfer is repeated, a second is an error.
+        `check(path)` raises DataError on a bad file; `guess(path)` on one that looks bad, and is asked
+        only where the server has no hash. One damaged transfer is repeated, a second is an error.
         """
         target = self.data_root / relative_path
         for attempt in (1, 2):
             staged = self._download(relative_path, force=attempt == 2)
             try:
-                if check:
-                    check(staged)
+                self.verify(relative_path, staged, check, guess)
                 break
             except DataError as error:
                 staged.unlink()
@@ -64,8 +70,43 @@ class Remote:
         os.replace(staged, target)
         return target
 
+    def is_complete(self, relative_path: str, check=None, guess=None) -> bool:
+        """True for a local file that needs no download; one that is refused (damaged, foreign) is worth one."""
+        path = self.data_root / relative_path
+        if not path.is_file():
+            return False
+        try:
+            self.verify(relative_path, path, check, guess)
+        except DataError as error:
+            tqdm.write(f"fetching again: {error}", file=sys.stderr)
+            return False
+        return True
+
+    def verify(self, relative_path: str, path: Path, check=None, guess=None) -> None:
+        """DataError unless `path` has the server's hash, or `guess` accepts it, and `check` does."""
+        if check:
+            check(path)
+        expected = self._hash(relative_path)
+        if expected and file_hash(path, expected) != expected:
+            raise DataError(f"{path}: its hash is not {expected}, which the server gives: "
+                            "the content is damaged or another version")
+        if guess and not expected:
+            guess(path)
+
+    def _hash(self, relative_path: str) -> str | None:
+        """The server's hash of a file: SHA-256 (64 digits) of large ones, Git's SHA-1 (40) of others, or None."""
+        try:
+            etag = get_hf_file_metadata(hf_hub_url(self.repo_id, self._remote_path(relative_path),
+                                                   repo_type="dataset")).etag
+        except Exception:  # not there or no connection: a download says so, and what is here may do
+            return None
+        return etag if etag and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", etag) else None
+
+    def _remote_path(self, relative_path: str) -> str:
+        return f"{self.prefix}/{relative_path}" if self.prefix else relative_path
+
     def _download(self, relative_path: str, force: bool) -> Path:
-        remote_path = f"{self.prefix}/{relative_path}" if self.prefix else relative_path
+        remote_path = self._remote_path(relative_path)
         where = f"{remote_path} of dataset {self.repo_id}"
         try:
             return Path(hf_hub_download(self.repo_id, remote_path, repo_type="dataset",
@@ -82,6 +123,14 @@ class Remote:
         except Exception as error:  # the HTTP library below differs from one hub version to the next
             raise DataError(f"{where}: {type(error).__name__}: {_first_line(error)}: "
                             "run the same command again, finished files are kept") from None
+
+
+def file_hash(path: Path, like: str) -> str:
+    """The hash of a file of the kind of `like`: SHA-256, or Git's SHA-1 of a blob."""
+    if len(like) == 64:
+        return sha256_file(path)
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _first_line(error: BaseException) -> str:
@@ -185,27 +234,22 @@ def check_tokenizer(path: Path) -> None:
         raise DataError(f"{path}: not a tokenizer ({_first_line(error)}): delete it and download again") from None
 
 
-def is_complete(path: Path, check) -> bool:
-    """True for a file that needs no download; one that `check` refuses (truncated, foreign) is worth one."""
-    try:
-        check(path)
-    except (DataError, FileNotFoundError):
-        return False
-    return True
-
-
-def fetch_shards(remote: Remote, folder: str, split: str, wanted: int | None, required: int) -> int:
+def fetch_shards(remote: Remote, folder: str, split: str, wanted: int | None, required: int,
+                 vocab_size: int) -> int:
     """Make shards 0..wanted-1 of a split complete (None: as many as there are); the number now present.
 
     DataError if fewer than `required` exist.
     """
+    def guess(path: Path) -> None:
+        check_content(path, vocab_size)
+
     index = 0
     with tqdm(total=wanted, desc=f"{split} shards", unit="shard") as bar:
         while wanted is None or index < wanted:
             relative_path = f"{folder}/fineweb_{split}_{index:06d}.bin"
-            if not is_complete(remote.data_root / relative_path, check_shard):
+            if not remote.is_complete(relative_path, check_shard, guess):
                 try:
-                    remote.fetch(relative_path, check=check_shard)
+                    remote.fetch(relative_path, check_shard, guess)
                 except MissingFile as error:
                     if index >= required:
                         break
@@ -232,16 +276,17 @@ def download(remote: Remote, variant: str, train_shards: int, skip_manifest: boo
     entry = dataset_entry(manifest, name, strict=not skip_manifest)
     check_request(train_shards, entry, name)
     folder = dataset_folder(entry, name)
+    vocab_size = int(variant.removeprefix("byte").removeprefix("sp"))
     paths = tokenizer_paths(manifest, entry, variant)
     if not paths:
         print(f"no tokenizer is listed for {variant}; run without --skip-manifest to look again", file=sys.stderr)
     for path in paths:
-        if not is_complete(remote.data_root / path, check_tokenizer):
+        if not remote.is_complete(path, check_tokenizer):
             remote.fetch(path, check=check_tokenizer)
-    val_shards = fetch_shards(remote, folder, "val", file_count(entry, "val") or None, required=1)
-    fetch_shards(remote, folder, "train", train_shards, required=train_shards)
+    val_shards = fetch_shards(remote, folder, "val", file_count(entry, "val") or None, 1, vocab_size)
+    fetch_shards(remote, folder, "train", train_shards, train_shards, vocab_size)
     for path in DOCS_FILES if with_docs else ():
-        if not (remote.data_root / path).is_file():
+        if not remote.is_complete(path):
             remote.fetch(path)
     shutil.rmtree(remote.staging, ignore_errors=True)
     print(f"{remote.data_root / folder}: {train_shards} train and {val_shards} validation shards complete")
@@ -251,9 +296,12 @@ def download(remote: Remote, variant: str, train_shards: int, skip_manifest: boo
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Environment: MATCHED_FINEWEB_REPO_ID (default {DEFAULT_REPO_ID}), "
+        epilog=f"Environment: MATCHED_FINEWEB_REPO_ID (default by --variant), "
                f"MATCHED_FINEWEB_REMOTE_ROOT_PREFIX (default {DEFAULT_PREFIX}), HF_ENDPOINT, HF_TOKEN.")
-    parser.add_argument("--variant", default="sp1024", help="tokenization: sp1024 (default), sp4096, ..., byte260")
+    parser.add_argument("--variant", default="sp1024", help="tokenization: sp1024 (default), "
+                        f"byte260, ... from {DEFAULT_REPO_ID}, the challenge's own; "
+                        + ", ".join(f"{v} from {r}" for v, r in COMMUNITY_REPO_IDS.items())
+                        + ", which are exports by participants; MATCHED_FINEWEB_REPO_ID chooses another")
     parser.add_argument("--train-shards", type=int, default=80, metavar="N",
                         help="train shards to have in the end (default 80; 100M tokens, 200 MB each)")
     parser.add_argument("--skip-manifest", action="store_true",
@@ -264,8 +312,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    remote = Remote(DATA_ROOT, os.environ.get("MATCHED_FINEWEB_REPO_ID", DEFAULT_REPO_ID),
-                    os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", DEFAULT_PREFIX))
+    default = COMMUNITY_REPO_IDS.get(options.variant, DEFAULT_REPO_ID)
+    remote = Remote(DATA_ROOT, os.environ.get("MATCHED_FINEWEB_REPO_ID", "").strip() or default,
+                    os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", DEFAULT_PREFIX).strip())
+    if options.variant in COMMUNITY_REPO_IDS:
+        print(f"{options.variant} from {remote.repo_id}, an export by participants", file=sys.stderr)
     download(remote, options.variant, options.train_shards, options.skip_manifest, options.with_docs)
 
 

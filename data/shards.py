@@ -20,6 +20,10 @@ HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 TOKEN_BYTES = 2
 MAX_VOCAB_SIZE = 65_536  # ids are uint16, 0 to 65,535
+HOLE_TOKENS = 1_024      # this many times one token in a row is no text
+CHECK_TOKENS = 1 << 20   # checked at once, a multiple of HOLE_TOKENS
+MIN_CHECKED_TOKENS = 50_000             # fewer say nothing about shares
+MAX_MEAN_DOCUMENT_TOKENS = 25_000       # FineWeb's documents have about 1,000
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 
 
@@ -58,6 +62,35 @@ def read_shard(path: Path) -> np.ndarray:
     if check_shard(path) == 0:
         return np.zeros(0, "<u2")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+
+
+def check_content(path: Path, vocab_size: int) -> None:
+    """DataError unless the shard holds what tokens of documents look like.
+
+    A hole (one token for HOLE_TOKENS, 2 KiB, in a row), ids outside of the vocabulary, one token
+    that is most of the text, documents far too long or short.
+    """
+    counts = np.zeros(2**16, np.int64)
+    tokens, way_out = read_shard(path), "delete it and download or build it again"
+    for start in range(0, len(tokens), CHECK_TOKENS):
+        block = tokens[start:start + CHECK_TOKENS]
+        counts += np.bincount(block, minlength=2**16)
+        rows = block[:len(block) // HOLE_TOKENS * HOLE_TOKENS].reshape(-1, HOLE_TOKENS)
+        holes = np.flatnonzero((rows == rows[:, :1]).all(axis=1))
+        if len(holes):
+            row = holes[0]
+            raise DataError(f"{path}: token {rows[row, 0]} fills a hole from token {start + row * HOLE_TOKENS} on, "
+                            f"{HOLE_TOKENS} times or more: {way_out}")
+    highest = int(np.flatnonzero(counts)[-1]) if len(tokens) else 0
+    if highest >= vocab_size:
+        raise DataError(f"{path}: token id {highest}, the vocabulary has {vocab_size} pieces: {way_out}")
+    if len(tokens) < MIN_CHECKED_TOKENS:
+        return
+    if counts.max() > len(tokens) / 2:
+        raise DataError(f"{path}: {counts.max() / len(tokens):.0%} of it is token {counts.argmax()}: {way_out}")
+    if not len(tokens) / MAX_MEAN_DOCUMENT_TOKENS <= counts[BOS_ID] <= len(tokens) / 4:
+        raise DataError(f"{path}: {counts[BOS_ID]} document starts (token {BOS_ID}) among {len(tokens)} tokens, "
+                        f"one in 4 to {MAX_MEAN_DOCUMENT_TOKENS} was expected: {way_out}")
 
 
 def write_shard(path: Path, token_arrays, token_count: int) -> str:

@@ -130,6 +130,7 @@ class StandIn:
 
     def __init__(self):
         self.files, self.cut, self.cuts_left, self.requests = {}, {}, 0, []
+        self.damaged, self.hash = {}, lambda content: hashlib.sha256(content).hexdigest()  # damaged: sent instead
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -161,14 +162,14 @@ class StandIn:
             return
         start = int(range_.split("=")[1].split("-")[0]) if range_ else 0
         request.send_response(206 if range_ else 200)
-        request.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        request.send_header("ETag", f'"{self.hash(content)}"')
         request.send_header("X-Repo-Commit", "0" * 40)
         request.send_header("Content-Length", str(len(content) - start))
         if range_:
             request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         request.end_headers()
         if body:
-            self.send_body(request, path, content, start)
+            self.send_body(request, path, self.damaged.get(path, content), start)
 
     def send_body(self, request, path: str, content: bytes, start: int) -> None:
         if path in self.cut and self.cuts_left:
@@ -309,6 +310,102 @@ def test_damaged_copy_in_the_hub_cache_is_not_used_twice(hub, tmp_path):
     process = fetch(hub, data, "--train-shards", 1)
     assert process.returncode == 0, process.stderr
     assert local(data, TRAIN_0).read_bytes() == hub.files[TRAIN_0]
+
+
+def with_hole(content: bytes) -> bytes:
+    return content[:2048] + bytes(4096) + content[6144:]
+
+
+def git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@pytest.mark.parametrize("damage", [with_hole, lambda c: c[:-1] + bytes([c[-1] ^ 1]), lambda c: c[:1024] + c[1026:] + c[1024:1026]])
+@pytest.mark.parametrize("hash_", [lambda c: hashlib.sha256(c).hexdigest(), git_hash])
+def test_damage_of_the_right_size_is_found_by_the_servers_hash(hub, tmp_path, damage, hash_):
+    hub.hash, data = hash_, tmp_path / "data"
+    hub.damaged = {TRAIN_0: damage(hub.files[TRAIN_0])}
+    assert_one_line_error(fetch(hub, data, "--train-shards", 1), "fineweb_train_000000.bin", "its hash is not", "came damaged twice")
+    assert not local(data, TRAIN_0).exists()
+    hub.damaged = {}
+    assert fetch(hub, data, "--train-shards", 1).returncode == 0
+    model = "datasets/tokenizers/fineweb_1024_bpe.model"
+    for path in (TRAIN_0, VAL_0):
+        local(data, path).write_bytes(damage(hub.files[path]))
+    local(data, model).write_bytes(hub.files[model] + b"\x0a\x02\x0a\x00")  # loads, with a piece more
+    hub.requests.clear()
+    process = fetch(hub, data, "--train-shards", 1)
+    assert process.returncode == 0 and "fetching again" in process.stderr and "its hash is not" in process.stderr
+    assert hub.transfers() == ["datasets/manifest.json", model, VAL_0, TRAIN_0]
+    for path in (TRAIN_0, VAL_0, model):
+        assert local(data, path).read_bytes() == hub.files[path]
+
+
+def test_without_a_hash_the_content_is_looked_at(hub, tmp_path):
+    hub.hash = lambda content: "some-version"
+    hub.files[VAL_0] = with_hole(hub.files[VAL_0])
+    assert_one_line_error(fetch(hub, tmp_path / "data", "--train-shards", 1), "fineweb_val_000000.bin", "token 0 fills a hole from token 1024 on")
+    hub.files[VAL_0] = shard_bytes(2)
+    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
+    assert process.returncode == 0, process.stderr
+    local(tmp_path / "data", TRAIN_0).write_bytes(with_hole(hub.files[TRAIN_0]))
+    assert_one_line_error(fetch(hub, tmp_path / "data", "--train-shards", 1, "--skip-manifest", offline=True), "cannot be reached")
+    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
+    assert process.returncode == 0 and "fills a hole" in process.stderr
+    assert local(tmp_path / "data", TRAIN_0).read_bytes() == hub.files[TRAIN_0]
+
+
+def some_tokens(count: int = 60_000) -> np.ndarray:
+    tokens = np.random.default_rng(0).integers(4, 1024, count).astype("<u2")
+    tokens[::1000] = BOS_ID
+    return tokens
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t[7000:9048].fill(0), "token 0 fills a hole from token 7168 on"),
+    (lambda t: t[-2200:].fill(99), "token 99 fills a hole"), (lambda t: t.fill(0), "token 0 fills a hole from token 0 on"),
+    (lambda t: t[5:6].fill(1024), "token id 1024, the vocabulary has 1024 pieces"), (lambda t: t[-1:].fill(65535), "token id 65535"),
+    (lambda t: t[::1000].fill(7), "0 document starts"), (lambda t: t[1000:].__setitem__(t[1000:] == 1, 7), "1 document starts"),
+    (lambda t: t[::3].fill(1), "document starts"),
+    (lambda t: [t[0::3].fill(5), t[1::3].fill(5)], "67% of it is token 5"), (lambda t: [t[1::4].fill(9), t[2::4].fill(9), t[3::4].fill(9)], "75% of it is token 9"),
+    (lambda t: [t[i::20].fill(8) for i in range(1, 13)], "60% of it is token 8")])
+def test_a_shard_with_wrong_content_is_named(tmp_path, change, message):
+    tokens = some_tokens()
+    shards.write_shard(tmp_path / "s.bin", [tokens], len(tokens))
+    shards.check_content(tmp_path / "s.bin", 1024)
+    change(tokens)
+    shards.write_shard(tmp_path / "s.bin", [tokens], len(tokens))
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        shards.check_content(tmp_path / "s.bin", 1024)
+    assert "s.bin" in str(caught.value) and "download or build it again" in str(caught.value)
+
+
+def test_few_tokens_are_not_judged_by_their_shares(tmp_path):
+    for tokens in ([], [7] * 1023, [1, 1, 5]):
+        shards.write_shard(tmp_path / "s.bin", [np.array(tokens, int)], len(tokens))
+        shards.check_content(tmp_path / "s.bin", 1024)
+
+
+@pytest.mark.parametrize("variable, variant, repository", [
+    (None, "sp1024", "willdepueoai/parameter-golf"), (None, "byte260", "willdepueoai/parameter-golf"),
+    (None, "sp4096", "kevclark/parameter-golf"), (None, "sp8192", "kevclark/parameter-golf"),
+    ("some/repo", "sp8192", "some/repo"), (" some/repo\r", "sp1024", "some/repo"), ("", "sp8192", "kevclark/parameter-golf")])
+def test_the_variant_decides_the_repository(monkeypatch, variable, variant, repository):
+    asked = []
+    monkeypatch.delenv("MATCHED_FINEWEB_REPO_ID", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", variable)
+    monkeypatch.setattr(cached, "download", lambda remote, *_: asked.append(remote.repo_id))
+    cached.main(["--variant", variant])
+    assert asked == [repository]
+
+
+def test_help_names_the_repositories(capsys):
+    with pytest.raises(SystemExit):
+        cached.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "sp4096 from kevclark/parameter-golf, sp8192 from kevclark/parameter-golf, which are exports by participants" in said
+    assert "MATCHED_FINEWEB_REPO_ID chooses another" in said
 
 
 def test_more_shards_than_there_are(hub, tmp_path):
