@@ -150,6 +150,11 @@ def test_what_normalization_loses_has_a_name(tokenizers, text, spaces, dropped, 
     assert build_dataset.lost_bytes(tokenizer, text)[1:] == (spaces, dropped, rewritten)
 
 
+@pytest.mark.parametrize("kind", ["unchanged", "spaces", "prefix"])
+def test_line_ends_count_as_unchanged(tokenizers, kind):
+    assert build_dataset.lost_bytes(tokenizers(kind)[1], "of the\nriver\tin") == (0, 0, 0, 0)
+
+
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path

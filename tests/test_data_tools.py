@@ -635,6 +635,12 @@ def test_plain_text_that_looks_a_little_like_json_stays_text(tmp_path, content):
     assert read(file_of(tmp_path / "t.txt", content)) == [content.decode()][:len(content)]
 
 
+@pytest.mark.parametrize("name", ["t.jsonl", "T.JSONL", "t.NDJSON.GZ", "t.json.xz"])
+def test_a_name_decides_where_the_content_does_not(tmp_path, name):
+    with pytest.raises(DataError, match="line 1: not valid JSON"):
+        read(file_of(tmp_path / name, b"plain text"))
+
+
 def test_a_separator_makes_any_content_plain_text(tmp_path):
     for content in (b'{"text": "a"}', b'["a"]'):
         assert read(file_of(tmp_path / "t.txt", content), separator="--") == [content.decode()]
