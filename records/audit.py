@@ -502,7 +502,7 @@ def one_pass(audit, base, results, names):
 def data_is_whole(audit):
     """Are the tokens those on disk, from the first on?"""
     s, folder = audit.s, audit.script.find_upward(audit.s.data_path)
-    disk = np.concatenate([np.fromfile(p, "<u2", offset=1024) for p in sorted(folder.glob("fineweb_val_*.bin"))])
+    disk = np.concatenate([np.fromfile(p, "<u2", offset=1024) for p in sorted(folder.glob("fineweb_val_[0-9]*.bin"))])
     for limit in (s.val_limit_tokens, 0):
         tokens = audit.tokens if limit else np.asarray(audit.script.load_validation(replace(s, val_limit_tokens=0)))
         expected = (min(limit or len(disk), len(disk) - 1)) // s.train_seq_len * s.train_seq_len
@@ -533,16 +533,26 @@ def text_bytes(sp, tokens):
     return int(count)
 
 
+def side_bytes(audit):
+    """Bytes of every validation token from fineweb_val_bytes_*.bin, or None where there are none: read here, not by the script."""
+    folder = audit.script.find_upward(audit.s.data_path)
+    parts = [np.fromfile(p, "<u2", offset=1024) for p in sorted(folder.glob("fineweb_val_bytes_*.bin"))]
+    return np.concatenate(parts).astype(np.int64) if parts else None
+
+
 def bits_and_bytes(audit, base, results, names):
     """The denominator against the text, and the score from the recorded nll."""
     sp = sentencepiece.SentencePieceProcessor(model_file=str(audit.script.find_upward(audit.s.tokenizer_path)))
-    text, targets = text_bytes(sp, audit.tokens), len(audit.tokens) - 1
+    targets, side = len(audit.tokens) - 1, side_bytes(audit)
+    text = int(side[1: targets + 1].sum()) if side is not None else text_bytes(sp, audit.tokens)
     counts = dict(zip(names, (r["bytes"] for r in results.values())))
     wrong = [f"{name}: {count} bytes where the text has {text}" for name, count in counts.items() if count != text]
-    yield BYTES, not wrong, wrong[0] if wrong else f"{targets} targets decode to {text} bytes of UTF-8, as the denominator says"
+    source = "stand for" if side is not None else "decode to"
+    yield BYTES, not wrong, wrong[0] if wrong else f"{targets} targets {source} {text} bytes of UTF-8, as the denominator says"
     more = np.asarray(audit.script.load_validation(replace(audit.s, val_limit_tokens=0)))[: 1 << 18]
-    text_of_more, counted = text_bytes(sp, more), audit.byte_table.count(more)
-    documents = int((more[1:] == audit.s.bos_token).sum())
+    text_of_more = int(side[1: len(more)].sum()) if side is not None else text_bytes(sp, more)
+    counted = audit.byte_table.count(more)
+    documents = int((more[1:] == getattr(audit.script, "BOS", 1)).sum())
     yield BYTES, text_of_more == counted, (f"{len(more) - 1} targets with {documents} beginnings of documents decode to "
                                            f"{text_of_more} bytes, and the byte table says {counted}")
     bpbs = []
@@ -637,7 +647,7 @@ def checks(audit, script_path, at_random):
             progress.update()
             if not scout.evaluations:
                 raise RuntimeError("no ScoreLedger was made")
-            places = choose_places(scout.evaluations[-1], audit.tokens, audit.s.bos_token, at_random)
+            places = choose_places(scout.evaluations[-1], audit.tokens, getattr(audit.script, "BOS", 1), at_random)
             progress.total += len(places)
             base, results = audit.run(audit.tokens, places)
             progress.update()

@@ -256,7 +256,7 @@ def test_a_model_comes_back_as_its_quantized_weights(model_state, tiny, tmp_path
 
 
 def test_a_file_of_zstd_needs_its_package(good, monkeypatch):
-    monkeypatch.setattr(train_gpt, "foreign", lambda name: None)
+    monkeypatch.setattr(train_gpt, "zstandard", lambda: None)
     with pytest.raises(ArtifactError, match="zstd: pip install zstandard"):
         decode_artifact(good["zstd"])
     decode_artifact(good["rans"])

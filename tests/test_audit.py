@@ -55,7 +55,7 @@ def run(corpus, artifact, tmp_path, capsys):
 
 HONEST = {
     "sliding": dict(), "banded": dict(EVAL_ATTENTION="banded", EVAL_SEGMENT=64, TTT_CHUNK_TOKENS=128),
-    "adamw, tempered": dict(TTT_OPTIMIZER="adamw", TTT_TEMP=0.9, TTT_LR=0.001), "low rank": dict(TTT_PARAMS="lora"),
+    "adamw, tempered": dict(TTT_OPTIMIZER="adamw", TTT_TEMP=0.9, TTT_LR=0.001), "muon": dict(TTT_OPTIMIZER="muon", TTT_LR=0.005),
     "no TTT": dict(TTT_ENABLED=0), "plain": dict(TTT_ENABLED=0, EVAL_STRIDE=0)}
 
 
@@ -135,10 +135,16 @@ def test_a_damaged_artifact_is_refused(run, artifact, tmp_path):
 
 # -- planted ---------------------------------------------------------------------------------------------------------
 
-RECORD = "        ledger.record(low, scorer.score(begin, end, lambda passes: progress.update(begin + passes)))\n"
-LOOP_END = "    rt.synchronize()\n    return dict(ledger.result(byte_table)"
-NLL = "        nll = self.pieces.now().nll(products, targets_BT.flatten(), self.s.logit_softcap, temperature)\n"
-READ = "        return decode_artifact(Path(path).read_bytes())\n"
+RECORD = """\
+        ledger.record(low, scorer.score(
+            begin, end, lambda n: rt.progress(label, (begin + n) / passes)))
+"""
+LOOP_END = "    rt.synchronize()\n    seconds = time.perf_counter() - started\n    return dict(ledger.result(byte_table)"
+NLL = """\
+        nll = self.pieces.now().nll(products, targets_BT.flatten(), self.s.logit_softcap,
+                                    temperature)
+"""
+READ = "        return decode_artifact(content)\n"
 TOTALS = "loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), byte_table.count(self.tokens)\n"
 
 # name: (conditions that must fail, what one of the failures says, *(text of the script, what stands there instead))
@@ -148,24 +154,22 @@ CHEATS = {
             at = np.arange(low, int(scorer.start[end - 1]) + scorer.length - s.train_seq_len + 1, s.train_seq_len)[:, None]
             rows = torch.from_numpy(tokens[at + np.arange(s.train_seq_len + 1)].astype(np.int64))
             with torch.enable_grad():
-                adapter._gradients(rows)
-            adapter.optimizer.step()
-            adapter.optimizer.zero_grad()
+                adapter._backward(rows)
+            adapter.optimizers.step(1.0, 0.9)
 """ + RECORD)),
     "update by a way around the model's forward": (["1", "3"], "asked for logits beside its scores", (RECORD, """\
         if adapter:
             seen = torch.from_numpy(tokens[low: low + 33].astype(np.int64))[None]
             with torch.enable_grad():
                 F.cross_entropy(adapter.forward.logits(seen[:, :-1])[0], seen[0, 1:]).backward()
-            adapter.optimizer.step()
-            adapter.optimizer.zero_grad()
+            adapter.optimizers.step(1.0, 0.9)
 """ + RECORD)),
     "trains on one token more than is scored": (["1", "3"], "trained on targets",
                                                 ("index = first + np.arange", "index = first + 1 + np.arange")),
     "trains on rows that are none": (["3"], "by tokens that are not scored rows", (
         "self.tokens[index].astype(np.int64)", "self.tokens[index][:, ::-1].astype(np.int64)")),
     "weights changed by hand": (["3"], "without a pass", (
-        RECORD, RECORD + "        epochs = 0\n        adapter and model.tok_emb.data.mul_(1.001)\n")),
+        RECORD, RECORD + "        if adapter:\n            adapter.adapt = lambda *_: 0\n            model.tok_emb.data.mul_(1.001)\n")),
     "weights changed before the record": (["3"], "between the scoring and the recording", (RECORD, """\
         scores = scorer.score(begin, end)
         adapter and model.tok_emb.data.mul_(1.001)
@@ -184,13 +188,13 @@ CHEATS = {
         '        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)\n', """\
         book = object.__new__(ScoreLedger)
         book.tokens, book.scored = tokens, len(tokens) - 1
-        adapter.adapt(book, 0, len(tokens) - 1, 0.0)
+        adapter.adapt(book, 0, len(tokens) - 1, 0, 10)
         ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)
 """)),
     "best of several epochs": (["3"], "a choice between scores", (RECORD, """\
         best = scorer.score(begin, end)
         for _ in range(2 if adapter and c else 0):
-            adapter.adapt(ledger, 0, low, 0.0)
+            adapter.adapt(ledger, 0, low, 0, 10)
             best = np.minimum(best, scorer.score(begin, end))
         ledger.record(low, best)
 """)),
@@ -202,8 +206,8 @@ CHEATS = {
     "sharper where it is right": (["2"], "−log p", (
         NLL, "        products = products * torch.where(products.argmax(-1) == targets_BT.flatten(), 1.2, 0.9)[:, None]\n" + NLL)),
     "the input shows the target": (["1"], "moves by", (
-        "s, x0 = self.s, self.embed(tokens_BT)\n",
-        "s, x0 = self.s, self.embed(tokens_BT) + 0.01 * torch.roll(self.embed(tokens_BT), -1, 1)\n")),
+        "x = x0 = self.embed(tokens_BT)\n",
+        "x = x0 = self.embed(tokens_BT) + 0.01 * torch.roll(self.embed(tokens_BT), -1, 1)\n")),
     "attention sees one token ahead": (["1"], "instead of", (
         "F.scaled_dot_product_attention(q, k, v, is_causal=True,",
         "F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(2 * q.shape[2:3]).tril(1).bool(),")),
@@ -233,7 +237,7 @@ CHEATS = {
     "the tail is offered twice": (["4"], "were recorded", (
         "        if first != self.scored:\n            raise", "        if first > self.scored:\n            raise"), (
         "        if first + len(nll) > len(self.nll):\n            raise", "        if False:\n            raise"), (
-        LOOP_END, "    ledger.record(targets - 8, ledger.nll[-8:].copy())\n    ledger.scored = targets\n" + LOOP_END)),
+        LOOP_END, "    n = len(ledger.nll)\n    ledger.record(n - 8, ledger.nll[-8:].copy())\n    ledger.scored = n\n" + LOOP_END)),
     "a space counts twice": (["5"], "the byte table says", (
         'len(p[p.startswith("▁"):].encode())', 'len(p.replace("▁", " ").encode())')),
     "the begin of a document has bytes": (["5"], "the byte table says", (

@@ -114,7 +114,7 @@ def test_ranks_that_do_not_divide_the_rows_are_in_the_same_report(corpus):
 
 
 def test_a_missing_codec_is_refused_before_training(tiny, monkeypatch):
-    monkeypatch.setattr(train_gpt, "foreign", lambda name: None)
+    monkeypatch.setattr(train_gpt, "zstandard", lambda: None)
     with pytest.raises(UserError, match="CODEC=zstd: the package zstandard does not import"):
         tiny(CODEC="zstd")
 
