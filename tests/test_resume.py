@@ -1,7 +1,7 @@
-"""Interruption: whatever ends a run, the same command with RESUME=auto goes on, and ends where the whole run would have."""
+"""Interruption: whatever ends a run, the same command with RESUME=auto goes on, and ends where the
+whole run would have."""
 
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -19,22 +19,28 @@ import train_gpt
 from conftest import ROOT, TINY, clean_environ
 from train_gpt import Checkpoints, Trainer, UserError
 
-# Everything that a step leaves to a later one is on; nothing depends on the clock; a checkpoint after every step.
-LEAN = dict(TINY, RUN_ID="run", WARMUP_STEPS=0, TTT_ENABLED=0, EVAL_STRIDE=0, VAL_LIMIT_TOKENS=256, SWA_ENABLED=1, SWA_EVERY=2,
-            SWA_START_FRAC=1, CHECKPOINT_EVERY_SECONDS=1e-6, GPTQ=0, GPTQ_LITE=0, CODEC="rans")
+# Everything that a step leaves to a later one is on; nothing depends on the clock; a checkpoint
+# after every step.
+LEAN = dict(TINY, RUN_ID="run", WARMUP_STEPS=0, TTT_ENABLED=0, EVAL_STRIDE=0, VAL_LIMIT_TOKENS=256,
+            SWA_ENABLED=1, SWA_EVERY=1,
+            CHECKPOINT_EVERY_SECONDS=1e-6, GPTQ=0)
 
 
 @pytest.fixture
 def job(corpus, tmp_path, capsys):
-    """job(folder, NAME=value, ...) runs the script in this process; what it left and said. The folder is under tmp_path."""
+    """job(folder, NAME=value, ...) runs the script in this process; what it left and said. The
+    folder is under tmp_path."""
     def run(folder="run", **variables):
         out = tmp_path / folder
-        environ = clean_environ(**{**LEAN, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model, "OUT_DIR": out,
+        environ = clean_environ(**{**LEAN, "DATA_PATH": corpus.folder,
+                                   "TOKENIZER_PATH": corpus.model, "OUT_DIR": out,
                                    **variables})
         capsys.readouterr()
         status = train_gpt.main([], environ)
-        said, artifact, result = capsys.readouterr(), out / "final_model.ptz", out / "logs" / "run.json"
-        return SimpleNamespace(status=status, out=said.out, err=said.err, folder=out, checkpoints=steps_in(out),
+        said, artifact = capsys.readouterr(), out / "final_model.ptz"
+        result = out / "logs" / "run.json"
+        return SimpleNamespace(status=status, out=said.out, err=said.err, folder=out,
+                               checkpoints=steps_in(out),
                                environ=environ,
                                artifact=artifact.read_bytes() if artifact.exists() else None,
                                result=json.loads(result.read_text()) if result.exists() else None)
@@ -48,24 +54,29 @@ def whole(corpus, tmp_path_factory):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     folder = process.folder
-    return SimpleNamespace(folder=folder, out=out, artifact=(folder / "final_model.ptz").read_bytes(),
+    return SimpleNamespace(folder=folder, out=out,
+                           artifact=(folder / "final_model.ptz").read_bytes(),
                            result=json.loads((folder / "logs" / "run.json").read_text()))
 
 
 def script_process(corpus, folder, ranks=1, **variables):
     """The script, started; by torchrun where there are several ranks."""
-    environ = clean_environ(**{**LEAN, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model, "OUT_DIR": folder,
+    environ = clean_environ(**{**LEAN, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model,
+                               "OUT_DIR": folder,
                                **variables})
-    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run",
+                                                  "--standalone",
                                                   f"--nproc_per_node={ranks}"]
-    process = subprocess.Popen([*launch, str(ROOT / "train_gpt.py")], env=environ, text=True, stdout=subprocess.PIPE,
+    process = subprocess.Popen([*launch, str(ROOT / "train_gpt.py")], env=environ, text=True,
+                               stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     process.folder = folder
     return process
 
 
 def steps_in(folder):
-    return sorted(int(p.stem[5:]) for p in (folder / "checkpoints").glob("step_*.pt") if p.stem[5:].isdigit())
+    return sorted(int(p.stem[5:]) for p in (folder / "checkpoints").glob("step_*.pt")
+                  if p.stem[5:].isdigit())
 
 
 def state_of(folder, step):
@@ -87,15 +98,15 @@ def equal(a, b):
 
 
 def at_step(monkeypatch, number, act):
-    """Trainer.step does act(trainer) before its `number`-th call from now on (from 1)."""
-    step, calls = Trainer.step, []
+    """Trainer.optimize does act(trainer) before its `number`-th call from now on (from 1)."""
+    step, calls = Trainer.optimize, []
 
     def acting(trainer, *args):
         calls.append(1)
         if len(calls) == number:
             act(trainer)
         return step(trainer, *args)
-    monkeypatch.setattr(Trainer, "step", acting)
+    monkeypatch.setattr(Trainer, "optimize", acting)
 
 
 def signal_at(monkeypatch, number, which=signal.SIGTERM):
@@ -104,24 +115,24 @@ def signal_at(monkeypatch, number, which=signal.SIGTERM):
 
 # -- signals
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("every", [0, 1e-6], ids=["only-then", "every-step"])
-def test_a_signal_ends_the_run_with_its_state_and_resuming_loses_nothing(job, whole, monkeypatch, which, every):
+@pytest.mark.parametrize("which, every", [("SIGTERM", 0), ("SIGINT", 1e-6), ("SIGHUP", 0)])
+def test_a_signal_ends_the_run_with_its_state_and_resuming_loses_nothing(job, whole, monkeypatch,
+                                                                         which, every):
     """Model, momentum, moments, averages, scores, the artifact: as if nothing had been."""
     with monkeypatch.context() as patch:
-        signal_at(patch, 3, which)
+        signal_at(patch, 3, getattr(signal, which))
         stopped = job(CHECKPOINT_EVERY_SECONDS=every)
     assert stopped.status == 130 and stopped.artifact is None and stopped.checkpoints[-1] == 3
-    assert "interrupted at step 3; RESUME=auto with the same settings goes on from there" in stopped.out
+    assert "interrupted at step 3; RESUME=auto with the same settings" in stopped.out
     assert "Traceback" not in stopped.err and "error" not in stopped.err
     done = job(CHECKPOINT_EVERY_SECONDS=1e-6, RESUME="auto")
-    assert done.status == 0 and "resume:step 3 " in done.out and "step:3/6" not in done.out and "step:4/6" in done.out
+    assert done.status == 0 and "resume:step 3 " in done.out
+    assert "step:3/6" not in done.out and "step:4/6" in done.out
     assert done.artifact == whole.artifact and done.result["val_loss"] == whole.result["val_loss"]
     assert done.result["ledger_sha256"] == whole.result["ledger_sha256"]
     for step in (5, 6):
         one, other = state_of(whole.folder, step), state_of(done.folder, step)
         one.pop("elapsed"), other.pop("elapsed")
-        one["settings"].pop("checkpoint_every_seconds", None), other["settings"].pop("checkpoint_every_seconds", None)
         assert equal(one, other)
 
 
@@ -131,9 +142,11 @@ def test_every_step_is_a_place_to_stop(job, whole, monkeypatch):
         with monkeypatch.context() as patch:
             signal_at(patch, 1)
             stopped = job(RESUME="auto", CHECKPOINT_EVERY_SECONDS=0)
-        assert stopped.status == 130 and stopped.checkpoints == ([step - 1, step] if step > 1 else [1])
+        assert stopped.status == 130
+        assert stopped.checkpoints == ([step - 1, step] if step > 1 else [1])
     done = job(RESUME="auto")
-    assert done.status == 0 and done.artifact == whole.artifact and done.result["val_loss"] == whole.result["val_loss"]
+    assert done.status == 0 and done.artifact == whole.artifact
+    assert done.result["val_loss"] == whole.result["val_loss"]
 
 
 def wait_for(process, words):
@@ -146,40 +159,46 @@ def wait_for(process, words):
     raise AssertionError(f"ended without {words!r}: {read[-2000:]}{process.stderr.read()[-2000:]}")
 
 
-def test_a_real_process_leaves_with_130_and_a_word(corpus, tmp_path):
-    process = script_process(corpus, tmp_path, ITERATIONS=10**6)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_closed_terminal_loses_nothing(corpus, tmp_path, ranks):
+    """SIGHUP to the process, or to torchrun, which sends it on; nobody reads the console then."""
+    process = script_process(corpus, tmp_path, ranks, ITERATIONS=10**6, CHECKPOINT_EVERY_SECONDS=0)
     wait_for(process, "step:2/")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted at step" in out and not err
-    assert f"interrupted at step {steps_in(tmp_path)[-1]};" in (tmp_path / "logs" / "run.txt").read_text()
+    process.send_signal(signal.SIGHUP)
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+    step, = steps_in(tmp_path)
+    assert process.returncode == (130 if ranks == 1 else 1) and state_of(tmp_path, step)
+    assert f"interrupted at step {step};" in (tmp_path / "logs" / "run.txt").read_text()
+    assert ranks > 1 or not err
 
 
 def test_a_signal_to_another_rank_ends_all(tiny, tmp_path, monkeypatch):
     """`kill` reaches one process alone; the clock's collective carries the signal of any rank."""
     sent = []
     rt = SimpleNamespace(rank=1, world_size=2, device=torch.device("cpu"), synchronize=lambda: None,
-                         from_rank0=lambda *values: [0.0] * len(values), sum_=lambda x: sent.append(x) or x)
+                         from_rank0=lambda *values: [0.0] * len(values),
+                         sum_=lambda x: sent.append(x) or x)
     clock = train_gpt.StepClock(rt, 0.0, lambda: signal.SIGTERM)
     clock.read()
     assert clock.interrupted
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_packing_loses_no_training(job, whole, monkeypatch, which):
-    """All steps are made, and no checkpoint is asked for: the signal waits until the artifact is on disk."""
-    default = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}[which]
+    """No checkpoint is asked for: the signal waits until the artifact is on disk."""
     pack = train_gpt.pack
 
     def signalled(*args):
-        assert signal.getsignal(which) != default, "the signal would end the process here"
+        assert signal.getsignal(which) not in (signal.SIG_DFL, signal.default_int_handler)
         os.kill(os.getpid(), which)
         return pack(*args)
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "pack", signalled)
         stopped = job(CHECKPOINT_EVERY_SECONDS=0)
-    assert stopped.status == 130 and stopped.artifact == whole.artifact and "RESUME=auto" in stopped.out
-    at_step(monkeypatch, 1, lambda trainer: pytest.fail("trained again"))
+    assert stopped.status == 130 and stopped.artifact == whole.artifact
+    assert "RESUME=auto" in stopped.out
+    monkeypatch.setattr(Trainer, "train", lambda *_: pytest.fail("trained again"))
     assert job(CHECKPOINT_EVERY_SECONDS=0, RESUME="auto").status == 0
 
 
@@ -192,11 +211,13 @@ def test_ctrl_c_while_scoring_says_so_in_words(job, monkeypatch):
 
 
 def test_the_last_steps_signal_ends_in_words_too(job, monkeypatch):
-    """It is seen when training is over: the state is on disk, done, and the run ends as at any other step."""
+    """It is seen when training is over: the state is on disk, done, and the run ends as at any
+    other step."""
     def killed(pid, number):
         pytest.fail(f"the process kills itself with signal {number}")
     kill = os.kill
-    at_step(monkeypatch, 6, lambda trainer: (kill(os.getpid(), signal.SIGTERM), monkeypatch.setattr(os, "kill", killed)))
+    at_step(monkeypatch, 6, lambda trainer: (kill(os.getpid(), signal.SIGTERM),
+                                             monkeypatch.setattr(os, "kill", killed)))
     assert job().status == 130
 
 
@@ -214,7 +235,8 @@ def damage(path, how):
     content = bytearray(path.read_bytes())
     if how == "bit":
         content[len(content) // 2] ^= 1
-    path.write_bytes({"bit": content, "cut": content[:-100], "empty": b"", "foreign": b"PK\x03\x04" + bytes(500)}[how])
+    path.write_bytes({"bit": content, "cut": content[:-100], "empty": b"",
+                      "foreign": b"PK\x03\x04" + bytes(500)}[how])
 
 
 @pytest.mark.parametrize("how", ["bit", "cut", "empty", "foreign"])
@@ -225,7 +247,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(job, whole, monkeypat
     assert stopped.checkpoints == [3, 4]
     damage(stopped.folder / "checkpoints" / "step_0000004.pt", how)
     done = job(RESUME="auto")
-    assert done.status == 0 and "step_0000004.pt is damaged and left out" in done.out and "resume:step 3 " in done.out
+    assert done.status == 0 and "step_0000004.pt is damaged and left out" in done.out
+    assert "resume:step 3 " in done.out
     assert done.artifact == whole.artifact
 
 
@@ -255,13 +278,15 @@ def test_other_settings_are_refused_by_name_and_nothing_changes(job, monkeypatch
     names = [part.split("=")[0] for part in named.split("; ")]
     assert refused.status == 2 and all(part in refused.err for part in named.split("; "))
     assert refused.err.count(", not ") == len(names)
-    assert "another OUT_DIR" in refused.err and "Traceback" not in refused.err and refused.artifact is None
+    assert "another OUT_DIR" in refused.err and refused.artifact is None
     assert {p: p.read_bytes() for p in (stopped.folder / "checkpoints").iterdir()} == before
 
 
 @pytest.mark.parametrize("variables",
-                         [dict(TRAIN_LOG_EVERY=1, RUN_ID="run"), dict(MICRO_BATCH_TOKENS=384), dict(EVAL_BATCH_SEQS=4),
-                                       dict(TTT_LR=0.1), dict(SCORES_PATH="scores.npy")], ids="-".join)
+                         [dict(TRAIN_LOG_EVERY=1, RUN_ID="run"), dict(MICRO_BATCH_TOKENS=384),
+                          dict(EVAL_BATCH_SEQS=4),
+                                       dict(TTT_LR=0.1), dict(SCORES_PATH="scores.npy")],
+                                       ids="-".join)
 def test_settings_that_change_no_weight_may_differ(job, monkeypatch, variables, tmp_path):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
@@ -310,12 +335,10 @@ def test_files_that_are_not_ours_are_left_alone(job, tmp_path):
 
 
 def test_what_a_kill_left_half_written_is_removed(job, monkeypatch, tmp_path):
-    """A part of a checkpoint is as large as one; nobody else would delete it. That of a living process is left."""
+    """A part of a checkpoint is as large as one; the next file of that name replaces it."""
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True,
-                          text=True).stdout.strip()
-    for name in (f"checkpoints/.step_0000002.pt.{dead}.part", f".final_model.ptz.{dead}.part"):
+    for name in ("checkpoints/.step_0000002.pt.part", ".final_model.ptz.part"):
         (tmp_path / "run" / name).write_bytes(b"half")
     assert job(RESUME="auto").status == 0
     assert not list((tmp_path / "run").rglob("*.part"))
@@ -331,7 +354,7 @@ def test_a_finished_artifact_goes_straight_to_its_evaluation(job, whole, monkeyp
         patch.setattr(train_gpt, "run_evaluations", dead)
         with pytest.raises(MemoryError):
             job("killed")
-    at_step(monkeypatch, 1, lambda trainer: pytest.fail("trained again"))
+    monkeypatch.setattr(Trainer, "train", lambda *_: pytest.fail("trained again"))
     ledgers, book = [], train_gpt.ScoreLedger
 
     def opened(tokens):
@@ -341,15 +364,19 @@ def test_a_finished_artifact_goes_straight_to_its_evaluation(job, whole, monkeyp
     monkeypatch.setattr(train_gpt, "ScoreLedger", opened)
     again = job("killed", RESUME="auto")
     assert again.status == 0 and "is finished, on to its evaluation" in again.out
-    assert again.artifact == whole.artifact and again.result["ledger_sha256"] == whole.result["ledger_sha256"]
+    assert again.artifact == whole.artifact
+    assert again.result["ledger_sha256"] == whole.result["ledger_sha256"]
     assert again.result["steps"] == 6 and again.result["train_seconds"] > 0 and len(ledgers) == 1
-    assert again.result["val_loss"] == {k: v for k, v in whole.result["val_loss"].items() if k != "float"}
+    assert again.result["val_loss"] == {k: v for k,
+                                        v in whole.result["val_loss"].items() if k != "float"}
 
 
-@pytest.mark.parametrize("change", ["other settings", "another artifact", "damaged note", "no artifact"])
+@pytest.mark.parametrize("change", ["other settings", "another artifact", "damaged note",
+                                    "no artifact"])
 def test_an_artifact_that_is_not_this_runs_is_made_again(job, change):
     first = job()
-    note, artifact = first.folder / "checkpoints" / "exported.json", first.folder / "final_model.ptz"
+    note = first.folder / "checkpoints" / "exported.json"
+    artifact = first.folder / "final_model.ptz"
     if change == "another artifact":
         artifact.write_bytes(b"foreign")
     elif change == "no artifact":
@@ -358,7 +385,8 @@ def test_an_artifact_that_is_not_this_runs_is_made_again(job, change):
         note.write_text(note.read_text()[:-20])
     again = job(RESUME="auto", **dict(PRUNE_FRAC=0.5) if change == "other settings" else {})
     if change == "other settings":
-        assert again.status == 2 and "PRUNE_FRAC=0.0, not 0.5" in again.err and again.artifact == first.artifact
+        assert again.status == 2 and "PRUNE_FRAC=0.0, not 0.5" in again.err
+        assert again.artifact == first.artifact
     else:
         assert again.status == 0 and "is finished" not in again.out and "resume:step 6" in again.out
         assert again.artifact == first.artifact
@@ -370,17 +398,19 @@ def nan_loss(trainer):
     """From here on the next pass of this trainer ends in a loss that is not a number."""
     forward = trainer.forward
 
-    def broken(x, y, fake_quant):
+    def broken(*arguments, **options):
         trainer.forward = forward
-        return forward(x, y, fake_quant) * float("nan")
+        return forward(*arguments, **options) * float("nan")
     trainer.forward = broken
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_rank_and_the_checkpoint_kept(job, whole, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_with_step_rank_and_the_checkpoint_kept(job, whole,
+                                                                                monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 4, nan_loss)
         stopped = job()
-    assert stopped.status == 2 and "step 4, rank 0: train_loss nan" in stopped.err and "NONFINITE=skip" in stopped.err
+    assert stopped.status == 2 and "step 4, rank 0: train_loss nan" in stopped.err
+    assert "NONFINITE=skip" in stopped.err
     assert "MATRIX_LR=0.025" in stopped.err and "Traceback" not in stopped.err
     assert stopped.checkpoints == [2, 3] and stopped.artifact is None
     assert all(torch.isfinite(p).all() for p in state_of(stopped.folder, 3)["model"])
@@ -389,13 +419,15 @@ def test_a_loss_that_is_not_finite_stops_with_step_rank_and_the_checkpoint_kept(
 
 def test_a_gradient_that_is_not_finite_names_its_group(job, monkeypatch):
     def poison(trainer):
-        name, p = next((n, p) for n, p in trainer.model.named_parameters() if train_gpt.kind_of(n) == "hashed")
+        name, p = next((n, p) for n, p in trainer.model.named_parameters()
+                       if train_gpt.kind_of(n).kind == "hashed")
         p.register_hook(lambda g: g * float("inf"))
     at_step(monkeypatch, 2, poison)
     stopped = job()
     said = stopped.err.partition(": training diverged")[0]
     assert stopped.status == 2 and "step 2, rank 0" in said and "hashed" in said
-    assert not any(kind in said for kind in ("mlp", "attn", "table", "proj")), "and no group that is innocent"
+    assert not any(kind in said for kind in ("mlp", "attn", "table",
+                                             "proj")), "and no group that is innocent"
 
 
 def test_skip_leaves_the_step_out_and_goes_on(job, monkeypatch):
@@ -413,39 +445,36 @@ def test_skip_changes_neither_weights_nor_optimizers(job, monkeypatch):
         signal_at(patch, 4)
         done = job(NONFINITE="skip")
     before, after = (state_of(done.folder, step) for step in (3, 4))
-    assert equal(before["model"], after["model"]) and equal(before["optimizers"]["muon"], after["optimizers"]["muon"])
-    assert equal(before["optimizers"]["adamw"]["state"], after["optimizers"]["adamw"]["state"])
+    assert equal(before["model"], after["model"])
+    assert equal(before["optimizers"], after["optimizers"])
 
 
-def test_weights_that_are_not_finite_end_the_run(job):
-    stopped = job(SCALAR_LR=9e18, GRAD_CLIP_NORM=0)
-    assert stopped.status == 2 and "SCALAR_LR=9e+18" in stopped.err and "not finite" in stopped.err
-    assert "Traceback" not in stopped.err
-    assert stopped.artifact is None
+HUGE = dict(SCALAR_LR=1e18, MATRIX_LR=1e18, TIED_EMBED_LR=1e18, GRAD_CLIP_NORM=0)
+
+
+def test_a_run_that_diverges_ends_in_words(job):
+    stopped = job(**HUGE)
+    assert stopped.status == 2 and "not finite" in stopped.err
+    assert "SCALAR_LR=1e+18" in stopped.err and stopped.artifact is None
 
 
 def test_a_run_that_skips_every_step_ends_in_words(job):
-    """Weights of 1e18 are finite, and no step from them is: all are skipped, and nothing can be scored."""
-    stopped = job(SCALAR_LR=9e18, GRAD_CLIP_NORM=0, NONFINITE="skip")
+    """Weights of 1e18 are finite, and no step from them is: nothing can be scored."""
+    stopped = job(NONFINITE="skip", **HUGE)
     assert stopped.status == 2 and "scored nan" in stopped.err and stopped.artifact is None
 
 
-def test_no_checkpoint_is_written_of_weights_that_are_not_finite(job, monkeypatch, tmp_path):
-    """On a GPU most steps are not looked at; the two checkpoints from before must not give way to two of them."""
-    source, cpu = (ROOT / "train_gpt.py").read_text(), 'if rt.device.type == "cpu" or s.nonfinite'
-    assert source.count(cpu) == 1
-    (tmp_path / "as_on_a_gpu.py").write_text(source.replace(cpu, "if s.nonfinite"))
-    monkeypatch.syspath_prepend(tmp_path)
-    script = importlib.import_module("as_on_a_gpu")
-    monkeypatch.setitem(globals(), "train_gpt", script)
-    monkeypatch.setitem(globals(), "Trainer", script.Trainer)
-    at_step(monkeypatch, 13, nan_loss)
-    stopped = job(ITERATIONS=20)
-    assert stopped.status == 2 and "not finite" in stopped.err and stopped.checkpoints == [11, 12]
+def test_no_checkpoint_is_written_of_weights_that_are_not_finite(job, monkeypatch):
+    """On a GPU most steps are not looked at; two such states must not replace the good ones."""
+    monkeypatch.setattr(Trainer, "_check_finite", lambda *_: None)
+    at_step(monkeypatch, 4, nan_loss)
+    stopped = job()
+    assert stopped.status == 2 and "not finite" in stopped.err and stopped.checkpoints == [2, 3]
 
 
 @pytest.mark.parametrize("obstacle", ["disk", "folder"])
-def test_training_goes_on_where_a_checkpoint_cannot_be_written(job, whole, monkeypatch, tmp_path, obstacle):
+def test_training_goes_on_where_a_checkpoint_cannot_be_written(job, whole, monkeypatch, tmp_path,
+                                                               obstacle):
     if obstacle == "folder":
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "checkpoints").write_bytes(b"in the way")
@@ -457,7 +486,8 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(job, whole, monke
         return real(number)
     monkeypatch.setattr(os, "fsync", fsync)
     done = job()
-    assert done.status == 0 and "checkpoint:none at step 3: " in done.out and done.artifact == whole.artifact
+    assert done.status == 0 and "checkpoint:none at step 3: " in done.out
+    assert done.artifact == whole.artifact
 
 
 # -- the clock
@@ -469,12 +499,12 @@ def test_no_step_begins_after_the_cap_because_a_checkpoint_took_long(job, monkey
         time.sleep(1.5 if path.name.startswith("step_") else 0)
         write(path, content)
     monkeypatch.setattr(train_gpt, "write_whole", slow)
-    steps, real = [], Trainer.step
+    steps, real = [], Trainer.optimize
 
     def timed(trainer, *args):
         steps.append(time.perf_counter())
         return real(trainer, *args)
-    monkeypatch.setattr(Trainer, "step", timed)
+    monkeypatch.setattr(Trainer, "optimize", timed)
     done = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=2, CHECKPOINT_EVERY_SECONDS=1)
     assert done.status == 0 and steps[-1] - steps[0] < 2, "what it took is training's"
 
@@ -486,36 +516,19 @@ def test_the_clock_goes_on_where_it_stood(job, monkeypatch):
         stopped = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=3)
     spent = state_of(stopped.folder, 5)["elapsed"]
     done = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=3, RESUME="auto")
-    assert stopped.status == 130 and spent > 1000 and done.status == 0 and spent / 1000 < done.result["train_seconds"] < 3.5
+    assert stopped.status == 130 and spent > 1000 and done.status == 0
+    assert spent / 1000 < done.result["train_seconds"] < 3.5
 
 
 # -- several ranks
 
-@pytest.mark.parametrize("one, other", [(1, 2), (2, 1), (2, 3), (3, 2), (1, 4)])
-def test_momentum_of_one_number_of_ranks_is_that_of_another(one, other):
-    """Three matrices, so that every number but 1 and 3 pads: gathered from `one` rank's shares, given to `other`'s."""
-    params = [torch.nn.Parameter(torch.zeros(4, 2)) for _ in range(3)]
-
-    def groups(world_size):
-        return [train_gpt.MuonGroup(params, SimpleNamespace(world_size=world_size, rank=rank)) for rank in range(world_size)]
-
-    def gathered(ranks):
-        for group in ranks:
-            group.rt.all_gather = lambda own: lambda: torch.cat([g.momentum for g in ranks])
-        return ranks[0].whole_momentum()
-    whole, ranks, others = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)), groups(one), groups(other)
-    for group in ranks:
-        group.take_momentum(whole)
-    for group in others:
-        group.take_momentum(gathered(ranks))
-    assert torch.equal(gathered(others), whole) and sum(g.momentum.size(0) for g in others) >= 3
-
-
 @pytest.mark.slow
 def test_another_number_of_ranks_goes_on_with_equal_losses(corpus, tmp_path):
-    """One rank stops, two go on and stop (SIGTERM to torchrun), one finishes: as one rank from beginning to end."""
+    """One rank stops, two go on and stop (SIGTERM to torchrun), one finishes: as one rank from
+    beginning to end."""
     def run(name, ranks, stop=0, **variables):
-        process = script_process(corpus, tmp_path / name, ranks, TRAIN_LOG_EVERY=1, ITERATIONS=40, WARMDOWN_ITERS=20,
+        process = script_process(corpus, tmp_path / name, ranks, TRAIN_LOG_EVERY=1, ITERATIONS=40,
+                                 WARMDOWN_ITERS=20,
                                  **variables)
         read = ""
         if stop:
@@ -528,11 +541,14 @@ def test_another_number_of_ranks_goes_on_with_equal_losses(corpus, tmp_path):
     first = steps_in(tmp_path / "parts")[-1]
     status, out, _ = run("parts", 2, stop=first + 8, RESUME="auto")
     second = steps_in(tmp_path / "parts")[-1]
-    assert status and 8 <= first < second < 40 and f"resume:step {first} " in out and "interrupted at step" in out
+    assert status and 8 <= first < second < 40 and f"resume:step {first} " in out
+    assert "interrupted at step" in out
     status, out, err = run("parts", 1, RESUME="auto")
     assert status == 0 and f"resume:step {second} " in out, err[-2000:]
-    one, other = (json.loads((tmp_path / name / "logs" / "run.json").read_text())["val_loss"] for name in ("whole", "parts"))
-    assert other["float"] == pytest.approx(one["float"], abs=1e-5) and other["int8"] == pytest.approx(one["int8"], abs=1e-3)
+    one, other = (json.loads((tmp_path / name / "logs" / "run.json").read_text())["val_loss"]
+                  for name in ("whole", "parts"))
+    assert other["float"] == pytest.approx(one["float"], abs=1e-5)
+    assert other["int8"] == pytest.approx(one["int8"], abs=1e-3)
 
 
 @pytest.mark.slow
@@ -542,9 +558,11 @@ def test_a_dead_rank_ends_the_others_and_is_named(corpus, tmp_path):
     watchdog.start()
     try:
         wait_for(process, "step:5/")
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True,
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)],
+                                  capture_output=True,
                                   text=True).stdout.split()
-        [victim] = [pid for pid in children if b"\0RANK=1\0" in b"\0" + open(f"/proc/{pid}/environ", "rb").read()]
+        [victim] = [pid for pid in children if b"\0RANK=1\0" in b"\0"
+                    + open(f"/proc/{pid}/environ", "rb").read()]
         os.kill(int(victim), signal.SIGKILL)
         killed = time.monotonic()
         _, err = process.communicate(timeout=100)
@@ -561,12 +579,9 @@ def test_a_dead_rank_ends_the_others_and_is_named(corpus, tmp_path):
 
 def test_the_rank_whose_loss_is_not_finite_is_the_one_named(tiny):
     """Rank 0 speaks, of the rank that it was: rank 1's loss is bad, rank 0's is not."""
-    s, said = tiny(), []
-    model = torch.nn.Linear(1, 1)
-    rt = SimpleNamespace(rank=0, world_size=2, log=said.append, device=torch.device("cpu"),
-                         sum_=lambda x: x + (torch.tensor([0.0, float("nan")]) if x.numel() == 2 else 1.0),
-                         all_gather=lambda x: torch.cat([x, torch.full_like(x, float("nan"))]))
-    trainer = SimpleNamespace(s=s, rt=rt, model=model, optimizers=SimpleNamespace(squares={}))
+    rt = SimpleNamespace(rank=0, world_size=2, log=print, device=torch.device("cpu"),
+                         sum_=lambda x: x + torch.tensor([0.0, 1.0]))
+    trainer = SimpleNamespace(s=tiny(), rt=rt, model=torch.nn.Linear(1, 1), step=7)
     with pytest.raises(UserError) as stopped:
-        Trainer._check_finite(trainer, torch.tensor(5.0), torch.tensor(float("nan")), 7)
+        Trainer._check_finite(trainer, torch.tensor(5.0), torch.tensor(float("nan")))
     assert "step 7, rank 1" in str(stopped.value)
