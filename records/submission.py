@@ -245,14 +245,17 @@ def names_read(tree):
 
 
 def defaults_of(tree):
-    """{setting: default} of a script with a `Settings` class of fields `name: type = section(default, …)`."""
+    """{setting: default} of a script with a `Settings` class of fields `name: type = default`, or
+    `name: type = section(default, …)` as in earlier ones."""
     out = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and node.name == "Settings":
             for line in node.body:
-                if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call) and line.value.args:
+                if isinstance(line, ast.AnnAssign) and line.value:
+                    arguments = getattr(line.value, "args", None)
                     try:
-                        out[line.target.id] = ast.literal_eval(line.value.args[0])
+                        out[line.target.id] = ast.literal_eval(
+                            arguments[0] if arguments else line.value)
                     except ValueError:
                         pass
     return out
