@@ -1,4 +1,4 @@
-"""What the tests share: a tiny corpus with its own tokenizer, tiny settings, and ways to run the script."""
+"""What the tests share: a tiny corpus with its tokenizer, tiny settings, ways to run the script."""
 
 import json
 import os
@@ -9,7 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run here as Python
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite runs in two processes, which must not fight for cores
+# before torch: the suite runs in two processes, which must not fight for cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
@@ -27,28 +28,33 @@ hypothesis.settings.load_profile("repeatable")
 
 VOCAB = 320
 # A model of three blocks that trains in a second, with every part of the default one switched on.
-TINY = dict(VOCAB_SIZE=VOCAB, DEVICE="cpu", TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=384, MICRO_BATCH_TOKENS=384, NUM_LAYERS=3,
-            MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, ROPE_DIMS=4, ROPE_NTK_REFERENCE=16, XSA_LAST_N=3, BIGRAM_VOCAB_SIZE=64,
-            BIGRAM_DIM=8, VE_DIM=8, VE_LAYERS="1,2", ITERATIONS=6, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, WARMDOWN_ITERS=3,
-            MUON_MOMENTUM_WARMUP_STEPS=4, VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=5, EVAL_STRIDE=8, EVAL_BATCH_SEQS=8,
-            TTT_CHUNK_TOKENS=96, TTT_BATCH_SEQS=16, TTT_EPOCHS=2, TTT_LR=0.05)
-WORDS = ("river stone quiet lamp orchard winter copper signal harbor meadow paper engine violet thunder basket garden mirror "
-         "candle forest bridge window silver ocean timber castle rocket planet hollow ribbon marble café naïve 北京").split()
+TINY = dict(
+    VOCAB_SIZE=VOCAB, DEVICE="cpu", TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=384, NUM_LAYERS=3,
+    MICRO_BATCH_TOKENS=384, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, ROPE_DIMS=4, XSA_LAST_N=3,
+    ROPE_NTK_REFERENCE=16, BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=8, VE_DIM=8, VE_LAYERS="1,2",
+    ITERATIONS=6, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, WARMDOWN_ITERS=3, VAL_LOSS_EVERY=0,
+    MUON_MOMENTUM_WARMUP_STEPS=4, TRAIN_LOG_EVERY=5, EVAL_STRIDE=8, EVAL_BATCH_SEQS=8,
+    TTT_CHUNK_TOKENS=96, TTT_BATCH_SEQS=16, TTT_EPOCHS=2, TTT_LR=0.05)
+WORDS = ("river stone quiet lamp orchard winter copper signal harbor meadow paper engine violet "
+         "thunder basket garden mirror candle forest bridge window silver ocean timber castle "
+         "rocket planet hollow ribbon marble café naïve 北京").split()
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """What a run does with signals is not left to the next test, nor to the processes that it starts."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    """A run's handling of signals ends with its test."""
+    before = {number: signal.getsignal(number) for number in train_gpt.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def clean_environ(**variables):
-    """This process's environment without any setting of the script, plus `variables`; one thread, so that sums repeat."""
+    """This process's environment without any setting of the script, plus `variables`; one thread,
+    so that sums repeat."""
     known = {f.name.upper() for f in train_gpt.fields(train_gpt.Settings)}
-    base = {k: v for k, v in os.environ.items() if k not in known and not k.startswith("TORCHELASTIC")}
+    base = {k: v for k, v in os.environ.items() if k not in known
+            and not k.startswith("TORCHELASTIC")}
     return {**base, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
 
 
@@ -60,20 +66,25 @@ def write_shard(path, tokens):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A folder with two train shards, one validation shard (1,031 tokens) and the tokenizer; and the documents."""
+    """A folder with two train shards, one validation shard (1,031 tokens) and the tokenizer; and
+    the documents."""
     folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
-    documents = [" ".join(rng.choice(WORDS, rng.integers(5, 40))) + f" {rng.integers(10**6)}." for _ in range(400)]
+    documents = [" ".join(rng.choice(WORDS, rng.integers(5, 40))) + f" {rng.integers(10**6)}."
+                 for _ in range(400)]
     (folder / "text.txt").write_text("\n".join(documents), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "tiny"), vocab_size=VOCAB, model_type="bpe", byte_fallback=True,
-        split_digits=True, add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=True,
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tiny"), vocab_size=VOCAB,
+        model_type="bpe", byte_fallback=True,
+        split_digits=True, add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+        hard_vocab_limit=True,
         minloglevel=2, num_threads=1)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tiny.model"))
     tokens = [t for ids in tokenizer.encode(documents) for t in [1, *ids]]
     write_shard(folder / "fineweb_val_000000.bin", tokens[:1031])
     write_shard(folder / "fineweb_train_000000.bin", tokens[1031:6031])
     write_shard(folder / "fineweb_train_000001.bin", tokens[6031:9031])
-    return SimpleNamespace(folder=folder, tokenizer=tokenizer, model=folder / "tiny.model", tokens=np.array(tokens),
+    return SimpleNamespace(folder=folder, tokenizer=tokenizer, model=folder / "tiny.model",
+                           tokens=np.array(tokens),
                            documents=documents)
 
 
@@ -87,13 +98,17 @@ def tiny(corpus):
 
 
 def script_runner(corpus, folder):
-    """run(ranks=1, NAME=value, ...) → the finished process, with .result (logs/run.json) and .log where written."""
+    """run(ranks=1, NAME=value, ...) → the finished process, with .result (logs/run.json) and .log
+    where written."""
     def run(*flags, ranks=1, tiny=True, script=ROOT / "train_gpt.py", **variables):
         out = Path(variables.setdefault("OUT_DIR", folder))
-        base = {**TINY, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model, "RUN_ID": "run"} if tiny else {}
-        launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+        base = {**TINY, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model,
+                "RUN_ID": "run"} if tiny else {}
+        launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run",
+                                                      "--standalone",
                                                       f"--nproc_per_node={ranks}"]
-        done = subprocess.run([*launch, str(script), *flags], env=clean_environ(**{**base, **variables}), cwd=folder,
+        done = subprocess.run([*launch, str(script), *flags],
+                              env=clean_environ(**{**base, **variables}), cwd=folder,
                               capture_output=True, text=True, timeout=300)
         result, log = out / "logs" / "run.json", out / "logs" / "run.txt"
         done.result = json.loads(result.read_text()) if result.exists() else None

@@ -12,12 +12,14 @@ import train_gpt
 from train_gpt import Batches, Runtime, TrainStream, UserError, load_validation, open_shard
 
 T = 8  # row length of the synthetic shards
-LENGTHS = (5 * T + 1, 3 * T + 4, T, 7 * T, 2 * T + 1)  # 5, 3, 0, 6 and 2 rows: with a rest, without, too short for one
+# 5, 3, 0, 6 and 2 rows: with a rest, without, too short for one
+LENGTHS = (5 * T + 1, 3 * T + 4, T, 7 * T, 2 * T + 1)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Five train shards in which no token occurs twice, so that a row's first token says where it comes from."""
+    """Five train shards in which no token occurs twice, so that a row's first token says where it
+    comes from."""
     path, begin = tmp_path_factory.mktemp("shards"), 0
     for i, n in enumerate(LENGTHS):
         write_shard(path / f"fineweb_train_{i:06d}.bin", np.arange(begin, begin + n))
@@ -28,14 +30,16 @@ def folder(tmp_path_factory):
 
 
 FILE_ROWS = [list(range(sum(LENGTHS[:i]) + r * T, sum(LENGTHS[:i]) + r * T + T + 1))
-             for i, n in enumerate(LENGTHS) for r in range((n - 1) // T)]  # every row as it lies on disk
+             # every row as it lies on disk
+             for i, n in enumerate(LENGTHS) for r in range((n - 1) // T)]
 EPOCH = len(FILE_ROWS)
 
 
 @pytest.fixture
 def stream(tiny, folder):
     """stream(NAME=value, ...) → TrainStream over the synthetic shards."""
-    return lambda **variables: TrainStream(tiny(**{**dict(DATA_PATH=folder, VOCAB_SIZE=1000, TRAIN_SEQ_LEN=T), **variables}))
+    return lambda **variables: TrainStream(tiny(**{**dict(DATA_PATH=folder, VOCAB_SIZE=1000,
+                                                          TRAIN_SEQ_LEN=T), **variables}))
 
 
 def runtime(rank=0, world_size=1):
@@ -74,7 +78,8 @@ def test_bad_shards_are_refused_by_path_and_value(tmp_path, case):
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         open_shard(path)
-    assert str(caught.value).startswith(f"{path}: ") and all(word in str(caught.value) for word in words)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert all(word in str(caught.value) for word in words)
     assert train_gpt.GET_DATA in str(caught.value)
 
 
@@ -93,14 +98,16 @@ def test_missing_folder_is_named(tiny, tmp_path):
 
 
 def test_shard_that_vanished_is_named(tiny, tmp_path):
-    """A dangling link, as an emptied download cache leaves it, is found by name and is not there."""
+    """A dangling link, as an emptied download cache leaves it, is found by name and is not
+    there."""
     (tmp_path / "fineweb_train_000000.bin").symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match="fineweb_train_000000.bin"):
         TrainStream(tiny(DATA_PATH=tmp_path))
 
 
 def test_shards_are_sorted_by_name(tiny, tmp_path):
-    for name in ("fineweb_train_000010", "fineweb_train_000002", "fineweb_val_000000", "fineweb_train_000001"):
+    for name in ("fineweb_train_000010", "fineweb_train_000002", "fineweb_val_000000",
+                 "fineweb_train_000001"):
         write_shard(tmp_path / f"{name}.bin", [1, 2, 3])
     (tmp_path / "fineweb_train_000003.bin.part").write_bytes(b"")
     names = [p.name for p in train_gpt.shard_paths(tiny(DATA_PATH=tmp_path), "train")]
@@ -113,8 +120,10 @@ def test_find_upward_looks_here_then_above_the_script(tmp_path, monkeypatch):
     here.mkdir()
     monkeypatch.setattr(train_gpt, "SCRIPT", script)
     monkeypatch.chdir(here)
-    assert str(train_gpt.find_upward("data/x")) == "data/x"  # nowhere: as given, for the error message
-    for folder in (tmp_path, tmp_path / "a", tmp_path / "a" / "b"):  # each nearer to the script than the one before
+    # nowhere: as given, for the error message
+    assert str(train_gpt.find_upward("data/x")) == "data/x"
+    # each nearer to the script than the one before
+    for folder in (tmp_path, tmp_path / "a", tmp_path / "a" / "b"):
         (folder / "data" / "x").mkdir(parents=True)
         assert train_gpt.find_upward("data/x") == folder / "data" / "x"
     (here / "data" / "x").mkdir(parents=True)
@@ -127,21 +136,25 @@ def test_find_upward_looks_here_then_above_the_script(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("length", [2, 7, 32, 101, 202])
 def test_validation_is_the_first_whole_rows_of_targets(tiny, folder, length):
-    tokens = load_validation(tiny(DATA_PATH=folder, TRAIN_SEQ_LEN=length, TRAIN_BATCH_TOKENS=length, EVAL_STRIDE=1,
+    tokens = load_validation(tiny(DATA_PATH=folder, TRAIN_SEQ_LEN=length, TRAIN_BATCH_TOKENS=length,
+                                  EVAL_STRIDE=1,
                                   TTT_CHUNK_TOKENS=1000))
     targets = (203 - 1) // length * length
     assert tokens.tolist() == list(range(targets + 1)) and tokens.dtype == np.uint16
 
 
 def test_validation_limit_keeps_the_beginning(tiny, folder):
-    assert load_validation(tiny(DATA_PATH=folder, VAL_LIMIT_TOKENS=100)).tolist() == list(range(3 * 32 + 1))
-    assert load_validation(tiny(DATA_PATH=folder, VAL_LIMIT_TOKENS=64)).tolist() == list(range(2 * 32 + 1))
+    assert load_validation(tiny(DATA_PATH=folder,
+                                VAL_LIMIT_TOKENS=100)).tolist() == list(range(3 * 32 + 1))
+    assert load_validation(tiny(DATA_PATH=folder,
+                                VAL_LIMIT_TOKENS=64)).tolist() == list(range(2 * 32 + 1))
 
 
 @pytest.mark.parametrize("count, window", [(32, 0), (1, 0), (64, 40), (64, 64)])
 def test_validation_shorter_than_a_row_is_refused(tiny, tmp_path, count, window):
     write_shard(tmp_path / "fineweb_val_000000.bin", range(count))
-    with pytest.raises(UserError, match=rf"{tmp_path}: {count} validation tokens, a row needs {64 if window else 32} \+ 1"):
+    with pytest.raises(UserError,
+                       match=rf"{count} validation tokens, a row needs {64 if window else 32} \+ 1"):
         load_validation(tiny(DATA_PATH=tmp_path, EVAL_SEQ_LEN=window, TTT_ENABLED=0))
     write_shard(tmp_path / "fineweb_val_000001.bin", range(65 - count))
     load_validation(tiny(DATA_PATH=tmp_path, EVAL_SEQ_LEN=window, TTT_ENABLED=0))
@@ -150,7 +163,8 @@ def test_validation_shorter_than_a_row_is_refused(tiny, tmp_path, count, window)
 def test_foreign_validation_token_is_named(tiny, tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", [1] * 50)
     write_shard(tmp_path / "fineweb_val_000001.bin", [1] * 50 + [TINY["VOCAB_SIZE"]])
-    with pytest.raises(UserError, match=r"fineweb_val_000001.bin: holds token 320, outside of VOCAB_SIZE=320"):
+    with pytest.raises(UserError,
+                       match=r"fineweb_val_000001.bin: holds token 320, outside of VOCAB_SIZE=320"):
         load_validation(tiny(DATA_PATH=tmp_path))
     write_shard(tmp_path / "fineweb_val_000001.bin", [1] * 50 + [TINY["VOCAB_SIZE"] - 1])
     load_validation(tiny(DATA_PATH=tmp_path))
@@ -205,7 +219,8 @@ def test_shuffling_keeps_a_shard_together_and_shuffles_shards(stream):
     """One shard is read at a time, in another order with another epoch or seed."""
     for orders in ([shard_order(epoch_rows(stream(), epoch)) for epoch in range(6)],
                    [shard_order(epoch_rows(stream(SEED=seed))) for seed in range(6)]):
-        assert all(sorted(order) == [0, 1, 3, 4] for order in orders) and len({tuple(order) for order in orders}) > 2
+        assert all(sorted(order) == [0, 1, 3, 4] for order in orders)
+        assert len({tuple(order) for order in orders}) > 2
 
 
 def test_rows_are_int32_of_row_length_and_one(stream):
@@ -224,7 +239,8 @@ def test_foreign_training_token_is_named(stream, folder):
     s = stream(VOCAB_SIZE=100, BOS_TOKEN=1, TRAIN_ORDER="sequential")
     good = [r for r in FILE_ROWS if max(r) < 100]
     assert s.rows(0, len(good)).tolist() == good
-    with pytest.raises(UserError, match=r"fineweb_train_000003.bin: holds token \d+, outside of VOCAB_SIZE=100"):
+    with pytest.raises(UserError,
+                       match=r"000003.bin: holds token \d+, outside of VOCAB_SIZE=100"):
         s.rows(0, EPOCH)
 
 
@@ -232,13 +248,15 @@ def test_foreign_training_token_is_named(stream, folder):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_together_read_the_stream_in_order(stream, world_size):
-    """Step by step, the rows of all ranks one after another are the stream's, across epochs, for any world size."""
+    """Step by step, the rows of all ranks one after another are the stream's, across epochs, for
+    any world size."""
     s, per_step, steps = stream(), 6, 6
     ranks = [Batches(s, runtime(rank, world_size), per_step) for rank in range(world_size)]
     for step in range(steps):
         rows = [batches.next() for batches in ranks]
         assert {len(r) for r in rows} == {per_step // world_size}
-        assert torch.cat(rows).tolist() == [s.row(p).tolist() for p in range(step * per_step, (step + 1) * per_step)]
+        assert torch.cat(rows).tolist() == [s.row(p).tolist()
+                                            for p in range(step * per_step, (step + 1) * per_step)]
     for batches in ranks:
         batches.close()
 

@@ -1,4 +1,5 @@
-"""Clocks and caps: what would break the rules is stopped, or said in the result, or refused before anything starts."""
+"""Clocks and caps: what would break the rules is stopped, or said in the result, or refused before
+anything starts."""
 
 import re
 import time
@@ -18,13 +19,16 @@ PLANS = {"sliding": dict(), "banded": BANDED}
 def chunks_of(w):
     """How many chunks the plan makes; an epoch of each is one step."""
     targets = len(w.tokens) - 1
-    return len(train_gpt.chunk_plan(train_gpt.window_plan(targets, *w.s.scoring_plan[:2])[1], targets, w.s.ttt_chunk_tokens))
+    return len(train_gpt.chunk_plan(train_gpt.window_plan(targets, *w.s.scoring_plan[:2])[1],
+                                    targets, w.s.ttt_chunk_tokens))
 
 
 def timed(tiny, seconds, pass_seconds=0.0, **variables):
-    """An evaluation of random weights by a clock that only steps, seconds(n), and passes move; the first step is the warm-up.
+    """An evaluation of random weights by a clock that only steps, seconds(n), and passes move; the
+    first step is the warm-up.
 
-    Returns the world, with the adapter, the clock, the log's lines and the epochs of each chunk; the result; the ledger.
+    Returns the world (with the adapter, the clock, the log's lines and the epochs of each chunk),
+    the result and the ledger.
     """
     w = world(tiny, EVAL_BATCH_SEQS=1, VAL_LIMIT_TOKENS=1024, **variables)
     w.lines, w.epochs, model = [], [], w.model
@@ -47,33 +51,41 @@ def timed(tiny, seconds, pass_seconds=0.0, **variables):
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_an_adapter_that_slows_down_drops_epochs_and_the_score_is_complete(tiny, plan):
-    """Steps take 1 s at first and 30 % more each; all of them with three epochs would take far more than the 40 s."""
-    w, result, book = timed(tiny, lambda n: 1.3 ** n, EVAL_WALLCLOCK_SECONDS=40, TTT_EPOCHS=3, **plan)
+    """Steps take 1 s at first and 30 % more each; all of them with three epochs would take far more
+    than the 40 s."""
+    w, result, book = timed(tiny, lambda n: 1.3 ** n, EVAL_WALLCLOCK_SECONDS=40, TTT_EPOCHS=3,
+                            **plan)
     assert w.epochs[0] == 3 and min(w.epochs) < 3 and w.clock.now <= 40 + 1.3 ** w.adapter.steps
     assert not np.isnan(book.nll).any() and result["targets"] == len(book.nll) == 1024
     late = [n + 1 for n, epochs in enumerate(w.epochs) if epochs < 3]
-    assert [int(n) for line in w.lines for n in re.findall(r"^ttt_\w+:late chunk=(\d+)/", line)] == late
+    assert [int(n) for line in w.lines for n in re.findall(r"^ttt_\w+:late chunk=(\d+)/",
+                                                           line)] == late
 
 
-@pytest.mark.parametrize("step, pass_seconds", [(0.1, 0.0), (1.0, 0.01), (1.0, 0.2), (0.3, 0.2), (0.01, 0.25)])
+@pytest.mark.parametrize("step, pass_seconds", [(0.1, 0.0), (1.0, 0.01), (1.0, 0.2), (0.3, 0.2),
+                                                (0.01, 0.25)])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_steps_and_scores_end_within_the_limit(tiny, plan, step, pass_seconds):
     """Whatever they take: 125 windows of 0.25 s leave little of 40 s."""
-    w, result, _ = timed(tiny, lambda n: step, pass_seconds, EVAL_WALLCLOCK_SECONDS=40, TTT_EPOCHS=3, **plan)
+    w, result, _ = timed(tiny, lambda n: step, pass_seconds, EVAL_WALLCLOCK_SECONDS=40,
+                         TTT_EPOCHS=3, **plan)
     assert w.clock.now <= 40 and result["seconds"] == pytest.approx(w.clock.now)
     others, passes = chunks_of(w) - 1, len(train_gpt.window_plan(1024, *w.s.scoring_plan[:2])[0])
     everything = 3 * step * others + passes * pass_seconds
-    assert (w.epochs == [3] * others) == (everything <= 0.98 * 40), "and nothing is left out without need"
+    assert (w.epochs == [3] * others) == (everything
+                                          <= 0.98 * 40), "and nothing is left out without need"
 
 
 def test_every_tenth_chunk_late_costs_a_tenth_of_the_adaptations(tiny):
-    """Scoring a chunk takes 0.2 s, every tenth one 0.7: the forecast is the median, and the end is in time."""
+    """Scoring a chunk takes 0.2 s, every tenth one 0.7: the forecast is the median, and the end is
+    in time."""
     calls = []
 
     def seconds(n):
         calls.append(n)
         return 0.5 if len(calls) % 10 == 0 else 0.02
-    w, result, _ = timed(tiny, seconds, 0.01, EVAL_WALLCLOCK_SECONDS=12, TTT_EPOCHS=1, TTT_CHUNK_TOKENS=32)
+    w, result, _ = timed(tiny, seconds, 0.01, EVAL_WALLCLOCK_SECONDS=12, TTT_EPOCHS=1,
+                         TTT_CHUNK_TOKENS=32)
     assert w.clock.now <= 12 and sum(w.epochs) >= 0.9 * len(w.epochs)
 
 
@@ -83,7 +95,8 @@ def test_what_went_before_the_evaluation_counts(tiny):
     with Clock() as clock:
         clock.now = 130.0
         adapter = SlowAdapter(w, clock, lambda n: 0.6)  # two epochs of ten chunks would take 12 s
-        train_gpt.evaluate(w.model, w.tokens, w.byte_table, w.s, w.rt, "ttt", w.s.scoring_plan, adapter, opened=100.0)
+        train_gpt.evaluate(w.model, w.tokens, w.byte_table, w.s, w.rt, "ttt", w.s.scoring_plan,
+                           adapter, opened=100.0)
     assert 136 < clock.now <= 140
 
 
@@ -108,7 +121,8 @@ def test_refused_before_anything_starts(tiny, variables, said):
 
 
 def test_ranks_that_do_not_divide_the_rows_are_in_the_same_report(corpus):
-    environ = {k: str(v) for k, v in dict(TINY, DATA_PATH=corpus.folder, TOKENIZER_PATH=corpus.model, SEED="x").items()}
+    environ = {k: str(v) for k, v in dict(TINY, DATA_PATH=corpus.folder,
+                                          TOKENIZER_PATH=corpus.model, SEED="x").items()}
     with pytest.raises(UserError, match="(?s)2 bad settings.*SEED=x.*as many on each of 5 ranks"):
         train_gpt.resolve_settings(environ, world_size=5)
 
@@ -120,7 +134,8 @@ def test_a_missing_codec_is_refused_before_training(tiny, monkeypatch):
 
 
 def test_hessians_do_not_depend_on_the_number_of_ranks(tiny):
-    """The parts of two ranks, summed by hand, are what one rank collects; in passes of other sizes, so up to rounding."""
+    """The parts of two ranks, summed by hand, are what one rank collects; in passes of other sizes,
+    so up to rounding."""
     s = tiny(GPTQ="1", GPTQ_BATCHES="2")
     stream = train_gpt.TrainStream(s)
     sums = []
@@ -144,7 +159,9 @@ def test_memory_that_runs_out_names_what_to_lower(corpus, tmp_path, monkeypatch,
     def run_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     monkeypatch.setattr(train_gpt, "run_job", run_out)
-    environ = {k: str(v) for k, v in dict(TINY, DATA_PATH=corpus.folder, TOKENIZER_PATH=corpus.model, OUT_DIR=tmp_path).items()}
+    environ = {k: str(v) for k, v in dict(TINY, DATA_PATH=corpus.folder,
+                                          TOKENIZER_PATH=corpus.model, OUT_DIR=tmp_path).items()}
     assert train_gpt.main([], environ) == 2
     said = capsys.readouterr().err
-    assert "MICRO_BATCH_TOKENS=384" in said and "32768" in said and "EVAL_BATCH_SEQS=8" in said and "2.00 GiB" in said
+    assert "MICRO_BATCH_TOKENS=384" in said and "32768" in said and "EVAL_BATCH_SEQS=8" in said
+    assert "2.00 GiB" in said

@@ -1,4 +1,5 @@
-"""records/runs.py: sweeps survive kills, failures and changes of mind; tables and plots say what the files say."""
+"""records/runs.py: sweeps survive kills, failures and changes of mind; tables and plots say what
+the files say."""
 
 import csv
 import json
@@ -19,8 +20,10 @@ sys.path.insert(0, str(ROOT / "records"))
 import runs  # noqa: E402
 
 SWEEP = [sys.executable, str(ROOT / "records" / "runs.py"), "sweep"]
-# A script with the face of train_gpt.py that scores what can be computed by hand. It notes its starts and ends, so that tests
-# see what ran, when, and with which variables; HOLD=file:n lets it wait while there is the file and n runs have begun.
+# A script with the face of train_gpt.py that scores what can be computed by hand. It notes its
+# starts and ends, so that tests
+# see what ran, when, and with which variables; HOLD=file:n lets it wait while there is the file and
+# n runs have begun.
 STUB = '''
 import dataclasses, hashlib, json, os, pathlib, signal, sys, time
 
@@ -28,9 +31,10 @@ class UserError(Exception): pass
 
 @dataclasses.dataclass
 class Settings:
-    run_id: str = ""; seed: int = 1; out_dir: str = "."; data_path: str = "somewhere"; tokenizer_path: str = ""
-    vocab_size: int = 2; train_seq_len: int = 2; eval_seq_len: int = 0; eval_only: str = ""; eval_stride: int = 1
-    ttt_enabled: int = 1; matrix_lr: float = 0.5; ttt_epochs: int = 1; sleep: float = 0.0; fail: str = ""
+    run_id: str = ""; seed: int = 1; out_dir: str = "."; data_path: str = "somewhere"
+    tokenizer_path: str = ""; vocab_size: int = 2; train_seq_len: int = 2; eval_seq_len: int = 0
+    eval_only: str = ""; eval_stride: int = 1; ttt_enabled: int = 1; matrix_lr: float = 0.5
+    ttt_epochs: int = 1; sleep: float = 0.0; fail: str = ""
     max_wallclock_seconds: float = 0.0
 
 ALIASES = {"LR": "MATRIX_LR"}
@@ -73,15 +77,18 @@ def main(argv, environ):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     note(s, "start")
     hold, first = os.environ.get("HOLD", ":").split(":")
-    while hold and os.path.exists(hold) and open(os.environ["NOTES"]).read().count("start") >= int(first):
+    begun = lambda: open(os.environ["NOTES"]).read().count("start")
+    while hold and os.path.exists(hold) and begun() >= int(first):
         time.sleep(0.01)
     time.sleep(s.sleep)
     if s.fail and s.fail in s.run_id:
         print("error: the GPU fell off the bus", file=sys.stderr)
         return 3
-    code, bpb = pathlib.Path(__file__).read_bytes(), (s.matrix_lr - 0.3) ** 2 + 0.01 * s.ttt_epochs + s.seed / 1e6
-    result = dict(settings=dataclasses.asdict(s), code_sha256=hashlib.sha256(code).hexdigest(), steps=5, train_seconds=s.sleep,
-                  pack_seconds=0, eval_seconds=0, code_bytes=10, model_bytes=20, total_bytes=30, world_size=1, device="none",
+    code = pathlib.Path(__file__).read_bytes()
+    bpb = (s.matrix_lr - 0.3) ** 2 + 0.01 * s.ttt_epochs + s.seed / 1e6
+    result = dict(settings=dataclasses.asdict(s), code_sha256=hashlib.sha256(code).hexdigest(),
+                  steps=5, train_seconds=s.sleep, pack_seconds=0, eval_seconds=0, code_bytes=10,
+                  model_bytes=20, total_bytes=30, world_size=1, device="none",
                   val_bpb={"float": bpb + 1, "int6": bpb + 0.5, "ttt": bpb}, violations=[])
     place = pathlib.Path(s.out_dir, "logs", s.run_id + ".json")
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +104,8 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch, capsys):
-    """.sweep(*flags, NAME=value, …) → finished process; .start the same, running; .refused → (status, words) of one that runs
+    """.sweep(*flags, NAME=value, …) → finished process; .start the same, running; .refused →
+    (status, words) of one that runs
     nothing, in this process; .notes() → what the script noted."""
     script, noted, out, hold = (tmp_path / name for name in ("train.py", "notes", "out", "hold"))
     script.write_text(STUB)
@@ -108,10 +116,13 @@ def stub(tmp_path, monkeypatch, capsys):
         return {"HOLD": f"{hold}:{first}"}
 
     def start(*flags, **variables):
-        environ = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+        environ = {k: v for k, v in os.environ.items()
+                   if k not in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
         variables = {"NOTES": noted, "PYTHONWARNINGS": "error::ResourceWarning", **variables}
-        return subprocess.Popen([*SWEEP, "--out", str(out), *map(str, flags), "--", sys.executable, str(script)],
-                                env={**environ, **{k: str(v) for k, v in variables.items()}}, cwd=tmp_path, text=True,
+        return subprocess.Popen([*SWEEP, "--out", str(out), *map(str, flags), "--", sys.executable,
+                                 str(script)],
+                                env={**environ, **{k: str(v) for k, v in variables.items()}},
+                                cwd=tmp_path, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def sweep(*flags, **more):
@@ -123,14 +134,17 @@ def stub(tmp_path, monkeypatch, capsys):
     def refused(*flags, **variables):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        status = runs.main(["sweep", "--out", str(out), *map(str, flags), "--", sys.executable, str(script)])
+        status = runs.main(["sweep", "--out", str(out), *map(str, flags), "--", sys.executable,
+                            str(script)])
         return status, capsys.readouterr().err
 
     def notes(what="start"):
-        lines = [json.loads(line) for line in noted.read_text().splitlines()] if noted.exists() else []
+        lines = [json.loads(line)
+                 for line in noted.read_text().splitlines()] if noted.exists() else []
         return [name for kind, name, *_ in lines if kind == what] if what else lines
 
-    return SimpleNamespace(start=start, sweep=sweep, refused=refused, notes=notes, script=script, out=out, held=held, hold=hold)
+    return SimpleNamespace(start=start, sweep=sweep, refused=refused, notes=notes, script=script,
+                           out=out, held=held, hold=hold)
 
 
 def until(condition):
@@ -149,18 +163,22 @@ def alive(pid):
         return False
 
 
-# -- what is asked for -----------------------------------------------------------------------------------------------
+# -- what is asked for
 
 def test_a_grid_is_read():
     grid = runs.parse_grid("MATRIX_LR=0.02,0.03 VE_LAYERS=9,10|10 LR=1e-3..0.1:log TTT_EPOCHS=1..4 "
                            "DATA_PATH='../a b',../c EMPTY=")
-    assert grid == {"MATRIX_LR": ["0.02", "0.03"], "VE_LAYERS": ["9,10", "10"], "LR": runs.Range("1e-3", "0.1", True),
-                    "TTT_EPOCHS": runs.Range("1", "4", False), "DATA_PATH": ["../a b", "../c"], "EMPTY": [""]}
+    assert grid == {"MATRIX_LR": ["0.02", "0.03"], "VE_LAYERS": ["9,10", "10"],
+                    "LR": runs.Range("1e-3", "0.1", True),
+                    "TTT_EPOCHS": runs.Range("1", "4", False), "DATA_PATH": ["../a b", "../c"],
+                    "EMPTY": [""]}
 
 
 @pytest.mark.parametrize("text, words", [
-    ("A", "A: write NAME"), ("a=1", "a=1: write NAME"), ("A=1 A=2", "A: given twice"), ("SEED=1", "--seeds"),
-    ("OUT_DIR=x", "--out"), ("A=2..1", "A=2..1 must rise"), ("A=0..1:log", "from above 0"), ("A='1", "No closing quotation"),
+    ("A", "A: write NAME"), ("a=1", "a=1: write NAME"), ("A=1 A=2", "A: given twice"),
+    ("SEED=1", "--seeds"),
+    ("OUT_DIR=x", "--out"), ("A=2..1", "A=2..1 must rise"), ("A=0..1:log", "from above 0"),
+    ("A='1", "No closing quotation"),
     ("B A=2..1 SEED=2", "SEED: belongs")])
 def test_a_bad_grid_is_refused_in_words(text, words):
     with pytest.raises(runs.UserError, match=re.escape(words)):
@@ -169,7 +187,8 @@ def test_a_bad_grid_is_refused_in_words(text, words):
 
 def test_seeds_are_a_number_or_named():
     assert runs.parse_seeds("3") == [1337, 42, 2025] and runs.parse_seeds("1") == [1337]
-    assert runs.parse_seeds("7,8") == [7, 8] and runs.parse_seeds("1337,") == [1337] and runs.parse_seeds("0,") == [0]
+    assert runs.parse_seeds("7,8") == [7, 8] and runs.parse_seeds("1337,") == [1337]
+    assert runs.parse_seeds("0,") == [0]
     assert len(set(runs.parse_seeds("20"))) == 20
     for text in ("", "0", "1337", "7,7", "x", "-1,2", "1.5"):
         with pytest.raises(runs.UserError, match="--seeds"):
@@ -177,20 +196,24 @@ def test_seeds_are_a_number_or_named():
 
 
 def test_names_tell_points_apart(tmp_path):
-    points = [{"A": v} for v in ("a/b", "a-b", "a b", "x" * 300, "x" * 301, "", "9,10", "1")] + [{"A": "1", "B": "2"}]
+    points = [{"A": v} for v in ("a/b", "a-b", "a b", "x" * 300, "x" * 301, "", "9,10",
+                                 "1")] + [{"A": "1", "B": "2"}]
     names = [runs.Run(point, 1, tmp_path).name for point in points]
-    assert len(set(names)) == len(names) and all(len(name) < 180 and "/" not in name and " " not in name for name in names)
-    assert runs.Run({"MATRIX_LR": "0.02", "VE_LAYERS": "9,10"}, 7, tmp_path).name == "MATRIX_LR=0.02_VE_LAYERS=9,10_SEED=7"
+    assert len(set(names)) == len(names)
+    assert all(len(name) < 180 and "/" not in name and " " not in name for name in names)
+    assert runs.Run({"MATRIX_LR": "0.02", "VE_LAYERS": "9,10"}, 7,
+                    tmp_path).name == "MATRIX_LR=0.02_VE_LAYERS=9,10_SEED=7"
 
 
-# -- sweeps ----------------------------------------------------------------------------------------------------------
+# -- sweeps
 
 GRID = "MATRIX_LR=0.2,0.3,0.5 TTT_EPOCHS=1,2"
 
 
 def test_a_sweep_runs_every_combination_once_and_then_nothing(stub):
     first = stub.sweep("--grid", "MATRIX_LR=0.2,0.3 TTT_EPOCHS=1,2", "--seeds", "7,8")
-    expected = [f"MATRIX_LR={lr}_TTT_EPOCHS={e}_SEED={seed}" for seed in (7, 8) for lr in ("0.2", "0.3") for e in (1, 2)]
+    expected = [f"MATRIX_LR={lr}_TTT_EPOCHS={e}_SEED={seed}" for seed in (7, 8)
+                for lr in ("0.2", "0.3") for e in (1, 2)]
     assert first.status == 0 and stub.notes() == expected, "every point with the first seed first"
     for name in expected:
         result = json.loads((stub.out / name / "logs" / f"{name}.json").read_text())
@@ -229,7 +252,8 @@ def test_an_edit_during_a_sweep_changes_no_run(stub):
 
 def test_a_damaged_result_is_no_finished_run(stub):
     stub.sweep("--grid", "MATRIX_LR=0.1,0.2,0.3,0.4,0.5")
-    cut, empty, gone, nan = (next(stub.out.glob(f"MATRIX_LR=0.{i}*/logs/*.json")) for i in (2, 3, 4, 5))
+    cut, empty, gone, nan = (next(stub.out.glob(f"MATRIX_LR=0.{i}*/logs/*.json"))
+                             for i in (2, 3, 4, 5))
     cut.write_bytes(cut.read_bytes()[:-40])
     empty.write_text("{}")
     gone.unlink()
@@ -238,10 +262,12 @@ def test_a_damaged_result_is_no_finished_run(stub):
     assert stub.notes()[5:] == stub.notes()[1:5]
 
 
-@pytest.mark.parametrize("kind, flags", [(signal.SIGKILL, []), (signal.SIGKILL, ["--jobs", 2]), (signal.SIGINT, []),
+@pytest.mark.parametrize("kind, flags", [(signal.SIGKILL, []), (signal.SIGKILL, ["--jobs", 2]),
+                                         (signal.SIGINT, []),
                                          (signal.SIGTERM, ["--jobs", 2])])
 def test_a_sweep_that_was_killed_goes_on(stub, kind, flags):
-    """Killed when the third run has begun: its runs die with it, and those that had finished are not repeated."""
+    """Killed when the third run has begun: its runs die with it, and those that had finished are
+    not repeated."""
     process = stub.start("--grid", GRID, *flags, **stub.held(3))
     until(lambda: len(stub.notes()) >= 3)
     process.send_signal(kind)
@@ -251,7 +277,8 @@ def test_a_sweep_that_was_killed_goes_on(stub, kind, flags):
     assert 1 <= len(ended) <= 2
     stub.hold.unlink()
     if kind != signal.SIGKILL:
-        assert process.returncode == 130 and "stopped: " in errors and "the same command goes on" in errors
+        assert process.returncode == 130 and "stopped: " in errors
+        assert "the same command goes on" in errors
     again = stub.sweep("--grid", GRID, *flags)
     assert again.status == 0 and len(stub.notes("end")) == len(set(stub.notes("end"))) == 6
     assert not [name for name in ended if stub.notes().count(name) > 1]
@@ -260,7 +287,8 @@ def test_a_sweep_that_was_killed_goes_on(stub, kind, flags):
 def test_one_failure_does_not_stop_the_others(stub):
     done = stub.sweep("--grid", "MATRIX_LR=0.2,0.3,0.5", FAIL="MATRIX_LR=0.3")
     assert done.status == 1 and len(stub.notes()) == 3 and len(stub.notes("end")) == 2
-    assert "failed: MATRIX_LR=0.3_SEED=1337: ended with status 3" in done.errors and "the GPU fell off the bus" in done.errors
+    assert "failed: MATRIX_LR=0.3_SEED=1337: ended with status 3" in done.errors
+    assert "the GPU fell off the bus" in done.errors
     again = stub.sweep("--grid", "MATRIX_LR=0.2,0.3,0.5", FAIL="MATRIX_LR=0.3")
     assert again.status == 1 and len(stub.notes()) == 4, "it is tried again, and only it"
 
@@ -268,29 +296,37 @@ def test_one_failure_does_not_stop_the_others(stub):
 def test_everything_wrong_is_said_before_anything_runs(stub):
     done = stub.sweep("--grid", "MATRIX_LR=0.2,x,2 TTT_EPOCHS=1,1.5 NO_SUCH=1")
     assert done.status == 2 and stub.notes() == []
-    for words in ("MATRIX_LR=x: is not a number", "MATRIX_LR=2.0: is out of range", "TTT_EPOCHS=1.5: is not a number",
+    for words in ("MATRIX_LR=x: is not a number", "MATRIX_LR=2.0: is out of range",
+                  "TTT_EPOCHS=1.5: is not a number",
                   "no such setting: NO_SUCH", "of 6 runs"):
         assert words in done.errors, words
     assert list(stub.out.glob("MATRIX*")) == []
 
 
 @pytest.mark.parametrize("flags, variables, words", [
-    (["--grid", "MATRIX_LR=0.2,0.20"], {}, "are the same run"), (["--grid", "LR=0.2,0.3"], {}, "are the same run"),
-    (["--grid", "MATRIX_LR=0.1..0.2"], {}, "a range needs --study"), (["--gpus", "0,0"], {}, "--gpus 0,0"),
-    (["--gpus", "0,1", "--jobs", 2], {}, "--jobs 2"), ([], dict(DATA_PATH="nowhere"), "DATA_PATH=nowhere: no shards"),
+    (["--grid", "MATRIX_LR=0.2,0.20"], {}, "are the same run"),
+    (["--grid", "LR=0.2,0.3"], {}, "are the same run"),
+    (["--grid", "MATRIX_LR=0.1..0.2"], {}, "a range needs --study"),
+    (["--gpus", "0,0"], {}, "--gpus 0,0"),
+    (["--gpus", "0,1", "--jobs", 2], {}, "--jobs 2"),
+    ([], dict(DATA_PATH="nowhere"), "DATA_PATH=nowhere: no shards"),
     (["--study", 2, "--grid", "TTT_EPOCHS=1,1.5"], {}, "TTT_EPOCHS=1.5: is not"),
-    (["--study", 2, "--grid", "TTT_EPOCHS=1,2", "--objective", "ttt"], dict(TTT_ENABLED="0"), "--objective ttt"),
-    (["--jobs", 0], {}, "--jobs 0"), (["--study", 2], {}, "empty --grid"), (["--budget-hours", -1], {}, "-1")])
+    (["--study", 2, "--grid", "TTT_EPOCHS=1,2", "--objective", "ttt"], dict(TTT_ENABLED="0"),
+     "--objective ttt"),
+    (["--jobs", 0], {}, "--jobs 0"), (["--study", 2], {}, "empty --grid"),
+    (["--budget-hours", -1], {}, "-1")])
 def test_bad_requests_are_refused_in_words(stub, flags, variables, words):
     status, errors = stub.refused(*flags, **variables)
     assert status == 2 and words in errors and stub.notes() == []
 
 
 @pytest.mark.parametrize("command, words", [
-    (["no_such_program", "train.py"], "no such program"), ([sys.executable, "absent.py"], "names no script.py"),
+    (["no_such_program", "train.py"], "no such program"),
+    ([sys.executable, "absent.py"], "names no script.py"),
     ([sys.executable, "other.py"], "cannot be checked"),
     (["torchrun", "--nproc_per_node=4", "train.py"], "wants 4")])
-def test_commands_that_start_nothing_are_refused(stub, tmp_path, monkeypatch, capsys, command, words):
+def test_commands_that_start_nothing_are_refused(stub, tmp_path, monkeypatch, capsys, command,
+                                                 words):
     (tmp_path / "other.py").write_text("print('hello')")
     (tmp_path / "torchrun").write_text("#!/bin/sh\n")
     (tmp_path / "torchrun").chmod(0o755)
@@ -303,7 +339,8 @@ def test_commands_that_start_nothing_are_refused(stub, tmp_path, monkeypatch, ca
 def test_a_budget_begins_no_run_that_would_end_after_it(stub):
     done = stub.sweep("--grid", GRID, "--budget-hours", 0.6 / 3600, SLEEP=0.4)
     assert done.status == 0 and len(stub.notes("end")) == 1, "the first says how long one takes"
-    assert re.search(r"1 of 6 runs are finished; another one, of about \d+ s, would end too late", done.said)
+    assert re.search(r"1 of 6 runs are finished; another one, of about \d+ s, would end too late",
+                     done.said)
     stub.sweep("--grid", GRID, "--budget-hours", 0.3 / 3600, SLEEP=0.4)
     assert len(stub.notes()) == 1, "finished runs of an earlier call say it too"
     stub.sweep("--grid", "MATRIX_LR=0.7,0.8", "--budget-hours", 0.1, MAX_WALLCLOCK_SECONDS=600)
@@ -313,7 +350,8 @@ def test_a_budget_begins_no_run_that_would_end_after_it(stub):
 def test_the_budget_is_reckoned_with_the_mean(monkeypatch):
     monkeypatch.setattr(runs.time, "monotonic", lambda: 1000.0)
     run, clock = SimpleNamespace(settings={"max_wallclock_seconds": 3600.0}), runs.Clock(1)
-    assert clock.allows(run) and not runs.Clock(0.99).allows(run) and runs.Clock(0).allows(run), "0 is no budget"
+    assert clock.allows(run) and not runs.Clock(0.99).allows(run)
+    assert runs.Clock(0).allows(run), "0 is no budget"
     clock.seconds = [100.0, 500.0]
     for now, allowed in ((1000 + 3300, True), (1000 + 3301, False)):
         monkeypatch.setattr(runs.time, "monotonic", lambda now=now: now)
@@ -328,7 +366,8 @@ def test_jobs_run_side_by_side_and_share_the_cores(stub):
     stub.hold.unlink()
     process.communicate(timeout=30)
     assert process.returncode == 0 and len(stub.notes("end")) == 6
-    assert {(gpu, threads) for *_, gpu, threads in stub.notes(None)} == {(None, str(max(1, os.cpu_count() // 3)))}
+    assert {(gpu, threads) for *_, gpu, threads in stub.notes(None)} == {(None,
+                                                                          str(max(1, os.cpu_count() // 3)))}
 
 
 def test_each_gpu_has_one_run_at_a_time(stub):
@@ -348,7 +387,8 @@ def test_a_run_that_outlives_its_sweep_is_waited_for(stub):
     first.communicate()
     second = stub.start("--grid", "MATRIX_LR=0.2,0.3")
     said = second.stderr.readline()
-    assert "out: in use by another sweep or by runs that one left behind" in said and str(stub.notes(None)[0][2]) in said
+    assert "out: in use by another sweep or by runs that one left behind" in said
+    assert str(stub.notes(None)[0][2]) in said
     stub.hold.unlink()
     second.communicate(timeout=30)
     assert second.returncode == 0 and len(stub.notes("end")) == len(stub.notes()) == 2
@@ -356,13 +396,16 @@ def test_a_run_that_outlives_its_sweep_is_waited_for(stub):
 
 def test_tuning_on_the_official_validation_tokens_is_warned_of(stub):
     official = dict(DATA_PATH="data/datasets/fineweb10B_sp1024")
-    assert "may not be tuned" in stub.sweep("--grid", "MATRIX_LR=0.2,0.3", "--budget-hours", 1e-9, **official).errors
-    assert "may not be tuned" not in stub.sweep("--budget-hours", 1e-9, **official).errors, "nothing is chosen"
+    assert "may not be tuned" in stub.sweep("--grid", "MATRIX_LR=0.2,0.3", "--budget-hours", 1e-9,
+                                            **official).errors
+    assert "may not be tuned" not in stub.sweep("--budget-hours", 1e-9,
+                                                **official).errors, "nothing is chosen"
 
 
-# -- studies ---------------------------------------------------------------------------------------------------------
+# -- studies
 
-STUDY = ["--grid", "MATRIX_LR=0.01..1:log TTT_EPOCHS=1..4 VOCAB_SIZE=3,5", "--study", 4, "--seeds", 2]
+STUDY = ["--grid", "MATRIX_LR=0.01..1:log TTT_EPOCHS=1..4 VOCAB_SIZE=3,5", "--study", 4, "--seeds",
+         2]
 
 
 def trials(stub):
@@ -382,15 +425,20 @@ def test_a_study_is_killed_and_goes_on_to_its_number_of_trials(stub):
     for path in stub.out.rglob("logs/*.json"):
         result = json.loads(path.read_text())
         s = result["settings"]
-        scores.setdefault((f"{s['matrix_lr']:.6g}", s["ttt_epochs"], str(s["vocab_size"])), []).append(result["val_bpb"]["ttt"])
+        scores.setdefault((f"{s['matrix_lr']:.6g}", s["ttt_epochs"], str(s["vocab_size"])),
+                          []).append(result["val_bpb"]["ttt"])
     assert done.status == 0 and len(told) == 4 and all(t.state.name == "COMPLETE" for t in told)
-    assert stub.notes()[4] == before[3] and len(stub.notes()) == 9 and len(set(stub.notes())) == 8, "one run was begun again"
+    assert stub.notes()[4] == before[3] and len(stub.notes()) == 9
+    assert len(set(stub.notes())) == 8, "one run was begun again"
     for t in told:
         key = f"{t.params['MATRIX_LR']:.6g}", t.params["TTT_EPOCHS"], t.params["VOCAB_SIZE"]
-        assert 0.01 <= t.params["MATRIX_LR"] <= 1 and len(scores[key]) == 2 and t.value == pytest.approx(np.mean(scores[key]))
+        assert 0.01 <= t.params["MATRIX_LR"] <= 1 and len(scores[key]) == 2
+        assert t.value == pytest.approx(np.mean(scores[key]))
     best = min(told, key=lambda t: t.value)
-    assert f"study: best last bpb {best.value:.4f}, trial {best.number}: MATRIX_LR={best.params['MATRIX_LR']:.6g} " in done.said
-    status, errors = stub.refused("--grid", "MATRIX_LR=0.01..1:log TTT_EPOCHS=1..3 VOCAB_SIZE=3,5", *STUDY[2:])
+    told = f"study: best last bpb {best.value:.4f}, trial {best.number}: MATRIX_LR="
+    assert told + f"{best.params['MATRIX_LR']:.6g} " in done.said
+    status, errors = stub.refused("--grid", "MATRIX_LR=0.01..1:log TTT_EPOCHS=1..3 VOCAB_SIZE=3,5",
+                                  *STUDY[2:])
     assert status == 2 and "--grid TTT_EPOCHS: 1..4 → 1..3" in errors and len(stub.notes()) == 9
 
 
@@ -400,7 +448,8 @@ def test_a_point_chosen_twice_is_run_once(stub):
     time.sleep(0.3)
     stub.hold.unlink()
     process.communicate(timeout=30)
-    assert process.returncode == 0 and len(stub.notes()) == 1 and [t.state.name for t in trials(stub)] == ["COMPLETE"] * 2
+    assert process.returncode == 0 and len(stub.notes()) == 1
+    assert [t.state.name for t in trials(stub)] == ["COMPLETE"] * 2
 
 
 def test_a_trial_with_a_failed_seed_does_not_count_as_a_score(stub):
@@ -412,28 +461,36 @@ def test_a_trial_with_a_failed_seed_does_not_count_as_a_score(stub):
     assert "TTT_EPOCHS=1_SEED=42" not in stub.notes(), "the trial's other seed would be wasted"
 
 
-# -- the training script ---------------------------------------------------------------------------------------------
+# -- the training script
 
 def test_the_training_script_is_swept(corpus, tmp_path):
-    tiny = dict(TINY, DATA_PATH=corpus.folder, TOKENIZER_PATH=corpus.model, ITERATIONS=2, EVAL_STRIDE=0, TTT_ENABLED=0)
-    command = [*SWEEP, "--grid", "MATRIX_LR=0.05", "--out", "out", "--", sys.executable, str(ROOT / "train_gpt.py")]
-    done = subprocess.run(command, env=clean_environ(**tiny), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    tiny = dict(TINY, DATA_PATH=corpus.folder, TOKENIZER_PATH=corpus.model, ITERATIONS=2,
+                EVAL_STRIDE=0, TTT_ENABLED=0)
+    command = [*SWEEP, "--grid", "MATRIX_LR=0.05", "--out", "out", "--", sys.executable,
+               str(ROOT / "train_gpt.py")]
+    done = subprocess.run(command, env=clean_environ(**tiny), cwd=tmp_path, capture_output=True,
+                          text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "out" / "MATRIX_LR=0.05_SEED=1337" / "logs"
-    result, log = json.loads(next(folder.glob("*.json")).read_text()), runs.read_log(next(folder.glob("*.txt")))
+    result = json.loads(next(folder.glob("*.json")).read_text())
+    log = runs.read_log(next(folder.glob("*.txt")))
     assert done.stdout.splitlines()[-1].endswith(f"  {list(result['val_bpb'].values())[-1]:.4f}")
     assert result["settings"]["matrix_lr"] == 0.05
-    assert log.settings["ITERATIONS"] == "2" and log.tokens_per_step == 384 and log.curve[:, 0].tolist() == [1, 2]
+    assert log.settings["ITERATIONS"] == "2" and log.tokens_per_step == 384
+    assert log.curve[:, 0].tolist() == [1, 2]
     assert np.isfinite(log.curve).all()
 
 
-# -- tables ----------------------------------------------------------------------------------------------------------
+# -- tables
 
 def result(bpb, seed=1, **settings):
     """A result as the script writes it."""
-    return dict(settings=dict(seed=seed, run_id=f"r{seed}", out_dir="x", matrix_lr=0.1, **settings), code_sha256="ab" * 32,
-                steps=100, train_seconds=10.0 + seed, eval_seconds=1, code_bytes=1000, model_bytes=999_000,
-                total_bytes=1_000_000 + seed, world_size=1, device="none", val_bpb={"float": bpb + 1, "int6": bpb},
+    return dict(settings=dict(seed=seed, run_id=f"r{seed}", out_dir="x", matrix_lr=0.1, **settings),
+                code_sha256="ab" * 32,
+                steps=100, train_seconds=10.0 + seed, eval_seconds=1, code_bytes=1000,
+                model_bytes=999_000,
+                total_bytes=1_000_000 + seed, world_size=1, device="none",
+                val_bpb={"float": bpb + 1, "int6": bpb},
                 violations=[])
 
 
@@ -442,25 +499,33 @@ def results(tmp_path):
     """A folder with results: three seeds of one setting, one of another."""
     folder = tmp_path / "results"
     folder.mkdir()
-    for i, r in enumerate([result(2.0, 1, qk_gain_init=4.0), result(2.1, 2, qk_gain_init=4.0), result(2.4, 3, qk_gain_init=4.0),
+    for i, r in enumerate([result(2.0, 1, qk_gain_init=4.0), result(2.1, 2, qk_gain_init=4.0),
+                           result(2.4, 3, qk_gain_init=4.0),
                            result(2.05, 1, qk_gain_init=1.5)]):
         (folder / f"{i}.json").write_text(json.dumps(r))
     return folder
 
 
 def test_the_table_joins_seeds(results, tmp_path, capsys):
-    status = runs.main(["table", str(results), "--csv", str(tmp_path / "t.csv"), "--markdown", str(tmp_path / "t.md")])
+    status = runs.main(["table", str(results), "--csv", str(tmp_path / "t.csv"), "--markdown",
+                        str(tmp_path / "t.md")])
     said = capsys.readouterr().out.splitlines()
     assert status == 0 and len(said) == 3
-    assert re.split("  +", said[0])[:3] == ["QK_GAIN_INIT", "seeds", "steps"] and "MATRIX_LR" not in said[0]
+    assert re.split("  +", said[0])[:3] == ["QK_GAIN_INIT", "seeds",
+                                            "steps"] and "MATRIX_LR" not in said[0]
     assert said[1].startswith("1.5 ") and " 2.0500" in said[1], "best first"
-    mean, std = np.mean([2.0, 2.1, 2.4]), np.sqrt(sum((x - 6.5 / 3) ** 2 for x in (2.0, 2.1, 2.4)) / 2)
-    assert said[2].startswith("4.0 ") and all(text in said[2] for text in ("1 2 3", f"{mean:.4f} ± {std:.4f}", "1,000,003"))
+    mean, std = np.mean([2.0, 2.1, 2.4]), np.sqrt(sum((x - 6.5 / 3) ** 2
+                                                      for x in (2.0, 2.1, 2.4)) / 2)
+    assert said[2].startswith("4.0 ")
+    assert all(text in said[2] for text in ("1 2 3", f"{mean:.4f} ± {std:.4f}", "1,000,003"))
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
-    assert float(rows[1]["quantized_bpb"]) == pytest.approx(mean) and float(rows[1]["quantized_bpb_std"]) == pytest.approx(std)
-    assert rows[1]["train_seconds"] == "12.0" and rows[1]["total_bytes"] == "1000003" and rows[0]["quantized_bpb_std"] == ""
+    assert float(rows[1]["quantized_bpb"]) == pytest.approx(mean)
+    assert float(rows[1]["quantized_bpb_std"]) == pytest.approx(std)
+    assert rows[1]["train_seconds"] == "12.0" and rows[1]["total_bytes"] == "1000003"
+    assert rows[0]["quantized_bpb_std"] == ""
     markdown = (tmp_path / "t.md").read_text().splitlines()
-    assert len(markdown) == 4 and all(line.count("|") == markdown[0].count("|") for line in markdown)
+    assert len(markdown) == 4
+    assert all(line.count("|") == markdown[0].count("|") for line in markdown)
     runs.main(["table", str(results), "--sort=-last_bpb"])
     assert capsys.readouterr().out.splitlines()[1].startswith("4.0 ")
 
@@ -481,14 +546,17 @@ def test_damaged_foreign_and_repeated_files_are_named_and_left_out(results, caps
 
 
 def test_runs_of_other_code_are_not_joined(results, capsys):
-    (results / "5.json").write_text(json.dumps({**result(1.9, 9, qk_gain_init=4.0), "code_sha256": "cd" * 32}))
+    (results / "5.json").write_text(json.dumps({**result(1.9, 9, qk_gain_init=4.0),
+                                                "code_sha256": "cd" * 32}))
     runs.main(["table", str(results)])
     said = capsys.readouterr().out
     assert len(said.splitlines()) == 4 and "abababab" in said and "cdcdcdcd" in said
 
 
-@pytest.mark.parametrize("arguments, words", [(["table", "nowhere"], "nowhere: no such"), (["table", "."], "no results"),
-                                              (["plot", ".", "--out", "p"], "no logs and no results")])
+@pytest.mark.parametrize("arguments, words", [(["table", "nowhere"], "nowhere: no such"),
+                                              (["table", "."], "no results"),
+                                              (["plot", ".", "--out", "p"],
+                                               "no logs and no results")])
 def test_nothing_to_show_is_said(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert runs.main(arguments) == 2 and words in capsys.readouterr().err
@@ -500,24 +568,28 @@ def test_an_unknown_column_is_refused_with_the_known_ones(results, capsys):
     assert "--sort bpp" in (said := capsys.readouterr().err) and "quantized_bpb" in said
 
 
-# -- plots -----------------------------------------------------------------------------------------------------------
+# -- plots
 
 LOG = "\n".join([
-    "'step:7/9 train_loss:9.9 train_time:9ms'  # the script's own source", "step:8/9 train_loss:8.8 train_time:8ms", "=" * 100,
+    "'step:7/9 train_loss:9.9 train_time:9ms'  # the script's own source",
+    "step:8/9 train_loss:8.8 train_time:8ms", "=" * 100,
     "setting MATRIX_LR=0.1  (set)", "setting VE_LAYERS=9,10", "tokens_per_step:2000",
     "step:1/9 train_loss:6.5 train_time:100ms step_avg:100.00ms lr_scale:1.0000",
     "step:2/9 train_loss:6.0 train_time:100ms step_avg:50.00ms lr_scale:0.5000",
     "step:4/9 train_loss:5.5 train_time:500ms step_avg:125.00ms",
-    "step:9/9 val_loss:5.0 val_bpb:2.0 train_time:600ms", "step:6/9 train_loss:5.0.0 train_time:700ms", "step:6/9 train_lo"])
+    "step:9/9 val_loss:5.0 val_bpb:2.0 train_time:600ms",
+    "step:6/9 train_loss:5.0.0 train_time:700ms", "step:6/9 train_lo"])
 
 
 def test_a_log_is_read(tmp_path):
     (tmp_path / "a.txt").write_text(LOG)
     log = runs.read_log(tmp_path / "a.txt")
     assert log.settings == {"MATRIX_LR": "0.1", "VE_LAYERS": "9,10"} and log.tokens_per_step == 2000
-    np.testing.assert_array_equal(log.curve, [[1, 6.5, 100, 1], [2, 6.0, 100, 0.5], [4, 5.5, 500, np.nan]])
+    np.testing.assert_array_equal(log.curve, [[1, 6.5, 100, 1], [2, 6.0, 100, 0.5],
+                                              [4, 5.5, 500, np.nan]])
     steps, rates = runs.throughput(log)
-    assert steps.tolist() == [4] and rates.tolist() == [10_000], "two steps of 2,000 tokens in 0.4 s"
+    assert steps.tolist() == [4]
+    assert rates.tolist() == [10_000], "two steps of 2,000 tokens in 0.4 s"
 
 
 def test_damaged_logs_are_named_and_the_rest_is_plotted(tmp_path, results, capsys):
@@ -537,8 +609,10 @@ def test_damaged_logs_are_named_and_the_rest_is_plotted(tmp_path, results, capsy
 def test_labels_tell_settings_apart_and_say_when_more_differs():
     few = [dict(A="1", B="x", C="1"), dict(A="2", B="x", C="2"), dict(A="1", B="x", C="1")]
     assert runs.labels_of(few) == ["A=1 C=1", "A=2 C=2", "A=1 C=1"]
-    presets = [dict(PRESET=p, SAME="0", A=a, B=a, C=a, D=p) for p, a in (("x", "1"), ("y", "1"), ("z", "2"))]
-    assert runs.labels_of(presets) == ["PRESET=x …", "PRESET=y …", "PRESET=z …"], "which says what the others say"
+    presets = [dict(PRESET=p, SAME="0", A=a, B=a, C=a, D=p) for p,
+               a in (("x", "1"), ("y", "1"), ("z", "2"))]
+    assert runs.labels_of(presets) == ["PRESET=x …", "PRESET=y …",
+                                       "PRESET=z …"], "which says what the others say"
     assert runs.labels_of([dict(A="1"), dict(A="1")]) == ["all runs"] * 2
 
 

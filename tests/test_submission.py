@@ -1,4 +1,5 @@
-"""records/submission.py: a sound folder passes, each planted fault is found by its check, packing keeps what ran."""
+"""records/submission.py: a sound folder passes, each planted fault is found by its check, packing
+keeps what ran."""
 
 import json
 import math
@@ -38,15 +39,20 @@ def bpb_of(loss, targets=TARGETS, byte_count=BYTES):
     return loss / math.log(2) * targets / byte_count
 
 
-def log_text(seed, loss, code=SOURCE.encode(), targets=TARGETS, byte_count=BYTES, explicit=("iterations",), **settings):
+def log_text(seed, loss, code=SOURCE.encode(), targets=TARGETS, byte_count=BYTES,
+             explicit=("iterations",), **settings):
     """A log as train_gpt.py writes it, of an imagined run."""
-    values = dict(preset="", run_id=f"r{seed}", seed=seed, out_dir=f"runs/{seed}", iterations=9000, vocab_size=1024,
+    values = dict(preset="", run_id=f"r{seed}", seed=seed, out_dir=f"runs/{seed}", iterations=9000,
+                  vocab_size=1024,
                   matrix_lr=0.025, **settings)
     lines = [f"setting {k.upper()}={v}" + "  (set)" * (k in explicit) for k, v in values.items()]
-    lines += [f"run:r{seed} preset:none device:NVIDIA H100 80GB HBM3 world_size:8 dtype:bfloat16 compile:1 seed:{seed}"]
-    lines += [f"step:{s}/9000 train_loss:{7 - s / 2000:.4f} train_time:{84 * s}ms step_avg:84.00ms" for s in (1, 2, 500, 7000)]
+    lines += [f"run:r{seed} preset:none device:NVIDIA H100 80GB HBM3 world_size:8 dtype:bfloat16 "
+              f"compile:1 seed:{seed}"]
+    lines += [f"step:{s}/9000 train_loss:{7 - s / 2000:.4f} train_time:{84 * s}ms step_avg:84.00ms"
+              for s in (1, 2, 500, 7000)]
     lines += ["step:7100/9000 val_loss:1.9400 val_bpb:1.1400 train_time:599950ms step_avg:84.50ms"]
-    evaluations = ("final_int6_roundtrip", 0.04, 20), ("final_int6_sliding_window", 0.005, 80), ("legal_ttt", 0, 400)
+    evaluations = ("final_int6_roundtrip", 0.04, 20), ("final_int6_sliding_window", 0.005,
+                                                       80), ("legal_ttt", 0, 400)
     for key, shift, seconds in evaluations:
         score = loss + shift
         for suffix, digits in (("", 4), ("_exact", 8)):
@@ -54,7 +60,8 @@ def log_text(seed, loss, code=SOURCE.encode(), targets=TARGETS, byte_count=BYTES
                          + "stride:64 " * ("sliding" in key) + f"eval_time:{1000 * seconds}ms")
     lines += [f"Serialized model int6+lzma: {MODEL_BYTES} bytes", f"Code size: {len(code)} bytes",
               f"Total submission size int6+lzma: {MODEL_BYTES + len(code)} bytes of 16000000",
-              f"code_sha256:{submission.sha256(code)}", "seconds: train 599.9 of 600, pack 20.0, evaluation 510.0",
+              f"code_sha256:{submission.sha256(code)}",
+              "seconds: train 599.9 of 600, pack 20.0, evaluation 510.0",
               f"ledger: targets:{targets} bytes:{byte_count} loss_sum:{loss * targets:.6f} "
               f"sha256:{submission.sha256(str(seed).encode())}"]
     return SOURCE + "\n" + "=" * 100 + "\n" + "\n".join(lines) + "\n"
@@ -63,13 +70,19 @@ def log_text(seed, loss, code=SOURCE.encode(), targets=TARGETS, byte_count=BYTES
 def result_of(seed, loss, code=SOURCE.encode(), **settings):
     """The result file of the same run."""
     kinds = {"float": loss + 0.03, "int6": loss + 0.04, "sliding": loss + 0.005, "ttt": loss}
-    own = dict(preset="", run_id=f"r{seed}", seed=seed, out_dir=f"runs/{seed}", iterations=9000, vocab_size=1024,
+    own = dict(preset="", run_id=f"r{seed}", seed=seed, out_dir=f"runs/{seed}", iterations=9000,
+               vocab_size=1024,
                matrix_lr=0.025)
-    return dict(preset="", settings={**own, **settings}, seed=seed, world_size=8, device="NVIDIA H100 80GB HBM3",
-                versions=dict(torch="2.13.0+cu128", numpy="2.4.6"), code_sha256=submission.sha256(code), code_bytes=len(code),
-                model_bytes=MODEL_BYTES, total_bytes=MODEL_BYTES + len(code), steps=7100, train_seconds=599.95,
-                pack_seconds=20.0, eval_seconds=510.0, scored_targets=TARGETS, scored_bytes=BYTES, val_loss=kinds,
-                val_bpb={k: bpb_of(v) for k, v in kinds.items()}, ledger_sha256="", artifact="final_model.ptz")
+    return dict(preset="", settings={**own, **settings}, seed=seed, world_size=8,
+                device="NVIDIA H100 80GB HBM3",
+                versions=dict(torch="2.13.0+cu128", numpy="2.4.6"),
+                code_sha256=submission.sha256(code), code_bytes=len(code),
+                model_bytes=MODEL_BYTES, total_bytes=MODEL_BYTES + len(code), steps=7100,
+                train_seconds=599.95,
+                pack_seconds=20.0, eval_seconds=510.0, scored_targets=TARGETS, scored_bytes=BYTES,
+                val_loss=kinds,
+                val_bpb={k: bpb_of(v) for k, v in kinds.items()}, ledger_sha256="",
+                artifact="final_model.ptz")
 
 
 @pytest.fixture
@@ -89,17 +102,22 @@ def write_folder(folder, text_of=log_text):
     """A sound record folder, written by hand and not by `pack`."""
     folder.mkdir(parents=True)
     (folder / "train_gpt.py").write_text(SOURCE)
-    (folder / "README.md").write_text("# Imagined\n\n```\nITERATIONS=9000 torchrun --nproc_per_node=8 train_gpt.py\n```\n")
+    (folder / "README.md").write_text(
+        "# Imagined\n\n```\nITERATIONS=9000 torchrun --nproc_per_node=8 train_gpt.py\n```\n")
     for seed, loss in LOSSES.items():
         (folder / f"train_seed{seed}.log").write_text(text_of(seed, loss), encoding="utf-8")
     losses = list(LOSSES.values())
     bpbs = [bpb_of(v) for v in losses]
     std = math.sqrt(sum((b - sum(bpbs) / 3) ** 2 for b in bpbs) / 2)
     total = MODEL_BYTES + len(SOURCE)
-    rows = {str(s): dict(val_loss=v, val_bpb=round(bpb_of(v), 6), bytes_total=total) for s, v in LOSSES.items()}
-    facts = dict(author="Ada", github_id="ada", name="Imagined", date="2026-03-20", track="track_10min_16mb",
-                 blurb="Nothing new.", val_loss=round(sum(losses) / 3, 6), val_bpb=round(sum(bpbs) / 3, 6),
-                 val_bpb_std=round(std, 6), seeds=list(LOSSES), seed_results=rows, bytes_code=len(SOURCE), bytes_total=total,
+    rows = {str(s): dict(val_loss=v, val_bpb=round(bpb_of(v), 6), bytes_total=total) for s,
+            v in LOSSES.items()}
+    facts = dict(author="Ada", github_id="ada", name="Imagined", date="2026-03-20",
+                 track="track_10min_16mb",
+                 blurb="Nothing new.", val_loss=round(sum(losses) / 3, 6),
+                 val_bpb=round(sum(bpbs) / 3, 6),
+                 val_bpb_std=round(std, 6), seeds=list(LOSSES), seed_results=rows,
+                 bytes_code=len(SOURCE), bytes_total=total,
                  compliance=dict(train_seconds_under_600=True, full_validation_set=True))
     (folder / "submission.json").write_text(json.dumps(facts))
     return folder
@@ -112,7 +130,8 @@ def sound(tmp_path):
 
 def found(folder, status, **options):
     """[(what, text)] of a check's findings with this status."""
-    return [(what, text) for s, what, text in submission.check(folder, **options).findings if s == status]
+    return [(what, text) for s, what, text in submission.check(folder, **options).findings
+            if s == status]
 
 
 def change(folder, name, old, new):
@@ -135,13 +154,16 @@ def swap(folder):
 
 def grown(folder, model_bytes):
     for seed in LOSSES:
-        change(folder, f"train_seed{seed}.log", f"^(Serialized .*): {MODEL_BYTES}", rf"\1: {model_bytes}")
-        change(folder, f"train_seed{seed}.log", r"^(Total .*?): \d+", rf"\1: {model_bytes + len(SOURCE)}")
+        change(folder, f"train_seed{seed}.log", f"^(Serialized .*): {MODEL_BYTES}",
+               rf"\1: {model_bytes}")
+        change(folder, f"train_seed{seed}.log", r"^(Total .*?): \d+",
+               rf"\1: {model_bytes + len(SOURCE)}")
 
 
 def counted_otherwise(folder, byte_count, targets=TARGETS):
     for seed, loss in LOSSES.items():
-        (folder / f"train_seed{seed}.log").write_text(log_text(seed, loss, targets=targets, byte_count=byte_count))
+        (folder / f"train_seed{seed}.log").write_text(log_text(seed, loss, targets=targets,
+                                                               byte_count=byte_count))
 
 
 def script(folder, addition):
@@ -157,87 +179,120 @@ def script(folder, addition):
 LOG = "train_seed42.log"
 FAULTS = {  # what is planted: how, and the finding that must name it
     "no README": (lambda f: (f / "README.md").unlink(), FAIL, "files", r"README\.md is missing"),
-    "no script": (lambda f: (f / "train_gpt.py").unlink(), FAIL, "files", r"train_gpt\.py is missing"),
-    "no Python": (lambda f: (f / "train_gpt.py").write_text("def f(:\n"), FAIL, "compiles", "no Python"),
+    "no script": (lambda f: (f / "train_gpt.py").unlink(), FAIL, "files",
+                  r"train_gpt\.py is missing"),
+    "no Python": (lambda f: (f / "train_gpt.py").write_text("def f(:\n"), FAIL, "compiles",
+                  "no Python"),
     "invalid JSON": (lambda f: (f / "submission.json").write_text('{"author": "Ada",}'),
                      FAIL, "submission.json", "line 1 column"),
-    "JSON of another shape": (lambda f: (f / "submission.json").write_text("[1]"), FAIL, "submission.json", "holds list"),
-    "null score": (lambda f: claim(f, val_bpb=None), FAIL, "submission.json", "missing or null: val_bpb"),
+    "JSON of another shape": (lambda f: (f / "submission.json").write_text("[1]"), FAIL,
+                              "submission.json", "holds list"),
+    "null score": (lambda f: claim(f, val_bpb=None), FAIL, "submission.json",
+                   "missing or null: val_bpb"),
     "null of a seed": (lambda f: claim(f, seed_results={"42": {"val_bpb": None}}),
                        WARN, "submission.json", r"seed_results\.42\.val_bpb"),
     "no date": (lambda f: claim(f, date="soon"), FAIL, "submission.json", "'soon'"),
     "unknown track": (lambda f: claim(f, track="track_5min"), FAIL, "track", "track_5min"),
     "oversize model": (lambda f: grown(f, 15_999_999), FAIL, "bytes", "exceeds 16,000,000 by"),
-    "oversize code": (lambda f: script(f, "#" * 1_000_000), FAIL, "bytes", "seed 42: 16,000,.* exceeds"),
+    "oversize code": (lambda f: script(f, "#" * 1_000_000), FAIL, "bytes",
+                      "seed 42: 16,000,.* exceeds"),
     "code changed after the run": (lambda f: (f / "train_gpt.py").write_text(SOURCE + "# more\n"),
                                    FAIL, "same code", "train_seed42"),
-    "… and its bytes": (lambda f: (f / "train_gpt.py").write_text(SOURCE + "# more\n"), FAIL, "bytes", "'Code size'"),
+    "… and its bytes": (lambda f: (f / "train_gpt.py").write_text(SOURCE + "# more\n"), FAIL,
+                        "bytes", "'Code size'"),
     "other code, one seed": (lambda f: change(f, LOG, "^code_sha256:....", "code_sha256:dead"),
                              FAIL, "same code", "42.log ran dead"),
-    "other source, one seed": (lambda f: [change(f, LOG, "^import os$", "import io"), change(f, LOG, "^code_sha256.*", "")],
+    "other source, one seed": (lambda f: [change(f, LOG, "^import os$", "import io"),
+                                          change(f, LOG, "^code_sha256.*", "")],
                                FAIL, "same code", "42.log begins with another source"),
-    "wrong sum": (lambda f: change(f, LOG, r"^(Total .*?): \d+", r"\1: 15000001"), FAIL, "bytes", "logged as 15,000,001"),
+    "wrong sum": (lambda f: change(f, LOG, r"^(Total .*?): \d+", r"\1: 15000001"), FAIL, "bytes",
+                  "logged as 15,000,001"),
     "bytes of a small seed claimed": (lambda f: claim(f, bytes_total=15_000_000),
                                       FAIL, "bytes claimed", "bytes_total is 15000000"),
-    "code bytes wrong": (lambda f: claim(f, bytes_code=1), FAIL, "bytes claimed", "bytes_code is 1,"),
-    "seed without log": (lambda f: (f / LOG).unlink(), FAIL, "seeds named", "seeds has 42, without a log"),
+    "code bytes wrong": (lambda f: claim(f, bytes_code=1), FAIL, "bytes claimed",
+                         "bytes_code is 1,"),
+    "seed without log": (lambda f: (f / LOG).unlink(), FAIL, "seeds named",
+                         "seeds has 42, without a log"),
     "two seeds only": (lambda f: (f / LOG).unlink(), FAIL, "seeds", "2 finished"),
-    "seed kept back": (lambda f: claim(f, seeds=[1337, 42]), FAIL, "seeds named", "seeds lacks 2025"),
+    "seed kept back": (lambda f: claim(f, seeds=[1337, 42]), FAIL, "seeds named",
+                       "seeds lacks 2025"),
     "swapped logs": (swap, FAIL, "logs distinct", r"42\.log is the log of seed 2025"),
-    "one run twice": (lambda f: (f / LOG).write_text((f / "train_seed2025.log").read_text().replace("seed:2025", "seed:42")),
+    "one run twice": (lambda f: (f / LOG).write_text(
+        (f / "train_seed2025.log").read_text().replace("seed:2025", "seed:42")),
                       FAIL, "logs distinct", "same score ledger"),
     "truncated log": (lambda f: (f / LOG).write_text((f / LOG).read_text()[:len(SOURCE) + 400]),
                       FAIL, "logs whole", "42.log has no"),
-    "empty log": (lambda f: (f / "train_seed7.log").write_text("\n"), FAIL, "logs whole", "seed7.log has no"),
-    "NaN score": (lambda f: change(f, LOG, r"(legal_ttt_exact) val_loss:\S+ val_bpb:\S+", r"\1 val_loss:nan val_bpb:nan"),
+    "empty log": (lambda f: (f / "train_seed7.log").write_text("\n"), FAIL, "logs whole",
+                  "seed7.log has no"),
+    "NaN score": (lambda f: change(f, LOG, r"(legal_ttt_exact) val_loss:\S+ val_bpb:\S+",
+                                   r"\1 val_loss:nan val_bpb:nan"),
                   FAIL, "logs whole", "legal_ttt is nan"),
-    "bpb not of the loss": (lambda f: change(f, LOG, r"^(legal_ttt_exact .* val_bpb):\S+", r"\1:1.10000000"),
+    "bpb not of the loss": (lambda f: change(f, LOG, r"^(legal_ttt_exact .* val_bpb):\S+",
+                                             r"\1:1.10000000"),
                             FAIL, "bits per byte", "legal_ttt implies"),
     "loss not of the ledger": (lambda f: change(f, LOG, r"loss_sum:\S+", "loss_sum:117000000.0"),
                                FAIL, "bits per byte", "ledger's sum"),
-    "space counted twice": (lambda f: counted_otherwise(f, 176_300_000), FAIL, "bits per byte", r"\+16\.7 %"),
+    "space counted twice": (lambda f: counted_otherwise(f, 176_300_000), FAIL, "bits per byte",
+                            r"\+16\.7 %"),
     "part of the validation set": (lambda f: counted_otherwise(f, 2_554_000, 2**20),
                                    FAIL, "validation set", "1,048,576 targets"),
     "score no log has": (lambda f: claim(f, val_bpb=1.1), FAIL, "val_bpb", "no mean of the logs"),
-    "score of another evaluation": (lambda f: claim(f, val_bpb=round(bpb_of(sum(LOSSES.values()) / 3 + 0.005), 6)),
+    "score of another evaluation": (lambda f: claim(f, val_bpb=round(bpb_of(sum(LOSSES.values()) / 3
+                                                                            + 0.005), 6)),
                                     WARN, "val_bpb", "mean of final_int6_sliding_window"),
     "loss no log has": (lambda f: claim(f, val_loss=1.88), FAIL, "val_loss", "no mean"),
-    "bpb as loss": (lambda f: claim(f, val_loss=round(bpb_of(sum(LOSSES.values()) / 3), 4)), WARN, "val_loss", "is the bpb"),
-    "score cut to fewer digits": (lambda f: claim(f, val_bpb=1.11), FAIL, "val_bpb", "no mean of the logs"),
-    "spread too small": (lambda f: claim(f, val_bpb_std=0.0001), FAIL, "val_bpb_std", "the logs give"),
+    "bpb as loss": (lambda f: claim(f, val_loss=round(bpb_of(sum(LOSSES.values()) / 3), 4)), WARN,
+                    "val_loss", "is the bpb"),
+    "score cut to fewer digits": (lambda f: claim(f, val_bpb=1.11), FAIL, "val_bpb",
+                                  "no mean of the logs"),
+    "spread too small": (lambda f: claim(f, val_bpb_std=0.0001), FAIL, "val_bpb_std",
+                         "the logs give"),
     "no spread": (lambda f: claim(f, val_bpb_std=None), WARN, "val_bpb_std", "has None"),
     "row of another seed": (lambda f: claim(f, seed_results={"42": {"val_bpb": 1.1}}),
                             FAIL, "seed results", "seed 42: val_bpb 1.1"),
-    "result file of another seed": (lambda f: (f / "result_seed42.json").write_text(json.dumps(result_of(42, 1.8))), FAIL,
-                                    "seed results", r"result_seed42\.json, seed 42: val_loss 1\.8 "),
-    "broken result file": (lambda f: (f / "result_seed42.json").write_text("{"), FAIL, "seed results", "no JSON"),
+    "result file of another seed": (lambda f: (f / "result_seed42.json").write_text(
+        json.dumps(result_of(42, 1.8))), FAIL,
+                                    "seed results",
+                                    r"result_seed42\.json, seed 42: val_loss 1\.8 "),
+    "broken result file": (lambda f: (f / "result_seed42.json").write_text("{"), FAIL,
+                           "seed results", "no JSON"),
     "training too long": (lambda f: change(f, LOG, "train_time:599950ms", "train_time:601000ms"),
                           FAIL, "train seconds", "601.00 s"),
-    "training a moment too long": (lambda f: change(f, LOG, "train_time:599950ms", "train_time:600030ms"),
+    "training a moment too long": (lambda f: change(f, LOG, "train_time:599950ms",
+                                                    "train_time:600030ms"),
                                    WARN, "train seconds", "by less than a step"),
     "evaluation too long": (lambda f: change(f, LOG, r"evaluation 510\.0", "evaluation 601.0"),
                             FAIL, "eval seconds", "601.0 s"),
-    "evaluation shorter than its parts": (lambda f: change(f, LOG, r"evaluation 510\.0", "evaluation 300.0"),
+    "evaluation shorter than its parts": (lambda f: change(f, LOG, r"evaluation 510\.0",
+                                                           "evaluation 300.0"),
                                           FAIL, "eval seconds", "its evaluations alone 500.0 s"),
     "promise not kept": (lambda f: change(f, LOG, "train_time:599950ms", "train_time:601000ms"),
                          FAIL, "compliance", "train_seconds_under"),
-    "setting that nobody reads": (lambda f: change(f, LOG, "^(setting ITERATIONS=.*)", r"\1\nsetting WARMDRON_ITERS=3500"),
+    "setting that nobody reads": (lambda f: change(f, LOG, "^(setting ITERATIONS=.*)",
+                                                   r"\1\nsetting WARMDRON_ITERS=3500"),
                                   FAIL, "settings read", "WARMDRON_ITERS"),
-    "command that nobody reads": (lambda f: change(f, "README.md", "ITERATIONS=9000", "ITERATION=9000"),
+    "command that nobody reads": (lambda f: change(f, "README.md", "ITERATIONS=9000",
+                                                   "ITERATION=9000"),
                                   WARN, "README's commands", "ITERATION:"),
-    "seeds of different settings": (lambda f: change(f, LOG, "MATRIX_LR=0.025", "MATRIX_LR=0.03"), FAIL, "same settings",
+    "seeds of different settings": (lambda f: change(f, LOG, "MATRIX_LR=0.025", "MATRIX_LR=0.03"),
+                                    FAIL, "same settings",
                                     "MATRIX_LR: .*0.03 in train_seed42.log"),
-    "network": (lambda f: script(f, "import urllib.request\n"), WARN, "imports and paths", r"urllib \(network\)"),
-    "address": (lambda f: script(f, "A = 'https://example.org/model'\n"), WARN, "imports and paths", "https://example.org"),
-    "uncounted module": (lambda f: script(f, "import helper\n") or (f / "helper.py").write_text("A = 1\n"),
+    "network": (lambda f: script(f, "import urllib.request\n"), WARN, "imports and paths",
+                r"urllib \(network\)"),
+    "address": (lambda f: script(f, "A = 'https://example.org/model'\n"), WARN, "imports and paths",
+                "https://example.org"),
+    "uncounted module": (lambda f: script(f, "import helper\n")
+                         or (f / "helper.py").write_text("A = 1\n"),
                          WARN, "imports and paths", "6 bytes count as code"),
-    "one GPU": (lambda f: change(f, LOG, "world_size:8", "world_size:1"), FAIL, "hardware", "1×NVIDIA"),
+    "one GPU": (lambda f: change(f, LOG, "world_size:8", "world_size:1"), FAIL, "hardware",
+                "1×NVIDIA"),
 }
 
 
 def test_a_sound_folder_passes(sound):
     sub = submission.check(sound, against=BEATEN)
-    assert {(s, what) for s, what, _ in sub.findings if s != PASS} == {(UNCHECKED, "artifact")}, submission.verdict_lines(sub)
+    assert {(s, what) for s, what, _ in sub.findings
+            if s != PASS} == {(UNCHECKED, "artifact")}, submission.verdict_lines(sub)
     assert submission.main(["check", str(sound), "--against", BEATEN]) == 0
 
 
@@ -245,22 +300,27 @@ def test_a_sound_folder_passes(sound):
 def test_the_planted_fault_is_found(sound, fault, capsys):
     plant, status, what, pattern = FAULTS[fault]
     plant(sound)
-    assert [text for name, text in found(sound, status) if name == what and re.search(pattern, text)], found(sound, status)
-    assert submission.main(["check", str(sound), "--against", BEATEN]) == (1 if found(sound, FAIL) else 0)
+    assert [text for name, text in found(sound, status)
+            if name == what and re.search(pattern, text)], found(sound, status)
+    assert submission.main(["check", str(sound), "--against", BEATEN]) == (1 if found(sound, FAIL)
+                                                                           else 0)
     assert f"{status:<11}  {what}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fault", ["two seeds only", "training too long", "part of the validation set", "one GPU"])
+@pytest.mark.parametrize("fault", ["two seeds only", "training too long",
+                                   "part of the validation set", "one GPU"])
 def test_what_only_a_record_must_keep_to_is_no_failure_elsewhere(sound, fault):
     claim(sound, track="track_non_record_16mb", compliance={})
     FAULTS[fault][0](sound)
     assert FAULTS[fault][2] not in [what for what, _ in found(sound, FAIL)]
 
 
-@pytest.mark.parametrize("key", "author date track val_loss val_bpb val_bpb_std seeds seed_results bytes_total bytes_code "
+@pytest.mark.parametrize("key",
+                         "author date track val_loss val_bpb val_bpb_std seeds seed_results bytes_total bytes_code "
                                 "compliance".split())
 def test_no_value_in_the_json_stops_the_check(sound, key):
-    for value in (None, "x", "", [], [[]], {}, {"42": 1}, {"42": {"val_bpb": "x"}}, True, -1, 1e400, math.nan, 10**400, "é"):
+    for value in (None, "x", "", [], [[]], {}, {"42": 1}, {"42": {"val_bpb": "x"}}, True, -1, 1e400,
+                  math.nan, 10**400, "é"):
         claim(sound, **{key: value})
         submission.check(sound, against=BEATEN)
 
@@ -272,19 +332,25 @@ def test_no_place_to_cut_a_log_stops_the_check_or_passes(sound):
         assert "logs whole" in [what for what, _ in found(sound, FAIL)] or not end
 
 
-# -- what others made ------------------------------------------------------------------------------------------------
+# -- what others made
 
 def ancestors_log(seed, loss, source=SOURCE, byte_count=BYTES):
-    """A log with the ancestors' lines: no hash, no ledger, no settings, sizes of the raw model too."""
+    """A log with the ancestors' lines: no hash, no ledger, no settings, sizes of the raw model
+    too."""
     sliding, rest = f"val_loss:{loss:.8f} val_bpb:{bpb_of(loss, byte_count=byte_count):.8f}", 0.02
     plain = f"val_loss:{loss + rest:.8f} val_bpb:{bpb_of(loss + rest, byte_count=byte_count):.8f}"
-    return "\n".join([source, "=" * 100, "Running Python 3.12", "=" * 100, "vocab_size:1024", f"seed:{seed}",
+    return "\n".join([source, "=" * 100, "Running Python 3.12", "=" * 100, "vocab_size:1024",
+                      f"seed:{seed}",
                       "step:7000/20000 train_loss:1.9000 train_time:591000ms step_avg:84.43ms",
-                      "stopping_early: wallclock_cap train_time:600030ms step:7096/20000", "Serialized model: 106158518 bytes",
-                      f"Code size: {len(SOURCE)} bytes", f"Serialized model int6+lzma: {MODEL_BYTES} bytes",
+                      "stopping_early: wallclock_cap train_time:600030ms step:7096/20000",
+                      "Serialized model: 106158518 bytes",
+                      f"Code size: {len(SOURCE)} bytes",
+                      f"Serialized model int6+lzma: {MODEL_BYTES} bytes",
                       f"Total submission size int6+lzma: {MODEL_BYTES + len(SOURCE)} bytes",
-                      f"final_int6_roundtrip_exact {plain}", f"final_int6_sliding_window {sliding} stride:64 eval_time:73000ms",
-                      f"final_int6_sliding_window_exact {sliding}", f"final_int8_zlib_roundtrip_exact {sliding}", ""])
+                      f"final_int6_roundtrip_exact {plain}",
+                      f"final_int6_sliding_window {sliding} stride:64 eval_time:73000ms",
+                      f"final_int6_sliding_window_exact {sliding}",
+                      f"final_int8_zlib_roundtrip_exact {sliding}", ""])
 
 
 def test_an_ancestors_folder_is_checked_as_far_as_it_says(tmp_path):
@@ -296,8 +362,11 @@ def test_an_ancestors_folder_is_checked_as_far_as_it_says(tmp_path):
     assert {"settings read", "seed results", "hardware", "validation set", "outside of timers"} <= {
         what for what, s in statuses.items() if s == UNCHECKED}
     assert statuses["same code"] == statuses["val_bpb"] == statuses["bits per byte"] == PASS
-    assert {text for _, what, text in sub.findings if what == "eval seconds"} == {"73.0, 73.0, 73.0 of 600"}
-    assert "final_int6_sliding_window," in next(text for _, what, text in sub.findings if what == "val_bpb"), "not its alias"
+    assert {text for _, what, text in sub.findings
+            if what == "eval seconds"} == {"73.0, 73.0, 73.0 of 600"}
+    assert "final_int6_sliding_window," in next(text for _, what,
+                                                text in sub.findings
+                                                if what == "val_bpb"), "not its alias"
     assert statuses["train seconds"] == WARN, "600.03 s is past the end by less than a step"
 
 
@@ -309,15 +378,18 @@ def test_an_ancestors_faults_are_found(tmp_path, what, options):
 
 
 def test_a_log_of_the_console_only_is_read(tmp_path):
-    folder = write_folder(tmp_path / "a", lambda seed, loss: ancestors_log(seed, loss).split("=" * 100)[2])
+    folder = write_folder(tmp_path / "a", lambda seed,
+                          loss: ancestors_log(seed, loss).split("=" * 100)[2])
     texts = dict(found(folder, UNCHECKED))
-    assert all(f"train_seed{seed}.log" in texts["same code"] for seed in LOSSES) and not found(folder, FAIL)
+    assert all(f"train_seed{seed}.log" in texts["same code"]
+               for seed in LOSSES) and not found(folder, FAIL)
 
 
-# -- the record to beat ----------------------------------------------------------------------------------------------
+# -- the record to beat
 
 def p_value(folder, against):
-    return next(float(re.search(r"p = (\S+?) for", text)[1]) for _, what, text in submission.check(folder, against).findings
+    return next(float(re.search(r"p = (\S+?) for", text)[1]) for _, what,
+                text in submission.check(folder, against).findings
                 if what == "improvement")
 
 
@@ -326,22 +398,27 @@ def test_the_p_value_is_welchs_of_the_raw_losses(sound, tmp_path):
     stats = pytest.importorskip("scipy.stats")
     old = [1.8963, 1.8975, 1.8990, 1.8968]
     mean, std = submission.mean_std(old)
-    expected = stats.ttest_ind([v - 0.005 for v in old], list(LOSSES.values()), equal_var=False, alternative="greater").pvalue
+    expected = stats.ttest_ind([v - 0.005 for v in old], list(LOSSES.values()), equal_var=False,
+                               alternative="greater").pvalue
     assert 0.01 < expected < 0.5
     assert p_value(sound, f"{mean},{std},{len(old)}") == pytest.approx(expected, rel=0.01)
-    assert "improvement" in [what for what, _ in found(sound, FAIL, against=f"{mean},{std},{len(old)}")]
+    assert "improvement" in [what for what, _ in found(sound, FAIL,
+                                                       against=f"{mean},{std},{len(old)}")]
 
 
 def test_a_folder_to_beat_and_its_figures_in_nats_or_bpb_are_the_same(sound, tmp_path):
     pytest.importorskip("scipy")
-    older = write_folder(tmp_path / "older", lambda seed, loss: log_text(seed, loss + 0.0065 + (seed == 42) * 0.001))
+    older = write_folder(tmp_path / "older", lambda seed,
+                         loss: log_text(seed, loss + 0.0065 + (seed == 42) * 0.001))
     values = [log.score for log in submission.open_submission(older).scored]
     nats, bpb = (submission.mean_std([getattr(v, a) for v in values]) for a in ("loss", "bpb"))
-    ps = [p_value(sound, a) for a in (str(older), f"{nats[0]},{nats[1]},3", f"{bpb[0]},{bpb[1]},3,bpb")]
+    ps = [p_value(sound, a) for a in (str(older), f"{nats[0]},{nats[1]},3",
+                                      f"{bpb[0]},{bpb[1]},3,bpb")]
     assert ps == pytest.approx([ps[0]] * 3, rel=0.01) and 0.001 < ps[0] < 0.5
 
 
-@pytest.mark.parametrize("against", ["nowhere", "1.9,0.1", "1.9,0.1,1", "1.9,-1,3", "nan,0.1,3", "1.9,0.1,3,furlongs"])
+@pytest.mark.parametrize("against", ["nowhere", "1.9,0.1", "1.9,0.1,1", "1.9,-1,3", "nan,0.1,3",
+                                     "1.9,0.1,3,furlongs"])
 def test_a_senseless_record_to_beat_is_refused(sound, against, capsys):
     assert submission.main(["check", str(sound), "--against", against]) == 2
     assert against in capsys.readouterr().err
@@ -352,7 +429,9 @@ def test_an_artifact_has_the_bytes_of_its_seed(sound, tmp_path):
     for path in (right, wrong):
         with open(path, "wb") as f:
             f.truncate(MODEL_BYTES)
-    assert ("artifact" in [w for w, _ in found(sound, PASS, artifacts=[right])]) and not found(sound, FAIL, artifacts=[right])
+    assert ("artifact" in [w for w, _ in found(sound, PASS,
+                                               artifacts=[right])]) and not found(sound, FAIL,
+                                                                                  artifacts=[right])
     assert [w for w, _ in found(sound, FAIL, artifacts=[wrong])] == ["artifact"]
     with open(right, "ab") as f:
         f.write(b"x")
@@ -376,16 +455,18 @@ def test_the_audits_exit_status_is_the_finding(sound, tmp_path, monkeypatch, cod
     assert ("is not there" if code is None else "train_gpt.py") in text
 
 
-# -- pack --------------------------------------------------------------------------------------------------------------
+# -- pack
 
-ARGUMENTS = ["--name", "Imagined, again", "--author", "Ada", "--github-id", "ada", "--track", "track_10min_16mb"]
+ARGUMENTS = ["--name", "Imagined, again", "--author", "Ada", "--github-id", "ada", "--track",
+             "track_10min_16mb"]
 
 
 @pytest.fixture
 def pack(tmp_path):
     pytest.importorskip("matplotlib")
     def run(*places, out="packed", more=()):
-        return submission.main(["pack", *map(str, places), *ARGUMENTS, "--out", str(tmp_path / out), *more])
+        return submission.main(["pack", *map(str, places), *ARGUMENTS, "--out", str(tmp_path / out),
+                                *more])
     return run
 
 
@@ -393,14 +474,17 @@ def test_what_pack_makes_passes_its_check(runs, pack, tmp_path, capsys):
     place = runs()
     assert pack(place) == 0, capsys.readouterr()
     folder = tmp_path / "packed"
-    assert (folder / "train_gpt.py").read_bytes() == SOURCE.encode(), "rebuilt from the log: no script lies beside the runs"
+    assert (folder / "train_gpt.py").read_bytes() == SOURCE.encode(), "from the log: no script lies there"
     for seed in LOSSES:
-        assert (folder / f"train_seed{seed}.log").read_bytes() == (place / str(seed) / "logs" / "run.txt").read_bytes()
-        assert (folder / f"result_seed{seed}.json").read_bytes() == (place / str(seed) / "logs" / "run.json").read_bytes()
+        logs = place / str(seed) / "logs"
+        for kept, made in ((f"train_seed{seed}.log", "run.txt"), (f"result_seed{seed}.json", "run.json")):
+            assert (folder / kept).read_bytes() == (logs / made).read_bytes()
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     facts = json.loads((folder / "submission.json").read_text())
-    assert facts["val_loss"] == pytest.approx(sum(LOSSES.values()) / 3) and sorted(facts["seeds"]) == sorted(LOSSES)
-    assert facts["hardware"] == "8×NVIDIA H100 80GB HBM3" and facts["bytes_total"] == MODEL_BYTES + len(SOURCE)
+    assert facts["val_loss"] == pytest.approx(sum(LOSSES.values()) / 3)
+    assert sorted(facts["seeds"]) == sorted(LOSSES)
+    assert facts["hardware"] == "8×NVIDIA H100 80GB HBM3"
+    assert facts["bytes_total"] == MODEL_BYTES + len(SOURCE)
     sub = submission.check(folder, against=BEATEN)
     assert {s for s, *_ in sub.findings} == {PASS, UNCHECKED}, submission.verdict_lines(sub)
     readme = (folder / "README.md").read_text()
@@ -414,7 +498,8 @@ def test_a_packed_script_is_counted_packed_and_read_unpacked(runs, pack, tmp_pat
     code = artifact.pack_code(SOURCE.encode())
     assert pack(runs(code=code)) == 0
     assert (tmp_path / "packed" / "train_gpt.py").read_bytes() == code
-    findings = {what: text for status, what, text in submission.check(tmp_path / "packed").findings if status == PASS}
+    findings = {what: text for status, what, text in submission.check(tmp_path / "packed").findings
+                if status == PASS}
     assert f"{len(code):,} bytes, unpacks to {len(SOURCE):,}" in findings["compiles"]
     assert {"same code", "settings read", "bytes"} <= set(findings)
 
@@ -438,13 +523,20 @@ def of_other_code(place):
 REFUSALS = {
     "other settings": (of_other_settings, r"GPTQ: .*1 in \S*42"),
     "other code": (of_other_code, "different code: .*42"),
-    "one seed twice": (lambda p: shutil.copytree(p / "42", p / "43"), "2 results of seed 42: .*43.*name the files"),
-    "a scoring run": (lambda p: edited_result(p, settings=dict(eval_only="a.ptz")), "EVAL_ONLY trained nothing"),
-    "the log of another run": (lambda p: edited_result(p, val_bpb={"ttt": 1.0}), r"not the result of run\.txt: val_bpb 1\.0"),
-    "no log": (lambda p: (p / "42" / "logs" / "run.txt").unlink(), r"its log run\.txt is not beside it"),
-    "half a result": (lambda p: (p / "42" / "logs" / "run.json").write_text('{"seed": 42'), r"run\.json: no JSON"),
-    "another JSON": (lambda p: (p / "42" / "logs" / "run.json").write_text('{"seed": 42}'), "it has no settings, code_sha256"),
-    "a lost script": (lambda p: [change(p, f, "^import torch$", "") for f in p.glob("*/logs/*.txt")],
+    "one seed twice": (lambda p: shutil.copytree(p / "42", p / "43"),
+                       "2 results of seed 42: .*43.*name the files"),
+    "a scoring run": (lambda p: edited_result(p, settings=dict(eval_only="a.ptz")),
+                      "EVAL_ONLY trained nothing"),
+    "the log of another run": (lambda p: edited_result(p, val_bpb={"ttt": 1.0}),
+                               r"not the result of run\.txt: val_bpb 1\.0"),
+    "no log": (lambda p: (p / "42" / "logs" / "run.txt").unlink(),
+               r"its log run\.txt is not beside it"),
+    "half a result": (lambda p: (p / "42" / "logs" / "run.json").write_text('{"seed": 42'),
+                      r"run\.json: no JSON"),
+    "another JSON": (lambda p: (p / "42" / "logs" / "run.json").write_text('{"seed": 42}'),
+                     "it has no settings, code_sha256"),
+    "a lost script": (lambda p: [change(p, f, "^import torch$", "")
+                                 for f in p.glob("*/logs/*.txt")],
                       "no script has the sha256.*--script"),
     "no runs": (shutil.rmtree, "no result there"),
     "a folder in the way": (lambda p: (p.parent / "packed").mkdir(), "is there already"),
@@ -474,33 +566,39 @@ def test_a_real_run_packs_checks_and_starts(run_once, tmp_path_factory, pack, tm
     out = tmp_path_factory.mktemp("real")
     done = run_once(OUT_DIR=out, SEED=42, ITERATIONS=2, EVAL_STRIDE=32, TTT_EPOCHS=1)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert submission.main(["pack", str(out), "--name", "Tiny", "--author", "Ada", "--out", str(tmp_path / "packed"),
+    assert submission.main(["pack", str(out), "--name", "Tiny", "--author", "Ada", "--out",
+                            str(tmp_path / "packed"),
                             "--with-artifact"]) == 0, capsys.readouterr()
     sub = submission.check(tmp_path / "packed", run=True)
     statuses = {what: status for status, what, _ in sub.findings}
     warned = {what for what, s in statuses.items() if s == WARN}
     assert warned <= {"seeds", "validation set", "bits per byte", "imports and paths"}
-    assert {"same code", "bytes", "eval seconds", "val_bpb", "seed results", "settings read", "artifact", "dry run"} <= {
+    assert {"same code", "bytes", "eval seconds", "val_bpb", "seed results", "settings read",
+            "artifact", "dry run"} <= {
         what for what, s in statuses.items() if s == PASS}, submission.verdict_lines(sub)
     assert sub.logs[0].source == sub.source
 
 
-# -- index -------------------------------------------------------------------------------------------------------------
+# -- index
 
 def test_index_lists_the_folders_and_keeps_the_text(tmp_path, capsys):
     write_folder(tmp_path / "track_10min_16mb" / "2026-03-20_a")
     broken = write_folder(tmp_path / "track_non_record_16mb" / "b")
     (broken / "submission.json").write_text("{")
-    claim(write_folder(tmp_path / "track_non_record_16mb" / "c"), val_bpb=1.85169, val_bpb_std=None, bytes_total=None,
+    claim(write_folder(tmp_path / "track_non_record_16mb" / "c"), val_bpb=1.85169, val_bpb_std=None,
+          bytes_total=None,
           compliance=dict(full_validation_set=False, validation_targets=507648))
     readme = tmp_path / "README.md"
     readme.write_text("# Ours\n\nAbove.\n\n| folder |\n|---|\n| gone |\n\nBelow.\n")
     assert submission.index(tmp_path) == 1 and "left out: " in capsys.readouterr().out
     text = readme.read_text()
-    assert text.startswith("# Ours\n\nAbove.\n\n| folder | track | val_bpb | bytes | what |\n|---|---|---|---|---|\n| [")
+    assert text.startswith("# Ours\n\nAbove.\n\n| folder | track | val_bpb | bytes | what |\n"
+                           "|---|---|---|---|---|\n| [")
     assert text.endswith("|\n\nBelow.\n") and "gone" not in text
-    assert "| [2026-03-20_a](track_10min_16mb/2026-03-20_a) | record, 16 MB | 1.1195 ± 0.0004 (3 seeds) | 15,000," in text
-    assert "| [c](track_non_record_16mb/c) | non-record, 16 MB | 1.8517 (507,648 targets) | ? | Imagined |" in text
+    assert ("| [2026-03-20_a](track_10min_16mb/2026-03-20_a) | record, 16 MB | "
+            "1.1195 ± 0.0004 (3 seeds) | 15,000,") in text
+    assert ("| [c](track_non_record_16mb/c) | non-record, 16 MB | 1.8517 (507,648 targets) | ? | "
+            "Imagined |") in text
     submission.index(tmp_path)
     assert readme.read_text() == text, "a second time changes nothing"
 

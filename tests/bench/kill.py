@@ -1,11 +1,13 @@
-"""Kill a run at random moments and at the worst ones, resume it until it ends, and compare with a run that nobody disturbed.
+"""Kill a run at random moments and at the worst ones, resume it until it ends, and compare with a
+run that nobody disturbed.
 
-    python tests/bench/kill.py                          one process: ten random moments, eleven chosen ones, a chain of ten
+    python tests/bench/kill.py                          ten random moments, eleven chosen, a chain
     python tests/bench/kill.py --ranks 2 --kills 3      two gloo ranks under torchrun, fewer moments
 
-Every death is SIGKILL: nothing is flushed, nothing is tidied up. After each one every checkpoint, artifact, note and result
-on disk must read whole (*.part are what a kill leaves; the next run removes them). At the end losses, scores of every target
-and the artifact's bytes must be those of the undisturbed run. Needs the demo's data: python data/build_dataset.py --demo.
+Every death is SIGKILL: nothing is flushed, nothing is tidied up. After each one every checkpoint,
+artifact, note and result on disk must read whole (*.part are what a kill leaves; the next run
+replaces them). At the end losses, scores of every target and the artifact's bytes must be those of
+the undisturbed run. Needs the demo's data: python data/build_dataset.py --demo.
 Exit status 1 where anything differs.
 """
 import argparse
@@ -23,15 +25,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-RUN = dict(PRESET="demo", DEVICE="cpu", RUN_ID="run", MODEL_DIM=64, TRAIN_SEQ_LEN=128, TRAIN_BATCH_TOKENS=1024,
+RUN = dict(PRESET="demo", DEVICE="cpu", RUN_ID="run", MODEL_DIM=64, TRAIN_SEQ_LEN=128,
+           TRAIN_BATCH_TOKENS=1024,
            BIGRAM_VOCAB_SIZE=512,
-           TRIGRAM_VOCAB_SIZE=512, BIGRAM_DIM=32, VE_DIM=32, ITERATIONS=60, WARMDOWN_ITERS=30, WARMUP_STEPS=1,
-           MAX_WALLCLOCK_SECONDS=0, CHECKPOINT_EVERY_SECONDS=0.1, SWA_ENABLED=1, SWA_EVERY=5, GPTQ=1, GPTQ_BATCHES=2,
+           TRIGRAM_VOCAB_SIZE=512, BIGRAM_DIM=32, VE_DIM=32, ITERATIONS=60, WARMDOWN_ITERS=30,
+           WARMUP_STEPS=1,
+           MAX_WALLCLOCK_SECONDS=0, CHECKPOINT_EVERY_SECONDS=0.1, SWA_ENABLED=1, SWA_EVERY=5,
+           GPTQ=1, GPTQ_BATCHES=2,
            VAL_LIMIT_TOKENS=8192, TTT_CHUNK_TOKENS=2048, RESUME="auto", OMP_NUM_THREADS=1)
-# (which file, how many of them before it, where in write_whole): moments too short to be hit by chance.
-MOMENTS = [("step_", 0, "written"), ("step_", 2, "synced"), ("step_", 2, "replaced"), ("step_", 5, "written"),
+# (which file, how many of them before it, where in write_whole): moments too short to be hit by
+# chance.
+MOMENTS = [("step_", 0, "written"), ("step_", 2, "synced"), ("step_", 2, "replaced"),
+           ("step_", 5, "written"),
            ("final_model", 0, "written"),
-           ("final_model", 0, "synced"), ("final_model", 0, "replaced"), ("exported", 0, "synced"), ("exported", 0, "replaced"),
+           ("final_model", 0, "synced"), ("final_model", 0, "replaced"), ("exported", 0, "synced"),
+           ("exported", 0, "replaced"),
            ("run.json", 0, "synced"), ("run.json", 0, "replaced")]
 
 
@@ -49,7 +57,8 @@ def child(moment):
 
     def synced(number):
         path = os.readlink(f"/proc/self/fd/{number}")
-        if Path(path).name.lstrip(".").startswith(name) and where == "written" and len(seen) >= int(before):
+        named = Path(path).name.lstrip(".").startswith(name)
+        if named and where == "written" and len(seen) >= int(before):
             os.ftruncate(number, os.fstat(number).st_size // 2)  # as a write that got half way
         die("written", path)
         fsync(number)
@@ -70,14 +79,16 @@ def start(folder, ranks, moment=""):
               f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
     what = [__file__, "--child", moment] if moment else [str(ROOT / "train_gpt.py")]
     folder.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen([*launch, *map(str, what)], env=environ, cwd=ROOT, start_new_session=True,
+    return subprocess.Popen([*launch, *map(str, what)], env=environ, cwd=ROOT,
+                            start_new_session=True,
                             stdout=subprocess.DEVNULL,
                             stderr=open(folder / "stderr.txt", "w"))
 
 
 def workers(process):
     """torchrun's ranks, or the process itself."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True,
+                            text=True).stdout.split()
     return [int(pid) for pid in listed] or [process.pid]
 
 
@@ -85,7 +96,8 @@ def broken(folder):
     """What on disk does not read whole."""
     import train_gpt
     bad = []
-    for path in [*folder.glob("checkpoints/*"), *folder.glob("*.ptz"), *folder.glob("logs/*.json"), *folder.glob("*.npy")]:
+    for path in [*folder.glob("checkpoints/*"), *folder.glob("*.ptz"), *folder.glob("logs/*.json"),
+                 *folder.glob("*.npy")]:
         content = path.read_bytes()
         try:
             if path.suffix == ".part":
@@ -104,11 +116,14 @@ def broken(folder):
 
 
 def outcome(folder):
-    """All that must not depend on interruptions. A run that resumes after its packing has no float score of its own."""
+    """All that must not depend on interruptions. A run that resumes after its packing has no float
+    score of its own."""
     result = json.loads((folder / "logs" / "run.json").read_text())
     return dict(artifact=hashlib.sha256((folder / "final_model.ptz").read_bytes()).hexdigest()[:16],
-                scores=hashlib.sha256((folder / "scores.npy").read_bytes()).hexdigest()[:16], steps=result["steps"],
-                **{f"loss of {kind}": loss for kind, loss in result["val_loss"].items() if kind != "float"})
+                scores=hashlib.sha256((folder / "scores.npy").read_bytes()).hexdigest()[:16],
+                steps=result["steps"],
+                **{f"loss of {kind}": loss for kind,
+                   loss in result["val_loss"].items() if kind != "float"})
 
 
 def phase(folder):
@@ -123,22 +138,26 @@ def phase(folder):
 def finish(folder, ranks):
     process = start(folder, ranks)
     if process.wait(600):
-        return f"resumed run ended with {process.returncode}: {(folder / 'stderr.txt').read_text()[-500:]}"
+        error = (folder / "stderr.txt").read_text()[-500:]
+        return f"resumed run ended with {process.returncode}: {error}"
     return ""
 
 
 def report(label, folder, expected, trouble):
     """A line of the log; False where something differs."""
     got = {} if trouble else outcome(folder)
-    trouble = trouble or "; ".join(f"{k} {got[k]}, not {v}" for k, v in expected.items() if got[k] != v)
+    trouble = trouble or "; ".join(f"{k} {got[k]}, not {v}" for k,
+                                   v in expected.items() if got[k] != v)
     parts = len(list(folder.rglob("*.part")))
     verdict = "DIFFERS" if trouble else "equal  "
-    print(f"{verdict} {label}; left over: {parts} .part{'; ' if trouble else ''}{trouble}", flush=True)
+    print(f"{verdict} {label}; left over: {parts} .part{'; ' if trouble else ''}{trouble}",
+          flush=True)
     return not trouble
 
 
 def struck(folder, ranks, seconds=None, moment=""):
-    """Start the run and have it killed: after `seconds` (a random rank), or at a moment of rank 0. Says what was found."""
+    """Start the run and have it killed: after `seconds` (a random rank), or at a moment of rank 0.
+    Says what was found."""
     process, began = start(folder, ranks, moment), time.monotonic()
     if seconds is not None:
         try:
@@ -146,13 +165,16 @@ def struck(folder, ranks, seconds=None, moment=""):
         except subprocess.TimeoutExpired:
             os.kill(random.choice(workers(process)), signal.SIGKILL)
     status, state, bad = process.wait(600), phase(folder), broken(folder)
-    return f"{time.monotonic() - began:5.1f} s, status {status}, {state}", "; ".join(f"broken {b}" for b in bad)
+    return f"{time.monotonic() - began:5.1f} s, status {status}, {state}", "; ".join(f"broken {b}"
+                                                                                     for b in bad)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--kills", type=int, default=10, help="random moments, and links of the chain")
+    parser.add_argument("--kills", type=int, default=10,
+                        help="random moments, and links of the chain")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -168,19 +190,24 @@ def main():
             print(trouble)
             return 1
         expected = outcome(root / "whole")
-        print(f"undisturbed, {ranks} rank{'s' * (ranks > 1)}: {seconds:.1f} s, {expected}", flush=True)
-        for i in range(arguments.kills):  # spread over what follows the imports, a random moment in each part
+        print(f"undisturbed, {ranks} rank{'s' * (ranks > 1)}: {seconds:.1f} s, {expected}",
+              flush=True)
+        # spread over what follows the imports, a random moment in each part
+        for i in range(arguments.kills):
             at = seconds * (0.3 + 0.7 * (i + random.random()) / arguments.kills)
             said, trouble = struck(root / f"random {i}", ranks, at)
             good &= report(f"killed after {said}", root / f"random {i}", expected,
                            trouble or finish(root / f"random {i}", ranks))
-        for i, (name, before, where) in enumerate(MOMENTS[:: 3 if ranks > 1 else 1]):  # torchrun takes its time
+        # torchrun takes its time
+        for i, (name, before, where) in enumerate(MOMENTS[:: 3 if ranks > 1 else 1]):
             said, trouble = struck(root / f"moment {i}", ranks, moment=f"{name}:{before}:{where}")
-            good &= report(f"killed at {name} number {before + 1}, {where}: {said}", root / f"moment {i}", expected,
+            good &= report(f"killed at {name} number {before + 1}, {where}: {said}",
+                           root / f"moment {i}", expected,
                            trouble or finish(root / f"moment {i}", ranks))
         for i in range(arguments.kills):  # one run, killed again and again
             said, trouble = struck(root / "chain", ranks, seconds * random.uniform(0.35, 0.6))
-            print(f"        chain, kill {i + 1}: {said}{'; ' + trouble if trouble else ''}", flush=True)
+            print(f"        chain, kill {i + 1}: {said}{'; ' + trouble if trouble else ''}",
+                  flush=True)
             good &= not trouble
         good &= report("chain, ended", root / "chain", expected, finish(root / "chain", ranks))
     print("all equal, nothing broken" if good else "SOMETHING DIFFERS")
