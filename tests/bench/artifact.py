@@ -101,7 +101,7 @@ def main():
     s, rt, model, weights, tokens, byte_table, calibration, seconds = load(arguments)
     say(f"{sum(w.numel() for w in weights.values())} weights; calibration on {arguments.calibration_rows} rows of {s.train_seq_len}: "
         f"{seconds:.0f} s; torch {torch.__version__}, {torch.get_num_threads()} threads")
-    matrices = [w for name, w in weights.items() if T.kind_of(name) in ("attn", "mlp")]
+    matrices = [w for name, w in weights.items() if T.kind_of(name).kind in ("attn", "mlp")]
     deviations = torch.cat([w.std(1) for w in matrices])
     say(f"row deviation, quantiles 0 5 25 50 75 95 100 %: {quantiles(deviations.numpy())}")
     say(f"row maximum ÷ deviation: {quantiles((torch.cat([w.abs().amax(1) for w in matrices]) / deviations).numpy())}")

@@ -23,9 +23,9 @@ import train_gpt as T  # noqa: E402
 
 def back_ends(rt):
     """{name: function} of what can be asked for here; None where it is not installed."""
-    found, torch_kernels = {"sdpa": T.sdpa}, {name: T.torch_attention(kernel) for name, kernel in T.TORCH_KERNELS.items()}
+    found, torch_kernels = {"sdpa": T.sdpa}, {name: T.torch_attention(kernel, strict=True) for name, kernel in T.TORCH_KERNELS.items()}
     if rt.device.type == "cuda":
-        return {**{name: T.flash_backend(*package) for name, package in T.FLASH_PACKAGES.items()}, **torch_kernels,
+        return {**{name: T.flash_attention(name) for name in T.FLASH_PACKAGES}, **torch_kernels,
                 "flex": T.flex, **found}
     return {**found, "flash": torch_kernels["flash"], "math": T.torch_attention(SDPBackend.MATH)}
 
@@ -54,6 +54,11 @@ def measured(attend, qkv, window, rt, repeats):
     return forward, milliseconds(rt, lambda: torch.autograd.grad(y, qkv, grad, retain_graph=True), repeats)
 
 
+def masked(name, length, window, rt):
+    """What this back end takes for a window: FlexAttention a mask, the others the number of keys."""
+    return T.band_mask(length, window, rt.device) if name == "flex" and window else window
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu = torch.cuda.is_available()
@@ -78,8 +83,11 @@ def main():
             print(f"{name:8}  not installed")
             continue
         try:
-            right = T.right_result(attend, s, rt, args.window)
-            forward, backward = measured(attend, qkv, args.window, rt, args.repeats)
+            small = T.random_inputs(rt, *[(1, 256, heads, s.head_dim) for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)])
+            window = min(args.window, 128)
+            right = not T.failure(functools.partial(attend, window=masked(name, 256, window, rt)),
+                                  functools.partial(T.sdpa, window=window), small, rt)
+            forward, backward = measured(attend, qkv, masked(name, args.tokens, args.window, rt), rt, args.repeats)
         except Exception as problem:  # a back end that does not run here is a line of the table
             print(f"{name:8}  does not run here: {type(problem).__name__}: {str(problem).splitlines()[0][:90]}")
             continue

@@ -34,7 +34,6 @@ VARIANTS = {  # what differs from SGD 0.002, momentum 0.9, three epochs over all
     "AdamW 1e-3, 1 epoch": dict(ttt_optimizer="adamw", ttt_lr=1e-3, ttt_epochs=1),
     "SGD 0.01, scalars": dict(ttt_lr=0.01, ttt_params="scalars"),
     "AdamW 1e-3, scalars": dict(ttt_optimizer="adamw", ttt_lr=1e-3, ttt_params="scalars"),
-    "AdamW 1e-3, LoRA 8": dict(ttt_optimizer="adamw", ttt_lr=1e-3, ttt_params="lora"),
     "Muon 1e-3, 1 epoch": dict(ttt_optimizer="muon", ttt_lr=1e-3, ttt_epochs=1),
     "AdamW 5e-4, 3 epochs, decay 20": dict(ttt_optimizer="adamw", ttt_lr=5e-4, ttt_decay=20.0),
     "AdamW 5e-4, 3 epochs, tables ×4": dict(ttt_optimizer="adamw", ttt_lr=5e-4, ttt_embed_lr_mult=4.0),

@@ -1,51 +1,49 @@
 #!/usr/bin/env bash
-# All that needs one Hopper GPU, in under eight minutes, into one log:  tests/bench/hopper.sh [log]
+# All that the first Hopper GPU is asked, in under eight minutes:  tests/bench/hopper.sh [folder for the logs]
 #
-# Attention back ends, with and without a window; the budget of a step, beside the version in OLD; which kernels won; 200 steps
-# of training of both versions with one seed, and of the old one with another; start-up with an empty and a full compile cache;
-# peak memory. Without a GPU it rehearses the same with a small model. PYTHON is the interpreter, OLD another train_gpt.py.
+# Every part runs in a process group of its own, which is killed as a whole when its time is over, and prints as it goes; its
+# output and the logs of its runs stay in the folder, and a summary ends the script whatever happened. Without a GPU the same
+# parts run small. PYTHON is the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-LOG=$(realpath -m "${1:-hopper.log}") PYTHON=${PYTHON:-python} WORK=$(mktemp -d)
-OLD=${OLD:-$(ls -d records/track_*/*/train_gpt.py | head -1)}
-trap 'rm -rf "$WORK"' EXIT
-exec > >(tee "$LOG") 2>&1
-export TORCHINDUCTOR_CACHE_DIR=$WORK/compiled PYTHONUNBUFFERED=1
+OUT=$(realpath -m "${1:-hopper_logs}") PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-470}
+mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$OUT/compiled
+SUMMARY=()
 SECONDS=0
 
-part() {  # part <most seconds> <what> <command...>: a part that fails or takes too long does not stop the others
-    local most=$1 what=$2
+part() {  # part <most seconds> <name> NAME=value... <command...>
+    local most=$1 name=$2 left=$((LIMIT - SECONDS)) status
     shift 2
-    local left=$((470 - SECONDS))
-    if ((left < 15)); then echo "== $what: left out, no time"; return; fi
-    echo "== $what (at $SECONDS s)"
-    timeout $((most < left ? most : left)) "$@" || echo "== $what: FAILED with status $?"
+    if ((left < 10)); then SUMMARY+=("$name: left out, no time"); return; fi
+    echo "== $name, at $SECONDS s"
+    timeout --signal=KILL $((most < left ? most : left)) env "$@" 2>&1 | tee "$OUT/$name.txt"
+    status=${PIPESTATUS[0]}
+    SUMMARY+=("$name: $([ "$status" = 0 ] && echo done || echo "ended with status $status") at $SECONDS s")
 }
 
-SHAPE=() STEPS=200
-if command -v nvidia-smi >/dev/null && nvidia-smi; then
-    GPU=(TRAIN_BATCH_TOKENS=98304 TRAIN_LOG_EVERY=10)
+summary() { printf '== summary\n'; printf '%s\n' "${SUMMARY[@]}"; echo "logs: $OUT"; }
+trap summary EXIT
+
+[ -d data/datasets/demo ] || $PYTHON data/build_dataset.py --demo | tail -1
+DATA=(DATA_PATH=./data/datasets/demo TOKENIZER_PATH=./data/tokenizers/demo_1024_bpe.model MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0)
+if command -v nvidia-smi >/dev/null && nvidia-smi -L; then
+    SMALL=(NUM_LAYERS=3 VE_LAYERS=1,2 XSA_LAST_N=3 TRAIN_BATCH_TOKENS=98304) FULL=(TRAIN_BATCH_TOKENS=98304) SHAPE=(COMPILE=1)
+    STEPS=200 TARGETS=1000000
 else
-    STEPS=20 GPU=(PRESET=demo TRAIN_LOG_EVERY=2 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}) SHAPE=(PRESET=demo)
+    SMALL=(PRESET=demo) FULL=(PRESET=demo) SHAPE=(PRESET=demo) STEPS=6 TARGETS=16384
 fi
-train() {  # train <script> <name> <seed>
-    env "${GPU[@]}" DATA_PATH=./data/datasets/demo TOKENIZER_PATH=./data/tokenizers/demo_1024_bpe.model RUN_ID="$2" SEED="$3" \
-        OUT_DIR="$WORK/$2" ITERATIONS=$STEPS MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0 VAL_LIMIT_TOKENS=16384 EVAL_STRIDE=0 \
-        TTT_ENABLED=0 GPTQ=0 WARMUP_STEPS=2 LATE_QAT_THRESHOLD=0 $PYTHON "$1" |
-        grep -E "^(tried|left out|attention|compile|startup|peak|final)|step:$STEPS/"
+run() {  # run <most seconds> <name> NAME=value...: train_gpt.py with its files in the folder
+    local most=$1 name=$2
+    shift 2
+    part "$most" "$name" "${DATA[@]}" RUN_ID="$name" OUT_DIR="$OUT/$name" "$@" "$PYTHON" train_gpt.py
 }
-export -f train
-export PYTHON STEPS WORK
 
-$PYTHON -c "import torch; print('torch', torch.__version__, 'cuda', torch.version.cuda, 'cudnn', torch.backends.cudnn.version())"
-part 60 "attention" env "${SHAPE[@]}" $PYTHON tests/bench/attention.py
-part 60 "attention, banded" env "${SHAPE[@]}" $PYTHON tests/bench/attention.py --rows 8 --window 256 --tokens 768
-part 230 "budget of a step, beside $OLD" env "${SHAPE[@]}" $PYTHON tests/bench/step.py --against "$OLD"
-[ -d data/datasets/demo ] || part 40 "demo corpus" $PYTHON data/build_dataset.py --demo
-for run in "old $OLD 1337" "seed $OLD 42" "new train_gpt.py 1337"; do
-    read -r name script seed <<<"$run"
-    part 80 "$STEPS steps: $name, seed $seed" bash -c "$(declare -p GPU); train $script $name $seed"
-done
-part 20 "losses" $PYTHON tests/bench/losses.py "$WORK"/{old,seed,new}/logs/*.txt
-part 60 "start with a full compile cache" bash -c "$(declare -p GPU); STEPS=2 train train_gpt.py warm 1337"
-echo "== done in $SECONDS s: $LOG"
+run 90 everything_small "${SMALL[@]}" ITERATIONS=6 WARMUP_STEPS=2 GPTQ_BATCHES=1 VAL_LIMIT_TOKENS=65536 TTT_EPOCHS=1
+part 40 attention "${SHAPE[@]}" "$PYTHON" tests/bench/attention.py
+part 40 attention_banded "${SHAPE[@]}" "$PYTHON" tests/bench/attention.py --rows 10 --tokens 6144 --window 2048
+part 110 step "${SHAPE[@]}" "$PYTHON" tests/bench/step.py
+run 110 steps "${FULL[@]}" ITERATIONS=$STEPS TRAIN_LOG_EVERY=10 GPTQ=0 TTT_ENABLED=0 EVAL_STRIDE=0 VAL_LIMIT_TOKENS=16384
+part 90 evaluation "${DATA[@]}" RUN_ID=evaluation OUT_DIR="$OUT/evaluation" EVAL_ONLY="$OUT/steps/final_model.ptz" \
+    VAL_LIMIT_TOKENS=$TARGETS TTT_ENABLED=1 EVAL_STRIDE=64 "$PYTHON" train_gpt.py
+run 60 warm_start "${FULL[@]}" ITERATIONS=2 GPTQ=0 TTT_ENABLED=0 EVAL_STRIDE=0 VAL_LIMIT_TOKENS=16384

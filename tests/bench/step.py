@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import inspect
 import importlib.util
 import math
 import os
@@ -159,7 +160,9 @@ class Version:
         self.model, self.chosen = module.build_model(s, rt)[:2]
         self.forward = rt.compiled(self.model) if hasattr(rt, "compiled") else (
             torch.compile(self.model, dynamic=False) if rt.compile else self.model)
-        self.trainer, self.averages = module.Trainer(self.model, self.forward, s, rt), module.WeightAverage(self.model, s)
+        more = [None] * ("checkpoints" in inspect.signature(module.Trainer).parameters)  # earlier versions do without
+        self.trainer = module.Trainer(self.model, self.forward, s, rt, *more)
+        self.averages = module.WeightAverage(self.model, s)
         self.optimizers, self.weights = self.trainer.optimizers, list(self.model.parameters())
         self.batches = module.Batches(module.TrainStream(s), rt, self.trainer.rows_per_step)
         with self.kernels():
@@ -177,7 +180,8 @@ class Version:
         return getattr(self.module, "sdpa_priority", lambda rt: contextlib.nullcontext())(self.rt)
 
     def step(self):
-        return self.trainer.step(self.batches.next(), LR_SCALE, MOMENTUM, False)
+        step = getattr(self.trainer, "optimize", None) or self.trainer.step
+        return step(self.batches.next(), LR_SCALE, MOMENTUM, False)
 
     @torch.no_grad()
     def reset(self):
@@ -204,7 +208,11 @@ class Version:
 
     def groups(self, ranks):
         """[(matrices of a rank, R, C)] of each Muon group, with so many ranks."""
-        return [(-(-len(group.params) // ranks), *sorted(group.params[0].shape)) for group, *_ in self.optimizers.muon]
+        if hasattr(self.optimizers, "muon"):  # an earlier version
+            stacks = [group.params for group, *_ in self.optimizers.muon]
+        else:
+            stacks = [stack for group in self.optimizers.groups if group.sharded for stack in group.stacks.values()]
+        return [(-(-len(stack) // ranks), *sorted(stack[0].shape)) for stack in stacks]
 
     def saved_bytes(self):
         """Bytes per token that an eager forward keeps for its backward, each storage once: two rows less one, so that weights
