@@ -7,7 +7,7 @@ tokens only after they were scored. Settings are environment variables.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py     the defaults, on 8×H100
     PRESET=demo python train_gpt.py                           the same job, small, on two CPU cores
-    python train_gpt.py --help | --dry-run                    list settings | check them, no training
+    python train_gpt.py --help | --dry-run                 list settings | check them, train nothing
 
 Contents: 1 Settings · 2 Runtime · 3 Data · 4 Bits per byte · 5 Model · 6 Optimizers ·
 7 Schedules · 8 Weight averaging · 9 Quantizer · 10 Artifact · 11 Evaluation · 12 Training · 13 main
@@ -222,7 +222,7 @@ class Settings:
     prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # share of a matrix's smallest weights set to 0
     gptq: Flag = 1  # calibrate: GPTQ, and steps by what errors cost
     gptq_batches: Positive = 8  # of TRAIN_BATCH_TOKENS, for calibration; fewer if time is short
-    gptq_text: Literal["train", "self"] = "train"  # training rows, on the clock, or self-written text
+    gptq_text: Literal["train", "self"] = "train"  # training rows on the clock, or self-written text
     gptq_reserve_seconds: Amount = 0.0  # of the training clock for calibration; 0: as measured
     gptq_act_order: Flag = 0  # columns in descending order of the Hessian's diagonal
     codec: Literal["rans", "lzma", "zstd"] = "rans"  # of the codes; zstd needs zstandard
@@ -483,7 +483,8 @@ def contradictions(s, world_size):
         (s.num_heads % s.num_kv_heads == 0,
          f"NUM_HEADS={s.num_heads} must be a multiple of NUM_KV_HEADS={s.num_kv_heads}"),
         (s.head_dim % 2 == 0 and s.rope_dims % 2 == 0 and s.rope_dims <= s.head_dim,
-         f"ROPE_DIMS={s.rope_dims} and MODEL_DIM/NUM_HEADS={s.head_dim} must be even, in this order"),
+         f"ROPE_DIMS={s.rope_dims} and MODEL_DIM/NUM_HEADS={s.head_dim} must be even, in this "
+         "order"),
         ((s.rope_dims or s.head_dim) != 2 or not s.rope_ntk_reference,
          f"ROPE_DIMS={s.rope_dims}: two channels cannot be stretched: set ROPE_NTK_REFERENCE=0"),
         (s.xsa_last_n <= s.cores and s.unique_layers <= s.num_layers,
@@ -925,8 +926,8 @@ def check_content(tokens, path, every=1):
     holes = np.flatnonzero((blocks == blocks[:, :1]).all(1))
     if len(holes):
         where = int(holes[0]) * 1024 * every
-        raise UserError(f"{path}: tokens {where} to {where + 1024} are all {tokens[where]}: damaged; "
-                        f"delete it and fetch it again: {GET_DATA}")
+        raise UserError(f"{path}: tokens {where} to {where + 1024} are all {tokens[where]}: "
+                        f"damaged; delete it and fetch it again: {GET_DATA}")
 
 
 def document_keys(tokens):
@@ -1109,8 +1110,8 @@ class ByteTable:
         way_out = ("build the dataset with data/build_dataset.py, which counts the bytes of the "
                    "text (fineweb_val_bytes_*.bin)")
         if inside:
-            raise UserError(f"TOKENIZER_PATH={path}: {len(inside)} pieces such as {inside[0]!r} hold "
-                            f"spaces that the table of pieces miscounts: {way_out}")
+            raise UserError(f"TOKENIZER_PATH={path}: {len(inside)} pieces such as {inside[0]!r} "
+                            f"hold spaces that the table of pieces miscounts: {way_out}")
         if "▁" not in pieces:
             raise UserError(f"TOKENIZER_PATH={path}: no piece is a single space, so that runs of "
                             f"spaces are lost: {way_out}")
@@ -1120,8 +1121,8 @@ class ByteTable:
         first 2^15 tokens must encode to the same tokens again, more than half of them by length;
         unknown pieces cannot be counted. Raises UserError."""
         if self.source == "pieces" and self.unknown >= 0 and (tokens == self.unknown).any():
-            raise UserError(f"DATA_PATH={s.data_path}: validation holds unknown pieces, whose bytes "
-                            "no table knows; build the dataset with byte fallback or with "
+            raise UserError(f"DATA_PATH={s.data_path}: validation holds unknown pieces, whose "
+                            "bytes no table knows; build the dataset with byte fallback or with "
                             "data/build_dataset.py")
         starts = np.flatnonzero(tokens[: 1 << 15] == BOS)
         documents = [tokens[a + 1: b].tolist() for a, b in zip(starts, starts[1:])]
@@ -1559,7 +1560,7 @@ def choose_pieces(s, rt):
             continue
         right = first_right(part, {"triton": kernel}, plain, inputs, rt)
         if not right and s.kernels == "triton":
-            raise UserError(f"KERNELS=triton: the kernel of the {part} is not right on {rt.device}, "
+            raise UserError(f"KERNELS=triton: the {part} kernel is not right on {rt.device}, "
                             "see above; KERNELS=auto leaves it out")
         names[part] = right or "plain"
         pieces = replace(pieces, **{part: kernel}) if right else pieces
@@ -3214,9 +3215,9 @@ class Adapter:
     def adapt(self, ledger, first, last, chunk, chunks, left=math.inf):
         """Train on targets [first, last), scored before; `chunk` of `chunks` were adapted to.
 
-        Takes TTT_EPOCHS epochs (-1: up to 10), or what this chunk's part of the seconds `left` allows, or one
-        epoch if that fits into `left` at all, or none: a late chunk is skipped and later ones are
-        adapted to again. Returns the epochs. Steps run over the rows of all ranks.
+        Takes TTT_EPOCHS epochs (-1: up to 10), or what this chunk's part of the seconds `left`
+        allows, or one epoch if that fits into `left` at all, or none: a late chunk is skipped and
+        later ones are adapted to again. Returns the epochs. Steps run over the rows of all ranks.
         """
         s, rows = self.s, ledger.rows_for_adapting(first, last, self.s.train_seq_len)
         batches = rows.split(s.ttt_batch_seqs) if len(rows) else ()
@@ -3939,9 +3940,9 @@ def check_places(s, path, rt):
         rt.lock.write(f"run {s.run_id}, process {os.getpid()}")
         rt.lock.flush()
         if path.is_dir() or free < s.artifact_budget_bytes:
-            raise UserError(f"OUT_DIR={s.out_dir}: {path.name} is a folder, or {free} bytes free are "
-                            f"less than ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}; make room, "
-                            "or set another OUT_DIR")
+            raise UserError(f"OUT_DIR={s.out_dir}: {path.name} is a folder, or {free} bytes free "
+                            f"are less than ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}; make "
+                            "room, or set another OUT_DIR")
     if s.scores_path:
         target = Path(s.scores_path).expanduser()
         with explained(f"SCORES_PATH={s.scores_path} cannot be written", "name another file"):
@@ -3956,8 +3957,8 @@ def run_job(s, rt, explicit):
     out = Path(s.out_dir).expanduser()
     tokens, byte_table = load_validation(s), ByteTable(s)
     if not byte_table.count(tokens):
-        raise UserError(f"DATA_PATH={s.data_path}: the tokens of fineweb_val_* stand for no text by "
-                        f"TOKENIZER_PATH={s.tokenizer_path}")
+        raise UserError(f"DATA_PATH={s.data_path}: the tokens of fineweb_val_* stand for no text "
+                        f"by TOKENIZER_PATH={s.tokenizer_path}")
     byte_table.check_text(tokens, s)
     path = Path(s.eval_only).expanduser() if s.eval_only else out / "final_model.ptz"
     check_places(s, path, rt)
