@@ -222,7 +222,7 @@ class Settings:
     prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # share of a matrix's smallest weights set to 0
     gptq: Flag = 1  # calibrate: GPTQ, and steps by what errors cost
     gptq_batches: Positive = 8  # of TRAIN_BATCH_TOKENS, for calibration; fewer if time is short
-    gptq_text: Literal["train", "self"] = "train"  # training rows on the clock, or self-written text
+    gptq_text: Literal["train", "self"] = "train"  # on training rows, or self-written text
     gptq_reserve_seconds: Amount = 0.0  # of the training clock for calibration; 0: as measured
     gptq_act_order: Flag = 0  # columns in descending order of the Hessian's diagonal
     codec: Literal["rans", "lzma", "zstd"] = "rans"  # of the codes; zstd needs zstandard

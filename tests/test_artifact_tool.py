@@ -164,6 +164,7 @@ def test_sources_of_a_packed_script_can_be_read_by_what_needs_them(packed, tmp_p
     assert python(SimpleNamespace(path=tmp_path / "train_gpt.py"), READS_SOURCES) == "fine\n"
 
 
+@pytest.mark.slow
 def test_a_packed_script_runs_under_torchrun(run_script, packed, both, tmp_path):
     done = run_script(script=packed.path, ranks=2, OUT_DIR=tmp_path / "two", **TRAINING)
     assert done.returncode == 0, done.stderr[-2000:]

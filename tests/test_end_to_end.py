@@ -378,7 +378,7 @@ sys.exit(train_gpt.main(sys.argv[1:], os.environ))
 # the score. Two rows a pass, on
 # any of these ranks: calibration squares the gradient of each pass, so what a pass holds is part of
 # the result.
-FIFTY = dict(PRECISION="fp32", ITERATIONS=50, TRAIN_LOG_EVERY=1, WARMDOWN_ITERS=25,
+STEPS_25 = dict(PRECISION="fp32", ITERATIONS=25, TRAIN_LOG_EVERY=1, WARMDOWN_ITERS=12,
              LATE_QAT_THRESHOLD=0, VAL_LOSS_EVERY=20,
              MATRIX_LR=0.01, SCALAR_LR=0.01, TIED_EMBED_LR=0.01, MICRO_BATCH_TOKENS=64,
              GPTQ_BATCHES=2)
@@ -386,29 +386,29 @@ FIFTY = dict(PRECISION="fp32", ITERATIONS=50, TRAIN_LOG_EVERY=1, WARMDOWN_ITERS=
 
 @pytest.fixture(scope="module")
 def by_ranks(run_once, tmp_path_factory):
-    """{ranks: fifty steps on so many}, and what each wrote."""
+    """{ranks: 25 steps on so many}, and what each wrote."""
     script = tmp_path_factory.mktemp("script") / "exact_losses.py"
     script.write_text(EXACT_LOSSES)
     runs = {}
-    for ranks in (1, 2, 3):
+    for ranks in (1, 3):
         out = tmp_path_factory.mktemp(f"ranks{ranks}")
-        runs[ranks] = succeeded(run_once(OUT_DIR=out, ranks=ranks, script=script, **FIFTY))
+        runs[ranks] = succeeded(run_once(OUT_DIR=out, ranks=ranks, script=script, **STEPS_25))
         runs[ranks].artifact = out / "final_model.ptz"
         runs[ranks].steps = np.array(re.findall(r"^exact (\S+) (\S+) (\S+)$", runs[ranks].log,
                                                 re.M), float)
     return runs
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_losses_of_fifty_steps_do_not_depend_on_the_ranks(by_ranks, ranks):
+@pytest.mark.parametrize("ranks", [3])
+def test_losses_of_25_steps_do_not_depend_on_the_ranks(by_ranks, ranks):
     one, several = by_ranks[1].steps, by_ranks[ranks].steps
-    assert one.shape == several.shape == (50, 3) and by_ranks[ranks].result["world_size"] == ranks
+    assert one.shape == several.shape == (25, 3) and by_ranks[ranks].result["world_size"] == ranks
     assert one[-1, 1] < one[0, 1] - 1, "a model that learns nothing would prove nothing"
     np.testing.assert_allclose(several[:, 1], one[:, 1], rtol=0, atol=EXACT)
     np.testing.assert_allclose(several[:, 2], one[:, 2], rtol=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [3])
 def test_the_trained_weights_do_not_depend_on_the_ranks(by_ranks, ranks):
     """The float score agrees; a weight halfway between two codes may be rounded either way, which
     compensation passes on to others, so that few codes may differ."""
@@ -422,8 +422,9 @@ def test_the_trained_weights_do_not_depend_on_the_ranks(by_ranks, ranks):
     assert np.count_nonzero(differences) < 1e-3 * len(differences)
 
 
+@pytest.mark.slow
 def test_one_artifact_scores_the_same_on_any_ranks(by_ranks, run_script):
-    done = succeeded(run_script(ranks=3, EVAL_ONLY=by_ranks[1].artifact, **FIFTY))
+    done = succeeded(run_script(ranks=3, EVAL_ONLY=by_ranks[1].artifact, **STEPS_25))
     for kind in ("int8", "banded", "ttt"):
         assert abs(done.result["val_loss"][kind] - by_ranks[1].result["val_loss"][kind]) < EXACT
         assert abs(done.result["val_bpb"][kind] - by_ranks[1].result["val_bpb"][kind]) < EXACT
@@ -443,7 +444,7 @@ def test_ranks_that_do_not_divide_the_rows_are_refused(run_script, tmp_path):
 def test_the_compiled_run_equals_the_eager_one(run_script, tmp_path):
     script = tmp_path / "exact_losses.py"
     script.write_text(EXACT_LOSSES)
-    few = dict(FIFTY, ITERATIONS=12, WARMDOWN_ITERS=8, VAL_LOSS_EVERY=0, LATE_QAT_THRESHOLD=0.6)
+    few = dict(STEPS_25, ITERATIONS=12, WARMDOWN_ITERS=8, VAL_LOSS_EVERY=0, LATE_QAT_THRESHOLD=0.6)
     runs = [succeeded(run_script(script=script, COMPILE=c, OUT_DIR=tmp_path / c, **few))
             for c in ("0", "1")]
     assert re.search(r"^compile:variants 2 graph_breaks 0 graphs_", runs[1].log, re.M)

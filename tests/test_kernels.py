@@ -148,6 +148,7 @@ def test_operators_tell_compilers_the_truth():
     torch.library.opcheck(OPERATORS.nll.default, (logits, targets, 30.0, 1.0))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_computes_with_kernels_what_it_does_without(tiny):
     """The same loss and gradients; nothing breaks the graph. An eager pass takes the plain functions."""
     s = tiny(MLP_MULT=2, COMPILE=1, KERNELS="triton", TRAIN_BATCH_TOKENS=64, MICRO_BATCH_TOKENS=64, NUM_LAYERS=2, XSA_LAST_N=2,
@@ -205,6 +206,7 @@ def test_nothing_is_raced_without_a_gpu(tiny):
 
 
 @pytest.mark.parametrize("kernels, whole", [("triton", False), ("plain", True)])
+@pytest.mark.slow
 def test_fp32_logits_of_a_whole_batch_never_exist(tiny, kernels, whole):
     """With the kernel, in bf16, in neither graph of the compiled model; the plain loss shows that the test would see them."""
     s = tiny(PRECISION="bf16", MLP_MULT=1.25, COMPILE=1, KERNELS=kernels, NUM_LAYERS=2, XSA_LAST_N=2, VE_LAYERS="1")

@@ -561,6 +561,7 @@ def test_pack_refuses_and_leaves_nothing(runs, pack, tmp_path, capsys, case):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_real_run_packs_checks_and_starts(run_once, tmp_path_factory, pack, tmp_path, capsys):
     """Ties the imagined logs above to what train_gpt.py writes."""
     out = tmp_path_factory.mktemp("real")
