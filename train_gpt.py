@@ -176,7 +176,8 @@ class Settings:
     muon_wd: Amount = 0.04  # decoupled weight decay of Muon, × learning rate
     adam_wd: Amount = 0.04  # the same of AdamW
     embed_wd: Annotated[float, -1.0, 1e18] = -1.0  # the same of embedding tables; -1: ADAM_WD
-    muon_row_norm: Flag = 0  # normalize the rows of Muon's momentum (MuonEq-R, #1285)
+    # −0.0010 at full scale (#1285); −0.0058 at 300 steps of 4 × 128, one seed.
+    muon_row_norm: Flag = 1  # normalize the rows of Muon's directions first (MuonEq-R)
     muon_momentum: Decay = 0.99  # Nesterov momentum after its warm-up
     muon_momentum_warmup_start: Decay = 0.92  # momentum at step 0
     muon_momentum_warmup_steps: Count = 1500  # of linear growth; 0: none
@@ -299,7 +300,7 @@ _PR414 = dict(
     train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, xsa_last_n=4, smear_gate="1",
     value_residual="0", gated_attention="0", muon_coefficients="classic", lr_floor=0.0,
     ema_decay=0.997, swa_enabled=1, quant_fit="scale", quant_clip="row", codec="lzma", gptq=0,
-    attn_bits=6, mlp_bits=6, proj_bits=16, eval_attention="window", ttt_enabled=0)
+    attn_bits=6, mlp_bits=6, proj_bits=16, eval_attention="window", ttt_enabled=0, muon_row_norm=0)
 _PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw",
               ttt_enabled=1)
 # For two CPU cores: short rows and steps.
@@ -317,7 +318,7 @@ _PR1218 = dict(
     tied_embed_lr=0.03, muon_wd=0.085, embed_wd=0.085, adam_wd=0.02, warmdown_frac=0.667,
     lr_floor=0.0, ema_decay=0.997, late_qat_threshold=0.0, quant_fit="scale", quant_clip="row",
     quant_step_floor=0.03226, gptq_act_order=1, gptq_reserve_seconds=10.0, attn_bits=6, mlp_bits=6,
-    proj_bits=16, eval_attention="window", ttt_enabled=0)
+    proj_bits=16, eval_attention="window", ttt_enabled=0, muon_row_norm=0)
 _PR1394 = dict(
     _PR1218, data_path="./data/datasets/fineweb10B_sp8192", vocab_size=8192,
     tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model", ve_layers="",
@@ -1168,9 +1169,16 @@ def fake_quantize(w_RC, bits=QAT_BITS):
     return w_RC + (rounded - w32).to(w_RC.dtype)
 
 
-def linear(x, w_RC, fake_quant=False):
-    """x @ wᵀ in x's type."""
-    return F.linear(x, (fake_quantize(w_RC) if fake_quant else w_RC).to(x.dtype))
+def weight_of(w_RC, dtype, fake_quant=False, scale_R=None):
+    """w as a product takes it. A scale of the outputs multiplies its rows: a block of activations
+    less to read and write."""
+    w_RC = fake_quantize(w_RC) if fake_quant else w_RC
+    return (w_RC if scale_R is None else w_RC * scale_R[:, None]).to(dtype)
+
+
+def linear(x, w_RC, fake_quant=False, scale_R=None):
+    """x @ wᵀ in x's type, times the scale of the outputs."""
+    return F.linear(x, weight_of(w_RC, x.dtype, fake_quant, scale_R))
 
 
 def leaky_square_mlp(u_ND, up_RD, down_DR, slope):
@@ -1647,8 +1655,9 @@ class Attention(nn.Module):
             weights += [self.gate_weight, padding]
         return linear(u_BTD, torch.cat(weights)).split([len(w) for w in weights], -1)
 
-    def forward(self, u_BTD, rotary, xsa, value_embedding, mix_value, fake_quant, window):
-        """Attention output [B,T,D] and v [B,T,K,E] before the value residual, `mix_value`."""
+    def forward(self, u_BTD, out_scale_D, rotary, xsa, value_embedding, mix_value, fake_quant,
+                window):
+        """Scaled output [B,T,D] and v [B,T,K,E] before the value residual, `mix_value`."""
         fake_quant = fake_quant and self.coded
         q, k, v, *gate = self.project(u_BTD, fake_quant)
         v = v if value_embedding is None else v + value_embedding
@@ -1663,7 +1672,7 @@ class Attention(nn.Module):
         elif self.gate == "sparse":
             read = linear(u_BTD[..., : self.gate_weight.size(1)], self.gate_weight)
             y = y * torch.sigmoid(0.5 * read).unsqueeze(-1)
-        out = linear(y.flatten(-2), self.o, fake_quant)
+        out = linear(y.flatten(-2), self.o, fake_quant, out_scale_D)
         return (out * self.gate_scale.to(out.dtype) if self.gate == "scalar" else out), unmixed_v
 
 
@@ -1675,9 +1684,9 @@ class MLP(nn.Module):
         self.slope, self.pieces, self.coded = s.leaky_slope, pieces, s.mlp_bits < 16
         self.up, self.down = matrix(s.mlp_hidden, s.model_dim), matrix(s.model_dim, s.mlp_hidden)
 
-    def forward(self, u_BTD, fake_quant):
-        up, down = ((fake_quantize(w) if fake_quant and self.coded else w).to(u_BTD.dtype)
-                    for w in (self.up, self.down))
+    def forward(self, u_BTD, out_scale_D, fake_quant):
+        up, down = (weight_of(w, u_BTD.dtype, fake_quant and self.coded, scale)
+                    for w, scale in ((self.up, None), (self.down, out_scale_D)))
         return self.pieces.now().mlp(u_BTD.flatten(0, 1), up, down, self.slope).view_as(u_BTD)
 
 
@@ -1720,14 +1729,12 @@ class Block(nn.Module):
     def attention(self, z_BTD, core, first_v, *context):
         """a⊙Attn(s·RMS(z)), and v before the value residual; context: see Attention."""
         rotary, xsa, value_embedding, fake_quant, window = context
-        out, v = core.attn(self.input_scale * rms_norm(z_BTD), rotary, xsa, value_embedding,
-                           lambda v: self.mix_value(v, first_v), fake_quant, window)
-        return self.attn_scale.to(out.dtype) * out, v
+        return core.attn(self.input_scale * rms_norm(z_BTD), self.attn_scale, rotary, xsa,
+                         value_embedding, lambda v: self.mix_value(v, first_v), fake_quant, window)
 
     def mlp(self, y_BTD, core, fake_quant):
         """b⊙MLP(s·RMS(y))."""
-        out = core.mlp(self.input_scale * rms_norm(y_BTD), fake_quant)
-        return self.mlp_scale.to(out.dtype) * out
+        return core.mlp(self.input_scale * rms_norm(y_BTD), self.mlp_scale, fake_quant)
 
 
 class HashEmbedding(nn.Module):
@@ -2391,8 +2398,8 @@ def gptq_codes(w_RC, steps_R, bits, hessian_CC, s, block=128):
 
 class HessianRecorder(torch.overrides.TorchFunctionMode):
     """Σ xxᵀ over the inputs x of each calibrated matrix while the model runs eagerly inside this
-    context. It follows matrices through casts and concatenations: the forward is the one of
-    training."""
+    context. It follows matrices through casts, scales and concatenations: the forward is the one
+    of training."""
 
     def __init__(self, model):
         super().__init__()
@@ -2402,7 +2409,7 @@ class HessianRecorder(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in (torch.Tensor.to, torch.cat):
+        if func in (torch.Tensor.to, torch.Tensor.mul, torch.cat):
             sources = args[0] if func is torch.cat else args[:1]
             names = [name for w in sources for name in self._matrices(w)]
             if names:

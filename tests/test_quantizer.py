@@ -346,9 +346,11 @@ def test_calibration_is_what_explicit_gradients_and_inputs_say(tiny):
             close = (mine.double() - expected).abs() <= 1e-3 * expected + 1e-6 * expected.max()
             assert mine.shape == expected.shape and close.all(), name
     inputs, linear = [], F.linear
-    for name in ("cores.0.mlp.down", "cores.2.attn.o", "cores.1.mlp.up", "tok_emb"):
+    scales = {"cores.0.mlp.down": "blocks.0.mlp_scale", "cores.2.attn.o": "blocks.2.attn_scale"}  # of the outputs
+    for name in (*scales, "cores.1.mlp.up", "tok_emb"):
+        taken = parameters[name].detach() * (parameters[scales[name]].detach()[:, None] if name in scales else 1)
         try:
-            F.linear = lambda x, w: inputs.extend([x] * (w is parameters[name])) or linear(x, w)
+            F.linear = lambda x, w: inputs.extend([x] * (w.shape == taken.shape and torch.equal(w, taken))) or linear(x, w)
             with torch.no_grad():
                 [model(part[:, :-1].long(), part[:, 1:].long()) for part in rows]
         finally:
