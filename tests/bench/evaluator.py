@@ -1,11 +1,12 @@
 """Banded scoring against sliding windows, and ways to adapt at test time, on one artifact.
 
-    python tests/bench/evaluator.py plans out/final_model.ptz --data data/datasets/mix_sp1024 --targets 65536
-    python tests/bench/evaluator.py ttt out/final_model.ptz --data data/datasets/mix_sp1024 --seconds 60
+    python tests/bench/evaluator.py plans out/final_model.ptz --data data/datasets/mix_sp1024
+    python tests/bench/evaluator.py ttt out/final_model.ptz --data data/datasets/mix_sp1024
 
-`plans`: bpb, seconds and tokens through the model of the sliding window (stride = window / 32) and of banded segments with
-several prefixes; same artifact, same batch tokens, one process. `ttt`: every variant gets the same seconds for scoring and
-adapting on a stretch of training tokens that the run has not reached; the best one is then run once on the validation tokens.
+`plans`: bpb, seconds and tokens through the model of sliding windows (stride = window / 32) and of
+banded segments with several prefixes. `ttt`: every variant gets the same seconds for scoring and
+adapting on a stretch of training tokens that the run has hardly met; the best one is then run once
+on the validation tokens.
 """
 from __future__ import annotations
 
@@ -21,29 +22,34 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_gpt as T  # noqa: E402
 
-VARIANTS = {  # what differs from SGD 0.002, momentum 0.9, three epochs over all weights
-    "none": dict(ttt_epochs=0),
-    "SGD 0.002, 3 epochs (#549)": dict(),
-    "SGD 0.01, 3 epochs": dict(ttt_lr=0.01),
-    "SGD 0.03, 3 epochs (#1092)": dict(ttt_lr=0.03),
+SGD = dict(ttt_optimizer="sgd", ttt_lr=0.002, ttt_epochs=3)  # over all weights
+ADAMW = dict(SGD, ttt_optimizer="adamw")
+MUON = dict(ttt_optimizer="muon", ttt_epochs=1)
+VARIANTS = {
+    "none": dict(SGD, ttt_epochs=0),
+    "SGD 0.002, 3 epochs (#549)": SGD,
+    "SGD 0.01, 3 epochs": dict(SGD, ttt_lr=0.01),
+    "SGD 0.03, 3 epochs (#1092)": dict(SGD, ttt_lr=0.03),
     "SGD 0.002, 30 epochs, down 3×, up ½×, cosine inside (#537)": dict(
-        ttt_epochs=30, ttt_proj_lr_mult=3.0, ttt_fc_lr_mult=0.5, ttt_intra_cosine=1, ttt_freeze_blocks=2),
-    "AdamW 1e-4, 3 epochs, tail (#490)": dict(ttt_optimizer="adamw", ttt_lr=1e-4, ttt_params="tail"),
-    "AdamW 1e-4, 3 epochs": dict(ttt_optimizer="adamw", ttt_lr=1e-4),
-    "AdamW 5e-4, 3 epochs": dict(ttt_optimizer="adamw", ttt_lr=5e-4),
-    "AdamW 1e-3, 1 epoch": dict(ttt_optimizer="adamw", ttt_lr=1e-3, ttt_epochs=1),
-    "SGD 0.01, scalars": dict(ttt_lr=0.01, ttt_params="scalars"),
-    "AdamW 1e-3, scalars": dict(ttt_optimizer="adamw", ttt_lr=1e-3, ttt_params="scalars"),
-    "Muon 1e-3, 1 epoch": dict(ttt_optimizer="muon", ttt_lr=1e-3, ttt_epochs=1),
-    "AdamW 5e-4, 3 epochs, decay 20": dict(ttt_optimizer="adamw", ttt_lr=5e-4, ttt_decay=20.0),
-    "AdamW 5e-4, 3 epochs, tables ×4": dict(ttt_optimizer="adamw", ttt_lr=5e-4, ttt_embed_lr_mult=4.0),
+        SGD, ttt_epochs=30, ttt_proj_lr_mult=3.0, ttt_fc_lr_mult=0.5, ttt_intra_cosine=1,
+        ttt_freeze_blocks=2),
+    "AdamW 1e-4, 3 epochs, last two blocks (#490)": dict(ADAMW, ttt_lr=1e-4, ttt_params="tail"),
+    "AdamW 1e-4, 3 epochs": dict(ADAMW, ttt_lr=1e-4),
+    "AdamW 5e-4, 3 epochs": dict(ADAMW, ttt_lr=5e-4),
+    "AdamW 5e-4, 3 epochs, decay 20": dict(ADAMW, ttt_lr=5e-4, ttt_decay=20.0),
+    "AdamW 1e-3, 1 epoch": dict(ADAMW, ttt_lr=1e-3, ttt_epochs=1),
+    "SGD 0.01, scalars": dict(SGD, ttt_lr=0.01, ttt_params="scalars"),
+    "AdamW 1e-3, scalars": dict(ADAMW, ttt_lr=1e-3, ttt_params="scalars"),
+    "Muon 1e-3, 1 epoch": dict(MUON, ttt_lr=1e-3),
+    "Muon 5e-3, 1 epoch": dict(MUON, ttt_lr=5e-3),
 }
 
 
 def opened(arguments, **changes):
     """(settings, runtime, model with the artifact's weights, byte table)."""
-    environ = dict(DATA_PATH=str(arguments.data), TOKENIZER_PATH=str(arguments.tokenizer), EVAL_ONLY=str(arguments.artifact),
-                   VAL_LIMIT_TOKENS=str(arguments.targets), PRECISION=arguments.precision, **changes)
+    environ = dict(DATA_PATH=str(arguments.data), TOKENIZER_PATH=str(arguments.tokenizer),
+                   EVAL_ONLY=str(arguments.artifact), VAL_LIMIT_TOKENS=str(arguments.targets),
+                   PRECISION=arguments.precision, **changes)
     s, _ = T.settings_of_artifact(arguments.artifact, environ)
     rt = T.Runtime(s)
     model = T.build_model(s, rt)[0]
@@ -53,38 +59,44 @@ def opened(arguments, **changes):
 
 def plans(arguments, say):
     window = T.settings_of_artifact(arguments.artifact, {})[0].window
-    s, rt, model, table = opened(arguments, EVAL_ATTENTION="banded", EVAL_SEGMENT=str(8 * window), EVAL_PREFIX=str(16 * window))
+    s, rt, model, table = opened(arguments, EVAL_ATTENTION="banded", EVAL_SEGMENT=str(8 * window),
+                                 EVAL_PREFIX=str(16 * window))
     tokens = T.load_validation(s)
     say(f"{len(tokens) - 1} validation targets, window {window}, {arguments.precision}")
     say(f"{'plan':<44} {'bpb':>9} {'seconds':>8} {'tokens read':>12} {'tokens ÷':>9} {'time ÷':>7}")
-    rows = [("window, stride window/32", (window, window // 32, 0)), ("window, stride window/4", (window, window // 4, 0))]
-    rows += [(f"banded, segment {seg}, prefix {pre}", (pre + seg, seg, window)) for seg, pre in (
-        (2 * window, 0), (2 * window, window // 2), (2 * window, window), (2 * window, 2 * window), (8 * window, window),
-        (8 * window, 4 * window), (8 * window, 16 * window))]
+    rows = [(f"window, stride window/{part}", (window, window // part, 0)) for part in (32, 4)]
+    rows += [(f"banded, segment {segment * window}, prefix {int(prefix * window)}",
+              (int((prefix + segment) * window), segment * window, window))
+             for segment, prefix in ((2, 0), (2, 0.5), (2, 1), (2, 2), (8, 1), (8, 4), (8, 16))]
     first = None
     for name, plan in rows:
-        result = T.evaluate(model, tokens, table, s, rt, name, plan)[0]
+        result = T.evaluate(model, tokens, table, s, rt, name, plan, pieces=model.pieces)[0]
         first = first or result
-        say(f"{name:<44} {result['val_bpb']:>9.5f} {result['seconds']:>8.1f} {result['tokens_read']:>12} "
-            f"{first['tokens_read'] / result['tokens_read']:>9.1f} {first['seconds'] / result['seconds']:>7.1f}")
+        fewer, faster = (first[key] / result[key] for key in ("tokens_read", "seconds"))
+        say(f"{name:<44} {result['val_bpb']:>9.5f} {result['seconds']:>8.1f} "
+            f"{result['tokens_read']:>12} {fewer:>9.1f} {faster:>7.1f}")
 
 
 def adapted_score(arguments, changes, tokens, seconds):
-    """(bpb before, bpb, seconds) of one variant from the artifact's weights; scoring and adapting within `seconds`."""
+    """(bpb before, bpb, seconds) of one variant from the artifact's weights, which scores and
+    adapts within `seconds`."""
     s, rt, model, table = opened(arguments, EVAL_ATTENTION="banded")
+    if changes.get("ttt_params") == "tail":
+        changes = dict(changes, ttt_freeze_blocks=s.num_layers - 2)
     s = replace(s, ttt_chunk_tokens=arguments.chunk, eval_wallclock_seconds=seconds, **changes)
-    before = T.evaluate(model, tokens, table, s, rt, "before", s.scoring_plan)[0]
+    given = model, tokens, table, s, rt
+    before = T.evaluate(*given, "before", s.scoring_plan, pieces=model.pieces)[0]
     adapter, started = T.Adapter(model, model, s, rt), time.perf_counter()
-    after = T.evaluate(model, tokens, table, s, rt, "ttt", s.scoring_plan, adapter, started)[0]
+    after = T.evaluate(*given, "ttt", s.scoring_plan, adapter, started, model.pieces)[0]
     return before["val_bpb"], after["val_bpb"], after["seconds"]
 
 
 def ttt(arguments, say):
-    s, rt, _, _ = opened(arguments)
-    stream = T.TrainStream(s)
-    shard = np.asarray(stream.shards[-1])
-    held_out = shard[len(shard) - arguments.targets - 1:].copy()  # shuffled rows: the run has met few of these, if any
-    say(f"{arguments.targets} tokens at the end of the training shard, chunks of {arguments.chunk}, {arguments.seconds:g} s each, banded")
+    s = opened(arguments)[0]
+    shard = np.asarray(T.TrainStream(s).shards[-1])
+    held_out = shard[len(shard) - arguments.targets - 1:].copy()
+    say(f"{arguments.targets} tokens at the end of the training shard, chunks of "
+        f"{arguments.chunk}, {arguments.seconds:g} s each, banded")
     say(f"{'variant':<62} {'before':>8} {'after':>8} {'gain':>9} {'seconds':>8}")
     results = {}
     for name, changes in VARIANTS.items():
@@ -92,16 +104,19 @@ def ttt(arguments, say):
         results[name] = after
         say(f"{name:<62} {before:>8.5f} {after:>8.5f} {before - after:>+9.5f} {seconds:>8.1f}")
     best = min(results, key=results.get)
-    before, after, seconds = adapted_score(arguments, VARIANTS[best], T.load_validation(s), arguments.seconds)
+    before, after, seconds = adapted_score(arguments, VARIANTS[best], T.load_validation(s),
+                                           arguments.seconds)
     say(f"on the validation tokens, once, {best}: {before:.5f} → {after:.5f} in {seconds:.1f} s")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("plans", "ttt"))
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, default=ROOT / "data/tokenizers/fineweb_1024_bpe.model")
+    parser.add_argument("--tokenizer", type=Path,
+                        default=ROOT / "data/tokenizers/fineweb_1024_bpe.model")
     parser.add_argument("--targets", type=int, default=65536)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--chunk", type=int, default=8192)

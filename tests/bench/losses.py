@@ -1,9 +1,11 @@
-"""Training losses of a new version beside those of an old one and of the old one with another seed, which is the noise.
+"""Training losses of a new version beside those of an old one, and of the old one with another
+seed, which is the noise.
 
     python tests/bench/losses.py <old log> <old log, another seed> <new log>
 
-Logs of train_gpt.py with the same settings but for the seed. Prints the losses that all have, |new − old|, |seed − old|; at the
-end the means of both over the second half, and whether the version changed the losses by more than the seed did.
+Logs of train_gpt.py with the same settings but for the seed. Prints the losses that all have,
+|new − old| and |seed − old|; at the end the means of both over the second half, and whether the
+version changed the losses by more than the seed did.
 """
 import re
 import statistics
@@ -24,11 +26,12 @@ def main(paths):
         sys.exit(f"no step:… train_loss:… lines in common in {', '.join(map(str, paths))}")
     print(f"{'step':>6}{'old':>9}{'seed':>9}{'new':>9}{'|new-old|':>11}{'|seed-old|':>12}")
     for step in steps:
-        print(f"{step:6}{old[step]:9.4f}{seed[step]:9.4f}{new[step]:9.4f}{abs(new[step] - old[step]):11.4f}"
-              f"{abs(seed[step] - old[step]):12.4f}")
+        print(f"{step:6}{old[step]:9.4f}{seed[step]:9.4f}{new[step]:9.4f}"
+              f"{abs(new[step] - old[step]):11.4f}{abs(seed[step] - old[step]):12.4f}")
     late = steps[len(steps) // 2:]
-    change, noise = (statistics.mean(abs(x[step] - old[step]) for step in late) for x in (new, seed))
-    print(f"mean over the second half: version {change:.5f}, seed {noise:.5f}: {'within the noise' if change <= noise else 'CHANGED'}")
+    change, noise = (statistics.mean(abs(x[n] - old[n]) for n in late) for x in (new, seed))
+    print(f"mean over the second half: version {change:.5f}, seed {noise:.5f}: "
+          + ("within the noise" if change <= noise else "CHANGED"))
 
 
 if __name__ == "__main__":
