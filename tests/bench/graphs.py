@@ -1,10 +1,11 @@
-"""What the compiler makes of a block, counted without a GPU: kernels, bytes that they move, bytes kept for the backward pass.
+"""What the compiler makes of a block, counted without a GPU: kernels, bytes moved and kept.
 
-    python tests/bench/graphs.py [script ...]                 # default: train_gpt.py of this repository; about four minutes each
+    python tests/bench/graphs.py [script ...]     # default: this repository's; four minutes each
 
-The default model in bf16, compiled for this CPU with 2 and with 4 blocks; the difference is two blocks. Bytes are in units of a
-tensor [tokens, D] (products included). The compiler counts a slice of a tensor as the whole where a kernel reads it along
-another one, so that a joined product looks dearer than it is; fusion on a GPU differs in details.
+The default model in bf16, compiled for this CPU with 2 and with 4 blocks; half the difference is a
+block. Bytes are in units of a tensor [tokens, D], products included. The compiler counts a slice
+as the whole tensor where a kernel reads it along another one, so that a joined product looks dearer
+than it is; fusion on a GPU differs in details.
 """
 import collections
 import importlib.util
@@ -20,14 +21,16 @@ ROWS, T = 16, 1024
 
 
 def counted(script, blocks):
-    """[kernels forward, backward, units moved forward, backward, bytes kept per token] of a model of so many blocks."""
+    """[kernels forward, backward, units moved forward, backward, bytes kept per token] of a model
+    of so many blocks."""
     from torch._inductor import metrics
     torch._logging.set_logs(inductor_metrics=True)  # without it nothing is counted
     spec = importlib.util.spec_from_file_location("counted_script", script)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    settings = dict(NUM_LAYERS=blocks, XSA_LAST_N=blocks, VE_LAYERS=blocks - 1, PRECISION="bf16", DEVICE="cpu", COMPILE=1,
-                    TRAIN_SEQ_LEN=T, TRAIN_BATCH_TOKENS=ROWS * T, MICRO_BATCH_TOKENS=ROWS * T)
+    settings = dict(NUM_LAYERS=blocks, XSA_LAST_N=blocks, VE_LAYERS=blocks - 1, PRECISION="bf16",
+                    DEVICE="cpu", COMPILE=1, TRAIN_SEQ_LEN=T, TRAIN_BATCH_TOKENS=ROWS * T,
+                    MICRO_BATCH_TOKENS=ROWS * T)
     s = module.resolve_settings({k: str(v) for k, v in settings.items()})[0]
     model = module.build_model(s, module.Runtime(s))[0]
     tokens = torch.randint(s.vocab_size, (ROWS, T + 1))
@@ -40,25 +43,34 @@ def counted(script, blocks):
     metrics.reset()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         nll = torch.compile(model, dynamic=False)(tokens[:, :-1], tokens[:, 1:])
+    unit = ROWS * T * s.model_dim * 2
     for work in (lambda: None, nll.sum().backward):
         work()
-        found.append((metrics.generated_kernel_count, metrics.num_bytes_accessed / (ROWS * T * s.model_dim * 2)))
+        found.append((metrics.generated_kernel_count, metrics.num_bytes_accessed / unit))
         metrics.reset()
     (kernels, units), (kernels_back, units_back) = found
-    return [kernels, kernels_back, units, units_back, sum(n for place, n in kept.items() if place not in own) / (ROWS * T)]
+    kept_bytes = sum(n for place, n in kept.items() if place not in own)
+    return [kernels, kernels_back, units, units_back, kept_bytes / (ROWS * T)]
+
+
+def in_a_process(script, blocks):
+    """counted() in a fresh process without the compiler's cache."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--count", script, str(blocks)], capture_output=True, text=True,
+        check=True, env=dict(os.environ, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1"))
+    return [float(x) for x in done.stdout.split()[-5:]]
 
 
 def main(scripts):
-    print(f"{'a block of':40}{'kernels':>9}{'backward':>9}{'units':>8}{'backward':>9}{'kept, bytes a token':>21}")
+    def row(label, n):
+        print(f"{label:40}{n[0]:9.1f}{n[1]:9.1f}{n[2]:8.1f}{n[3]:9.1f}{n[4]:12,.0f}", flush=True)
+
+    print(f"{'a block of':40}{'kernels':>9}{'backward':>9}{'units':>8}{'backward':>9}{'kept':>12}")
     for script in scripts:
-        two, four = (
-            list(map(float, subprocess.run(
-                [sys.executable, __file__, "--count", script, str(blocks)], capture_output=True, text=True, check=True,
-                env=dict(os.environ, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")).stdout.split()[-5:])) for blocks in (2, 4))
+        two, four = (in_a_process(script, blocks) for blocks in (2, 4))
         block = [(b - a) / 2 for a, b in zip(two, four)]
-        print(f"{script[-39:]:40}{block[0]:9.1f}{block[1]:9.1f}{block[2]:8.1f}{block[3]:9.1f}{block[4]:21,.0f}")
-        print(f"{'  without blocks':40}{two[0] - 2 * block[0]:9.1f}{two[1] - 2 * block[1]:9.1f}{two[2] - 2 * block[2]:8.1f}"
-              f"{two[3] - 2 * block[3]:9.1f}{two[4] - 2 * block[4]:21,.0f}", flush=True)
+        row(script[-39:], block)
+        row("  without blocks", [a - 2 * b for a, b in zip(two, block)])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""All presets and the default side by side, shrunk: same tokens, same seed, same steps. A small comparison, no forecast.
+"""All presets and the default side by side, shrunk: same tokens, seed and steps. No forecast.
 
-    python tests/bench/presets.py --data data/datasets/mix_sp1024 --steps 300 --jobs 2 --out tests/bench/results/presets.md
+    python tests/bench/presets.py --data data/datasets/mix_sp1024 --steps 300 --jobs 2 \\
+        --out tests/bench/results/presets.md
 
-Every run is train_gpt.py itself, 11 layers of 64 channels on rows of 256 tokens, scored on the first 131,072 validation
-targets: float, quantized, sliding and TTT. Schedules are shrunk by one factor (steps / 7,000), chunks by 8 as the rows are;
-all else is the preset's own. One thread a run, so that jobs do not disturb each other; nothing depends on the clock.
+Every run is train_gpt.py, 11 layers of 64 channels on rows of 256 tokens with one tokenizer, scored
+on the first 131,072 validation targets. Schedules are shrunk by one factor (steps / 7,000), chunks
+by 8 as the rows are; the rest is the preset's. One thread a run, so that jobs do not disturb each
+other; nothing depends on the clock.
 """
 import argparse
 import json
@@ -14,71 +16,81 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import sentencepiece
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 
-COMMON = dict(DEVICE="cpu", PRECISION="fp32", COMPILE=0, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_LEN=256,
-              TRAIN_BATCH_TOKENS=2048, MICRO_BATCH_TOKENS=2048, ROPE_NTK_REFERENCE=128, SEED=1337, MAX_WALLCLOCK_SECONDS=0,
-              WARMUP_STEPS=0, EVAL_STRIDE=64, VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=50, VAL_LIMIT_TOKENS=131072)
+COMMON = dict(
+    DEVICE="cpu", PRECISION="fp32", COMPILE=0, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2,
+    TRAIN_SEQ_LEN=256, TRAIN_BATCH_TOKENS=2048, MICRO_BATCH_TOKENS=2048, SEED=1337,
+    MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, EVAL_STRIDE=64, VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=50,
+    VAL_LIMIT_TOKENS=131072)
 
 
-def environment(preset, steps, data, tokenizer, out):
+def environment(preset, arguments):
     """The variables of one run; schedules in proportion to the steps."""
     s = train_gpt.resolve_settings({"PRESET": preset})[0]
-    share = steps / 7000
-    scaled = dict(ITERATIONS=steps, WARMDOWN_ITERS=round(s.warmdown_iters * share), SWA_EVERY=max(1, round(s.swa_every * share)),
-                  MUON_MOMENTUM_WARMUP_STEPS=round(s.muon_momentum_warmup_steps * share),
-                  EMA_DECAY=round(s.ema_decay ** (1 / share), 6), TTT_CHUNK_TOKENS=s.ttt_chunk_tokens // 8,
-                  ROPE_DIMS=4 if s.rope_dims else 0)
-    variables = dict(COMMON, **scaled, PRESET=preset, RUN_ID=preset or "default", OUT_DIR=out / (preset or "default"),
-                     DATA_PATH=data, TOKENIZER_PATH=tokenizer)
+    share = arguments.steps / 7000
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=arguments.tokenizer)
+    variables = dict(
+        COMMON, PRESET=preset, RUN_ID=preset or "default", DATA_PATH=arguments.data,
+        OUT_DIR=Path(arguments.work) / (preset or "default"), TOKENIZER_PATH=arguments.tokenizer,
+        VOCAB_SIZE=tokenizer.vocab_size(), ITERATIONS=arguments.steps,
+        WARMDOWN_ITERS=round(s.warmdown_iters * share),
+        SWA_EVERY=max(1, round(s.swa_every * share)),
+        MUON_MOMENTUM_WARMUP_STEPS=round(s.muon_momentum_warmup_steps * share),
+        EMA_DECAY=round(s.ema_decay ** (1 / share), 6),  # 0 follows the run as it is
+        TTT_CHUNK_TOKENS=s.ttt_chunk_tokens // 8, ROPE_DIMS=4 if s.rope_dims else 0,
+        ROPE_NTK_REFERENCE=s.rope_ntk_reference // 8)
     return {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
 
 
 def run(preset, arguments):
-    """Train and score one preset; its result. A run that is already finished is read, not repeated."""
-    out = Path(arguments.work)
-    environ = environment(preset, arguments.steps, arguments.data, arguments.tokenizer, out)
+    """Train and score one preset; its result. A finished run is read, not repeated."""
+    environ = environment(preset, arguments)
     result = Path(environ["OUT_DIR"]) / "logs" / f"{environ['RUN_ID']}.json"
     if not result.exists():
-        subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=environ, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=environ, check=True,
+                       stdout=subprocess.DEVNULL)
     return json.loads(result.read_text())
 
 
-def table(results, arguments):
-    """Markdown: a row per system, best score first."""
-    lines = ["| system | parameters | float | quantized | sliding | TTT | model bytes | training s |", "|---|---|---|---|---|---|---|---|"]
-
-    def last(r):
-        return list(r["val_bpb"].values())[-1]
-
-    for name, r in sorted(results.items(), key=lambda item: last(item[1])):
-        bpb = r["val_bpb"]
-        quantized = next(v for k, v in bpb.items() if k.startswith("int"))
-        ttt = f"{bpb['ttt']:.4f}" if "ttt" in bpb else "off"
-        lines.append(f"| {name} | {r['model_params']:,} | {bpb['float']:.4f} | {quantized:.4f} | {bpb['sliding']:.4f} | {ttt} | "
+def table(results, data):
+    """Markdown: a row per system, best last score first."""
+    lines = ["| system | parameters | float | quantized | full context | TTT | model bytes "
+             "| training s |", "|---|---|---|---|---|---|---|---|"]
+    for name, r in sorted(results.items(), key=lambda item: [*item[1]["val_bpb"].values()][-1]):
+        bpb = [f"{v:.4f}" for v in r["val_bpb"].values()] + ["off"]  # in the order of evaluation
+        lines.append(f"| {name} | {r['model_params']:,} | {' | '.join(bpb[:4])} | "
                      f"{r['model_bytes']:,} | {r['train_seconds']:.0f} |")
     r = next(iter(results.values()))
-    lines += ["", f"{r['steps']} steps of {COMMON['TRAIN_BATCH_TOKENS']} tokens, seed {r['seed']}, first {r['scored_targets']:,} "
-              f"validation targets ({r['scored_bytes']:,} bytes), data {arguments.data}, torch {r['versions']['torch']}, "
-              f"{r['device']}; script {r['code_sha256'][:16]}."]
+    lines += ["", f"{r['steps']} steps of {COMMON['TRAIN_BATCH_TOKENS']} tokens, seed {r['seed']}, "
+              f"first {r['scored_targets']:,} validation targets ({r['scored_bytes']:,} bytes), "
+              f"data {data}, torch {r['versions']['torch']}, {r['device']}; script "
+              f"{r['code_sha256'][:16]}."]
     return "\n".join(lines) + "\n"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/datasets/fineweb10B_sp1024")
     parser.add_argument("--tokenizer", default="data/tokenizers/fineweb_1024_bpe.model")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--work", default="out/presets", help="where runs are kept; finished ones are not repeated")
+    record = [p for p in train_gpt.PRESETS if p.startswith("pr")]
+    parser.add_argument("--presets", default=",".join(record), help="beside the default")
+    parser.add_argument("--work", default="out/presets", help="folder of the runs, which are kept")
     parser.add_argument("--out", default="", help="write the table here too")
     arguments = parser.parse_args()
-    names = sorted(["", *(p for p in train_gpt.PRESETS if p.startswith("pr"))], reverse=True)  # pr537, the longest, early
+    names = ["", *arguments.presets.split(",")]
+    names.sort(key=lambda name: name != "pr537")  # the longest first
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = dict(zip([n or "default" for n in names], pool.map(lambda n: run(n, arguments), names)))
-    text = table(results, arguments)
+        results = dict(zip([n or "default" for n in names],
+                           pool.map(lambda name: run(name, arguments), names)))
+    text = table(results, arguments.data)
     print(text)
     if arguments.out:
         Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
