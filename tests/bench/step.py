@@ -159,7 +159,8 @@ def memory(rt, most=""):
     if not most:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(rt.device)
-    return [getattr(torch.cuda, f"{most}memory_{of}")(rt.device) for of in ("allocated", "reserved")]
+    return [getattr(torch.cuda, f"{most}memory_{kind}")(rt.device)
+            for kind in ("allocated", "reserved")]
 
 
 class Version:
