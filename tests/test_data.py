@@ -289,3 +289,14 @@ def test_shares_cover_everything_once(n, world_size):
     shares = [runtime(rank, world_size).share(n) for rank in range(world_size)]
     assert [i for begin, end in shares for i in range(begin, end)] == list(range(n))
     assert max(e - b for b, e in shares) - min(e - b for b, e in shares) <= 1
+
+
+def test_training_documents_that_are_validation_documents_are_counted(tiny, corpus, tmp_path):
+    """All of them where a training shard is the validation shard, none where texts differ."""
+    validation = train_gpt.load_validation(tiny())
+    write_shard(tmp_path / "fineweb_val_000000.bin", corpus.tokens[:1031])
+    write_shard(tmp_path / "fineweb_train_000000.bin", corpus.tokens[:1031])
+    stream = train_gpt.TrainStream(tiny(DATA_PATH=tmp_path))
+    documents, shared = train_gpt.contamination(stream, np.asarray(validation))
+    assert documents >= shared >= documents - 1 > 3
+    assert train_gpt.contamination(train_gpt.TrainStream(tiny()), np.asarray(validation))[1] == 0
