@@ -111,6 +111,7 @@ def test_the_log_of_a_packed_script_begins_with_what_can_be_read(both, packed):
         assert done.log.startswith(packed.source.decode())
 
 
+@pytest.mark.slow
 def test_a_packed_script_checks_its_settings_and_forecasts_with_its_own_bytes(run_script, packed):
     """--dry-run; what the code saves is the model's."""
     done = run_script("--dry-run", script=packed.path)

@@ -463,6 +463,7 @@ def test_a_trial_with_a_failed_seed_does_not_count_as_a_score(stub):
 
 # -- the training script
 
+@pytest.mark.slow
 def test_the_training_script_is_swept(corpus, tmp_path):
     tiny = dict(TINY, DATA_PATH=corpus.folder, TOKENIZER_PATH=corpus.model, ITERATIONS=2,
                 EVAL_STRIDE=0, TTT_ENABLED=0)
