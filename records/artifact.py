@@ -1,10 +1,11 @@
 """Look at an artifact, and pack the script that made it.
 
-    python records/artifact.py pack-code [train_gpt.py] [-o packed/train_gpt.py]     a small self-extracting script
-    python records/artifact.py inspect final_model.ptz [--float final.fp16.ptz]  what every tensor got and costs
+    python records/artifact.py pack-code [train_gpt.py] [-o packed/train_gpt.py]
+    python records/artifact.py inspect final_model.ptz [--float final.fp16.ptz]
 
-The packed script is one Python file of a third of the size that unpacks the readable one, byte for byte, and runs it. Its
-own bytes and hash are what a run counts; the readable source stands in the log.
+pack-code writes one Python file of a third of the size that unpacks the readable script, byte for
+byte, and runs it. A run counts that file's bytes and hash; its log holds the readable source.
+inspect prints what every tensor got and costs.
 """
 from __future__ import annotations
 
@@ -24,13 +25,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # Prose and code: literal contexts of three bits serve best; the dictionary holds the whole file.
-FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=3, lp=0, pb=0, dict_size=1 << 20)]
-# The payload stands in a Latin-1 string, one character a byte. The source goes into linecache under the file's own name,
-# which inspect, torch.compile and Triton read and which no change on disk can make stale.
+FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=3, lp=0, pb=0,
+                dict_size=1 << 20)]
+# The payload stands in a Latin-1 string, one character a byte. The source goes into linecache under
+# the file's name: inspect, torch.compile and Triton read it there, and no change on disk makes it
+# stale.
 LOADER = """\
 #coding:latin1
 import linecache,lzma
-UNPACKED=lzma.decompress('{payload}'.encode('latin1'),3,None,[{{'id':33,'dict_size':1<<20,'lc':3,'lp':0,'pb':0}}])
+UNPACKED=lzma.decompress('{payload}'.encode('latin1'),3,None,
+[{{'id':33,'dict_size':1<<20,'lc':3,'lp':0,'pb':0}}])
 linecache.cache[__file__]=len(UNPACKED),None,UNPACKED.decode().splitlines(True),__file__
 exec(compile(UNPACKED,__file__,'exec'))
 """
@@ -46,7 +50,8 @@ def pack_code(source):
 
 
 def readable_source(path):
-    """The source (bytes) of a script on disk, packed or not; nothing of it is executed. Raises ValueError on damage."""
+    """The source (bytes) of a script on disk, packed or not; executes nothing of it. Raises
+    ValueError on damage."""
     content = Path(path).read_bytes()
     if not content.startswith(LOADER[:LOADER.index("{")].encode()):
         return content
@@ -54,8 +59,10 @@ def readable_source(path):
         call = ast.parse(content).body[1].value  # UNPACKED=lzma.decompress('…'.encode('latin1'), …)
         payload = call.args[0].func.value.value.encode("latin1")
         return lzma.decompress(payload, lzma.FORMAT_RAW, filters=FILTERS)
-    except (SyntaxError, AttributeError, IndexError, ValueError, lzma.LZMAError, EOFError) as problem:
-        raise ValueError(f"{path}: begins like a packed script and cannot be unpacked ({problem})") from problem
+    except (SyntaxError, AttributeError, IndexError, ValueError, lzma.LZMAError,
+            EOFError) as problem:
+        raise ValueError(f"{path}: begins like a packed script and cannot be unpacked ({problem})"
+                         ) from problem
 
 
 def entropy_bits(codes):
@@ -65,69 +72,84 @@ def entropy_bits(codes):
 
 
 def float_weights(train_gpt, path):
-    """{name: tensor} of another artifact (bits 16 keep fp16) or of a state dict saved by torch. Raises UserError."""
+    """{name: tensor} of another artifact or of a state dict saved by torch. Raises UserError."""
     try:
         if Path(path).suffix in (".pt", ".pth"):
-            return {name: w.float() for name, w in torch.load(path, map_location="cpu", weights_only=True).items()}
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            return {name: w.float() for name, w in state.items()}
         return {name: t.weights() for name, t in train_gpt.read_artifact(path)[1].items()}
-    except (OSError, RuntimeError, pickle.UnpicklingError, AttributeError, LookupError, ValueError, EOFError) as problem:
-        raise train_gpt.UserError(f"--float {path}: neither an artifact nor a state dict ({problem})") from problem
+    except (OSError, RuntimeError, pickle.UnpicklingError, AttributeError, LookupError, ValueError,
+            EOFError) as problem:
+        raise train_gpt.UserError(f"--float {path}: neither an artifact nor a state dict "
+                                  f"({problem})") from problem
 
 
-def rows_of(train_gpt, tensors, exact):
-    """A row per tensor: name, shape, bits, median step, order-0 bits per code, bytes at that entropy, relative error."""
+def rows_of(tensors, exact):
+    """A row per tensor: name, shape, bits, median step, order-0 bits per code, bytes at that
+    entropy, relative error."""
     for name, t in tensors.items():
         error = ""
         if name in exact:
-            error = f"{float((t.weights() - exact[name]).norm() / exact[name].norm().clamp_min(1e-30)):.5f}"
+            norm = exact[name].norm().clamp_min(1e-30)
+            error = f"{float((t.weights() - exact[name]).norm() / norm):.5f}"
         shape, count = "×".join(map(str, t.shape)) or "1", math.prod(t.shape)
         if t.bits == 16:
             yield name, shape, "fp16", "", "", str(2 * count), error
         else:
             entropy = entropy_bits(t.codes.numpy())
             step = float((t.steps[:, None] * t.columns).median()) if count else 0.0
-            yield name, shape, f"int{t.bits}", f"{step:.5f}", f"{entropy / max(count, 1):.3f}", f"{entropy / 8:.0f}", error
+            yield (name, shape, f"int{t.bits}", f"{step:.5f}", f"{entropy / max(count, 1):.3f}",
+                   f"{entropy / 8:.0f}", error)
 
 
 def inspect(path, exact_path=None, code=ROOT / "train_gpt.py"):
-    """Lines that say what every tensor of an artifact got and what the whole costs."""
+    """Lines that say what every tensor of an artifact got and what the file costs."""
     import train_gpt
 
     content = Path(path).read_bytes()
     stored, tensors, note = train_gpt.read_artifact(path)
     header, index, _, codes = train_gpt.open_artifact(content)
     exact = float_weights(train_gpt, exact_path) if exact_path else {}
-    other = [name for name, w in exact.items() if name in tensors and tuple(w.shape) != tuple(tensors[name].shape)]
-    if other:
-        raise train_gpt.UserError(f"--float {exact_path}: {other[0]} is {tuple(exact[other[0]].shape)} there and "
-                                  f"{tuple(tensors[other[0]].shape)} in {path}: weights of another model")
-    table = [("tensor", "shape", "stored", "step", "bits/code", "bytes", "rel.error"), *rows_of(train_gpt, tensors, exact)]
+    for name, w in exact.items():
+        if name in tensors and tuple(w.shape) != tuple(tensors[name].shape):
+            raise train_gpt.UserError(f"--float {exact_path}: {name} is {tuple(w.shape)} there and "
+                                      f"{tuple(tensors[name].shape)} in {path}: weights of another "
+                                      "model")
+    table = [("tensor", "shape", "stored", "step", "bits/code", "bytes", "rel.error"),
+             *rows_of(tensors, exact)]
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
-        yield "  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        yield "  ".join(cell.ljust(w) if i < 3 else cell.rjust(w)
+                        for i, (cell, w) in enumerate(zip(row, widths)))
     coded = [t for t in tensors.values() if t.bits < 16]
     entropy = sum(entropy_bits(t.codes.numpy()) for t in coded) / 8
-    weights, code_bytes = sum(math.prod(t.shape) for t in tensors.values()), len(Path(code).read_bytes())
+    weights = sum(math.prod(t.shape) for t in tensors.values())
+    code_bytes = len(Path(code).read_bytes())
     yield ""
     yield f"steps fitted by: {note}; codec {header['codec']}; {weights} weights"
     if entropy:
-        yield f"codes: {len(codes)} bytes, {len(codes) / entropy:.4f} of their order-0 entropy by tensor ({entropy:.0f} bytes)"
-    yield f"settings, steps, fp16 arrays: {header['side_bytes']} bytes, squeezed to {header['squeezed_bytes']}"
-    budget = stored["artifact_budget_bytes"]
-    yield (f"artifact {len(content)} + code {code_bytes} ({code}) = {len(content) + code_bytes} of {budget} bytes, "
-           f"{budget - len(content) - code_bytes} left")
+        yield (f"codes: {len(codes)} bytes, {len(codes) / entropy:.4f} of their order-0 entropy by "
+               f"tensor ({entropy:.0f} bytes)")
+    yield (f"settings, steps, fp16 arrays: {header['side_bytes']} bytes, squeezed to "
+           f"{header['squeezed_bytes']}")
+    total, budget = len(content) + code_bytes, stored["artifact_budget_bytes"]
+    yield (f"artifact {len(content)} + code {code_bytes} ({code}) = {total} of {budget} bytes, "
+           f"{budget - total} left")
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack-code", help="make a small self-extracting script")
     pack.add_argument("script", nargs="?", default=ROOT / "train_gpt.py", type=Path)
     pack.add_argument("-o", "--out", default=Path("packed/train_gpt.py"), type=Path)
     look = commands.add_parser("inspect", help="what every tensor got and costs")
     look.add_argument("artifact", type=Path)
-    look.add_argument("--float", type=Path, help="the weights before quantization: an artifact with 16 bits, or a state dict")
-    look.add_argument("--code", type=Path, default=ROOT / "train_gpt.py", help="the script whose bytes count")
+    look.add_argument("--float", type=Path, help="the weights before quantization: an artifact "
+                                                 "with 16 bits, or a state dict")
+    look.add_argument("--code", type=Path, default=ROOT / "train_gpt.py",
+                      help="the script whose bytes count")
     arguments = parser.parse_args(argv)
     from train_gpt import UserError, write_whole
 
@@ -139,7 +161,8 @@ def main(argv):
         source = readable_source(arguments.script)
         packed = pack_code(source)
         write_whole(arguments.out, packed)
-        print(f"{arguments.out}: {len(packed)} bytes for {len(source)}, sha256 {hashlib.sha256(packed).hexdigest()}")
+        print(f"{arguments.out}: {len(packed)} bytes for {len(source)}, sha256 "
+              f"{hashlib.sha256(packed).hexdigest()}")
         return 0
     except (UserError, OSError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
