@@ -512,6 +512,8 @@ def contradictions(s, world_size):
          f"RUN_ID={s.run_id} is no file name of at most 200 bytes"),
         (not s.scores_path or Path(s.scores_path).suffix == ".npy",
          f"SCORES_PATH={s.scores_path} must name a file .npy"),
+        (s.embed_wd >= 0 or s.embed_wd == -1,
+         f"EMBED_WD={s.embed_wd} must be at least 0, or -1 for ADAM_WD"),
         (s.iterations or s.max_wallclock_seconds or s.eval_only,
          "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: nothing ends the training"),
         (not s.gptq or not s.max_wallclock_seconds or reserve < s.max_wallclock_seconds,
@@ -2130,8 +2132,8 @@ class TorchGroup:
         self.optimizer.load_state_dict(state)
 
 
-def adamw(params, lr, decay, s, rt, betas=None, eps=1e-8):
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=betas or (s.beta1, s.beta2), eps=eps,
+def adamw(params, lr, decay, s, rt, betas=None):
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=betas or (s.beta1, s.beta2), eps=1e-8,
                                   weight_decay=decay, fused=True)
     return TorchGroup(optimizer, params, lr, rt)
 
@@ -2917,8 +2919,10 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
         coded = sum(w.numel() for name, w in state.items() if bits_of(name, s) < 16)
         content, octaves = fitted(budget_bytes, lambda x: encoded(2.0 ** x, False), coded, 0, 24)
         if calibration and len(content) <= budget_bytes:
-            content, octaves = fitted(budget_bytes, lambda x: encoded(2.0 ** x, True), coded,
-                                      octaves, 1)
+            compensated, near = fitted(budget_bytes, lambda x: encoded(2.0 ** x, True), coded,
+                                       octaves, 1)
+            if len(compensated) <= budget_bytes:  # else the plain codes, which fit, are written
+                content, octaves = compensated, near
         log(f"artifact:{s.quant_fit} 2^{octaves:.4f} fits {len(content)} of {budget_bytes} bytes")
     if len(content) > budget_bytes:
         raise UserError(
@@ -3095,7 +3099,7 @@ class Scorer:
     def score(self, begin, end, tick=lambda passes: None):
         """nll [targets] of the targets of passes [begin, end), in order, on every rank."""
         low, high = int(self.first[begin]), int(self.start[end - 1]) + self.length
-        # scores, and how often each target was scored; the last slot is a dustbin
+        # scores, and how often each target was scored; the last slot is discarded
         out = torch.zeros(2, high - low + 1, device=self.rt.device)
         mine_begin, mine_end = (begin + part for part in self.rt.share(end - begin))
         for b in range(mine_begin, mine_end, self.batch):
@@ -3186,8 +3190,7 @@ class Adapter:
                 groups.setdefault(factor, []).append(p)
         make = {"sgd": sgd, "muon": Muon,
                 "adamw": functools.partial(adamw, betas=(0.9, 0.999))}[s.ttt_optimizer]
-        adapted = replace(s, muon_momentum=s.ttt_momentum)
-        self.optimizers = Optimizers([make(params, factor * s.ttt_lr, 0.0, adapted, rt)
+        self.optimizers = Optimizers([make(params, factor * s.ttt_lr, 0.0, s, rt)
                                       for factor, params in groups.items()], s.ttt_grad_clip, rt)
         self.params = self.optimizers.params
         self.origin = [p.detach().clone() for p in self.params] if s.ttt_decay else []
@@ -3252,9 +3255,10 @@ class Adapter:
         return epochs
 
     def _log(self, chunk, chunks, epochs):
-        if epochs < self.s.ttt_epochs:
+        wanted = self.s.ttt_epochs if self.s.ttt_epochs >= 0 else 1
+        if epochs < wanted:
             self.rt.log(f"{self.label}:late chunk={chunk + 1}/{chunks} epochs={epochs} of "
-                        f"{self.s.ttt_epochs}: EVAL_WALLCLOCK_SECONDS="
+                        f"{wanted}: EVAL_WALLCLOCK_SECONDS="
                         f"{self.s.eval_wallclock_seconds:g} must hold the scoring that is left")
         if chunk % 10 == 0 or chunk + 2 == chunks:
             self.rt.log(f"  ttt_chunk [{chunk + 1}/{chunks}] "
@@ -3790,7 +3794,8 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened):
     return results, ledger
 
 
-UNTRAINED = dict(steps=0, train_tokens=0, train_seconds=0.0, pack_seconds=0.0)
+UNTRAINED = dict(steps=0, train_tokens=0, train_seconds=0.0, pack_seconds=0.0,
+                 validation_documents_in_training=0)
 
 
 def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
@@ -3824,7 +3829,8 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     write_artifact(dict(model.named_parameters()), s, rt, calibration, path)
     trained = dict(steps=trainer.step, train_tokens=trainer.step * s.train_batch_tokens,
                    train_seconds=trainer.elapsed / 1000,
-                   pack_seconds=time.perf_counter() - started)
+                   pack_seconds=time.perf_counter() - started,
+                   validation_documents_in_training=shared)
     if rt.rank == 0:
         checkpoints.exported(path, trained)
     checkpoints.finish(path)
@@ -3868,6 +3874,9 @@ def report(s, rt, path, counts, trained, results, ledger, eval_seconds):
                   train_seconds=(trained["train_seconds"], 600))
     violations = [f"{key} {value:g} exceeds {limit:,}" for key, (value, limit) in limits.items()
                   if value > limit]
+    if trained["validation_documents_in_training"]:
+        violations.append(f"{trained['validation_documents_in_training']} sampled training "
+                          "documents begin like documents of the validation set")
     if s.val_limit_tokens:
         violations.append(f"VAL_LIMIT_TOKENS={s.val_limit_tokens}: not the whole validation set")
     result = dict(
