@@ -364,7 +364,7 @@ def test_pack_does_not_coarsen_what_fits_as_it_is(fit):
     assert float(decode_artifact(pack(state, s, len(finest) - 1))[2].split()[1]) > level
 
 
-def test_a_calibrated_pack_fits_with_the_codes_of_gptq():
+def test_a_calibrated_pack_fits_with_the_codes_of_gptq(monkeypatch):
     """Steps are searched with plain rounding, since error compensation takes long; what is
     written is compensated, and fits; it raises where nothing does."""
     rng, state, s = np.random.default_rng(0), weights_of("gaussian"), Settings()
@@ -385,10 +385,14 @@ def test_a_calibrated_pack_fits_with_the_codes_of_gptq():
             plain = replace(t, codes=rounded)
             error, plain = ((x @ (state[n] - q.weights()).T).norm() for q in (t, plain))
             assert error < 0.8 * plain
-    least = finest_and_coarsest(state, s)[1]
+    coarsest = Quantizer(state, s, calibration).at(2.0**24, compensate=False)
+    least = len(encode_artifact(coarsest, s, "level 1.67772e+07"))
     assert len(pack(state, s, int(1.1 * least), calibration=calibration)) <= int(1.1 * least)
     with pytest.raises(UserError, match="ARTIFACT_BUDGET_BYTES"):
         pack(state, s, least // 2, calibration=calibration)
+    monkeypatch.setattr(train_gpt, "gptq_codes", lambda w, *_: torch.randint(
+        -127, 128, w.shape, dtype=torch.int8))  # compensated codes that never fit
+    assert len(pack(state, s, 2 * least, calibration=calibration)) <= 2 * least
 
 
 @pytest.mark.parametrize("calibration", [None, Calibration({}, {})], ids=["plain", "calibrated"])
