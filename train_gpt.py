@@ -163,9 +163,9 @@ class Settings:
     ve_dim: Positive = 128  # channels of the value embedding
     ve_layers: str = "9,10"  # blocks whose values get the value embedding; empty: off
     # −0.0010 (value residual) and −0.0005 to −0.0010 (gate) at full scale.
-    value_residual: Literal["0", "1", "pair", "sigmoid", "shortcut", "half", "embed"] = "pair"
-        # V ← a·V₀ + b·V; 1: pair; embed: block output + λ·x₀; 0: off
-    gated_attention: Literal["0", "1", "head", "sparse", "scalar"] = "head"
+    value_residual: Literal["0", "1", "pair", "sigmoid"] = "pair"
+        # V ← a·V₀ + b·V; pair: learned a and b; sigmoid: a = σ(λ), b = 1 − a; 1: pair; 0: off
+    gated_attention: Literal["0", "1", "head", "sparse"] = "head"
         # gate on the attention output; 1: head; sparse: reads 12 channels (#1787); 0: off
 
     # == Optimizers
@@ -200,7 +200,6 @@ class Settings:
     swa_every: Positive = 50  # steps between snapshots
     late_qat_threshold: Amount = 0.15
         # fake quantization (int6) in the last share of the warmdown; above 1: always; 0: never
-    crownq_lambda: Amount = 0.0  # penalty on rounding errors, with fake quantization (CROWN-Q)
     val_loss_every: Count = 4000  # steps between validations; 0: only after the last step
     train_log_every: Positive = 500  # steps between log lines after step 10
 
@@ -213,9 +212,9 @@ class Settings:
     fp16_keep_name_patterns: str = ""  # parts of names of tensors kept as fp16, commas between
     quant_fit: Literal["level", "scale"] = "level"
         # to fit the budget; level: no step below a common one; scale: all steps × one factor
-    quant_clip: Literal["max", "row", "matrix", "std"] = "max"
-        # clip of a row: its maximum, a searched quantile by row or by matrix, or its root mean
-        # square times the next three (SDClip, #1394)
+    quant_clip: Literal["max", "row", "std"] = "max"
+        # clip of a row: its maximum, a searched quantile, or its root mean square times the next
+        # three (SDClip, #1394)
     attn_clip_sigmas: Amount = 12.85  # attention, gates and projections
     mlp_clip_sigmas: Amount = 12.85  # MLP
     embed_clip_sigmas: Amount = 20.0  # embedding tables
@@ -223,7 +222,6 @@ class Settings:
     prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # share of a matrix's smallest weights set to 0
     gptq: Flag = 1  # calibrate: GPTQ, and steps by what errors cost
     gptq_batches: Positive = 8  # of TRAIN_BATCH_TOKENS, for calibration; fewer if time is short
-    gptq_text: Literal["train", "self"] = "train"  # on training rows, or self-written text
     gptq_reserve_seconds: Amount = 0.0  # of the training clock for calibration; 0: as measured
     gptq_act_order: Flag = 0  # columns in descending order of the Hessian's diagonal
     codec: Literal["rans", "lzma", "zstd"] = "rans"  # of the codes; zstd needs zstandard
@@ -241,14 +239,13 @@ class Settings:
     eval_batch_seqs: Positive = 32  # windows per rank and pass
     ttt_enabled: Flag = 1  # score-first test-time training (−0.0021 to −0.0033)
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices alone
-    ttt_params: Literal["all", "tail", "scalars"] = "all"
-        # tail: blocks from TTT_FREEZE_BLOCKS on, scales, token table; scalars: scales, gates, mixes
+    ttt_params: Literal["all", "tail"] = "all"
+        # tail: blocks from TTT_FREEZE_BLOCKS on, scales, token table
     ttt_decay: Amount = 0.0  # × lr, pull towards the artifact's weights per step; 0: off
     ttt_lr: Amount = 0.002  # decays by a cosine over the chunks
     ttt_intra_cosine: Flag = 0  # times a cosine inside each chunk
     ttt_proj_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's down matrices
     ttt_fc_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's up matrices
-    ttt_temp: Annotated[float, 0.1, 10.0] = 1.0  # temperature of the logits in TTT
     ttt_momentum: Decay = 0.9  # of sgd and muon
     ttt_epochs: Annotated[int, -1, 1000] = 3  # over each scored chunk; -1: what the clock allows
     ttt_chunk_tokens: Annotated[int, 2, 2**31] = 32768  # scored before each adaptation
@@ -372,7 +369,7 @@ PRESETS = {  # a row holds only what differs from the defaults, or from the row 
 _VRL = {"0": {"VALUE_RESIDUAL": "0"}, "1": {"VALUE_RESIDUAL": "sigmoid"}}
 ALIASES = {
     "VRL_ENABLED": _VRL, "VRL": _VRL, "GA_ENABLED": "GATED_ATTENTION", "WEIGHT_DECAY": "MUON_WD",
-    "TTT_TEMPERATURE": "TTT_TEMP", "QAT_THRESHOLD": "LATE_QAT_THRESHOLD",
+    "QAT_THRESHOLD": "LATE_QAT_THRESHOLD",
     "LATE_QAT": {"0": {"LATE_QAT_THRESHOLD": "0"}, "1": {"LATE_QAT_THRESHOLD": "0.15"}},
     "QAT_ENABLED": {"0": {}, "1": {"LATE_QAT_THRESHOLD": "2"}},
     "VE_ENABLED": {"0": {"VE_LAYERS": ""}, "1": {"VE_LAYERS": "9,10"}},
@@ -392,9 +389,10 @@ REFUSED = {
     "TIE_EMBEDDINGS": ("1", "TIED_EMBED_LR"), "EMBED_LR": ("0.6", "TIED_EMBED_LR"),
     "HEAD_LR": ("0.008", "TIED_EMBED_LR"), "GRAD_QUANT": ("0", ""), "MUON_BETA2": ("0.95", ""),
     "MUON_BACKEND_STEPS": ("5", ""), "ADAM_EPS": ("1e-8", ""), "SWA_START_FRAC": ("0.2", ""),
-    "TIED_EMBED_INIT_STD": ("0.005", ""), "CROWNQ_WARMDOWN_ONLY": ("1", ""),
+    "TIED_EMBED_INIT_STD": ("0.005", ""), "CROWNQ_LAMBDA": ("0", ""),
+    "CROWNQ_WARMDOWN_ONLY": ("1", ""),
     "TRIGRAM_DIM": ("128", "BIGRAM_DIM"), "TTT_UNFREEZE_BLOCKS": ("2", "TTT_FREEZE_BLOCKS"),
-    "XSA_START_LAYER": ("-4", "XSA_LAST_N"),
+    "XSA_START_LAYER": ("-4", "XSA_LAST_N"), "TTT_TEMP": ("1", ""), "TTT_TEMPERATURE": ("1", ""),
     "QUANT_EVAL_EVERY": ("0", ""), "INT8_CLIP_PERCENTILE": ("99.99984", "QUANT_CLIP"),
     "CONTROL_TENSOR_NAME_PATTERNS": ("", "FP16_KEEP_NAME_PATTERNS"),
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": ("", "FP16_KEEP_NAME_PATTERNS"),
@@ -1159,6 +1157,14 @@ def rms_norm(x):
     return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
 
 
+def scaled_rms_norm(x_BTHE, gain_H):
+    """gain·rms_norm(x). One factor a head joins both, so that the gradient of the gain is summed
+    from [N, H] numbers, not from [N, H, E]."""
+    x32 = x_BTHE.to(torch.promote_types(x_BTHE.dtype, torch.float32))
+    factor = gain_H * (x32.square().mean(-1) + torch.finfo(torch.float32).eps).rsqrt()
+    return (x32 * factor.unsqueeze(-1)).to(x_BTHE.dtype)
+
+
 QAT_BITS = 6
 
 
@@ -1193,11 +1199,9 @@ def softcapped(logits, softcap):
     return softcap * torch.tanh(logits.float() / softcap) if softcap else logits.float()
 
 
-def softcap_nll(logits_NV, targets_N, softcap, temperature):
-    """nll of each target [N], nats, fp32, of softcapped logits over the temperature."""
-    logits = softcapped(logits_NV, softcap)
-    logits = logits if temperature == 1 else logits / temperature
-    return F.cross_entropy(logits, targets_N, reduction="none")
+def softcap_nll(logits_NV, targets_N, softcap):
+    """nll of each target [N], nats, fp32, of softcapped logits."""
+    return F.cross_entropy(softcapped(logits_NV, softcap), targets_N, reduction="none")
 
 
 # The last two in Triton, for compiled models on a GPU. The MLP kernel writes the hidden layer and
@@ -1239,7 +1243,7 @@ def leaky_square_kernel(a, b, h, out, rows, B_COLUMN, B_DEPTH, SLOPE: tl.constex
 
 
 @jit
-def softcap_nll_kernel(logits, targets, nll, lse, grad, out, temperature, SOFTCAP: tl.constexpr,
+def softcap_nll_kernel(logits, targets, nll, lse, grad, out, SOFTCAP: tl.constexpr,
                        BACKWARD: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
     """nll and log-sum-exp of a row of logits; backward: the row's gradient × grad, in `out`."""
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -1247,11 +1251,11 @@ def softcap_nll_kernel(logits, targets, nll, lse, grad, out, temperature, SOFTCA
     if SOFTCAP != 0:
         tanh = 2 * tl.sigmoid(2 * z / SOFTCAP) - 1
         z = SOFTCAP * tanh
-    z = tl.where(i < V, z / temperature, float("-inf"))
+    z = tl.where(i < V, z, float("-inf"))
     hit = i == tl.load(targets + row)
     if BACKWARD:
         probability = tl.exp(z - tl.load(lse + row))
-        slope = (probability - tl.where(hit, 1.0, 0.0)) * tl.load(grad + row) / temperature
+        slope = (probability - tl.where(hit, 1.0, 0.0)) * tl.load(grad + row)
         if SOFTCAP != 0:
             slope *= 1 - tanh * tanh
         tl.store(out + row * V + i, slope.to(out.dtype.element_ty), mask=i < V)
@@ -1322,42 +1326,39 @@ def triton_mlp():
 @functools.cache
 def triton_nll():
     """softcap_nll by kernel."""
-    def rows(logits, targets, nll, lse, grad, out, softcap, temperature, backward):
+    def rows(logits, targets, nll, lse, grad, out, softcap, backward):
         V = logits.size(1)
-        softcap_nll_kernel[(len(logits),)](logits, targets, nll, lse, grad, out, temperature,
-                                           softcap, backward, V, triton.next_power_of_2(V),
-                                           num_warps=4)
+        softcap_nll_kernel[(len(logits),)](logits, targets, nll, lse, grad, out, softcap, backward,
+                                           V, triton.next_power_of_2(V), num_warps=4)
         return out
 
     def pair(logits):
         return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
 
-    def forward(logits, targets, softcap, temperature):
+    def forward(logits, targets, softcap):
         nll, lse = pair(logits)
-        rows(logits, targets, nll, lse, nll, nll, softcap, temperature, False)
+        rows(logits, targets, nll, lse, nll, nll, softcap, False)
         return nll, lse
 
-    def backward(grad, logits, targets, lse, softcap, temperature):
-        return rows(logits, targets, lse, lse, grad, torch.empty_like(logits), softcap,
-                    temperature, True)
+    def backward(grad, logits, targets, lse, softcap):
+        return rows(logits, targets, lse, lse, grad, torch.empty_like(logits), softcap, True)
 
     gradient = operator(
-        "nll_backward", "(Tensor grad, Tensor logits, Tensor targets, Tensor lse, float softcap, "
-        "float temperature) -> Tensor", backward, lambda grad, logits, *_: torch.empty_like(logits))
-    op = operator("nll", "(Tensor logits, Tensor targets, float softcap, float temperature) -> "
-                  "(Tensor, Tensor)", forward, lambda logits, *_: pair(logits))
+        "nll_backward", "(Tensor grad, Tensor logits, Tensor targets, Tensor lse, float softcap) "
+        "-> Tensor", backward, lambda grad, logits, *_: torch.empty_like(logits))
+    op = operator("nll", "(Tensor logits, Tensor targets, float softcap) -> (Tensor, Tensor)",
+                  forward, lambda logits, *_: pair(logits))
 
     def keep(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:2], output[1])
-        ctx.constants = inputs[2:]
+        ctx.softcap = inputs[2]
 
     def differentiate(ctx, grad, _):
-        found = gradient(grad.contiguous(), *ctx.saved_tensors, *ctx.constants)
-        return found, None, None, None
+        return gradient(grad.contiguous(), *ctx.saved_tensors, ctx.softcap), None, None
 
     op.register_autograd(differentiate, setup_context=keep)
-    return lambda logits, targets, softcap, temperature: op(
-        logits.contiguous(), targets.contiguous(), float(softcap), float(temperature))[0]
+    return lambda logits, targets, softcap: op(
+        logits.contiguous(), targets.contiguous(), float(softcap))[0]
 
 
 def rotary_tables(s, length):
@@ -1563,7 +1564,7 @@ def choose_pieces(s, rt):
     candidates = dict(mlp=(mlp, leaky_square_mlp, [*random_inputs(rt, (N, D), (R, D), (D, R)),
                                                    s.leaky_slope]),
                       nll=(triton_nll(), softcap_nll, [*random_inputs(rt, (N, V)), torch.randint(
-                          V, (N,), device=rt.device), s.logit_softcap, 1.0]))
+                          V, (N,), device=rt.device), s.logit_softcap]))
     for part, (kernel, plain, inputs) in candidates.items():
         if kernel is None:  # its tiles do not fill these widths
             names[part] = "plain"
@@ -1575,16 +1576,6 @@ def choose_pieces(s, rt):
         names[part] = right or "plain"
         pieces = replace(pieces, **{part: kernel}) if right else pieces
     return names, pieces
-
-
-# V ← a·V₀ + b·V, where V₀ is block 0's value: name → (initial parameter of a block or None,
-# parameter → (a, b)). "half" does not send gradients to V₀ through the mix.
-VALUE_RESIDUALS = {
-    "pair": ((0.5, 0.5), lambda p: (p[0], p[1])),                          # learned (#413, #490)
-    "sigmoid": ((-1.5,), lambda p: (p.sigmoid()[0], 1 - p.sigmoid()[0])),  # VRL (#657)
-    "shortcut": ((0.0,), lambda p: (p[0], 1.0)),                           # shortcut from V₀
-    "half": (None, lambda p: (0.5, 0.5)),                                  # fixed
-}
 
 
 @dataclass(frozen=True)
@@ -1646,36 +1637,36 @@ class Attention(nn.Module):
             self.gate_bias = vector(*[4.0] * s.num_heads)
         elif self.gate == "sparse":  # y_h × σ(W_h·u[:12] / 2), half open at first
             self.gate_weight = nn.Parameter(torch.zeros(s.num_heads, min(12, D)))
-        elif self.gate == "scalar":  # one factor on the block's attention output
-            self.gate_scale = vector(1.0)
 
     def project(self, u_BTD, fake_quant):
-        """q, k, v and gate logits of one product, which reads u once, in the gradient too."""
+        """q and k [B,T,H+K,E], v [B,T,K,E] and gate logits [B,T,H], of one product: u is read once,
+        in the gradient too."""
         weights = [fake_quantize(w) if fake_quant else w for w in (self.q, self.k, self.v)]
-        if self.gate == "head":  # padded to rows of 16 bytes: products of other widths are slow
-            padding = self.gate_weight.new_zeros(-self.heads % 8, u_BTD.size(-1))
+        if self.gate == "head":  # padded to whole heads: one kernel then joins all gradients
+            padding = self.gate_weight.new_zeros(-self.heads % self.head_dim, u_BTD.size(-1))
             weights += [self.gate_weight, padding]
-        return linear(u_BTD, torch.cat(weights)).split([len(w) for w in weights], -1)
+        heads = linear(u_BTD, torch.cat(weights)).unflatten(-1, (-1, self.head_dim))
+        qk, v, gate = heads.tensor_split([self.heads + self.kv_heads,
+                                          self.heads + 2 * self.kv_heads], dim=2)
+        return qk, v, gate.flatten(2)[..., : self.heads]
 
     def forward(self, u_BTD, out_scale_D, rotary, xsa, value_embedding, mix_value, fake_quant,
                 window):
         """Scaled output [B,T,D] and v [B,T,K,E] before the value residual, `mix_value`."""
         fake_quant = fake_quant and self.coded
-        q, k, v, *gate = self.project(u_BTD, fake_quant)
-        v = v if value_embedding is None else v + value_embedding
-        q = q.unflatten(-1, (self.heads, self.head_dim))
-        k, unmixed_v = (x.unflatten(-1, (self.kv_heads, self.head_dim)) for x in (k, v))
+        qk, v, gate = self.project(u_BTD, fake_quant)
+        unmixed_v = v if value_embedding is None else v + value_embedding.view_as(v)
         v = mix_value(unmixed_v)
-        q = rotate(rms_norm(q) * self.q_gain.to(q.dtype)[:, None], *rotary)
-        y = self.attend(q, rotate(rms_norm(k), *rotary), v, window)
+        gain = torch.cat((self.q_gain, self.q_gain.new_ones(self.kv_heads)))
+        q, k = rotate(scaled_rms_norm(qk, gain), *rotary).split([self.heads, self.kv_heads], dim=2)
+        y = self.attend(q, k, v, window)
         y = exclusive(y, v) if xsa else y
         if self.gate == "head":
-            y = y * torch.sigmoid(gate[0] + self.gate_bias.to(y.dtype)).unsqueeze(-1)
+            y = y * torch.sigmoid(gate + self.gate_bias.to(y.dtype)).unsqueeze(-1)
         elif self.gate == "sparse":
             read = linear(u_BTD[..., : self.gate_weight.size(1)], self.gate_weight)
             y = y * torch.sigmoid(0.5 * read).unsqueeze(-1)
-        out = linear(y.flatten(-2), self.o, fake_quant, out_scale_D)
-        return (out * self.gate_scale.to(out.dtype) if self.gate == "scalar" else out), unmixed_v
+        return linear(y.flatten(-2), self.o, fake_quant, out_scale_D), unmixed_v
 
 
 class MLP(nn.Module):
@@ -1709,19 +1700,16 @@ class Block(nn.Module):
         self.input_scale = 1 / math.sqrt(index + 1) if s.ln_scale else 1.0
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(D)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(D), torch.zeros(D))))
-        initial, self.value_weights = (VALUE_RESIDUALS.get(s.value_residual, (None, None))
-                                       if index else (None, None))
+        initial = dict(pair=(0.5, 0.5), sigmoid=(-1.5,)).get(s.value_residual) if index else None
         self.value_residual = vector(*initial) if initial else None
-        self.embed_shortcut = vector(0.0) if s.value_residual == "embed" else None
-        self.detach_first = s.value_residual == "half"
 
     def mix_value(self, v, first_v):
-        """The value residual: a·V₀ + b·V."""
-        if self.value_weights is None:
+        """The value residual a·V₀ + b·V, V₀ from block 0: (a, b) learned (#413, #490), or
+        (σ(λ), 1 − σ(λ)) (VRL, #657)."""
+        if self.value_residual is None:
             return v
-        p = self.value_residual
-        a, b = self.value_weights(None if p is None else p.to(v.dtype))
-        return a * (first_v.detach() if self.detach_first else first_v) + b * v
+        p = self.value_residual.to(v.dtype)
+        return p[0] * first_v + p[1] * v if len(p) == 2 else torch.lerp(v, first_v, p.sigmoid())
 
     def mix(self, x_BTD, x0_BTD):
         """m₀⊙x + m₁⊙x₀."""
@@ -1857,8 +1845,6 @@ class GPT(nn.Module):
             else:
                 y = z + a
                 x = y + block.mlp(z if p.form == "one" else y, core, fake_quant)
-            if block.embed_shortcut is not None:
-                x = x + block.embed_shortcut.to(x.dtype) * x0
             if p.push:
                 skips.append(x)
         x = x if lane is None else (x + lane) / 2
@@ -1869,13 +1855,11 @@ class GPT(nn.Module):
         products = self.products(tokens_BT, fake_quant, window, late)
         return softcapped(products, self.s.logit_softcap)
 
-    def forward(self, tokens_BT, targets_BT, fake_quant=False, temperature=1.0, window=0,
-                late=True):
+    def forward(self, tokens_BT, targets_BT, fake_quant=False, window=0, late=True):
         """nll of each target [B,T], nats, fp32. What changes during a run is an argument, so that
         a compiler cannot fold it away."""
         products = self.products(tokens_BT, fake_quant, window, late).flatten(0, 1)
-        nll = self.pieces.now().nll(products, targets_BT.flatten(), self.s.logit_softcap,
-                                    temperature)
+        nll = self.pieces.now().nll(products, targets_BT.flatten(), self.s.logit_softcap)
         return nll.view_as(targets_BT)
 
 
@@ -1934,8 +1918,8 @@ KINDS = (
     Kind("hashed", r"(bigram|trigram)\.table", zero, *_TABLE, "bigram_bits", "embed_clip_sigmas",
          False),
     Kind("gate", r"cores\.\d+\.attn\.gate_weight", constructed, *_SCALAR, *_SMALL_BITS, False),
-    Kind("control", r"cores\.\d+\.attn\.(q_gain|gate_bias|gate_scale)"
-         r"|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|value_residual|embed_shortcut)"
+    Kind("control", r"cores\.\d+\.attn\.(q_gain|gate_bias)"
+         r"|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|value_residual)"
          r"|smear|skip_weights|skip_gates|lanes|(bigram|trigram|ve)\.scale|ve\.block_scales",
          constructed, *_SCALAR, "", "", False),
 )
@@ -2330,8 +2314,8 @@ def as_fp16(x):
 def finest_steps(w_RC, bits, s, deviations=0.0):
     """The finest step of each row [R], fp16: that of its clip by QUANT_CLIP.
 
-    row: the quantile of |w| with the least squared error (GPTQ-lite); matrix: one quantile for all
-    rows, as in the ancestors; std: a multiple of the root mean square (SDClip, #1394).
+    row: the quantile of |w| with the least squared error (GPTQ-lite); std: a multiple of the root
+    mean square (SDClip, #1394).
     """
     magnitude = w_RC.abs()
     if s.quant_clip == "std":
@@ -2347,8 +2331,6 @@ def finest_steps(w_RC, bits, s, deviations=0.0):
         return candidates[0]
     errors = torch.stack([(w_RC - from_codes(to_codes(w_RC, steps, bits), steps)).square().sum(1)
                           for steps in candidates])
-    if s.quant_clip == "matrix":
-        errors = errors.sum(1, keepdim=True).expand_as(errors)
     return candidates.gather(0, errors.argmin(0)[None])[0]
 
 
@@ -2454,23 +2436,6 @@ def calibrate(model, batches_of_rows, rt):
     assert not missing, f"no Hessian for {sorted(missing)}"
     return Calibration({name: rt.sum_(total) for name, total in recorder.sums.items()},
                        {name: tuple(rt.sum_(e) for e in pair) for name, pair in energies.items()})
-
-
-@torch.no_grad()
-def write_rows(model, s, count, seed):
-    """Rows [count, T + 1] that the model writes from BOS on, sampled from its distribution."""
-    rows = torch.full((count, 1), BOS, device=model.tok_emb.device)
-    generator = torch.Generator(rows.device).manual_seed(seed)
-    for _ in range(s.train_seq_len if count else 0):
-        probabilities = model.logits(rows)[:, -1].softmax(-1)
-        rows = torch.cat((rows, torch.multinomial(probabilities, 1, generator=generator)), 1)
-    return rows
-
-
-def crown_q(model):
-    """Σ over matrices and rows of mean(w²)·(rowmax/15)²/12: the cost of rounding (#693)."""
-    matrices = [p for name, p in model.named_parameters() if kind_of(name).kind in ("attn", "mlp")]
-    return sum((w.square().mean(1) * (w.abs().amax(1) / 15).square() / 12).sum() for w in matrices)
 
 
 @dataclass
@@ -3165,8 +3130,6 @@ def ttt_factor(name, s):
         last = [p for p in pass_list(s) if p.block >= s.ttt_freeze_blocks]
         inside = index in [p.core if part == "cores" else p.block for p in last]
         wanted = inside or name == "tok_emb" or (row.kind == "control" and "scale" in name)
-    elif s.ttt_params == "scalars":
-        wanted = row.kind in ("control", "gate")
     else:
         wanted = inside or index is None
     if not wanted or (s.ttt_optimizer == "muon"
@@ -3421,8 +3384,6 @@ class Trainer:
             nll = self.forward(x, y, fake_quant, late=late).sum() / s.train_batch_tokens
             nll.backward()
             loss += nll.detach()
-        if s.crownq_lambda and fake_quant:
-            (s.crownq_lambda / self.rt.world_size * crown_q(self.model)).backward()
         return loss * self.rt.world_size
 
     def optimize(self, rows, scale, momentum, fake_quant=False, late=True):
@@ -3448,7 +3409,7 @@ class Trainer:
             self.optimize(rows, 1.0, s.muon_momentum, *variants[i % len(variants)])
             if i + 1 in (1, steps) or (i + 1) % 10 == 0:
                 rt.log(f"warmup_step:{i + 1}/{steps}")
-        if s.gptq and s.gptq_text == "train" and s.max_wallclock_seconds:
+        if s.gptq and s.max_wallclock_seconds:
             self.reserve_ms = 1000 * (s.gptq_reserve_seconds or self._measured_reserve(rows))
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), kept)
@@ -3621,43 +3582,35 @@ class Trainer:
 
     def calibration(self, stream):
         """Calibration on the training rows that would have come next, inside the clock: as many
-        passes as fit. Text that the model writes itself is not training."""
-        s, rt, self_written = self.s, self.rt, self.s.gptq_text == "self"
-        rt.log(f"gptq_calibration:start text:{s.gptq_text}")
+        passes as fit."""
+        s, rt = self.s, self.rt
+        rt.log("gptq_calibration:start")
         rt.synchronize()
         started = time.perf_counter()
-        cap = (math.inf if self_written or not s.max_wallclock_seconds
-               else s.max_wallclock_seconds - self.elapsed / 1000)
+        left = s.max_wallclock_seconds - self.elapsed / 1000
 
-        def rows():
-            if self_written:
-                begin, end = rt.share(max(64, rt.world_size))
-                yield from write_rows(self.model, s, end - begin, s.seed + rt.rank).split(
-                    self.calibration_rows)
-                return
-            first, count = self.step * self.rows_per_step, self.rows_per_step
-            begin, end = rt.share(count)
-            for n in range(s.gptq_batches):
-                batch = stream.rows(first + n * count + begin, first + n * count + end)
-                yield from batch.to(rt.device).split(self.calibration_rows)
-
-        def in_time():
-            """Passes until another, as long as the longest so far, would end after the cap."""
+        def parts():
+            """Passes until another, as long as the longest so far, would end after the clock."""
             longest, before = 0.0, time.perf_counter()
-            for passes, part in enumerate(rows()):
-                yield part
-                rt.synchronize()
-                now = time.perf_counter()
-                longest, before = max(longest, now - before), now
-                if cap < math.inf and rt.from_rank0(now - started + 1.1 * longest) > cap:
-                    rt.log(f"gptq_calibration:stopped after {passes + 1} passes, "
-                           f"MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g} is near")
-                    return
+            for n in range(s.gptq_batches):
+                begin, end = rt.share(self.rows_per_step)
+                first = (self.step + n) * self.rows_per_step
+                rows = stream.rows(first + begin, first + end).to(rt.device)
+                for part in rows.split(self.calibration_rows):
+                    yield part
+                    rt.synchronize()
+                    now = time.perf_counter()
+                    longest, before = max(longest, now - before), now
+                    late = s.max_wallclock_seconds and now - started + 1.1 * longest > left
+                    if rt.any_rank(late):
+                        rt.log("gptq_calibration:stopped early, MAX_WALLCLOCK_SECONDS="
+                               f"{s.max_wallclock_seconds:g} is near")
+                        return
 
-        calibration = calibrate(self.model, in_time(), rt)
+        calibration = calibrate(self.model, parts(), rt)
         rt.synchronize()
         seconds = time.perf_counter() - started
-        self.elapsed += 0.0 if self_written else 1000 * seconds
+        self.elapsed += 1000 * seconds
         rt.log(f"gptq_calibration:done matrices:{len(calibration.hessians)} "
                f"time:{1000 * seconds:.0f}ms")
         return calibration
@@ -3744,31 +3697,24 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
     for plan in plans:
         Scorer(forward, tokens, plan, s, rt, model.pieces).warm_up(s.vocab_size)
     if s.ttt_enabled:
-        tempered = with_temperature(forward, s)
-        Scorer(tempered, tokens, plan, s, rt, model.pieces, s.ttt_chunk_tokens
+        Scorer(forward, tokens, plan, s, rt, model.pieces, s.ttt_chunk_tokens
                ).warm_up(s.vocab_size)
-        Adapter(model, tempered, s, rt).warm_up()
+        Adapter(model, forward, s, rt).warm_up()
         model.requires_grad_(True)
     rt.synchronize()
     rt.log(f"compile:evaluation {time.perf_counter() - started:.1f}s before the artifact is opened")
-
-
-def with_temperature(forward, s):
-    if s.ttt_temp == 1:
-        return forward
-    return lambda x, y, window=0: forward(x, y, False, s.ttt_temp, window)
 
 
 def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened):
     """Read the artifact from disk and score it: plain, full context, TTT. Returns {kind: result}
     and the last ledger."""
     label, results, plan = s.quant_label, {}, s.scoring_plan
-    full, tempered = "banded" if plan[2] else "sliding", with_temperature(forward, s)
+    full = "banded" if plan[2] else "sliding"
 
     def timed(kind, key, plan, note="", adapter=None):
         try:
-            results[kind], ledger = evaluate(tempered if adapter else forward, tokens, byte_table,
-                                             s, rt, kind, plan, adapter, opened, model.pieces)
+            results[kind], ledger = evaluate(forward, tokens, byte_table, s, rt, kind, plan,
+                                             adapter, opened, model.pieces)
         except LedgerError as problem:
             hint = f"; lower TTT_LR={s.ttt_lr}?" if adapter else ""
             raise LedgerError(f"{path}, {kind}: {problem}{hint}") from problem
@@ -3786,7 +3732,7 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened):
         note = f"segment:{plan[1]} prefix:{plan[0] - plan[1]} "
         ledger = timed(full, f"final_{label}_banded", plan, note)
     if s.ttt_enabled:
-        adapter = Adapter(model, tempered, s, rt)
+        adapter = Adapter(model, forward, s, rt)
         ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)
         r = results["ttt"]
         rt.log(f"{adapter.label}:done val_loss={r['val_loss']:.6f} val_bpb={r['val_bpb']:.6f} "

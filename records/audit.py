@@ -217,7 +217,7 @@ class Witness:
         to which no target is given; and how far the scores of these rows are from −log p."""
         call.apply_defaults()
         options, names = list(call.arguments.items())[2:], inspect.signature(self.plain_logits).parameters
-        logits_BTV = self.plain_logits(x, **{k: v for k, v in options if k in names}) / call.arguments.get("temperature", 1.0)
+        logits_BTV = self.plain_logits(x, **{k: v for k, v in options if k in names})
         for target, (b, p) in chosen.items():
             log_p_TV = logits_BTV[b].double().log_softmax(-1)
             error = (nll[b].double() + log_p_TV.gather(1, y[b].long()[:, None])[:, 0]).abs().max()

@@ -55,7 +55,7 @@ def run(corpus, artifact, tmp_path, capsys):
 
 HONEST = {
     "sliding": dict(), "banded": dict(EVAL_ATTENTION="banded", EVAL_SEGMENT=64, TTT_CHUNK_TOKENS=128),
-    "adamw, tempered": dict(TTT_OPTIMIZER="adamw", TTT_TEMP=0.9, TTT_LR=0.001), "muon": dict(TTT_OPTIMIZER="muon", TTT_LR=0.005),
+    "adamw": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.001), "muon": dict(TTT_OPTIMIZER="muon", TTT_LR=0.005),
     "no TTT": dict(TTT_ENABLED=0), "plain": dict(TTT_ENABLED=0, EVAL_STRIDE=0)}
 
 
@@ -141,9 +141,10 @@ RECORD = """\
 """
 LOOP_END = "    rt.synchronize()\n    seconds = time.perf_counter() - started\n    return dict(ledger.result(byte_table)"
 NLL = """\
-        nll = self.pieces.now().nll(products, targets_BT.flatten(), self.s.logit_softcap,
-                                    temperature)
+        nll = self.pieces.now().nll(products, targets_BT.flatten(), self.s.logit_softcap)
 """
+HEAD = "        return linear(rms_norm(x), self.tok_emb)\n"
+SHARPER = (HEAD, HEAD.replace("\n", " * getattr(self, 'sharpness', 1.0)\n"))
 READ = "        return decode_artifact(content)\n"
 TOTALS = "loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), byte_table.count(self.tokens)\n"
 
@@ -211,20 +212,17 @@ CHEATS = {
     "attention sees one token ahead": (["1"], "instead of", (
         "F.scaled_dot_product_attention(q, k, v, is_causal=True,",
         "F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(2 * q.shape[2:3]).tril(1).bool(),")),
-    "a temperature fitted to the tokens that it scores": (["1"], "instead of", (RECORD, """\
-        fixed, seen = scorer.model, torch.from_numpy(tokens[low: low + 33].astype(np.int64))[None]
+    "a temperature fitted to the tokens that it scores": (["1"], "instead of", SHARPER, (RECORD, """\
+        seen, model.sharpness = torch.from_numpy(tokens[low: low + 33].astype(np.int64))[None], 1.0
         with torch.no_grad():
-            sharpness = 1 + 0.1 * float(GPT.logits(model, seen[:, :-1]).gather(2, seen[:, 1:, None]).mean())
-        scorer.model = functools.partial(fixed, temperature=1 / sharpness)
+            hits = GPT.logits(model, seen[:, :-1]).gather(2, seen[:, 1:, None])
+        model.sharpness = 1 + 0.1 * float(hits.mean())
         ledger.record(low, scorer.score(begin, end))
-        scorer.model = fixed
 """)),
-    "the best of some temperatures": (["3"], "a choice between scores", (RECORD, """\
-        fixed, tries = scorer.model, []
-        for t in (1.0, 1.5, 2.0, 2.5) if adapter else (1.0,):
-            scorer.model = functools.partial(fixed, temperature=t)
+    "the best of some temperatures": (["3"], "a choice between scores", SHARPER, (RECORD, """\
+        tries = []
+        for model.sharpness in (1.0, 0.7, 0.5, 0.4) if adapter else (1.0,):
             tries.append(scorer.score(begin, end))
-        scorer.model = fixed
         ledger.record(low, min(tries, key=np.sum))
 """)),
     "says the same of everything": (["1"], "notices", (NLL, "        products = 0 * products\n" + NLL)),

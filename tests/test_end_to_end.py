@@ -119,7 +119,7 @@ LOG_LINES = [
     r"warmup_step:2/2", r"XSA:last_3 active_layers:\[0, 1, 2\]",
     r"late_qat:enabled step:\d+ scale:0\.\d{4}", r"swa:start step:\d+",
     r"ema:applying EMA and SWA weights", rf"DIAGNOSTIC post_ema {LOSS} {BPB} {TIMED}",
-    r"gptq_calibration:start text:train", r"gptq_calibration:done matrices:\d+ time:\d+ms",
+    r"gptq_calibration:start", r"gptq_calibration:done matrices:\d+ time:\d+ms",
     *(rf"quantized {kind} weights:\d+ bits_per_code:\d\.\d+ mean_step:0\.\d+ weight_error:0\.\d+"
       for kind in
       ("table", "hashed", "proj", "attn", "gate", "mlp")),

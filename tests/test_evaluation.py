@@ -503,7 +503,7 @@ def test_settings_that_leave_nothing_to_adapt_are_refused_before_anything_starts
         tiny(**variables)
 
 
-def test_tail_scalars_and_muon_choose_their_parameters(tiny):
+def test_tail_and_muon_choose_their_parameters(tiny):
     def chosen(**variables):
         s = tiny(**variables)
         return {n for n in train_gpt.parameter_shapes(s) if train_gpt.ttt_factor(n, s)}
@@ -513,7 +513,6 @@ def test_tail_scalars_and_muon_choose_their_parameters(tiny):
     tail = chosen(TTT_PARAMS="tail", TTT_FREEZE_BLOCKS=2)
     assert {n.split(".")[1] for n in tail if n.startswith("cores.")} == {"2"}
     assert {"tok_emb", "blocks.0.mlp_scale"} <= tail and "blocks.0.resid_mix" not in tail
-    assert kinds(chosen(TTT_PARAMS="scalars")) == {"control", "gate"}
     assert kinds(chosen(**MUON)) == {"attn", "mlp", "proj"} and "bigram.proj" in chosen(**MUON)
 
 
@@ -615,9 +614,9 @@ def test_flipping_tokens_changes_no_earlier_score_bit_for_bit(tiny, variables):
 # -- the evaluations of an artifact ---------------------------------------------------------------
 
 @pytest.mark.parametrize("variables", [
-    dict(), dict(BANDED, TTT_TEMP=0.8), dict(BANDED, EVAL_SEQ_LEN=64, EVAL_SEGMENT=7)])
+    dict(), BANDED, dict(BANDED, EVAL_SEQ_LEN=64, EVAL_SEGMENT=7)])
 def test_an_artifact_is_scored_plain_in_full_context_and_adapted(tiny, tmp_path, variables):
-    """Each is evaluate() of its plan; only the adapted scores have the temperature."""
+    """Each is evaluate() of its plan."""
     variables = dict(VAL_LIMIT_TOKENS=512, **variables)
     w, lines, path = world(tiny, **variables), [], tmp_path / "model"
     path.write_bytes(train_gpt.pack(w.model.state_dict(), w.s, 1_000_000))
@@ -637,7 +636,7 @@ def test_an_artifact_is_scored_plain_in_full_context_and_adapted(tiny, tmp_path,
     assert hashes == [windows["sha256"], plain["sha256"]]
     rows = torch.from_numpy(w.tokens[None, :length + 1].astype(np.int64))
     with torch.no_grad():
-        first = fresh.model(rows[:, :-1], rows[:, 1:], False, w.s.ttt_temp, band)[0].numpy()
+        first = fresh.model(rows[:, :-1], rows[:, 1:], window=band)[0].numpy()
     assert np.abs(book.nll[:length] - first).max() < 1e-5
     assert np.abs(book.nll[-200:] - plain_book.nll[-200:]).max() > 1e-3
 

@@ -54,21 +54,23 @@ def test_the_mlp_kernel_is_the_plain_mlp(rows, tile, slope, half, seed):
 
 @hypothesis_settings(max_examples=25)
 @given(rows=st.integers(1, 9), vocabulary=st.sampled_from([2, 3, 64, 100, 1024]), softcap=st.sampled_from([0.0, 5.0, 30.0]),
-       temperature=st.sampled_from([0.5, 1.0, 2.0]), dtype=st.sampled_from([torch.float32, torch.bfloat16]), size=st.sampled_from([1, 40]),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]), size=st.sampled_from([1, 40]),
        seed=st.integers(0, 99))
-def test_the_loss_kernel_is_the_plain_loss(rows, vocabulary, softcap, temperature, dtype, size, seed):
+def test_the_loss_kernel_is_the_plain_loss(rows, vocabulary, softcap, dtype, size, seed):
     """Vocabularies that are no power of two, logits far beyond the cap, a gradient that differs from row to row."""
     generator = torch.Generator().manual_seed(seed)
     logits = (size * torch.randn(rows, vocabulary, generator=generator)).to(dtype)
     targets = torch.randint(vocabulary, (rows,), generator=generator)
-    mine = weighted(triton_nll(), [logits, targets], softcap, temperature)
+    mine = weighted(triton_nll(), [logits, targets], softcap)
     assert mine[0].dtype == torch.float32 and mine[1].dtype == dtype
-    exact = in_float64(lambda z, t, cap, temperature: -torch.log_softmax((cap * torch.tanh(z / cap) if cap else z) / temperature, -1)[
-        torch.arange(len(z)), t], [logits, targets], softcap, temperature)
+    exact = in_float64(lambda z, t, cap: -torch.log_softmax(cap * torch.tanh(z / cap) if cap else z, -1)[
+        torch.arange(len(z)), t], [logits, targets], softcap)
     torch.testing.assert_close(mine[0].double(), exact[0], rtol=1e-5, atol=2e-5)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(mine[1].double(), exact[1], rtol=tolerance, atol=tolerance * float(exact[1].abs().max()))
-    plain = weighted(softcap_nll, [logits.float(), targets], softcap, temperature)
+    # fp32 has no slope where the cap saturates
+    small = 1e-7 + tolerance * float(exact[1].abs().max())
+    torch.testing.assert_close(mine[1].double(), exact[1], rtol=tolerance, atol=small)
+    plain = weighted(softcap_nll, [logits.float(), targets], softcap)
     torch.testing.assert_close(plain[0].double(), exact[0], rtol=1e-5, atol=2e-5)
 
 
@@ -79,7 +81,7 @@ def test_inputs_of_any_layout_are_taken():
                     in_float64(leaky_square_mlp, [u, up, down], 0.5), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
     logits, targets = torch.randn(7, 60)[:, 3:53], torch.randint(50, (14,))[::2]
-    for a, b in zip(weighted(triton_nll(), [logits, targets], 5.0, 1.0), in_float64(softcap_nll, [logits, targets], 5.0, 1.0)):
+    for a, b in zip(weighted(triton_nll(), [logits, targets], 5.0), in_float64(softcap_nll, [logits, targets], 5.0)):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
 
 
@@ -125,7 +127,7 @@ for BM, BN, BK, warps, stages in T.MLP_TILES:
 for softcap in (0.0, 30.0):
     for backward in (False, True):
         pointers = dict(logits="bf16", targets="i64", nll="fp32", lse="fp32", grad="fp32", out="bf16" if backward else "fp32")
-        print("nll", softcap, backward, shared(T.softcap_nll_kernel, pointers, dict(temperature="fp32"), dict(
+        print("nll", softcap, backward, shared(T.softcap_nll_kernel, pointers, dict(), dict(
               SOFTCAP=softcap, BACKWARD=backward, V=1024, BLOCK=1024), 4, 3))
 """
 
@@ -145,7 +147,7 @@ def test_operators_tell_compilers_the_truth():
     triton_mlp(), triton_nll()
     torch.library.opcheck(OPERATORS.mlp.default, (u, up, down, 0.5, 0))
     logits, targets = torch.randn(6, 50, requires_grad=True), torch.randint(50, (6,))
-    torch.library.opcheck(OPERATORS.nll.default, (logits, targets, 30.0, 1.0))
+    torch.library.opcheck(OPERATORS.nll.default, (logits, targets, 30.0))
 
 
 @pytest.mark.slow

@@ -107,17 +107,13 @@ def embedded(p, s, row):
 
 def mixed_value(p, s, i, v, first):
     """The value residual of block i; block 0 has none."""
-    if i == 0 or s.value_residual in ("0", "embed"):
+    if i == 0 or s.value_residual == "0":
         return v
-    if s.value_residual == "half":
-        return 0.5 * first.detach() + 0.5 * v
     λ = p[f"blocks.{i}.value_residual"]
     if s.value_residual == "pair":
         return λ[0] * first + λ[1] * v
-    if s.value_residual == "sigmoid":
-        g = 1 / (1 + torch.exp(-λ[0]))
-        return g * first + (1 - g) * v
-    return v + λ[0] * first  # shortcut
+    g = 1 / (1 + torch.exp(-λ[0]))  # sigmoid
+    return g * first + (1 - g) * v
 
 
 def attention(p, s, i, u, row, first, weight):
@@ -148,11 +144,10 @@ def attention(p, s, i, u, row, first, weight):
                 y = y / (1 + torch.exp(-(p[core + "gate_weight"][h] @ u[t, :12]) / 2))
             rows.append(y)
         heads.append(torch.stack(rows))
-    out = torch.cat(heads, 1) @ weight(core + "o", s.attn_bits).T
-    return (out * p[core + "gate_scale"] if s.gated_attention == "scalar" else out), own
+    return torch.cat(heads, 1) @ weight(core + "o", s.attn_bits).T, own
 
 
-def reference(p, s, row, targets, fake_quant=False, temperature=1.0):
+def reference(p, s, row, targets, fake_quant=False):
     """nll [T] of one row from parameters {name: float64}."""
     def weight(name, bits):
         return rounded(p[name], 6) if fake_quant and bits < 16 else p[name]
@@ -189,22 +184,19 @@ def reference(p, s, row, targets, fake_quant=False, temperature=1.0):
             x, lane = r0 * x + a0 * attn + m0 * mlp, r1 * lane + a1 * attn + m1 * mlp
         else:
             x = z + attn + mlp
-        if s.value_residual == "embed":
-            x = x + p[f"blocks.{i}.embed_shortcut"] * x0
         if n < half:
             skips.append(x)
     x = x if lane is None else (x + lane) / 2
     logits = rms(x) @ p["tok_emb"].T
     if s.logit_softcap:
         logits = s.logit_softcap * torch.tanh(logits / s.logit_softcap)
-    logits = logits / temperature
     return torch.stack([torch.log(torch.exp(line - line.max()).sum()) + line.max() - line[y] for line, y in zip(logits, targets)])
 
 
 VARIANTS = [
-    dict(), dict(VALUE_RESIDUAL="sigmoid"), dict(VALUE_RESIDUAL="shortcut"), dict(VALUE_RESIDUAL="half"), dict(VALUE_RESIDUAL="embed"),
-    dict(VALUE_RESIDUAL=0), dict(VE_LAYERS="0,2"), dict(VE_LAYERS="0,1,2", VALUE_RESIDUAL="shortcut"), dict(VE_LAYERS=""),
-    dict(GATED_ATTENTION="scalar"), dict(GATED_ATTENTION=0), dict(SMEAR_GATE=1), dict(SMEAR_GATE=0), dict(XSA_LAST_N=0),
+    dict(), dict(VALUE_RESIDUAL="sigmoid"),
+    dict(VALUE_RESIDUAL=0), dict(VE_LAYERS="0,2"), dict(VE_LAYERS="0,1,2", VALUE_RESIDUAL="sigmoid"), dict(VE_LAYERS=""),
+    dict(GATED_ATTENTION=0), dict(SMEAR_GATE=1), dict(SMEAR_GATE=0), dict(XSA_LAST_N=0),
     dict(XSA_LAST_N=1), dict(NUM_KV_HEADS=4), dict(NUM_KV_HEADS=1), dict(ROPE_DIMS=0), dict(ROPE_DIMS=6, ROPE_BASE=100),
     dict(ROPE_DIMS=2, ROPE_NTK_REFERENCE=0), dict(ROPE_NTK_REFERENCE=32), dict(LEAKY_SLOPE=0), dict(LEAKY_SLOPE=0.75, MLP_MULT=1.5),
     dict(UNET_SKIPS=0), dict(NUM_LAYERS=4), dict(NUM_LAYERS=5, VE_LAYERS="3"), dict(NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS=""),
@@ -252,10 +244,6 @@ def test_nll_and_gradients_equal_the_reference(tiny, float64, variables):
 def test_fake_quant_equals_the_reference_of_rounded_weights(tiny, float64, variables):
     """Gradients too: straight through to the unrounded weights."""
     compare_with_reference(tiny(**variables), fake_quant=True)
-
-
-def test_temperature_divides_the_logits(tiny, float64):
-    compare_with_reference(tiny(), temperature=0.5)
 
 
 def test_fp32_agrees_with_float64(tiny):
@@ -323,7 +311,7 @@ def test_rotation_keeps_lengths_and_sees_only_distance(tiny):
 
 @pytest.mark.parametrize("fake_quant", [False, True])
 @pytest.mark.parametrize("variables", [dict(), dict(SMEAR_GATE=1, TRIGRAM_VOCAB_SIZE=50, UNIQUE_LAYERS=2, XSA_LAST_N=2),
-                                       dict(VALUE_RESIDUAL="half", GATED_ATTENTION="scalar")])
+                                       dict(VALUE_RESIDUAL="sigmoid", GATED_ATTENTION="sparse")])
 def test_a_token_changes_no_score_before_it(tiny, variables, fake_quant):
     """Token t is the target of position t − 1 and is read from position t on; bit for bit, whatever the part."""
     s = tiny(**variables)
@@ -360,7 +348,7 @@ def test_rows_of_a_batch_do_not_meet(tiny):
     VE_DIM=st.sampled_from([1, 20]), BIGRAM_VOCAB_SIZE=st.sampled_from([0, 2, 3]), BIGRAM_DIM=st.sampled_from([1, 20]),
     TRIGRAM_VOCAB_SIZE=st.sampled_from([0, 2, 3]), MLP_MULT=st.sampled_from([0.125, 0.3, 16]), LOGIT_SOFTCAP=st.sampled_from([0, 1e-3, 30]),
     SMEAR_GATE=st.sampled_from(["0", "1", "bos"]), UNET_SKIPS=st.integers(0, 1),
-    VALUE_RESIDUAL=st.sampled_from(["0", "pair", "half", "embed"]))))
+    VALUE_RESIDUAL=st.sampled_from(["0", "pair", "sigmoid"]))))
 def test_settings_that_pass_the_checks_make_a_model_that_runs(tiny, variables):
     """Whatever cannot work is refused by name before, never by a traceback from inside the model."""
     try:
@@ -379,9 +367,8 @@ def test_settings_that_pass_the_checks_make_a_model_that_runs(tiny, variables):
     (dict(), dict(BIGRAM_VOCAB_SIZE=0), r"^bigram\."), (dict(TRIGRAM_VOCAB_SIZE=9), dict(), r"^trigram\."),
     (dict(), dict(VE_LAYERS=""), r"^ve\."), (dict(), dict(VE_LAYERS=""), r"^ve\."), (dict(), dict(SMEAR_GATE=0), r"^smear"),
     (dict(), dict(UNET_SKIPS=0), r"^skip_weights"), 
-    (dict(), dict(VALUE_RESIDUAL=0), r"\.value_residual$"), (dict(), dict(VALUE_RESIDUAL="half"), r"\.value_residual$"),
-    (dict(VALUE_RESIDUAL="embed"), dict(), r"\.embed_shortcut$"), (dict(), dict(GATED_ATTENTION=0), r"\.gate_"),
-    (dict(GATED_ATTENTION="scalar"), dict(), r"\.gate_scale$"), (dict(), dict(GATED_ATTENTION="scalar"), r"\.gate_(weight|bias)$")])
+    (dict(), dict(VALUE_RESIDUAL=0), r"\.value_residual$"), (dict(), dict(GATED_ATTENTION=0), r"\.gate_"),
+    (dict(), dict(GATED_ATTENTION="sparse"), r"\.gate_bias$")])
 def test_a_part_that_is_off_has_no_parameter(tiny, on, off, pattern):
     def names(variables):
         return [n for n, _ in GPT(tiny(**variables)).named_parameters() if re.search(pattern, n)]
@@ -397,7 +384,7 @@ def test_the_first_block_has_no_value_residual(tiny):
 
 def test_every_parameter_has_its_kind(tiny):
     names = set()
-    for variables in (dict(TRIGRAM_VOCAB_SIZE=9), dict(GATED_ATTENTION="scalar", VALUE_RESIDUAL="embed"),
+    for variables in (dict(TRIGRAM_VOCAB_SIZE=9),
                       dict(PARALLEL="lanes", UNET_SKIPS="gated", GATED_ATTENTION="sparse")):
         names |= {n for n, _ in GPT(tiny(**variables)).named_parameters()}
     kinds = {n: kind_of(n).kind for n in names}

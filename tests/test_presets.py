@@ -86,22 +86,6 @@ def test_shared_core_gets_the_mean_of_its_gradients(tiny):
     torch.testing.assert_close(a, (b + c) / 2)
 
 
-def test_scalar_only_ttt_moves_scalars_alone(corpus, tiny):
-    s = tiny(TTT_PARAMS="scalars", TTT_LR="0.01")
-    rt = train_gpt.Runtime(s)
-    model, _ = train_gpt.build_model(s, rt)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    adapter = train_gpt.Adapter(model, model, s, rt)
-    train_gpt.evaluate(model, train_gpt.load_validation(s), train_gpt.ByteTable(s), s, rt, "ttt", s.scoring_plan, adapter)
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert {train_gpt.kind_of(n).kind for n in moved} <= {"control", "gate"}
-    assert {"skip_weights", "smear", *(f"cores.{i}.attn.{p}" for i in range(3) for p in ("q_gain", "gate_bias")),
-            *(f"blocks.{i}.{p}" for i in range(3) for p in ("attn_scale", "mlp_scale", "resid_mix"))} <= moved
-
-
 def test_tail_ttt_trains_last_blocks_scalars_and_token_table():
     s = settings_of("pr490")
     with torch.device("meta"):
@@ -191,42 +175,11 @@ def test_hessians_are_those_of_the_inputs(tiny, precision):
         torch.testing.assert_close(hessians[f"cores.1.attn.{part}"], expected)
 
 
-def test_matrix_wide_clip_with_floor_is_the_ancestors_rule(tiny):
-    s = tiny(QUANT_CLIP="matrix", QUANT_STEP_FLOOR=str(1 / 31))
-    w, _ = weights_and_inputs()
-    w[:12] *= 0.2  # rows whose maximum is below 1 meet the floor
-    best = None
-    for p in train_gpt.CLIP_QUANTILES:
-        clip = torch.quantile(w.abs(), p, dim=1) if p < 1 else w.abs().amax(1)
-        steps = (clip / 31).clamp_min(1 / 31).half().float()
-        error = ((w / steps[:, None]).round().clamp(-31, 31) * steps[:, None] - w).square().mean()
-        if best is None or error < best[0]:
-            best = (error, steps)
-    torch.testing.assert_close(train_gpt.finest_steps(w, 6, s), best[1], rtol=0, atol=0)
-    assert not torch.equal(train_gpt.finest_steps(w, 6, tiny()), best[1])
-
-
 def test_pruning_drops_the_smallest_share():
     w = torch.randn(50, 40)
     pruned = train_gpt.prune(w, 0.03)
     assert int((pruned == 0).sum()) == 60 and w[pruned == 0].abs().max() < w[pruned != 0].abs().min()
     assert torch.equal(train_gpt.prune(w, 0.0), w)
-
-
-def test_crown_q_by_hand(tiny):
-    model, _ = train_gpt.build_model(s := tiny(), train_gpt.Runtime(s))
-    total = 0.0
-    for name, p in model.named_parameters():
-        if name.startswith("cores.") and name.split(".")[-1] in ("q", "k", "v", "o", "up", "down"):
-            for row in p.detach().double().numpy():
-                total += np.mean(row ** 2) * (np.abs(row).max() / 15) ** 2 / 12
-    assert train_gpt.crown_q(model).item() == pytest.approx(total, rel=1e-5)
-
-
-def test_crown_q_enters_the_gradient_with_fake_quantization(corpus, tmp_path):
-    losses = [run_preset("pr657", corpus, tmp_path / str(x), CROWNQ_LAMBDA=x, LATE_QAT_THRESHOLD=2, TRAIN_LOG_EVERY=1)[0]["val_loss"]["float"]
-              for x in (0, 100)]
-    assert losses[0] != losses[1]
 
 
 # --- published names

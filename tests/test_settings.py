@@ -96,7 +96,7 @@ def test_a_file_with_foreign_line_ends_is_read(text):
     (dict(VRL_ENABLED=1), "value_residual", "sigmoid"),
     (dict(VRL_ENABLED="True"), "value_residual", "sigmoid"),
     (dict(VRL_ENABLED=0), "value_residual", "0"),
-    (dict(VRL_ENABLED=1, VALUE_RESIDUAL="half"), "value_residual", "half"),
+    (dict(VRL_ENABLED=1, VALUE_RESIDUAL="pair"), "value_residual", "pair"),
     (dict(GA_ENABLED=1), "gated_attention", "head"),
     (dict(WEIGHT_DECAY=0.125), "muon_wd", 0.125),
     (dict(WEIGHT_DECAY=0.125, MUON_WD=0.25), "muon_wd", 0.25),
@@ -122,7 +122,7 @@ def test_the_order_of_variables_decides_nothing():
     """Such as LATE_QAT and QAT_THRESHOLD, two published names of one setting."""
     values = {name: list(meaning) if isinstance(meaning, dict) else ["0.1", "0", "1", "x"]
               for name, meaning in ALIASES.items()}
-    values.update(LATE_QAT_THRESHOLD=["0.3"], VALUE_RESIDUAL=["half"], VE_LAYERS=["3"])
+    values.update(LATE_QAT_THRESHOLD=["0.3"], VALUE_RESIDUAL=["sigmoid"], VE_LAYERS=["3"])
 
     def outcome(environ):
         try:
@@ -201,7 +201,6 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(TTT_CHUNK_TOKENS=5999, EVAL_SEGMENT=6000), "TTT_CHUNK_TOKENS=5999 must hold 6000"),
     (dict(ITERATIONS=0, MAX_WALLCLOCK_SECONDS=0), "nothing ends the training"),
     (dict(GPTQ_RESERVE_SECONDS=600), "GPTQ_RESERVE_SECONDS=600.0 leaves nothing"),
-    (dict(TTT_PARAMS="scalars", TTT_OPTIMIZER="muon"), "leave nothing to adapt"),
     (dict(RUN_ID="../elsewhere"), "RUN_ID=../elsewhere"), (dict(RUN_ID="é" * 101), "200 bytes"),
     (dict(SCORES_PATH="scores.txt"), "SCORES_PATH=scores.txt must name a file .npy"),
     (dict(ARTIFACT_BUDGET_BYTES=100), "the code alone has"),

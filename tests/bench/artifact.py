@@ -30,13 +30,11 @@ import train_gpt as T  # noqa: E402
 from artifact import entropy_bits, pack_code  # noqa: E402
 
 ANCESTOR = dict(attn_bits=6, mlp_bits=6, proj_bits=16, quant_fit="scale", quant_clip="row")
-MATRIX = dict(ANCESTOR, quant_clip="matrix")
 SDCLIP = dict(ANCESTOR, quant_clip="std", attn_clip_sigmas=4.0, mlp_clip_sigmas=4.0,
               embed_clip_sigmas=8.0)
 SIX = dict(attn_bits=6, mlp_bits=6)
 SCHEMES = {  # name: (settings, calibrated)
-    "ancestors: one clip a matrix, floor 1/31": (dict(MATRIX, quant_step_floor=1 / 31), False),
-    "the same without floor": (MATRIX, False),
+    "ancestors: GPTQ-lite by row, floor 1/31": (dict(ANCESTOR, quant_step_floor=1 / 31), False),
     "GPTQ-lite by row": (ANCESTOR, False),
     "SDClip, k fitted": (SDCLIP, False),
     "full GPTQ, row maximum": (dict(ANCESTOR, quant_clip="max"), True),

@@ -38,8 +38,6 @@ VARIANTS = {
     "AdamW 5e-4, 3 epochs": dict(ADAMW, ttt_lr=5e-4),
     "AdamW 5e-4, 3 epochs, decay 20": dict(ADAMW, ttt_lr=5e-4, ttt_decay=20.0),
     "AdamW 1e-3, 1 epoch": dict(ADAMW, ttt_lr=1e-3, ttt_epochs=1),
-    "SGD 0.01, scalars": dict(SGD, ttt_lr=0.01, ttt_params="scalars"),
-    "AdamW 1e-3, scalars": dict(ADAMW, ttt_lr=1e-3, ttt_params="scalars"),
     "Muon 1e-3, 1 epoch": dict(MUON, ttt_lr=1e-3),
     "Muon 5e-3, 1 epoch": dict(MUON, ttt_lr=5e-3),
 }
