@@ -6,6 +6,7 @@
 
 `check` believes the files on disk and the logs and compares everything else with them; it knows the log lines of this
 script and of its ancestors, and says what it could not check. It reads only; `--run` executes the folder's script.
+`--data FOLDER` counts the bytes of the scored text again, with the byte table of this repository's train_gpt.py.
 Exit status: 0; 1 where a check failed; 2 for what the caller can mend.
 """
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -35,6 +37,7 @@ CAP_BYTES, CAP_SECONDS, MARGIN_NATS, MOST_P = 16_000_000, 600, 0.005, 0.01
 # Validation targets by vocabulary, and the UTF-8 bytes of their text. Counted at SP8192; other vocabularies end a few tokens
 # earlier or later, far less than the 16.7 % of a space counted twice.
 OFFICIAL_TARGETS, OFFICIAL_BYTES = {1024: 62_021_632, 8192: 40_540_160}, 151_080_891
+BYTES_FROM = ("text", "pieces")  # how a run counts bytes: by side files of the shards, or by pieces
 NOT_OF_THE_MODEL = ("seed", "run_id", "out_dir", "scores_path")  # settings that may differ between the seeds of a submission
 LIBRARIES = {"torch", "numpy", "sentencepiece", "triton", "zstandard", "brotli", "tqdm", "flash_attn", "flash_attn_interface"}
 NETWORK = {"socket", "ssl", "urllib", "http", "ftplib", "smtplib", "xmlrpc", "webbrowser", "requests", "httpx", "aiohttp",
@@ -152,6 +155,7 @@ class Log:
     pack_seconds: float | None = None
     targets: int | None = None
     scored_bytes: int | None = None
+    bytes_from: str | None = None
     loss_sum: float | None = None
     ledger: str | None = None
     world_size: int | None = None
@@ -228,6 +232,7 @@ def read_log(path):
     log.pack_seconds = last(r"^seconds: .*\bpack ([\d.]+)", float)
     log.targets = last(r"^ledger: targets:(\d+)") or last(r"\bvalidation_targets:(\d+)")
     log.scored_bytes, log.loss_sum = last(r"^ledger: .*\bbytes:(\d+)"), last(r"^ledger: .*\bloss_sum:([\d.]+)", float)
+    log.bytes_from = last(r"\bbytes_from:(\w+)", str)
     log.ledger = last(r"^ledger: .*\bsha256:([0-9a-f]{64})", str)
     log.world_size, log.device = last(r"\bworld_size:(\d+)"), last(r"\bdevice:(.+?)(?: \w+:|$)", str)
     for line in re.finditer(r"^setting (\w+)=(.*?)(  \(set\))?$", log.body, re.M):
@@ -513,8 +518,14 @@ def check_denominator(sub):
                            "right only for another text or tokenizer")
         else:
             good.append(f"{ratio * targets:,.0f}")
+    ways = {log.name: log.bytes_from for log in sub.scored if log.bytes_from}
+    if len(set(ways.values())) > 1:
+        each = listed(f"{way} in {name}" for name, way in ways.items())
+        problems.append(f"bytes counted from {each}: score all seeds on one data folder")
     if problems or good:
-        sub.verdict("bits per byte", problems, f"loss ÷ ln 2 × targets ÷ bpb is {listed(good)} bytes, as logged or known")
+        way = f"; counted from the {next(iter(ways.values()))}" if ways else ""
+        sub.verdict("bits per byte", problems, f"loss ÷ ln 2 × targets ÷ bpb is {listed(good)} "
+                    f"bytes, as logged or known{way}")
     if unknown:
         sub.add(WARN, "bits per byte", "; ".join(unknown))
     other = {f"{log.targets:,}" for log in sub.scored if log.targets and log.targets not in OFFICIAL_TARGETS.values()}
@@ -582,6 +593,10 @@ def differences(row, log):
             continue
         if abs(float(value) - true) > 1.01 * (unit + half_unit(value) * (unit > 0)):
             out.append(f"{key} {value} where the log has {true}")
+    way = row.get("bytes_from")
+    if way is not None and (way not in BYTES_FROM or way != (log.bytes_from or way)):
+        known = log.bytes_from or " or ".join(BYTES_FROM)
+        out.append(f"bytes_from {way} where the log has {known}")
     return out
 
 
@@ -605,7 +620,8 @@ def check_seed_results(sub):
             if not isinstance(row, dict):
                 continue
             compared += 1
-            problems += [f"{where}, seed {seed}: {d}" for d in differences(row, log)]
+            problems += [f"{where}, seed {seed}: {d}; take both from one run"
+                         for d in differences(row, log)]
             if row.get("code_sha256") and log.code_sha256 and row["code_sha256"] != log.code_sha256:
                 problems.append(f"{where}, seed {seed}: code_sha256 differs from the log's")
     if compared or problems:
@@ -759,6 +775,51 @@ def check_artifacts(sub, artifacts):
         sub.add(UNCHECKED, "artifact", "none at hand (--artifact F): model bytes are the logs'")
 
 
+@functools.lru_cache
+def bytes_in(data, tokenizer, vocabulary, targets):
+    """(bytes, how they were counted) of the first targets of a data folder, by this repository's
+    script. Raises Problem."""
+    sys.path.insert(0, str(ROOT))
+    import train_gpt
+    s = replace(train_gpt.Settings(), data_path=data, tokenizer_path=tokenizer, train_seq_len=1,
+                vocab_size=vocabulary, eval_seq_len=0, val_limit_tokens=targets)
+    try:
+        byte_table, tokens = train_gpt.ByteTable(s), train_gpt.load_validation(s)
+        byte_table.check_text(tokens, s)
+    except train_gpt.UserError as problem:
+        raise Problem(f"--data {data}: {problem}") from None
+    if len(tokens) - 1 < targets:
+        raise Problem(f"--data {data}: {len(tokens) - 1:,} validation targets, the logs have "
+                      f"{targets:,}; give the folder that the runs were scored on")
+    return byte_table.count(tokens), byte_table.source
+
+
+def check_text(sub, data, tokenizer):
+    """The bytes of each log against the data: its side files where there are any, else the table of
+    pieces."""
+    logs = [log for log in sub.logs if log.targets and log.scored_bytes and log.vocabulary]
+    lacks = ("no data folder given (--data F): bytes are the logs'" if not data else
+             "no log says targets, bytes and vocabulary" if not logs else
+             None if (ROOT / "train_gpt.py").is_file() else "this repository's script is not there")
+    if lacks:
+        sub.add(UNCHECKED, "bytes of text", lacks)
+        return
+    problems, good = [], []
+    for log in logs:
+        model = tokenizer or log.settings.get("TOKENIZER_PATH", ("",))[0]
+        if not model:
+            raise Problem(f"--data {data}: {log.name} names no tokenizer; give it with --tokenizer")
+        count, way = bytes_in(data, model, log.vocabulary, log.targets)
+        if (count, way) == (log.scored_bytes, log.bytes_from or way):
+            good.append(f"{count:,} bytes of {log.targets:,} targets, counted from the {way}")
+        else:
+            logged = f" from the {log.bytes_from}" if log.bytes_from else ""
+            problems.append(f"{log.name}: {log.scored_bytes:,} bytes{logged}, the data has "
+                            f"{count:,} from the {way}: give the data that it was scored on, or "
+                            "score its artifact on these (EVAL_ONLY)")
+    sub.verdict("bytes of text", problems, f"{listed(dict.fromkeys(good))}, as logged")
+
+
 def ends_well(command, cwd, environ, seconds):
     """('' or what went wrong, last line of its output) of a command."""
     try:
@@ -769,7 +830,7 @@ def ends_well(command, cwd, environ, seconds):
     return f"exit status {done.returncode}" if done.returncode else "", lines[-1][:200] if lines else ""
 
 
-def check_by_running(sub, artifacts):
+def check_by_running(sub, artifacts, given):
     """Executes the submission's script: a dry run inside a copy of the folder with the logged settings; audits artifacts."""
     if sub.source is None or b"--dry-run" not in sub.source:
         sub.add(UNCHECKED, "dry run", "train_gpt.py knows no --dry-run: started, it would train")
@@ -783,7 +844,8 @@ def check_by_running(sub, artifacts):
             problem, line = ends_well([sys.executable, "train_gpt.py", "--dry-run"], copy, environ, 120)
         sub.verdict("dry run", [f"{problem}: {line}"] if problem else [], f"inside the folder, settings of a log: {line}")
     audit, logged = HERE / "audit.py", sub.logs[0].settings if sub.logs else {}
-    data = {name: logged[name][0] for name in ("DATA_PATH", "TOKENIZER_PATH") if name in logged}
+    data = {name: value or logged[name][0] for value, name in
+            zip(given, ("DATA_PATH", "TOKENIZER_PATH")) if value or name in logged}
     for path in artifacts:
         if not audit.is_file():
             sub.add(UNCHECKED, "audit", "records/audit.py is not there")
@@ -800,7 +862,7 @@ CHECKS = (check_claims, check_logs, check_seeds, check_code, check_bytes, check_
           check_seed_results, check_compliance, check_settings, check_imports, check_hardware)
 
 
-def check(folder, against=None, run=False, artifacts=()):
+def check(folder, against=None, run=False, artifacts=(), data=None, tokenizer=None):
     """Submission with its findings. Raises Problem for arguments that make no sense."""
     sub = open_submission(folder)
     for one in CHECKS:
@@ -808,8 +870,10 @@ def check(folder, against=None, run=False, artifacts=()):
     check_improvement(sub, against)
     artifacts = [Path(a) for a in artifacts] or sorted(sub.folder.glob("*.ptz"))
     check_artifacts(sub, artifacts)
+    given = [path and os.path.abspath(os.path.expanduser(path)) for path in (data, tokenizer)]
+    check_text(sub, *given)
     if run:
-        check_by_running(sub, artifacts)
+        check_by_running(sub, artifacts, given)
     return sub
 
 
@@ -994,7 +1058,9 @@ def readme_text(runs, facts, source, verdict):
         f"**{facts['val_bpb']:.4f} bits per byte** ({spread}), {facts['bytes_total']:,} bytes (largest seed), "
         f"{facts['hardware']}, PyTorch {facts['pytorch_version']}.", "", results_table(runs, facts), "",
         f"{first.get('model_params', 0):,} parameters; {first.get('scored_targets', 0):,} validation targets, "
-        f"{first.get('scored_bytes', 0):,} bytes. The last evaluation counts.", "",
+        f"{first.get('scored_bytes', 0):,} bytes"
+        + (f", counted from the {first['bytes_from']}" if "bytes_from" in first else "")
+        + ". The last evaluation counts.", "",
         *([f"What makes it no legal record: {'; '.join(violations)}.", ""] if violations else []), "![loss](loss.png)", "",
         "## Settings that differ from the default", "", settings_table(runs[0], source), "",
         "## Command", "", "```", *map(command_of, runs), "```", "", "## Timing", "", timing_lines(runs), "",
@@ -1131,6 +1197,8 @@ def arguments(argv):
     p.add_argument("folder")
     p.add_argument("--against", help="the record to beat: its folder, or mean,std,n in nats (or mean,std,n,bpb)")
     p.add_argument("--artifact", action="append", default=[], help="a packed model, to count its bytes")
+    p.add_argument("--data", help="folder with the validation shards, to count their bytes")
+    p.add_argument("--tokenizer", help="SentencePiece model of these shards; default: the logs'")
     p.add_argument("--run", action="store_true", help="also EXECUTE its train_gpt.py (--dry-run) and audit artifacts")
     commands.add_parser("index", help="write the table of records/README.md anew")
     return parser.parse_args(argv)
@@ -1143,7 +1211,7 @@ def main(argv):
             return pack(args)
         if args.command == "index":
             return index()
-        sub = check(args.folder, args.against, args.run, args.artifact)
+        sub = check(args.folder, args.against, args.run, args.artifact, args.data, args.tokenizer)
         print("\n".join(verdict_lines(sub)))
         return int(any(status == FAIL for status, *_ in sub.findings))
     except Problem as problem:
