@@ -44,6 +44,7 @@ NETWORK = {"socket", "ssl", "urllib", "http", "ftplib", "smtplib", "xmlrpc", "we
            "huggingface_hub", "datasets", "wandb"}
 # Variables in published commands that launchers and libraries read, not the script.
 FOREIGN = ("TORCH", "PYTORCH", "NCCL_", "CUDA_", "OMP_", "MKL_", "TRITON", "PYTHON", "HF_", "NVIDIA", "GLOO_", "LD_", "PATH")
+UTF8 = dict(encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
 PASS, FAIL, WARN, UNCHECKED = "PASS", "FAIL", "WARN", "NOT CHECKED"
 
 
@@ -870,7 +871,7 @@ def check(folder, against=None, run=False, artifacts=(), data=None, tokenizer=No
     check_improvement(sub, against)
     artifacts = [Path(a) for a in artifacts] or sorted(sub.folder.glob("*.ptz"))
     check_artifacts(sub, artifacts)
-    given = [path and os.path.abspath(os.path.expanduser(path)) for path in (data, tokenizer)]
+    given = [path and os.path.abspath(path) for path in (data, tokenizer)]
     check_text(sub, *given)
     if run:
         check_by_running(sub, artifacts, given)
@@ -1099,7 +1100,8 @@ def requirements_of(result):
 
 def fill_folder(folder, runs, facts, code, with_artifact):
     """Write everything but the README's verdict, which needs the rest."""
-    (folder / "submission.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "submission.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n",
+                                            **UTF8)
     (folder / "train_gpt.py").write_bytes(code)
     (folder / "requirements.txt").write_text(requirements_of(runs[0].result))
     for run in runs:
@@ -1133,7 +1135,7 @@ def pack(args):
         for verdict in (["…"], None):  # the check looks at the README too
             sub = None if verdict else check(folder)
             text = readme_text(runs, facts, source, verdict or verdict_lines(sub))
-            (folder / "README.md").write_text(text, encoding="utf-8")
+            (folder / "README.md").write_text(text, **UTF8)
         folder.rename(target)
     print("\n".join([*verdict_lines(sub), f"written: {target}"]))
     return int(any(status == FAIL for status, *_ in sub.findings))
@@ -1171,7 +1173,7 @@ def index(records=HERE):
     new = table(["folder", "track", "val_bpb", "bytes", "what"], rows) + "\n"
     text = text[:old.start()] + new + text[old.end():] if old else text.rstrip("\n") + "\n\n" + new
     part = readme.with_name(f".README.md.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, **UTF8)
     os.replace(part, readme)
     print("\n".join([*(f"left out: {p}" for p in problems), f"{readme}: {len(rows)} folders"]))
     return int(bool(problems))
@@ -1181,24 +1183,26 @@ def index(records=HERE):
 
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    path = os.path.expanduser
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("pack", help="make a folder out of finished runs")
-    p.add_argument("places", nargs="+", metavar="RUN", help="OUT_DIR of a run, or its logs/<RUN_ID>.json; one per seed")
+    p.add_argument("places", nargs="+", type=path, metavar="RUN", help="OUT_DIR of a run, or its logs/<RUN_ID>.json; one per seed")
     p.add_argument("--name", required=True)
     p.add_argument("--author", required=True)
     p.add_argument("--github-id", default="")
     p.add_argument("--blurb", default="", help="a sentence or two on what is new")
     p.add_argument("--track", choices=(RECORD, NON_RECORD), default=NON_RECORD)
     p.add_argument("--date", help="YYYY-MM-DD; default: of the newest result")
-    p.add_argument("--out", help="folder to make; default: records/<track>/<date>_<name>")
-    p.add_argument("--script", help="the script that ran, if it lies neither beside the runs nor here")
+    p.add_argument("--out", type=path, help="folder to make; default: records/<track>/<date>_<name>")
+    p.add_argument("--script", type=path, help="the script that ran, if it lies neither beside the runs nor here")
     p.add_argument("--with-artifact", action="store_true", help="copy the artifacts too")
     p = commands.add_parser("check", help="one line per check: PASS, FAIL, WARN, NOT CHECKED")
-    p.add_argument("folder")
-    p.add_argument("--against", help="the record to beat: its folder, or mean,std,n in nats (or mean,std,n,bpb)")
-    p.add_argument("--artifact", action="append", default=[], help="a packed model, to count its bytes")
-    p.add_argument("--data", help="folder with the validation shards, to count their bytes")
-    p.add_argument("--tokenizer", help="SentencePiece model of these shards; default: the logs'")
+    p.add_argument("folder", type=path)
+    p.add_argument("--against", type=path, help="the record to beat: its folder, or mean,std,n in nats (or mean,std,n,bpb)")
+    p.add_argument("--artifact", type=path, action="append", default=[], help="a packed model, to count its bytes")
+    p.add_argument("--data", type=path, help="folder with the validation shards, to count their bytes")
+    p.add_argument("--tokenizer", type=path, help="SentencePiece model of these shards (default: "
+                   "the logs')")
     p.add_argument("--run", action="store_true", help="also EXECUTE its train_gpt.py (--dry-run) and audit artifacts")
     commands.add_parser("index", help="write the table of records/README.md anew")
     return parser.parse_args(argv)
@@ -1218,12 +1222,17 @@ def main(argv):
         print(f"error: {problem}", file=sys.stderr)
     except ImportError as problem:
         print(f"error: {problem.name} is not installed: pip install -r records/requirements.txt", file=sys.stderr)
+    except BrokenPipeError:
+        raise
     except OSError as problem:
-        print(f"error: {problem.filename}: {problem.strerror}; nothing was left half written", file=sys.stderr)
+        print(f"error: {problem.filename or 'output'}: {problem.strerror}; nothing was left half "
+              "written", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; nothing was left half written", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.path.append(str(ROOT / "data"))
+    from shards import exit_code_of
+    sys.exit(exit_code_of(main, sys.argv[1:], unread=141))  # what nobody read has passed nothing

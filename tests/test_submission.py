@@ -1,12 +1,16 @@
 """records/submission.py: a sound folder passes, each planted fault is found by its check, packing
 keeps what ran."""
 
+import io
 import json
 import math
+import os
 import re
+import runpy
 import shutil
 import sys
 
+import numpy as np
 import pytest
 
 import train_gpt
@@ -462,14 +466,15 @@ def test_an_artifact_has_the_bytes_of_its_seed(sound, tmp_path):
 def scored(sound, corpus, tmp_path):
     """scored(way, side, more) → options of a check on data with side files or without; the logs
     have the bytes of its first 900 targets and some more, counted in that way."""
-    def make(way, side=None, more=0, manifest="{}"):
+    def make(way, side=None, more=0, manifest="{}", damage=lambda content: content):
         data = shutil.copytree(corpus.folder, tmp_path / "data")
         (data / "manifest.json").write_text(manifest)
         table = train_gpt.ByteTable(train_gpt.Settings(
             data_path=str(data), tokenizer_path=str(corpus.model), vocab_size=VOCAB))
         count = int(sum(side[1:901]) if side else table.count(corpus.tokens[:901])) + more
         if side:
-            write_shard(data / "fineweb_val_bytes_000000.bin", side)
+            write_shard(path := data / "fineweb_val_bytes_000000.bin", side)
+            path.write_bytes(damage(path.read_bytes()))
         for seed, loss in LOSSES.items():
             text = log_text(seed, loss, targets=900, byte_count=count, way=way)
             text = text.replace("VOCAB_SIZE=1024", f"VOCAB_SIZE={VOCAB}")
@@ -498,6 +503,13 @@ def test_bytes_are_counted_again_where_the_data_is(sound, scored, case, status, 
     (dict(way="text", side=[3] * 1030), {}, "1030 entries, 3090 bytes in all, for 1031 tokens"),
     (dict(way="text", side=[3] * 1031, manifest='{"splits": {"val": {"utf8_bytes": 3094}}}'), {},
      "3093 bytes in all, for 1031 tokens and 3094 bytes of text"),
+    *((dict(way="text", side=[3] * 1031, damage=damage), {}, f"val_bytes_000000.bin: {words}")
+      for damage, words in (
+          (lambda c: c[:512], "512 bytes, a shard's header alone has 1024"),
+          (lambda c: c[:-1], "3085 bytes where its header promises 1031"),
+          (lambda c: c[:8] + b"\xff" * 4 + c[12:], "3086 bytes where its header promises -1 "),
+          (lambda c: np.frombuffer(c[:1024], "<i4").astype(">i4").tobytes() + c[1024:],
+           "begins with -1999096831, 16777216, not a token shard's"))),
     (dict(way="pieces"), dict(data="nowhere"), "nowhere: DATA_PATH="),
     (dict(way="pieces"), dict(tokenizer="none.model"), "none.model: no such file"),
     (dict(way="pieces"), dict(tokenizer=None), "names no tokenizer; give it with --tokenizer"),
@@ -659,6 +671,58 @@ def test_a_real_run_packs_checks_and_starts(run_once, tmp_path_factory, pack, tm
             "artifact", "dry run"} <= {
         what for what, s in statuses.items() if s == PASS}, submission.verdict_lines(sub)
     assert sub.logs[0].source == sub.source
+
+
+def test_names_of_any_bytes_are_packed(runs, pack, tmp_path):
+    name = os.fsdecode(b"caf\xc3\xa9\xff")
+    assert pack(runs(), out=name, more=["--blurb", name]) == 0
+    assert json.loads((tmp_path / name / "submission.json").read_text())["blurb"] == name
+    assert submission.main(["check", str(tmp_path / name)]) == 0
+
+
+# -- surroundings of the tools
+
+def unread():
+    """A stream whose reader is gone; it buffers nothing."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return io.TextIOWrapper(open(writer, "wb", 0), "utf-8", write_through=True)
+
+
+STREAMS = {"ascii": lambda: io.TextIOWrapper(io.BytesIO(), "ascii"), "closed": lambda: None,
+           "unread": unread}
+STARTS = {  # arguments, what they print, status where nobody reads that
+    "submission": (["check", "~/track_10min_16mb/2026-03-20_imagined\r"], rb"PASS .*\\u2026", 141),
+    "runs": (["table", "~/\udcff\r", "~/42\r", "\r"], rb"1\.\d+ \\xb1 0", 0),
+    "artifact": (["pack-code", "~/\udcff/a.py", "-o", "~/\udcff\u2026.py\r"],
+                 rb"/\\udcff\\u2026\.py: ", 0),
+    "audit": (["~/\udcff\u2026.ptz\r"], b"", 2),
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("tool", STARTS)
+def test_tools_start_in_odd_surroundings(sound, tmp_path, monkeypatch, capsys, tool, stream):
+    """~ and carriage returns in arguments, names that are not UTF-8, odd standard outputs."""
+    for seed, name in ((1337, "\udcff"), (42, "42")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.json").write_text(json.dumps(result_of(seed, LOSSES[seed])))
+    (tmp_path / "\udcff" / "a.py").write_text(SOURCE)
+    arguments, says, status = STARTS[tool]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(sys, "argv", [tool, *arguments])
+    monkeypatch.setattr(sys, "stdout", out := STREAMS[stream]())
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "records" / f"{tool}.py"), run_name="__main__")
+    errors = capsys.readouterr().err
+    assert ended.value.code == (status if stream == "unread" or tool == "audit" else 0), errors
+    if tool == "audit":
+        assert errors == f"error: {tmp_path}/\\udcff\u2026.ptz: no such file\n"
+    else:
+        assert errors == ""
+    if stream == "ascii":
+        assert re.search(says, out.buffer.getvalue())
 
 
 # -- index
