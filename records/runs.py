@@ -1138,9 +1138,8 @@ def main(argv):
     arguments = build_parser().parse_args(argv[:split])
     try:
         return arguments.do(arguments, argv[split + 1:])
-    except BrokenPipeError:  # | head: who reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except (UserError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2

@@ -655,7 +655,8 @@ def test_pack_refuses_and_leaves_nothing(runs, pack, tmp_path, capsys, case):
 
 
 @pytest.mark.slow
-def test_a_real_run_packs_checks_and_starts(run_once, tmp_path_factory, pack, tmp_path, capsys):
+def test_a_real_run_packs_checks_and_starts(run_once, corpus, tmp_path_factory, pack, tmp_path,
+                                            capsys):
     """Ties the imagined logs above to what train_gpt.py writes."""
     out = tmp_path_factory.mktemp("real")
     done = run_once(OUT_DIR=out, SEED=42, ITERATIONS=2, EVAL_STRIDE=32, TTT_EPOCHS=1)
@@ -663,12 +664,12 @@ def test_a_real_run_packs_checks_and_starts(run_once, tmp_path_factory, pack, tm
     assert submission.main(["pack", str(out), "--name", "Tiny", "--author", "Ada", "--out",
                             str(tmp_path / "packed"),
                             "--with-artifact"]) == 0, capsys.readouterr()
-    sub = submission.check(tmp_path / "packed", run=True)
+    sub = submission.check(tmp_path / "packed", run=True, data=str(corpus.folder))
     statuses = {what: status for status, what, _ in sub.findings}
     warned = {what for what, s in statuses.items() if s == WARN}
     assert warned <= {"seeds", "validation set", "bits per byte", "imports and paths"}
     assert {"same code", "bytes", "eval seconds", "val_bpb", "seed results", "settings read",
-            "artifact", "dry run"} <= {
+            "artifact", "dry run", "bytes of text"} <= {
         what for what, s in statuses.items() if s == PASS}, submission.verdict_lines(sub)
     assert sub.logs[0].source == sub.source
 
