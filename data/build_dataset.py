@@ -23,7 +23,6 @@ import heapq
 import io
 import json
 import lzma
-import math
 import multiprocessing
 import os
 import re
@@ -57,7 +56,10 @@ COMPRESSIONS = (  # first bytes, and what unpacks one stream
 FOREIGN = ((rb"PK\x03\x04", "a zip archive: unpack it and name the files in it"),
            (rb"PAR1", "a Parquet file: write its text column as JSON lines"),
            (rb"%PDF-", "a PDF: extract its text first"),
-           (rb"\xff\xfe|\xfe\xff", "UTF-16: convert it to UTF-8, e.g. with iconv"))
+           (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32: convert it to UTF-8, e.g. with iconv"),
+           (rb"\xff\xfe|\xfe\xff", "UTF-16: convert it to UTF-8, e.g. with iconv"),
+           (rb"version https://git-lfs", "a pointer of Git LFS: fetch its file, with git lfs pull"))
+MAX_LAYERS = 8                       # of compression in one another
 PEEK_BYTES = 1 << 16                 # of an input, to see what it is
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
 DECODE_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error, zstandard.ZstdError)
@@ -157,10 +159,13 @@ def damaged(path: Path, where: str, error: Exception) -> DataError:
 
 def decompressed(path: Path, raw) -> io.BufferedIOBase:
     """A file object over the content of `raw`, unpacked by its first bytes, whatever the name says."""
-    content = raw
+    content, layers = raw, 0
     try:
         while new_decompressor := next((make for magic, make in COMPRESSIONS if
                                         re.match(magic, content.peek(16), re.DOTALL)), None):
+            layers += 1
+            if layers > MAX_LAYERS:  # some files unpack to themselves
+                raise DataError(f"{path} is packed more than {MAX_LAYERS} times: unpack it first")
             content = io.BufferedReader(Decompressed(content, new_decompressor), PEEK_BYTES)
         head = content.peek(PEEK_BYTES)
     except DECODE_ERRORS as error:
@@ -225,7 +230,7 @@ def is_json_lines(path: Path, content, guess: bool) -> bool:
         return True
     if (named or guess) and re.match(rb'\[\s*[{\["]', head):
         raise DataError(f"{path} is a JSON array, JSON lines have one object per line: "
-                        f"jq -c '.[]' {path.name} > {inner.stem}.jsonl makes them")
+                        f"jq -c '.[]' {path.name} > {inner.stem}_lines.jsonl makes them")
     return named or guess and bool(re.match(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:', head))
 
 
@@ -782,10 +787,11 @@ def report(result_path: Path, manifest_path: Path) -> str:
     """Three lines: xz's bits per byte on the demo, the model's, and how its best one from the artifact compares."""
     result = _read_json(result_path, "the result file that train_gpt.py writes")
     manifest = _read_json(manifest_path, "the demo's manifest: run build_dataset.py --demo first")
-    xz_bpb = manifest.get("xz_bits_per_byte")
-    if not isinstance(xz_bpb, float):
-        raise DataError(f"{manifest_path}: no xz_bits_per_byte in it: build the demo again with --demo --force")
-    val_bytes = manifest["xz_bytes"]["val_text"]
+    xz_bpb, sizes = manifest.get("xz_bits_per_byte"), manifest.get("xz_bytes")
+    val_bytes = sizes.get("val_text") if isinstance(sizes, dict) else None
+    if not (isinstance(xz_bpb, float) and xz_bpb > 0 and isinstance(val_bytes, int)):
+        raise DataError(f"{manifest_path}: no xz_bits_per_byte and xz_bytes in it: build the demo "
+                        "again with --demo --force")
     scores = _scores(result, result_path)
     scored_bytes = result.get("scored_bytes")
     if not isinstance(scored_bytes, (int, float)) or not 0 < scored_bytes <= val_bytes:
@@ -807,7 +813,7 @@ def _read_json(path: Path, what: str) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} is not there; it should be {what}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); it should be {what}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}; it should be {what}")
@@ -819,7 +825,7 @@ def _scores(result: dict, path: Path) -> dict[str, float]:
     val_bpb = result.get("val_bpb")
     scores = {k: v for k, v in val_bpb.items() if v is not None} if isinstance(val_bpb, dict) else {}
     for name, bpb in scores.items():
-        if isinstance(bpb, bool) or not isinstance(bpb, (int, float)) or not 0 < bpb < math.inf:
+        if isinstance(bpb, bool) or not isinstance(bpb, (int, float)) or not 0 < bpb < 1e9:
             raise DataError(f"{path}: val_bpb.{name} is {bpb!r}, a positive number was expected: run the training again")
     if not scores:
         raise DataError(f"{path}: val_bpb is {val_bpb!r}, an object with scores was expected: "

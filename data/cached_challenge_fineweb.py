@@ -149,7 +149,7 @@ def read_manifest(path: Path) -> dict:
     """The parsed manifest at `path`; DataError if it is not a JSON object."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}): delete it and download again") from None
     if not isinstance(manifest, dict):
         raise DataError(f"{path}: holds {type(manifest).__name__}, an object was expected: "

@@ -141,15 +141,21 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def exit_code_of(main, arguments) -> int:
+def exit_code_of(main, arguments, unread: int = 0) -> int:
     """Run `main(arguments)`; what the user can mend becomes one line on stderr and exit code 2.
 
-    Carriage returns, which scripts saved on Windows leave behind arguments, are removed.
+    Else the code is what `main` returns (None: 0), or `unread` where the reader of its output went
+    away before it could. Carriage returns, which scripts saved on Windows leave behind arguments,
+    are removed.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # not every console writes every character
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
+        # not every console writes every character
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+    code = unread
     try:
-        main([stripped for a in arguments if (stripped := a.rstrip("\r")) or not a])
+        code = main([stripped for a in arguments if (stripped := a.rstrip("\r")) or not a]) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout is gone, as with "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -159,4 +165,4 @@ def exit_code_of(main, arguments) -> int:
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)
         return 130
-    return 0
+    return code

@@ -23,6 +23,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "data"))
+from shards import exit_code_of, user_path  # noqa: E402
 
 # Prose and code: literal contexts of three bits serve best; the dictionary holds the whole file.
 FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=3, lp=0, pb=0,
@@ -142,13 +144,13 @@ def main(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack-code", help="make a small self-extracting script")
-    pack.add_argument("script", nargs="?", default=ROOT / "train_gpt.py", type=Path)
-    pack.add_argument("-o", "--out", default=Path("packed/train_gpt.py"), type=Path)
+    pack.add_argument("script", nargs="?", default=ROOT / "train_gpt.py", type=user_path)
+    pack.add_argument("-o", "--out", default=Path("packed/train_gpt.py"), type=user_path)
     look = commands.add_parser("inspect", help="what every tensor got and costs")
-    look.add_argument("artifact", type=Path)
-    look.add_argument("--float", type=Path, help="the weights before quantization: an artifact "
-                                                 "with 16 bits, or a state dict")
-    look.add_argument("--code", type=Path, default=ROOT / "train_gpt.py",
+    look.add_argument("artifact", type=user_path)
+    look.add_argument("--float", type=user_path, help="the weights before quantization: an "
+                                                      "artifact with 16 bits, or a state dict")
+    look.add_argument("--code", type=user_path, default=ROOT / "train_gpt.py",
                       help="the script whose bytes count")
     arguments = parser.parse_args(argv)
     from train_gpt import UserError, write_whole
@@ -164,10 +166,12 @@ def main(argv):
         print(f"{arguments.out}: {len(packed)} bytes for {len(source)}, sha256 "
               f"{hashlib.sha256(packed).hexdigest()}")
         return 0
+    except BrokenPipeError:
+        raise
     except (UserError, OSError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code_of(main, sys.argv[1:]))

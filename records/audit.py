@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from artifact import readable_source  # noqa: E402
+from shards import exit_code_of, user_path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CAP_BYTES = 16_000_000
@@ -686,8 +687,8 @@ def describe(audit, script_path, own_chunk):
 
 def arguments_of(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path, help="such as final_model.ptz")
-    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help="what is judged, readable or packed")
+    parser.add_argument("artifact", type=user_path, help="such as final_model.ptz")
+    parser.add_argument("--script", type=user_path, default=ROOT / "train_gpt.py", help="what is judged, readable or packed")
     parser.add_argument("--data", help="folder with fineweb_val_*.bin; without it DATA_PATH, PRESET or the default says")
     parser.add_argument("--tokenizer", help="SentencePiece model of these shards; likewise TOKENIZER_PATH")
     parser.add_argument("--targets", type=int, default=0, help="validation targets that are scored (default: 16 rows)")
@@ -732,4 +733,5 @@ def main(argv, environ):
 
 if __name__ == "__main__":
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it matrix products on a GPU need not repeat
-    sys.exit(main(sys.argv[1:], dict(os.environ)))
+    sys.exit(exit_code_of(functools.partial(main, environ=dict(os.environ)), sys.argv[1:],
+                          unread=141))  # what nobody read has passed nothing

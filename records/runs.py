@@ -1100,14 +1100,14 @@ validation shard is training text that is held out, for example:
 
 
 def build_parser():
-    plain = argparse.RawDescriptionHelpFormatter
+    plain, path = argparse.RawDescriptionHelpFormatter, os.path.expanduser
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("sweep", help="run a grid or a study", description=SWEEP_HELP, formatter_class=plain,
                             usage="%(prog)s --out FOLDER [--grid …] [--seeds …] [options] -- COMMAND [ARGUMENT …]")
     p.add_argument("--grid", default="", help='"NAME=value,value NAME=…"; empty: only the seeds')
     p.add_argument("--seeds", default="1", help="how many of 1337, 42, 2025, …; or the seeds themselves: 7,8 (default 1)")
-    p.add_argument("--out", required=True, help="folder of the runs")
+    p.add_argument("--out", type=path, required=True, help="folder of the runs")
     p.add_argument("--gpus", default="", help="0,1,2: runs at once, each on one of these GPUs (default: one run on all)")
     p.add_argument("--jobs", type=int, default=1, help="so many runs at once, sharing the CPU cores (default 1)")
     p.add_argument("--budget-hours", type=float, default=0, help="begin no run that, at the mean time of the finished ones, "
@@ -1119,15 +1119,15 @@ def build_parser():
     p = commands.add_parser("table", help="results side by side",
                             description="Results in a table: settings that differ, steps, "
                             "seconds, bytes, scores (mean ± standard deviation over seeds), violations of a record's rules.")
-    p.add_argument("inputs", nargs="+", metavar="PATH", help="result files (logs/*.json), or folders with some")
+    p.add_argument("inputs", type=path, nargs="+", metavar="PATH", help="result files (logs/*.json), or folders with some")
     p.add_argument("--sort", default="last_bpb", metavar="KEY", help="column to sort by, as in the CSV; --sort=-KEY falls")
-    p.add_argument("--csv", metavar="FILE", help="write it with all digits too")
-    p.add_argument("--markdown", metavar="FILE", help="write it as Markdown too")
+    p.add_argument("--csv", type=path, metavar="FILE", help="write it with all digits too")
+    p.add_argument("--markdown", type=path, metavar="FILE", help="write it as Markdown too")
     p.set_defaults(do=table)
     p = commands.add_parser("plot", help="curves and scores as PNG",
                             description="Curves of the logs and scores of the results, as PNG files.")
-    p.add_argument("inputs", nargs="+", metavar="PATH", help="logs (.txt, .log), result files (.json), or folders with some")
-    p.add_argument("--out", required=True, help="folder for the pictures")
+    p.add_argument("inputs", type=path, nargs="+", metavar="PATH", help="logs (.txt, .log), result files (.json), or folders with some")
+    p.add_argument("--out", type=path, required=True, help="folder for the pictures")
     p.set_defaults(do=plot)
     return parser
 
@@ -1138,9 +1138,8 @@ def main(argv):
     arguments = build_parser().parse_args(argv[:split])
     try:
         return arguments.do(arguments, argv[split + 1:])
-    except BrokenPipeError:  # | head: who reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except (UserError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
@@ -1150,4 +1149,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.path.append(str(ROOT / "data"))
+    from shards import exit_code_of
+    sys.exit(exit_code_of(main, sys.argv[1:]))

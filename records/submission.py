@@ -6,6 +6,7 @@
 
 `check` believes the files on disk and the logs and compares everything else with them; it knows the log lines of this
 script and of its ancestors, and says what it could not check. It reads only; `--run` executes the folder's script.
+`--data FOLDER` counts the bytes of the scored text again, with the byte table of this repository's train_gpt.py.
 Exit status: 0; 1 where a check failed; 2 for what the caller can mend.
 """
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -35,12 +37,14 @@ CAP_BYTES, CAP_SECONDS, MARGIN_NATS, MOST_P = 16_000_000, 600, 0.005, 0.01
 # Validation targets by vocabulary, and the UTF-8 bytes of their text. Counted at SP8192; other vocabularies end a few tokens
 # earlier or later, far less than the 16.7 % of a space counted twice.
 OFFICIAL_TARGETS, OFFICIAL_BYTES = {1024: 62_021_632, 8192: 40_540_160}, 151_080_891
+BYTES_FROM = ("text", "pieces")  # how a run counts bytes: by side files of the shards, or by pieces
 NOT_OF_THE_MODEL = ("seed", "run_id", "out_dir", "scores_path")  # settings that may differ between the seeds of a submission
 LIBRARIES = {"torch", "numpy", "sentencepiece", "triton", "zstandard", "brotli", "tqdm", "flash_attn", "flash_attn_interface"}
 NETWORK = {"socket", "ssl", "urllib", "http", "ftplib", "smtplib", "xmlrpc", "webbrowser", "requests", "httpx", "aiohttp",
            "huggingface_hub", "datasets", "wandb"}
 # Variables in published commands that launchers and libraries read, not the script.
 FOREIGN = ("TORCH", "PYTORCH", "NCCL_", "CUDA_", "OMP_", "MKL_", "TRITON", "PYTHON", "HF_", "NVIDIA", "GLOO_", "LD_", "PATH")
+UTF8 = dict(encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
 PASS, FAIL, WARN, UNCHECKED = "PASS", "FAIL", "WARN", "NOT CHECKED"
 
 
@@ -152,6 +156,7 @@ class Log:
     pack_seconds: float | None = None
     targets: int | None = None
     scored_bytes: int | None = None
+    bytes_from: str | None = None
     loss_sum: float | None = None
     ledger: str | None = None
     world_size: int | None = None
@@ -228,6 +233,7 @@ def read_log(path):
     log.pack_seconds = last(r"^seconds: .*\bpack ([\d.]+)", float)
     log.targets = last(r"^ledger: targets:(\d+)") or last(r"\bvalidation_targets:(\d+)")
     log.scored_bytes, log.loss_sum = last(r"^ledger: .*\bbytes:(\d+)"), last(r"^ledger: .*\bloss_sum:([\d.]+)", float)
+    log.bytes_from = last(r"\bbytes_from:(\w+)", str)
     log.ledger = last(r"^ledger: .*\bsha256:([0-9a-f]{64})", str)
     log.world_size, log.device = last(r"\bworld_size:(\d+)"), last(r"\bdevice:(.+?)(?: \w+:|$)", str)
     for line in re.finditer(r"^setting (\w+)=(.*?)(  \(set\))?$", log.body, re.M):
@@ -513,8 +519,14 @@ def check_denominator(sub):
                            "right only for another text or tokenizer")
         else:
             good.append(f"{ratio * targets:,.0f}")
+    ways = {log.name: log.bytes_from for log in sub.scored if log.bytes_from}
+    if len(set(ways.values())) > 1:
+        each = listed(f"{way} in {name}" for name, way in ways.items())
+        problems.append(f"bytes counted from {each}: score all seeds on one data folder")
     if problems or good:
-        sub.verdict("bits per byte", problems, f"loss ÷ ln 2 × targets ÷ bpb is {listed(good)} bytes, as logged or known")
+        way = f"; counted from the {next(iter(ways.values()))}" if ways else ""
+        sub.verdict("bits per byte", problems, f"loss ÷ ln 2 × targets ÷ bpb is {listed(good)} "
+                    f"bytes, as logged or known{way}")
     if unknown:
         sub.add(WARN, "bits per byte", "; ".join(unknown))
     other = {f"{log.targets:,}" for log in sub.scored if log.targets and log.targets not in OFFICIAL_TARGETS.values()}
@@ -582,6 +594,10 @@ def differences(row, log):
             continue
         if abs(float(value) - true) > 1.01 * (unit + half_unit(value) * (unit > 0)):
             out.append(f"{key} {value} where the log has {true}")
+    way = row.get("bytes_from")
+    if way is not None and (way not in BYTES_FROM or way != (log.bytes_from or way)):
+        known = log.bytes_from or " or ".join(BYTES_FROM)
+        out.append(f"bytes_from {way} where the log has {known}")
     return out
 
 
@@ -605,7 +621,8 @@ def check_seed_results(sub):
             if not isinstance(row, dict):
                 continue
             compared += 1
-            problems += [f"{where}, seed {seed}: {d}" for d in differences(row, log)]
+            problems += [f"{where}, seed {seed}: {d}; take both from one run"
+                         for d in differences(row, log)]
             if row.get("code_sha256") and log.code_sha256 and row["code_sha256"] != log.code_sha256:
                 problems.append(f"{where}, seed {seed}: code_sha256 differs from the log's")
     if compared or problems:
@@ -759,6 +776,51 @@ def check_artifacts(sub, artifacts):
         sub.add(UNCHECKED, "artifact", "none at hand (--artifact F): model bytes are the logs'")
 
 
+@functools.lru_cache
+def bytes_in(data, tokenizer, vocabulary, targets):
+    """(bytes, how they were counted) of the first targets of a data folder, by this repository's
+    script. Raises Problem."""
+    sys.path.insert(0, str(ROOT))
+    import train_gpt
+    s = replace(train_gpt.Settings(), data_path=data, tokenizer_path=tokenizer, train_seq_len=1,
+                vocab_size=vocabulary, eval_seq_len=0, val_limit_tokens=targets)
+    try:
+        byte_table, tokens = train_gpt.ByteTable(s), train_gpt.load_validation(s)
+        byte_table.check_text(tokens, s)
+    except train_gpt.UserError as problem:
+        raise Problem(f"--data {data}: {problem}") from None
+    if len(tokens) - 1 < targets:
+        raise Problem(f"--data {data}: {len(tokens) - 1:,} validation targets, the logs have "
+                      f"{targets:,}; give the folder that the runs were scored on")
+    return byte_table.count(tokens), byte_table.source
+
+
+def check_text(sub, data, tokenizer):
+    """The bytes of each log against the data: its side files where there are any, else the table of
+    pieces."""
+    logs = [log for log in sub.logs if log.targets and log.scored_bytes and log.vocabulary]
+    lacks = ("no data folder given (--data F): bytes are the logs'" if not data else
+             "no log says targets, bytes and vocabulary" if not logs else
+             None if (ROOT / "train_gpt.py").is_file() else "this repository's script is not there")
+    if lacks:
+        sub.add(UNCHECKED, "bytes of text", lacks)
+        return
+    problems, good = [], []
+    for log in logs:
+        model = tokenizer or log.settings.get("TOKENIZER_PATH", ("",))[0]
+        if not model:
+            raise Problem(f"--data {data}: {log.name} names no tokenizer; give it with --tokenizer")
+        count, way = bytes_in(data, model, log.vocabulary, log.targets)
+        if (count, way) == (log.scored_bytes, log.bytes_from or way):
+            good.append(f"{count:,} bytes of {log.targets:,} targets, counted from the {way}")
+        else:
+            logged = f" from the {log.bytes_from}" if log.bytes_from else ""
+            problems.append(f"{log.name}: {log.scored_bytes:,} bytes{logged}, the data has "
+                            f"{count:,} from the {way}: give the data that it was scored on, or "
+                            "score its artifact on these (EVAL_ONLY)")
+    sub.verdict("bytes of text", problems, f"{listed(dict.fromkeys(good))}, as logged")
+
+
 def ends_well(command, cwd, environ, seconds):
     """('' or what went wrong, last line of its output) of a command."""
     try:
@@ -769,7 +831,7 @@ def ends_well(command, cwd, environ, seconds):
     return f"exit status {done.returncode}" if done.returncode else "", lines[-1][:200] if lines else ""
 
 
-def check_by_running(sub, artifacts):
+def check_by_running(sub, artifacts, given):
     """Executes the submission's script: a dry run inside a copy of the folder with the logged settings; audits artifacts."""
     if sub.source is None or b"--dry-run" not in sub.source:
         sub.add(UNCHECKED, "dry run", "train_gpt.py knows no --dry-run: started, it would train")
@@ -783,7 +845,8 @@ def check_by_running(sub, artifacts):
             problem, line = ends_well([sys.executable, "train_gpt.py", "--dry-run"], copy, environ, 120)
         sub.verdict("dry run", [f"{problem}: {line}"] if problem else [], f"inside the folder, settings of a log: {line}")
     audit, logged = HERE / "audit.py", sub.logs[0].settings if sub.logs else {}
-    data = {name: logged[name][0] for name in ("DATA_PATH", "TOKENIZER_PATH") if name in logged}
+    data = {name: value or logged[name][0] for value, name in
+            zip(given, ("DATA_PATH", "TOKENIZER_PATH")) if value or name in logged}
     for path in artifacts:
         if not audit.is_file():
             sub.add(UNCHECKED, "audit", "records/audit.py is not there")
@@ -800,7 +863,7 @@ CHECKS = (check_claims, check_logs, check_seeds, check_code, check_bytes, check_
           check_seed_results, check_compliance, check_settings, check_imports, check_hardware)
 
 
-def check(folder, against=None, run=False, artifacts=()):
+def check(folder, against=None, run=False, artifacts=(), data=None, tokenizer=None):
     """Submission with its findings. Raises Problem for arguments that make no sense."""
     sub = open_submission(folder)
     for one in CHECKS:
@@ -808,8 +871,10 @@ def check(folder, against=None, run=False, artifacts=()):
     check_improvement(sub, against)
     artifacts = [Path(a) for a in artifacts] or sorted(sub.folder.glob("*.ptz"))
     check_artifacts(sub, artifacts)
+    given = [path and os.path.abspath(path) for path in (data, tokenizer)]
+    check_text(sub, *given)
     if run:
-        check_by_running(sub, artifacts)
+        check_by_running(sub, artifacts, given)
     return sub
 
 
@@ -994,7 +1059,9 @@ def readme_text(runs, facts, source, verdict):
         f"**{facts['val_bpb']:.4f} bits per byte** ({spread}), {facts['bytes_total']:,} bytes (largest seed), "
         f"{facts['hardware']}, PyTorch {facts['pytorch_version']}.", "", results_table(runs, facts), "",
         f"{first.get('model_params', 0):,} parameters; {first.get('scored_targets', 0):,} validation targets, "
-        f"{first.get('scored_bytes', 0):,} bytes. The last evaluation counts.", "",
+        f"{first.get('scored_bytes', 0):,} bytes"
+        + (f", counted from the {first['bytes_from']}" if "bytes_from" in first else "")
+        + ". The last evaluation counts.", "",
         *([f"What makes it no legal record: {'; '.join(violations)}.", ""] if violations else []), "![loss](loss.png)", "",
         "## Settings that differ from the default", "", settings_table(runs[0], source), "",
         "## Command", "", "```", *map(command_of, runs), "```", "", "## Timing", "", timing_lines(runs), "",
@@ -1033,7 +1100,8 @@ def requirements_of(result):
 
 def fill_folder(folder, runs, facts, code, with_artifact):
     """Write everything but the README's verdict, which needs the rest."""
-    (folder / "submission.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "submission.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n",
+                                            **UTF8)
     (folder / "train_gpt.py").write_bytes(code)
     (folder / "requirements.txt").write_text(requirements_of(runs[0].result))
     for run in runs:
@@ -1067,7 +1135,7 @@ def pack(args):
         for verdict in (["…"], None):  # the check looks at the README too
             sub = None if verdict else check(folder)
             text = readme_text(runs, facts, source, verdict or verdict_lines(sub))
-            (folder / "README.md").write_text(text, encoding="utf-8")
+            (folder / "README.md").write_text(text, **UTF8)
         folder.rename(target)
     print("\n".join([*verdict_lines(sub), f"written: {target}"]))
     return int(any(status == FAIL for status, *_ in sub.findings))
@@ -1105,7 +1173,7 @@ def index(records=HERE):
     new = table(["folder", "track", "val_bpb", "bytes", "what"], rows) + "\n"
     text = text[:old.start()] + new + text[old.end():] if old else text.rstrip("\n") + "\n\n" + new
     part = readme.with_name(f".README.md.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, **UTF8)
     os.replace(part, readme)
     print("\n".join([*(f"left out: {p}" for p in problems), f"{readme}: {len(rows)} folders"]))
     return int(bool(problems))
@@ -1115,22 +1183,26 @@ def index(records=HERE):
 
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    path = os.path.expanduser
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("pack", help="make a folder out of finished runs")
-    p.add_argument("places", nargs="+", metavar="RUN", help="OUT_DIR of a run, or its logs/<RUN_ID>.json; one per seed")
+    p.add_argument("places", nargs="+", type=path, metavar="RUN", help="OUT_DIR of a run, or its logs/<RUN_ID>.json; one per seed")
     p.add_argument("--name", required=True)
     p.add_argument("--author", required=True)
     p.add_argument("--github-id", default="")
     p.add_argument("--blurb", default="", help="a sentence or two on what is new")
     p.add_argument("--track", choices=(RECORD, NON_RECORD), default=NON_RECORD)
     p.add_argument("--date", help="YYYY-MM-DD; default: of the newest result")
-    p.add_argument("--out", help="folder to make; default: records/<track>/<date>_<name>")
-    p.add_argument("--script", help="the script that ran, if it lies neither beside the runs nor here")
+    p.add_argument("--out", type=path, help="folder to make; default: records/<track>/<date>_<name>")
+    p.add_argument("--script", type=path, help="the script that ran, if it lies neither beside the runs nor here")
     p.add_argument("--with-artifact", action="store_true", help="copy the artifacts too")
     p = commands.add_parser("check", help="one line per check: PASS, FAIL, WARN, NOT CHECKED")
-    p.add_argument("folder")
-    p.add_argument("--against", help="the record to beat: its folder, or mean,std,n in nats (or mean,std,n,bpb)")
-    p.add_argument("--artifact", action="append", default=[], help="a packed model, to count its bytes")
+    p.add_argument("folder", type=path)
+    p.add_argument("--against", type=path, help="the record to beat: its folder, or mean,std,n in nats (or mean,std,n,bpb)")
+    p.add_argument("--artifact", type=path, action="append", default=[], help="a packed model, to count its bytes")
+    p.add_argument("--data", type=path, help="folder with the validation shards, to count their bytes")
+    p.add_argument("--tokenizer", type=path, help="SentencePiece model of these shards (default: "
+                   "the logs')")
     p.add_argument("--run", action="store_true", help="also EXECUTE its train_gpt.py (--dry-run) and audit artifacts")
     commands.add_parser("index", help="write the table of records/README.md anew")
     return parser.parse_args(argv)
@@ -1143,19 +1215,24 @@ def main(argv):
             return pack(args)
         if args.command == "index":
             return index()
-        sub = check(args.folder, args.against, args.run, args.artifact)
+        sub = check(args.folder, args.against, args.run, args.artifact, args.data, args.tokenizer)
         print("\n".join(verdict_lines(sub)))
         return int(any(status == FAIL for status, *_ in sub.findings))
     except Problem as problem:
         print(f"error: {problem}", file=sys.stderr)
     except ImportError as problem:
         print(f"error: {problem.name} is not installed: pip install -r records/requirements.txt", file=sys.stderr)
+    except BrokenPipeError:
+        raise
     except OSError as problem:
-        print(f"error: {problem.filename}: {problem.strerror}; nothing was left half written", file=sys.stderr)
+        print(f"error: {problem.filename or 'output'}: {problem.strerror}; nothing was left half "
+              "written", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; nothing was left half written", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.path.append(str(ROOT / "data"))
+    from shards import exit_code_of
+    sys.exit(exit_code_of(main, sys.argv[1:], unread=141))  # what nobody read has passed nothing

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -102,6 +103,12 @@ def test_shard_round_trip(tmp_path, arrays):
     (shards.shard_header(2) + b"abc", "2 tokens, so 1028 bytes, but the file has 1027"),
     (shards.shard_header(2) + b"abcde", "has 1029"),
     (shards.shard_header(-1), "-1 tokens"),
+    (shards.shard_header(2)[:512], "512 bytes"), (b"fineweb", "7 bytes"),
+    (struct.pack(">256i", 20240520, 1, 2, *[0] * 253) + b"abcd", "magic number -1999096831,"),
+    (struct.pack("<256i", 20240520, 1 << 24, 2, *[0] * 253) + b"abcd", "version 16777216"),
+    (struct.pack("<256i", 20240520, 1, -2**31, *[0] * 253), "-2147483648 tokens"),
+    (shards.shard_header(2) + b"aaaabbbb", "2 tokens, so 1028 bytes, but the file has 1032"),
+    (gzip.compress(b"")[:4] + bytes(2000), "magic number 559903"),
 ])
 def test_bad_shard_is_named_with_what_was_found(tmp_path, content, message):
     path = tmp_path / "bad.bin"
@@ -437,6 +444,13 @@ def test_manifest_without_stats_is_tolerated(stats):
     cached.check_request(1000, entry, "x")
 
 
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xef\xbb\xbf{}", b"\xff\xfe{\0}\0",
+                                     b"[]", b"9" * 5_000])
+def test_a_manifest_that_is_none_is_named(tmp_path, content):
+    with pytest.raises(DataError, match=r"manifest\.json: .*: delete it and download again"):
+        cached.read_manifest(file_of(tmp_path / "manifest.json", content))
+
+
 def test_variants_and_unknown_datasets():
     assert cached.dataset_name("sp8192") == "fineweb10B_sp8192"
     assert cached.dataset_name("byte260") == "fineweb10B_byte260"
@@ -597,6 +611,15 @@ def test_packed_twice_is_unpacked_twice(tmp_path):
     assert read(file_of(tmp_path / "t.gz", gzip.compress(bz2.compress(JSONL))), "body") == TEXTS
 
 
+def test_what_unpacks_without_end_is_refused(tmp_path):
+    content = JSONL
+    for _ in range(build_dataset.MAX_LAYERS):
+        content = gzip.compress(content)
+    assert read(file_of(tmp_path / "t.gz", content), "body") == TEXTS
+    with pytest.raises(DataError, match="t.gz is packed more than 8 times: unpack it first"):
+        read(file_of(tmp_path / "t.gz", gzip.compress(content)), "body")
+
+
 def tar(format_: int) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=format_) as archive:
@@ -614,7 +637,11 @@ V7 = V7[:148] + b"%06o\0 " % (sum(V7[:148]) + 8 * 32 + sum(V7[156:257])) + V7[15
     (tar(tarfile.GNU_FORMAT), "a tar archive"), (tar(tarfile.PAX_FORMAT), "a tar archive"), (V7, "a tar archive"),
     (b"PK\x03\x04" + b"x" * 99, "a zip archive"), (b"PAR1" + b"x" * 99, "a Parquet file"), (b"%PDF-1.7\n", "a PDF"),
     ("a text".encode("utf-16"), "UTF-16"), ("a text".encode("utf-16-be"), "binary"), (b"a\0b", "binary"),
-    (shards.shard_header(2) + b"abcd", "binary"), (b'{"text": "a\0b"}', "binary"), (bytes(5000), "binary")])
+    (shards.shard_header(2) + b"abcd", "binary"), (b'{"text": "a\0b"}', "binary"), (bytes(5000), "binary"),
+    ("a text".encode("utf-32"), "UTF-32"), (b"\0\0\xfe\xff\0\0\0a", "UTF-32"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+    (b"PK\x05\x06" + bytes(18), "binary"), (b"7z\xbc\xaf\x27\x1c\0\4", "binary"),
+    (lzma.compress(b"a text", lzma.FORMAT_ALONE), "binary")])
 @pytest.mark.parametrize("suffix", ["", *PACK])
 def test_what_is_no_text_is_refused(tmp_path, content, message, suffix):
     for name in ("t.jsonl", "t.txt", "t" + suffix):
@@ -626,7 +653,8 @@ def test_what_is_no_text_is_refused(tmp_path, content, message, suffix):
 @pytest.mark.parametrize("content", [b'[{"text": "a"}]', b'[\n {"text": "a"}\n]', b'\xef\xbb\xbf [ "a", "b"]', b'[["a"]]'])
 def test_a_json_array_is_refused_with_the_way_out(tmp_path, content):
     for name in ("t.json", "t.JSONL", "t.txt"):
-        with pytest.raises(DataError, match=r"is a JSON array.*jq -c '\.\[\]' t\.\w+ > t\.jsonl"):
+        way_out = r"is a JSON array.*jq -c '\.\[\]' t\.\w+ > t_lines\.jsonl"
+        with pytest.raises(DataError, match=way_out):
             read(file_of(tmp_path / name, content))
 
 
@@ -657,6 +685,49 @@ def test_bad_json_line_is_named(tmp_path, line, message):
     path = file_of(tmp_path / "t.jsonl", b'{"text": "fine"}\n\n' + line + b"\n")
     with pytest.raises(DataError, match=re.escape(f"{path}, {message}")):
         read(path)
+
+
+def zipped() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("t.jsonl", JSONL)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name, content, message", [  # None: it is built
+    ("crlf.jsonl", JSONL.replace(b"\n", b"\r\n"), None),
+    ("bom.jsonl", b"\xef\xbb\xbf" + JSONL, None),
+    ("gzip.txt", gzip.compress(JSONL), None), ("end.jsonl", JSONL.rstrip(), None),
+    ("skip.zst", b"\x50\x2a\x4d\x18\4\0\0\0skip" + PACK[".zst"](JSONL), None),
+    ("empty.jsonl", b"", "there are 0 different documents"),
+    ("empty.jsonl.gz", gzip.compress(b""), "there are 0 different documents"),
+    ("arrays.jsonl", b'["a"]\n["b"]\n', "a JSON array"), ("words.jsonl", b'"a"\n', "line 1: a str"),
+    ("mac.jsonl", JSONL.replace(b"\n", b"\r"), "line 1: not valid JSON"),
+    ("dos.jsonl", JSONL + b"\x1a", "line 301: not valid JSON"),
+    ("two_marks.jsonl", 2 * b"\xef\xbb\xbf" + JSONL, "line 1: not valid JSON"),
+    ("pretty.json", b'{\n "body": "a"\n}\n', "line 1: not valid JSON"),
+    ("deep.jsonl", b'{"body": ' + b"[" * 100_000, "line 1: not valid JSON"),
+    ("digits.jsonl", b'{"body": ' + b"9" * 5_000 + b"}", "line 1: not valid JSON"),
+    ("utf16.jsonl", JSONL.decode().encode("utf-16"), "is UTF-16"),
+    ("nul.txt", bytes(300), "is binary"),
+    ("tar.xz", lzma.compress(tar(tarfile.USTAR_FORMAT)), "is a tar archive"),
+    ("zip.jsonl", zipped(), "is a zip archive"), ("cut.gz", gzip.compress(JSONL)[:9], "damaged"),
+    ("latin1.txt", "café".encode("latin-1"), "line 1: not UTF-8"),
+    ("folder.jsonl", None, "is a folder"),
+])
+def test_each_input_is_built_or_refused_in_one_line(tmp_path, tokenizer_path, capsys, name, content,
+                                                    message):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    code = shards.exit_code_of(build_dataset.main, [str(a) for a in (
+        path, "--text-field", "body", "--tokenizer", tokenizer_path, "--val-docs", 9,
+        "--workers", 1, "--name", "t", "--out-root", tmp_path)])
+    if message is None:
+        splits = json.loads((tmp_path / "datasets/t/manifest.json").read_text())["splits"]
+        assert code == 0 and splits["train"]["documents"] + splits["val"]["documents"] == len(TEXTS)
+    else:
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert code == 2 and last.startswith("error: ") and message in last
 
 
 @pytest.mark.parametrize("path", ["/dev/stdin", "-", "pipe"])
@@ -695,6 +766,16 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path, tokenizer_path):
     process.stdout.close()
     errors = process.stderr.read()
     assert process.wait() == 0 and b"rror" not in errors and b"Exception" not in errors, errors
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_error(tmp_path, tokenizer_path, monkeypatch, closed):
+    source = write_jsonl(tmp_path / "t.jsonl", sentences(30))
+    monkeypatch.setattr(sys, closed, None)
+    assert shards.exit_code_of(build_dataset.main, [
+        str(source), "--tokenizer", str(tokenizer_path), "--workers", "1", "--out-root",
+        str(tmp_path)]) == 0
+    assert shards.exit_code_of(build_dataset.main, [str(tmp_path / "none")]) == 2
 
 
 @pytest.mark.parametrize("separator, expected", [
@@ -891,12 +972,25 @@ def test_report_compares_the_best_score(tmp_path, demo_manifest, capsys):
     ({"scored_bytes": 990}, "val_bpb is None"), ({"val_bpb": {"int6": "low"}, "scored_bytes": 9}, "val_bpb.int6 is 'low'"),
     ({"val_bpb": {"int6": float("nan")}, "scored_bytes": 9}, "val_bpb.int6 is nan"),
     ({"val_bpb": {"int6": 1.0}, "scored_bytes": 1001}, "scored_bytes is 1001"),
+    ("[" * 100_000, "cannot be read as JSON"), ("\ufeff{}", "cannot be read as JSON"),
+    ({"val_bpb": {"int6": 10**400}, "scored_bytes": 9}, "val_bpb.int6 is 1000"),
     ({"val_bpb": {"int6": 1.0}}, "scored_bytes is None")])
 def test_report_refuses_a_wrong_result(tmp_path, demo_manifest, content, message):
     result = tmp_path / "r.json"
     if content is not None:
         result.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(DataError, match=re.escape(message)):
+        build_dataset.report(result, demo_manifest)
+
+
+@pytest.mark.parametrize("manifest", [
+    {"xz_bits_per_byte": 2.0}, {"xz_bits_per_byte": 0.0, "xz_bytes": {"val_text": 9}},
+    {"xz_bits_per_byte": 2.0, "xz_bytes": [9]}, {"xz_bits_per_byte": 2.0, "xz_bytes": {}}])
+def test_report_refuses_a_wrong_manifest(tmp_path, demo_manifest, manifest):
+    demo_manifest.write_text(json.dumps(manifest))
+    result = tmp_path / "r.json"
+    result.write_text(json.dumps({"val_bpb": {"int6": 1.0}, "scored_bytes": 9}))
+    with pytest.raises(DataError, match="build the demo again with --demo --force"):
         build_dataset.report(result, demo_manifest)
 
 

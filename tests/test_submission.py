@@ -1,15 +1,20 @@
 """records/submission.py: a sound folder passes, each planted fault is found by its check, packing
 keeps what ran."""
 
+import io
 import json
 import math
+import os
 import re
+import runpy
 import shutil
 import sys
 
+import numpy as np
 import pytest
 
-from conftest import ROOT
+import train_gpt
+from conftest import ROOT, VOCAB, write_shard
 
 sys.path.insert(0, str(ROOT / "records"))
 import submission  # noqa: E402
@@ -40,14 +45,15 @@ def bpb_of(loss, targets=TARGETS, byte_count=BYTES):
 
 
 def log_text(seed, loss, code=SOURCE.encode(), targets=TARGETS, byte_count=BYTES,
-             explicit=("iterations",), **settings):
+             explicit=("iterations",), way="pieces", **settings):
     """A log as train_gpt.py writes it, of an imagined run."""
     values = dict(preset="", run_id=f"r{seed}", seed=seed, out_dir=f"runs/{seed}", iterations=9000,
                   vocab_size=1024,
                   matrix_lr=0.025, **settings)
     lines = [f"setting {k.upper()}={v}" + "  (set)" * (k in explicit) for k, v in values.items()]
     lines += [f"run:r{seed} preset:none device:NVIDIA H100 80GB HBM3 world_size:8 dtype:bfloat16 "
-              f"compile:1 seed:{seed}"]
+              f"compile:1 seed:{seed}",
+              f"attention:sdpa validation_targets:{targets} bytes_from:{way}"]
     lines += [f"step:{s}/9000 train_loss:{7 - s / 2000:.4f} train_time:{84 * s}ms step_avg:84.00ms"
               for s in (1, 2, 500, 7000)]
     lines += ["step:7100/9000 val_loss:1.9400 val_bpb:1.1400 train_time:599950ms step_avg:84.50ms"]
@@ -80,6 +86,7 @@ def result_of(seed, loss, code=SOURCE.encode(), **settings):
                 model_bytes=MODEL_BYTES, total_bytes=MODEL_BYTES + len(code), steps=7100,
                 train_seconds=599.95,
                 pack_seconds=20.0, eval_seconds=510.0, scored_targets=TARGETS, scored_bytes=BYTES,
+                bytes_from="pieces",
                 val_loss=kinds,
                 val_bpb={k: bpb_of(v) for k, v in kinds.items()}, ledger_sha256="",
                 artifact="final_model.ptz")
@@ -176,6 +183,11 @@ def script(folder, addition):
     claim(folder, bytes_code=len(code), bytes_total=MODEL_BYTES + len(code), seed_results={})
 
 
+def result_with(folder, **values):
+    result = {**result_of(42, LOSSES[42]), **values}
+    (folder / "result_seed42.json").write_text(json.dumps(result))
+
+
 LOG = "train_seed42.log"
 FAULTS = {  # what is planted: how, and the finding that must name it
     "no README": (lambda f: (f / "README.md").unlink(), FAIL, "files", r"README\.md is missing"),
@@ -254,6 +266,17 @@ FAULTS = {  # what is planted: how, and the finding that must name it
         json.dumps(result_of(42, 1.8))), FAIL,
                                     "seed results",
                                     r"result_seed42\.json, seed 42: val_loss 1\.8 "),
+    "result of bytes counted otherwise": (lambda f: result_with(f, bytes_from="text"), FAIL,
+                                          "seed results", "bytes_from text where the log has "
+                                          "pieces; take both from one run"),
+    "result of unknown bytes": (lambda f: [change(f, LOG, " bytes_from:pieces", ""),
+                                           result_with(f, bytes_from=["text"])], FAIL,
+                                "seed results", r"bytes_from \['text'\] .* text or pieces"),
+    "result of other bytes": (lambda f: result_with(f, scored_bytes=BYTES - 9), FAIL,
+                              "seed results",
+                              f"scored_bytes {BYTES - 9} where the log has {BYTES};"),
+    "bytes counted in two ways": (lambda f: change(f, LOG, "bytes_from:pieces", "bytes_from:text"),
+                                  FAIL, "bits per byte", "text in train_seed42.*one data folder"),
     "broken result file": (lambda f: (f / "result_seed42.json").write_text("{"), FAIL,
                            "seed results", "no JSON"),
     "training too long": (lambda f: change(f, LOG, "train_time:599950ms", "train_time:601000ms"),
@@ -292,7 +315,8 @@ FAULTS = {  # what is planted: how, and the finding that must name it
 def test_a_sound_folder_passes(sound):
     sub = submission.check(sound, against=BEATEN)
     assert {(s, what) for s, what, _ in sub.findings
-            if s != PASS} == {(UNCHECKED, "artifact")}, submission.verdict_lines(sub)
+            if s != PASS} == {(UNCHECKED, "artifact"), (UNCHECKED, "bytes of text")
+                              }, submission.verdict_lines(sub)
     assert submission.main(["check", str(sound), "--against", BEATEN]) == 0
 
 
@@ -438,6 +462,74 @@ def test_an_artifact_has_the_bytes_of_its_seed(sound, tmp_path):
     assert [w for w, _ in found(sound, FAIL, artifacts=[right])] == ["artifact"]
 
 
+@pytest.fixture
+def scored(sound, corpus, tmp_path):
+    """scored(way, side, more) → options of a check on data with side files or without; the logs
+    have the bytes of its first 900 targets and some more, counted in that way."""
+    def make(way, side=None, more=0, manifest="{}", damage=lambda content: content):
+        data = shutil.copytree(corpus.folder, tmp_path / "data")
+        (data / "manifest.json").write_text(manifest)
+        table = train_gpt.ByteTable(train_gpt.Settings(
+            data_path=str(data), tokenizer_path=str(corpus.model), vocab_size=VOCAB))
+        count = int(sum(side[1:901]) if side else table.count(corpus.tokens[:901])) + more
+        if side:
+            write_shard(path := data / "fineweb_val_bytes_000000.bin", side)
+            path.write_bytes(damage(path.read_bytes()))
+        for seed, loss in LOSSES.items():
+            text = log_text(seed, loss, targets=900, byte_count=count, way=way)
+            text = text.replace("VOCAB_SIZE=1024", f"VOCAB_SIZE={VOCAB}")
+            (sound / f"train_seed{seed}.log").write_text(text.replace(" bytes_from:\n", "\n"))
+        return dict(data=str(data), tokenizer=str(corpus.model))
+    return make
+
+
+@pytest.mark.parametrize("case,status,pattern", [
+    (dict(way="pieces"), PASS, r"\d bytes of 900 targets, counted from the pieces, as logged$"),
+    (dict(way="text", side=[2, 3] * 515 + [5]), PASS, "^2,250 bytes of .* from the text, as"),
+    (dict(way="", side=[3] * 1031, manifest='{"splits": {"val": {"utf8_bytes": 3093}}}'), PASS,
+     "^2,700 bytes .* from the text"),
+    (dict(way="text", side=[3] * 1031, more=-9), FAIL,
+     "42.log: 2,691 bytes from the text, the data has 2,700 from the text: give .*EVAL_ONLY"),
+    (dict(way="pieces", side=[3] * 1031), FAIL, "2,700 bytes from the pieces, .* from the text"),
+    (dict(way="pieces", more=1), FAIL, r"\d bytes from the pieces, the data has \d,\d+ from the p"),
+    (dict(way="", more=1), FAIL, r"\d bytes, the data has"),
+])
+def test_bytes_are_counted_again_where_the_data_is(sound, scored, case, status, pattern):
+    texts = dict(found(sound, status, **scored(**case)))
+    assert re.search(pattern, texts["bytes of text"]), texts
+
+
+@pytest.mark.parametrize("case,options,words", [
+    (dict(way="text", side=[3] * 1030), {}, "1030 entries, 3090 bytes in all, for 1031 tokens"),
+    (dict(way="text", side=[3] * 1031, manifest='{"splits": {"val": {"utf8_bytes": 3094}}}'), {},
+     "3093 bytes in all, for 1031 tokens and 3094 bytes of text"),
+    *((dict(way="text", side=[3] * 1031, damage=damage), {}, f"val_bytes_000000.bin: {words}")
+      for damage, words in (
+          (lambda c: c[:512], "512 bytes, a shard's header alone has 1024"),
+          (lambda c: c[:-1], "3085 bytes where its header promises 1031"),
+          (lambda c: c[:8] + b"\xff" * 4 + c[12:], "3086 bytes where its header promises -1 "),
+          (lambda c: np.frombuffer(c[:1024], "<i4").astype(">i4").tobytes() + c[1024:],
+           "begins with -1999096831, 16777216, not a token shard's"))),
+    (dict(way="pieces"), dict(data="nowhere"), "nowhere: DATA_PATH="),
+    (dict(way="pieces"), dict(tokenizer="none.model"), "none.model: no such file"),
+    (dict(way="pieces"), dict(tokenizer=None), "names no tokenizer; give it with --tokenizer"),
+])
+def test_data_that_cannot_be_counted_is_refused(sound, scored, capsys, case, options, words):
+    given = {**scored(**case), **options}
+    flags = [text for key, value in given.items() if value for text in (f"--{key}", value)]
+    assert submission.main(["check", str(sound), *flags]) == 2
+    assert capsys.readouterr().err.startswith("error: --data ")
+    with pytest.raises(submission.Problem, match=words):
+        submission.check(sound, **given)
+
+
+def test_too_few_tokens_are_said(sound, scored):
+    given = scored("pieces")
+    change(sound, LOG, "targets:900", "targets:2000")
+    with pytest.raises(submission.Problem, match="1,030 validation targets, the logs have 2,000"):
+        submission.check(sound, **given)
+
+
 def test_a_script_without_a_dry_run_is_not_started(sound):
     (sound / "train_gpt.py").write_text("open('started', 'w')\n")
     assert "dry run" in [what for what, _ in found(sound, UNCHECKED, run=True)]
@@ -490,6 +582,7 @@ def test_what_pack_makes_passes_its_check(runs, pack, tmp_path, capsys):
     readme = (folder / "README.md").read_text()
     assert "| `ITERATIONS` | `9000` | `20000` | command |" in readme and "MATRIX_LR" not in readme
     assert "PASS         same code" in readme
+    assert f"{BYTES:,} bytes, counted from the pieces. The last" in readme
     assert sorted(p.name for p in tmp_path.iterdir()) == ["packed", "runs"], "nothing else is left"
 
 
@@ -562,7 +655,8 @@ def test_pack_refuses_and_leaves_nothing(runs, pack, tmp_path, capsys, case):
 
 
 @pytest.mark.slow
-def test_a_real_run_packs_checks_and_starts(run_once, tmp_path_factory, pack, tmp_path, capsys):
+def test_a_real_run_packs_checks_and_starts(run_once, corpus, tmp_path_factory, pack, tmp_path,
+                                            capsys):
     """Ties the imagined logs above to what train_gpt.py writes."""
     out = tmp_path_factory.mktemp("real")
     done = run_once(OUT_DIR=out, SEED=42, ITERATIONS=2, EVAL_STRIDE=32, TTT_EPOCHS=1)
@@ -570,14 +664,66 @@ def test_a_real_run_packs_checks_and_starts(run_once, tmp_path_factory, pack, tm
     assert submission.main(["pack", str(out), "--name", "Tiny", "--author", "Ada", "--out",
                             str(tmp_path / "packed"),
                             "--with-artifact"]) == 0, capsys.readouterr()
-    sub = submission.check(tmp_path / "packed", run=True)
+    sub = submission.check(tmp_path / "packed", run=True, data=str(corpus.folder))
     statuses = {what: status for status, what, _ in sub.findings}
     warned = {what for what, s in statuses.items() if s == WARN}
     assert warned <= {"seeds", "validation set", "bits per byte", "imports and paths"}
     assert {"same code", "bytes", "eval seconds", "val_bpb", "seed results", "settings read",
-            "artifact", "dry run"} <= {
+            "artifact", "dry run", "bytes of text"} <= {
         what for what, s in statuses.items() if s == PASS}, submission.verdict_lines(sub)
     assert sub.logs[0].source == sub.source
+
+
+def test_names_of_any_bytes_are_packed(runs, pack, tmp_path):
+    name = os.fsdecode(b"caf\xc3\xa9\xff")
+    assert pack(runs(), out=name, more=["--blurb", name]) == 0
+    assert json.loads((tmp_path / name / "submission.json").read_text())["blurb"] == name
+    assert submission.main(["check", str(tmp_path / name)]) == 0
+
+
+# -- surroundings of the tools
+
+def unread():
+    """A stream whose reader is gone; it buffers nothing."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return io.TextIOWrapper(open(writer, "wb", 0), "utf-8", write_through=True)
+
+
+STREAMS = {"ascii": lambda: io.TextIOWrapper(io.BytesIO(), "ascii"), "closed": lambda: None,
+           "unread": unread}
+STARTS = {  # arguments, what they print, status where nobody reads that
+    "submission": (["check", "~/track_10min_16mb/2026-03-20_imagined\r"], rb"PASS .*\\u2026", 141),
+    "runs": (["table", "~/\udcff\r", "~/42\r", "\r"], rb"1\.\d+ \\xb1 0", 0),
+    "artifact": (["pack-code", "~/\udcff/a.py", "-o", "~/\udcff\u2026.py\r"],
+                 rb"/\\udcff\\u2026\.py: ", 0),
+    "audit": (["~/\udcff\u2026.ptz\r"], b"", 2),
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("tool", STARTS)
+def test_tools_start_in_odd_surroundings(sound, tmp_path, monkeypatch, capsys, tool, stream):
+    """~ and carriage returns in arguments, names that are not UTF-8, odd standard outputs."""
+    for seed, name in ((1337, "\udcff"), (42, "42")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.json").write_text(json.dumps(result_of(seed, LOSSES[seed])))
+    (tmp_path / "\udcff" / "a.py").write_text(SOURCE)
+    arguments, says, status = STARTS[tool]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(sys, "argv", [tool, *arguments])
+    monkeypatch.setattr(sys, "stdout", out := STREAMS[stream]())
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "records" / f"{tool}.py"), run_name="__main__")
+    errors = capsys.readouterr().err
+    assert ended.value.code == (status if stream == "unread" or tool == "audit" else 0), errors
+    if tool == "audit":
+        assert errors == f"error: {tmp_path}/\\udcff\u2026.ptz: no such file\n"
+    else:
+        assert errors == ""
+    if stream == "ascii":
+        assert re.search(says, out.buffer.getvalue())
 
 
 # -- index
