@@ -248,7 +248,8 @@ class Settings:
     ttt_fc_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's up matrices
     ttt_momentum: Decay = 0.9  # of sgd and muon
     ttt_epochs: Annotated[int, -1, 1000] = 3  # over each scored chunk; -1: what the clock allows
-    ttt_chunk_tokens: Annotated[int, 2, 2**31] = 32768  # scored before each adaptation
+    ttt_chunk_tokens: Annotated[int, 0, 2**31] = 0
+        # scored before each adaptation; 0: a 64th of the validation set, at most 32768
     ttt_freeze_blocks: Count = 0  # the first so many blocks are not adapted
     ttt_batch_seqs: Positive = 256  # rows per TTT step, over all ranks
     ttt_grad_clip: Amount = 1.0  # norm, after the reduction over ranks; 0: off
@@ -275,6 +276,11 @@ class Settings:
         return self.window, self.eval_stride, 0
 
     @property
+    def pass_tokens(self):
+        """Least tokens of a TTT chunk: a row to train on, and all that one pass scores."""
+        return max(self.train_seq_len, self.window, self.scoring_plan[1])
+
+    @property
     def cores(self):
         return self.unique_layers or self.num_layers
 
@@ -297,7 +303,8 @@ _PR414 = dict(
     train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, xsa_last_n=4, smear_gate="1",
     value_residual="0", gated_attention="0", muon_coefficients="classic", lr_floor=0.0,
     ema_decay=0.997, swa_enabled=1, quant_fit="scale", quant_clip="row", codec="lzma", gptq=0,
-    attn_bits=6, mlp_bits=6, proj_bits=16, eval_attention="window", ttt_enabled=0, muon_row_norm=0)
+    attn_bits=6, mlp_bits=6, proj_bits=16, eval_attention="window", ttt_enabled=0, muon_row_norm=0,
+    ttt_chunk_tokens=32768)
 _PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw",
               ttt_enabled=1)
 # For two CPU cores: short rows and steps.
@@ -305,7 +312,7 @@ _SMALL = dict(
     train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096, model_dim=128, num_heads=4,
     num_kv_heads=2, rope_ntk_reference=0, bigram_dim=64, ve_dim=64, warmup_steps=2,
     warmdown_iters=1000, muon_momentum=0.95, muon_momentum_warmup_steps=300, val_loss_every=0,
-    train_log_every=50, ttt_chunk_tokens=8192)
+    train_log_every=50)
 # The record line. Each begins with the one before it.
 _PR1218 = dict(
     data_path="./data/datasets/fineweb10B_sp4096", vocab_size=4096,
@@ -315,7 +322,7 @@ _PR1218 = dict(
     tied_embed_lr=0.03, muon_wd=0.085, embed_wd=0.085, adam_wd=0.02, warmdown_frac=0.667,
     lr_floor=0.0, ema_decay=0.997, late_qat_threshold=0.0, quant_fit="scale", quant_clip="row",
     quant_step_floor=0.03226, gptq_act_order=1, gptq_reserve_seconds=10.0, attn_bits=6, mlp_bits=6,
-    proj_bits=16, eval_attention="window", ttt_enabled=0, muon_row_norm=0)
+    proj_bits=16, eval_attention="window", ttt_enabled=0, ttt_chunk_tokens=32768, muon_row_norm=0)
 _PR1394 = dict(
     _PR1218, data_path="./data/datasets/fineweb10B_sp8192", vocab_size=8192,
     tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model", ve_layers="",
@@ -325,13 +332,19 @@ _PR1493 = dict(
     _PR1394, late_passes="0-5,3-5,3-5,6-10", late_passes_from=0.35, parallel="one",
     qk_gain_init=5.25, matrix_lr=0.022, muon_wd=0.095, ema_decay=0.9965, warmdown_frac=0.72,
     ttt_enabled=1, ttt_lr=0.005)
+# Without CaseOps and the low-rank correction of weights; rows end at their borders.
+_PR1855 = dict(
+    _PR1493, parallel="lanes", parallel_from=8, smear_gate="embed", gated_attention="sparse",
+    muon_coefficients="polar", qk_gain_init=5.0, matrix_lr=0.026, muon_momentum=0.97, beta2=0.99,
+    warmdown_frac=0.85, lr_floor=0.1, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_bits=7,
+    embed_clip_sigmas=14.0, gptq_batches=2, gptq_reserve_seconds=4.0, ttt_enabled=0)
 PRESETS = {  # a row holds only what differs from the defaults, or from the row it begins with
     "demo": dict(
         _SMALL, data_path="./data/datasets/demo", run_id="demo",
         tokenizer_path="./data/tokenizers/demo_1024_bpe.model", train_batch_tokens=2048,
         num_layers=3, xsa_last_n=3, ve_layers="1,2", bigram_vocab_size=8192,
         trigram_vocab_size=8192, max_wallclock_seconds=170.0, warmdown_iters=800,
-        muon_momentum_warmup_steps=100, ttt_chunk_tokens=2048),
+        muon_momentum_warmup_steps=100),
     "laptop": dict(_SMALL, max_wallclock_seconds=900.0),
     "pr414": _PR414,
     "pr549": _PR549,
@@ -348,13 +361,13 @@ PRESETS = {  # a row holds only what differs from the defaults, or from the row 
     "pr1218": _PR1218,
     "pr1394": _PR1394,
     "pr1493": _PR1493,
-    # Without CaseOps and the low-rank correction of weights; rows end at their borders.
-    "pr1855": dict(
-        _PR1493, parallel="lanes", parallel_from=8, smear_gate="embed", gated_attention="sparse",
-        muon_coefficients="polar", qk_gain_init=5.0, matrix_lr=0.026, muon_momentum=0.97,
-        beta2=0.99, warmdown_frac=0.85, lr_floor=0.1, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0,
-        embed_bits=7, embed_clip_sigmas=14.0, gptq_batches=2, gptq_reserve_seconds=4.0,
-        ttt_enabled=0),
+    "pr1855": _PR1855,
+    # The record line's model with the quantizer, averaging and evaluation of the defaults.
+    "sp8192": dict(
+        _PR1855, value_residual="pair", ema_decay=0.0, quant_fit="level", quant_clip="max",
+        attn_bits=8, mlp_bits=8, embed_bits=8, proj_bits=8, gptq_act_order=0, gptq_batches=8,
+        gptq_reserve_seconds=0.0, eval_attention="banded", ttt_enabled=1,
+        ttt_chunk_tokens=0),
     "pr537": dict(
         _PR414, leaky_slope=0.5, unique_layers=10, seed=42, iterations=5200, warmdown_iters=3000,
         adam_wd=0.01, ema_enabled=0, late_qat_threshold=0.1, mlp_bits=5, bigram_bits=6,
@@ -475,7 +488,7 @@ def near_misses(environ):
 def contradictions(s, world_size):
     """Problems with combinations of settings, ranks and packages that are each fine alone."""
     T, rows, plan = s.train_seq_len, s.train_batch_tokens // s.train_seq_len, s.scoring_plan
-    pass_tokens, reserve = max(T, s.window, plan[1]), s.gptq_reserve_seconds
+    reserve = s.gptq_reserve_seconds
     rules = [
         (s.model_dim % s.num_heads == 0,
          f"MODEL_DIM={s.model_dim} must be a multiple of NUM_HEADS={s.num_heads}"),
@@ -503,9 +516,9 @@ def contradictions(s, world_size):
          f"EVAL_STRIDE={s.eval_stride} exceeds the scoring window of {s.window} tokens"),
         (not s.ttt_enabled or s.eval_stride,
          "TTT_ENABLED=1 scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
-        (not s.ttt_enabled or s.ttt_chunk_tokens >= pass_tokens,
-         f"TTT_CHUNK_TOKENS={s.ttt_chunk_tokens} must hold {pass_tokens} tokens, a row and what a "
-         "pass scores: raise it, lower EVAL_SEGMENT, or set TTT_ENABLED=0"),
+        (not s.ttt_enabled or s.ttt_chunk_tokens == 0 or s.ttt_chunk_tokens >= s.pass_tokens,
+         f"TTT_CHUNK_TOKENS={s.ttt_chunk_tokens} must hold {s.pass_tokens} tokens, a row and what "
+         "a pass scores: raise it, or set it to 0"),
         (len(s.run_id.encode("utf-8", "surrogateescape")) <= 200 and "/" not in s.run_id,
          f"RUN_ID={s.run_id} is no file name of at most 200 bytes"),
         (not s.scores_path or Path(s.scores_path).suffix == ".npy",
@@ -1158,7 +1171,7 @@ def rms_norm(x):
 
 
 def scaled_rms_norm(x_BTHE, gain_H):
-    """gain·rms_norm(x). One factor a head joins both, so that the gradient of the gain is summed
+    """gain·rms_norm(x). The gain is a part of the norm's factor, so that its gradient is summed
     from [N, H] numbers, not from [N, H, E]."""
     x32 = x_BTHE.to(torch.promote_types(x_BTHE.dtype, torch.float32))
     factor = gain_H * (x32.square().mean(-1) + torch.finfo(torch.float32).eps).rsqrt()
@@ -1383,9 +1396,9 @@ def rotate(x_BTHE, cos, sin):
 def exclusive(y_BTHE, v_BTKE):
     """XSA: the attention output less its projection on the position's v (of its group)."""
     B, T, H, E = y_BTHE.shape
-    v = F.normalize(v_BTKE, dim=-1, eps=1e-12).unsqueeze(3)
-    y = y_BTHE.view(B, T, v.size(2), -1, E)
-    return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, E)
+    v, y = v_BTKE.unsqueeze(3), y_BTHE.view(B, T, v_BTKE.size(2), -1, E)
+    share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    return (y - share * v).view(B, T, H, E)
 
 
 # -- attention: functions attend(q, k, v, window); with window W a query sees its last W keys
@@ -3915,9 +3928,10 @@ def check_places(s, path, rt):
 
 def run_job(s, rt, explicit):
     """The whole job, in the order the data flows."""
-    s = replace(s, run_id=s.run_id or str(uuid.uuid4()))
-    out = Path(s.out_dir).expanduser()
     tokens, byte_table = load_validation(s), ByteTable(s)
+    chunk = s.ttt_chunk_tokens or max(s.pass_tokens, min(32768, len(tokens) // 64))
+    s = replace(s, run_id=s.run_id or str(uuid.uuid4()), ttt_chunk_tokens=chunk)
+    out = Path(s.out_dir).expanduser()
     if not byte_table.count(tokens):
         raise UserError(f"DATA_PATH={s.data_path}: the tokens of fineweb_val_* stand for no text "
                         f"by TOKENIZER_PATH={s.tokenizer_path}")

@@ -84,13 +84,14 @@ def settings_for(script, path, environ, targets):
     s, explicit = script.settings_of_artifact(path, environ)
     plan = getattr(s, "scoring_plan", (s.window, s.eval_stride, 0))
     row = max(s.train_seq_len, s.window, plan[1])
+    chunk = s.ttt_chunk_tokens  # 0: by the length of the validation set
     if targets and targets < 4 * row:
         raise Unusable(f"--targets {targets}: too few, four chunks of a row need {4 * row}")
     environ["VAL_LIMIT_TOKENS"] = str(targets or 16 * row)
     targets = len(script.load_validation(replace(s, val_limit_tokens=targets or 16 * row))) - 1
     if "TTT_CHUNK_TOKENS" not in explicit:
-        environ["TTT_CHUNK_TOKENS"] = str(min(s.ttt_chunk_tokens, max(row, targets // 4)))
-    return script.settings_of_artifact(path, environ)[0], environ, s.ttt_chunk_tokens
+        environ["TTT_CHUNK_TOKENS"] = str(min(chunk or targets, max(row, targets // 4)))
+    return script.settings_of_artifact(path, environ)[0], environ, chunk
 
 
 @contextlib.contextmanager
@@ -678,7 +679,7 @@ def describe(audit, script_path, own_chunk):
     ttt = "TTT off"
     if s.ttt_enabled:
         ttt = f"TTT {getattr(s, 'ttt_optimizer', 'sgd')}, {s.ttt_epochs} epochs over chunks of {s.ttt_chunk_tokens}"
-        if s.ttt_chunk_tokens != own_chunk:
+        if own_chunk not in (0, s.ttt_chunk_tokens):
             ttt += f" (the artifact's: {own_chunk}; --targets {4 * own_chunk} takes those)"
     return (f"{audit.path} ({audit.path.stat().st_size:,} bytes) scored by {script_path} "
             f"({script_path.stat().st_size:,} bytes)\n{len(audit.tokens) - 1} targets of {s.data_path}; {plan}; {ttt}; "

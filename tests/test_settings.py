@@ -52,7 +52,7 @@ def test_a_preset_changes_its_row_which_explicit_variables_undo(preset):
 OTHER = dict(preset="demo", num_layers=12, model_dim=1024, num_heads=16, num_kv_heads=2,
              rope_dims=8, ve_layers="3", xsa_last_n=4, unique_layers=11, scores_path="a/x.npy",
              late_passes="0-4,3-10", embed_wd=0.1, train_seq_len=1024, micro_batch_tokens=2048,
-             train_batch_tokens=2048, eval_seq_len=4096)
+             train_batch_tokens=2048, eval_seq_len=4096, ttt_chunk_tokens=8192)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -196,7 +196,8 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(MICRO_BATCH_TOKENS=2047), "MICRO_BATCH_TOKENS=2047 must hold a row of TRAIN_SEQ_LEN"),
     (dict(EVAL_STRIDE=2049, EVAL_ATTENTION="window"), "EVAL_STRIDE=2049 exceeds the scoring window"),
     (dict(EVAL_STRIDE=0), "TTT_ENABLED=1 scores with a full context"),
-    (dict(TTT_CHUNK_TOKENS=2047, EVAL_ATTENTION="window"), "TTT_CHUNK_TOKENS=2047 must hold 2048"),
+    (dict(TTT_CHUNK_TOKENS=2047, EVAL_ATTENTION="window"),
+     "TTT_CHUNK_TOKENS=2047 must hold 2048"),
     (dict(TTT_CHUNK_TOKENS=4095), "TTT_CHUNK_TOKENS=4095 must hold 4096"),  # twice the window
     (dict(TTT_CHUNK_TOKENS=5999, EVAL_SEGMENT=6000), "TTT_CHUNK_TOKENS=5999 must hold 6000"),
     (dict(ITERATIONS=0, MAX_WALLCLOCK_SECONDS=0), "nothing ends the training"),
