@@ -92,6 +92,17 @@ Share = Annotated[float, 0.0, 1.0]
 Decay = Annotated[float, 0.0, 0.999999]
 
 
+def block_list(text, count):
+    """Numbers of blocks below `count` from text such as 0-5,3-5,6; None where it is no such list."""
+    order = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        if not re.fullmatch(r"\d{1,9}(-\d{1,9})?", part):
+            return None
+        first, last = int(part.split("-")[0]), int(part.split("-")[-1])
+        order += range(first, min(last, count) + 1) or [count]
+    return order if max(order, default=0) < count else None
+
+
 @dataclass(frozen=True)
 class Settings:
     """Every setting, resolved and checked; each is read from the variable of its name in capitals.
@@ -161,7 +172,7 @@ class Settings:
     bigram_dim: Positive = 128  # channels of the bigram and trigram embeddings
     trigram_vocab_size: Count = 0  # buckets of a hashed trigram embedding; 0: off
     ve_dim: Positive = 128  # channels of the value embedding
-    ve_layers: str = "9,10"  # blocks whose values get the value embedding; empty: off
+    ve_layers: str = "9,10"  # blocks whose values get the value embedding, as above; empty: off
     # −0.0010 (value residual) and −0.0005 to −0.0010 (gate) at full scale.
     value_residual: Literal["0", "1", "pair", "sigmoid"] = "pair"
         # V ← a·V₀ + b·V; pair: learned a and b; sigmoid: a = σ(λ), b = 1 − a; 1: pair; 0: off
@@ -286,8 +297,13 @@ class Settings:
 
     @property
     def ve_blocks(self):
-        """Blocks that get the value embedding, in the order given. Raises ValueError."""
-        return [int(i) for i in self.ve_layers.split(",") if i.strip()]
+        """Blocks that get the value embedding, in the order given."""
+        return block_list(self.ve_layers, self.num_layers)
+
+    @property
+    def late_order(self):
+        """Blocks in the order of LATE_PASSES; empty: as before."""
+        return block_list(self.late_passes, self.num_layers) or list(range(self.num_layers))
 
     @property
     def quant_label(self):
@@ -312,7 +328,7 @@ _SMALL = dict(
     train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096, model_dim=128, num_heads=4,
     num_kv_heads=2, rope_ntk_reference=0, bigram_dim=64, ve_dim=64, warmup_steps=2,
     warmdown_iters=1000, muon_momentum=0.95, muon_momentum_warmup_steps=300, val_loss_every=0,
-    train_log_every=50)
+    train_log_every=50, ttt_chunk_tokens=8192)
 # The record line. Each begins with the one before it.
 _PR1218 = dict(
     data_path="./data/datasets/fineweb10B_sp4096", vocab_size=4096,
@@ -344,7 +360,7 @@ PRESETS = {  # a row holds only what differs from the defaults, or from the row 
         tokenizer_path="./data/tokenizers/demo_1024_bpe.model", train_batch_tokens=2048,
         num_layers=3, xsa_last_n=3, ve_layers="1,2", bigram_vocab_size=8192,
         trigram_vocab_size=8192, max_wallclock_seconds=170.0, warmdown_iters=800,
-        muon_momentum_warmup_steps=100),
+        muon_momentum_warmup_steps=100, ttt_chunk_tokens=2048),
     "laptop": dict(_SMALL, max_wallclock_seconds=900.0),
     "pr414": _PR414,
     "pr549": _PR549,
@@ -485,11 +501,9 @@ def near_misses(environ):
             yield f"{name}={environ[name]}: no such setting{hint}"
 
 
-def contradictions(s, world_size):
-    """Problems with combinations of settings, ranks and packages that are each fine alone."""
-    T, rows, plan = s.train_seq_len, s.train_batch_tokens // s.train_seq_len, s.scoring_plan
-    reserve = s.gptq_reserve_seconds
-    rules = [
+def model_rules(s):
+    """(condition that must hold, message) of settings that make the model."""
+    return [
         (s.model_dim % s.num_heads == 0,
          f"MODEL_DIM={s.model_dim} must be a multiple of NUM_HEADS={s.num_heads}"),
         (s.num_heads % s.num_kv_heads == 0,
@@ -504,15 +518,29 @@ def contradictions(s, world_size):
          f"matrices of their own, or NUM_LAYERS={s.num_layers}"),
         (s.ttt_freeze_blocks <= s.num_layers,
          f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} exceeds NUM_LAYERS={s.num_layers}"),
+        (block_list(s.late_passes, s.num_layers) is not None,
+         f"LATE_PASSES={s.late_passes} must be blocks of 0..{s.num_layers - 1} and ranges of them, "
+         "commas between: 0-5,3-5,6-10"),
+        (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks),
+         f"VE_LAYERS={s.ve_layers} must be different blocks of 0..{s.num_layers - 1}, commas "
+         "between: 9,10; or empty"),
         (s.bigram_vocab_size != 1 and s.trigram_vocab_size != 1,
          f"BIGRAM_VOCAB_SIZE={s.bigram_vocab_size}, TRIGRAM_VOCAB_SIZE={s.trigram_vocab_size}: "
          "0 or at least 2, one bucket is that of row beginnings"),
+    ]
+
+
+def run_rules(s, world_size):
+    """(condition that must hold, message) of settings of the run, its ranks and packages."""
+    T, rows, reserve = (s.train_seq_len, s.train_batch_tokens // s.train_seq_len,
+                        s.gptq_reserve_seconds)
+    return [
         (s.train_batch_tokens % T == 0 and (s.eval_only or rows % world_size == 0),
          f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} must be rows of TRAIN_SEQ_LEN={T}, as many on "
          f"each of {world_size} ranks: start a number of processes that divides the rows"),
         (s.micro_batch_tokens >= T,
          f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} must hold a row of TRAIN_SEQ_LEN={T}"),
-        (plan[2] or s.eval_stride <= s.window,
+        (s.scoring_plan[2] or s.eval_stride <= s.window,
          f"EVAL_STRIDE={s.eval_stride} exceeds the scoring window of {s.window} tokens"),
         (not s.ttt_enabled or s.eval_stride,
          "TTT_ENABLED=1 scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
@@ -535,37 +563,17 @@ def contradictions(s, world_size):
         (s.codec != "zstd" or zstandard(),
          "CODEC=zstd: the package zstandard does not import: pip install zstandard, or CODEC=rans"),
     ]
-    problems = [message for holds, message in rules if not holds]
-    try:
-        if not set(late_order(s)) <= set(range(s.num_layers)):
-            raise ValueError
-    except ValueError:
-        problems.append(f"LATE_PASSES={s.late_passes} must be blocks of 0..{s.num_layers - 1} and "
-                        "ranges of them, commas between: 0-5,3-5,6-10")
-    try:
-        if not (set(s.ve_blocks) <= set(range(s.num_layers))
-                and len(set(s.ve_blocks)) == len(s.ve_blocks)):
-            problems.append(f"VE_LAYERS={s.ve_layers} must name different blocks of "
-                            f"0..{s.num_layers - 1}, or be empty")
-    except ValueError:
-        problems.append(f"VE_LAYERS={s.ve_layers} must be block numbers, commas between: 9,10")
+
+
+def contradictions(s, world_size):
+    """Problems with combinations of settings, ranks and packages that are each fine alone."""
+    problems = [message for holds, message in model_rules(s) + run_rules(s, world_size)
+                if not holds]
     if not problems and s.ttt_enabled and not any(ttt_factor(n, s) for n in parameter_shapes(s)):
         problems.append(
             f"TTT_PARAMS={s.ttt_params}, TTT_OPTIMIZER={s.ttt_optimizer}, TTT_FREEZE_BLOCKS="
             f"{s.ttt_freeze_blocks} leave nothing to adapt: change one, or set TTT_ENABLED=0")
     return problems
-
-
-def late_order(s):
-    """Blocks in the order of LATE_PASSES, or of before where it is empty. Raises ValueError."""
-    order = []
-    for part in filter(None, (part.strip() for part in s.late_passes.split(","))):
-        first, _, last = part.partition("-")
-        blocks = range(int(first), int(last or first) + 1)[: s.num_layers + 1]
-        if not blocks:
-            raise ValueError(part)
-        order += blocks
-    return order or list(range(s.num_layers))
 
 
 def foreign(module):
@@ -1609,7 +1617,7 @@ def pass_list(s, late=False):
     The first half keeps its outputs, the second half takes them, last in first out. XSA is counted
     over cores, as in #537. Lanes begin in the second half.
     """
-    order = late_order(s) if late else list(range(s.num_layers))
+    order = s.late_order if late else list(range(s.num_layers))
     half, passes = len(order) // 2, []
     for position, block in enumerate(order):
         core, row, skips = block % s.cores, position - half, s.unet_skips != "0"
