@@ -1,10 +1,15 @@
 """What the tests share: a tiny corpus with its tokenizer, tiny settings, ways to run the script."""
 
+import contextlib
+import io
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,24 +102,82 @@ def tiny(corpus):
     return make
 
 
+def environment(corpus, **variables):
+    """The environment of a tiny run."""
+    return clean_environ(**{**TINY, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model,
+                            "RUN_ID": "run", **variables})
+
+
+def launched(ranks=1, script=ROOT / "train_gpt.py"):
+    """The command of the script; by torchrun where there are several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *(torchrun if ranks > 1 else []), str(script)]
+
+
+def left(out, returncode=0, stdout="", stderr=""):
+    """What a run said and what it left in its folder: .result (logs/run.json), .log, .content (the
+    artifact's bytes); None where not written."""
+    places = dict(result="logs/run.json", log="logs/run.txt", content="final_model.ptz")
+    found = {name: (out / path).read_bytes() if (out / path).exists() else None
+             for name, path in places.items()}
+    found["result"] = found["result"] and json.loads(found["result"])
+    found["log"] = (found["log"] or b"").decode()
+    return SimpleNamespace(out=out, returncode=returncode, stdout=stdout, stderr=stderr,
+                           artifact=out / "final_model.ptz", **found)
+
+
+def run_main(corpus, out, **variables):
+    """A tiny run inside of this process, and what it left."""
+    torch.set_num_threads(1)
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        status = train_gpt.main([], environment(corpus, OUT_DIR=out, **variables))
+    return left(out, status, stdout.getvalue(), stderr.getvalue())
+
+
+@pytest.fixture
+def run_here(corpus, tmp_path):
+    """run_here(NAME=value, ...) → run_main in this test's own folder, or in OUT_DIR."""
+    return lambda OUT_DIR=tmp_path, **variables: run_main(corpus, OUT_DIR, **variables)
+
+
 def script_runner(corpus, folder):
-    """run(ranks=1, NAME=value, ...) → the finished process, with .result (logs/run.json) and .log
-    where written."""
-    def run(*flags, ranks=1, tiny=True, script=ROOT / "train_gpt.py", **variables):
-        out = Path(variables.setdefault("OUT_DIR", folder))
-        base = {**TINY, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model,
-                "RUN_ID": "run"} if tiny else {}
-        launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run",
-                                                      "--standalone",
-                                                      f"--nproc_per_node={ranks}"]
-        done = subprocess.run([*launch, str(script), *flags],
-                              env=clean_environ(**{**base, **variables}), cwd=folder,
-                              capture_output=True, text=True, timeout=300)
-        result, log = out / "logs" / "run.json", out / "logs" / "run.txt"
-        done.result = json.loads(result.read_text()) if result.exists() else None
-        done.log = log.read_text() if log.exists() else ""
-        return done
+    """run(ranks=1, NAME=value, ...) → the finished process of a tiny run, and what it left."""
+    def run(ranks=1, script=ROOT / "train_gpt.py", OUT_DIR=folder, **variables):
+        done = subprocess.run(launched(ranks, script), cwd=folder, capture_output=True, text=True,
+                              env=environment(corpus, OUT_DIR=OUT_DIR, **variables), timeout=300)
+        return left(OUT_DIR, done.returncode, done.stdout, done.stderr)
     return run
+
+
+def as_rank(rank, ranks, port, said, act, arguments):
+    """What a process of on_ranks does. It ends at once: how libraries take their threads down is
+    not what is tested."""
+    with open(said, "a", buffering=1) as sys.stdout:
+        sys.stderr, status = sys.stdout, 1
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        try:
+            status = act(*arguments)
+        except BaseException:
+            traceback.print_exc()
+    os._exit(status or 0)
+
+
+def on_ranks(ranks, said, act, *arguments):
+    """act(*arguments) on so many ranks, with gloo between them. They are forked from a process that
+    has imported PyTorch once. `said` is a file for their output."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed"])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started = [context.Process(target=as_rank, args=(rank, ranks, port, said, act, arguments),
+                               daemon=True) for rank in range(ranks)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(200)
+    assert [process.exitcode for process in started] == [0] * ranks, Path(said).read_text()
 
 
 @pytest.fixture
