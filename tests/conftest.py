@@ -118,7 +118,8 @@ def left(out, returncode=0, stdout="", stderr=""):
     """What a run said and what it left in its folder: .result (logs/run.json), .log, .content (the
     artifact's bytes); None where not written."""
     places = dict(result="logs/run.json", log="logs/run.txt", content="final_model.ptz")
-    found = {name: (out / path).read_bytes() if (out / path).exists() else None
+    out = Path(out)
+    found = {name: (out / path).read_bytes() if (out / path).is_file() else None
              for name, path in places.items()}
     found["result"] = found["result"] and json.loads(found["result"])
     found["log"] = (found["log"] or b"").decode()
@@ -126,13 +127,13 @@ def left(out, returncode=0, stdout="", stderr=""):
                            artifact=out / "final_model.ptz", **found)
 
 
-def run_main(corpus, out, **variables):
+def run_main(corpus, OUT_DIR, **variables):
     """A tiny run inside of this process, and what it left."""
     torch.set_num_threads(1)
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        status = train_gpt.main([], environment(corpus, OUT_DIR=out, **variables))
-    return left(out, status, stdout.getvalue(), stderr.getvalue())
+        status = train_gpt.main([], environment(corpus, OUT_DIR=OUT_DIR, **variables))
+    return left(OUT_DIR, status, stdout.getvalue(), stderr.getvalue())
 
 
 @pytest.fixture

@@ -395,7 +395,8 @@ def test_no_checkpoint_is_written_of_weights_that_are_not_finite(job, monkeypatc
     monkeypatch.setattr(Trainer, "_check_finite", lambda *_: None)
     at_step(monkeypatch, 4, nan_loss)
     stopped = job()
-    assert stopped.returncode == 2 and "not finite" in stopped.stderr and stopped.checkpoints == [2, 3]
+    assert stopped.returncode == 2 and "not finite" in stopped.stderr
+    assert stopped.checkpoints == [2, 3]
 
 
 @pytest.mark.parametrize("obstacle", ["disk", "folder"])
