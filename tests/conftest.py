@@ -24,6 +24,7 @@ import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train_gpt.py"
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 
@@ -108,7 +109,7 @@ def environment(corpus, **variables):
                             "RUN_ID": "run", **variables})
 
 
-def launched(ranks=1, script=ROOT / "train_gpt.py"):
+def launched(ranks=1, script=SCRIPT):
     """The command of the script; by torchrun where there are several ranks."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return [sys.executable, *(torchrun if ranks > 1 else []), str(script)]
@@ -136,17 +137,15 @@ def run_main(corpus, OUT_DIR, **variables):
     return left(OUT_DIR, status, stdout.getvalue(), stderr.getvalue())
 
 
-@pytest.fixture
-def run_here(corpus, tmp_path):
-    """run_here(NAME=value, ...) → run_main in this test's own folder, or in OUT_DIR."""
-    return lambda OUT_DIR=tmp_path, **variables: run_main(corpus, OUT_DIR, **variables)
-
-
 def script_runner(corpus, folder):
-    """run(ranks=1, NAME=value, ...) → the finished process of a tiny run, and what it left."""
-    def run(ranks=1, script=ROOT / "train_gpt.py", OUT_DIR=folder, **variables):
-        done = subprocess.run(launched(ranks, script), cwd=folder, capture_output=True, text=True,
-                              env=environment(corpus, OUT_DIR=OUT_DIR, **variables), timeout=300)
+    """run(NAME=value, ...) → run_main in this folder, or in OUT_DIR; by a process of its own where
+    there are several ranks or another script."""
+    def run(ranks=1, script=None, OUT_DIR=folder, **variables):
+        if ranks == 1 and not script:
+            return run_main(corpus, OUT_DIR, **variables)
+        done = subprocess.run(launched(ranks, script or SCRIPT), cwd=folder, text=True, timeout=300,
+                              env=environment(corpus, OUT_DIR=OUT_DIR, **variables),
+                              capture_output=True)
         return left(OUT_DIR, done.returncode, done.stdout, done.stderr)
     return run
 

@@ -112,14 +112,14 @@ def test_the_log_says_what_every_tensor_got(trained):
     assert "tok_emb int8" not in trained.stdout, "the console gets the kinds alone"
 
 
-def test_without_qat_or_averages_the_log_does_not_claim_them(run_here):
-    done = run_here(LATE_QAT_THRESHOLD=0, EMA_ENABLED=0, GPTQ=0, ITERATIONS=2, **PLAIN)
+def test_without_qat_or_averages_the_log_does_not_claim_them(run_script):
+    done = run_script(LATE_QAT_THRESHOLD=0, EMA_ENABLED=0, GPTQ=0, ITERATIONS=2, **PLAIN)
     assert not re.search(r"late_qat|swa:|ema:|ttt|sliding|banded|gptq|stopping_early", done.stdout)
     assert list(done.result["val_loss"]) == ["float", "int8"]
 
 
 @pytest.mark.parametrize("gptq, slower", [(0, 1), (1, 3)])
-def test_the_training_clock_holds(run_here, monkeypatch, gptq, slower):
+def test_the_training_clock_holds(run_script, monkeypatch, gptq, slower):
     """Training and calibration take at most MAX_WALLCLOCK_SECONDS by this test's clock too, also
     where passes take `slower` times as long as before the clock, when the reserve was measured."""
     spans, pause, train = dict(optimize=[], calibrate=[]), [0.01], train_gpt.Trainer.train
@@ -143,7 +143,7 @@ def test_the_training_clock_holds(run_here, monkeypatch, gptq, slower):
     monkeypatch.setattr(torch.Tensor, "backward", lambda x: time.sleep(pause[0]) or backward(x))
     monkeypatch.setattr(train_gpt.Trainer, "train", started)
     timed(train_gpt.Trainer, "optimize"), timed(train_gpt, "calibrate")
-    done = succeeded(run_here(MAX_WALLCLOCK_SECONDS=1.5, ITERATIONS=20000, GPTQ=gptq, **PLAIN))
+    done = succeeded(run_script(MAX_WALLCLOCK_SECONDS=1.5, ITERATIONS=20000, GPTQ=gptq, **PLAIN))
     seconds = spans["optimize"][-1][1] - spans["optimize"][0][0]
     seconds += sum(end - begin for begin, end in spans["calibrate"])
     most = 1.5 * 1.02  # the last step's own noise on a busy machine
@@ -154,9 +154,9 @@ def test_the_training_clock_holds(run_here, monkeypatch, gptq, slower):
     assert slower == 1 or "gptq_calibration:stopped after" in done.stdout
 
 
-def test_an_earlier_log_is_kept(run_here, tmp_path):
+def test_an_earlier_log_is_kept(run_script, tmp_path):
     for seed in (1, 2, 3):
-        run_here(SEED=seed, ITERATIONS=1, WARMUP_STEPS=0, GPTQ=0, VAL_LIMIT_TOKENS=64, **PLAIN)
+        run_script(SEED=seed, ITERATIONS=1, WARMUP_STEPS=0, GPTQ=0, VAL_LIMIT_TOKENS=64, **PLAIN)
     seeds = {p.name: re.findall(r"^setting SEED=(\d+)", p.read_text(), re.M)
              for p in (tmp_path / "logs").glob("*.txt")}
     assert seeds == {"run.1.txt": ["1"], "run.2.txt": ["2"], "run.txt": ["3"]}
@@ -164,12 +164,12 @@ def test_an_earlier_log_is_kept(run_here, tmp_path):
 
 # -- seeds
 
-def test_the_same_seed_gives_the_same_artifact_and_another_another(trained, run_here, tmp_path):
-    again = run_here(**EVERYTHING)
+def test_the_same_seed_gives_the_same_artifact_and_another_another(trained, run_script, tmp_path):
+    again = run_script(**EVERYTHING)
     assert again.content == trained.content
     for key in ("val_loss", "ledger_sha256"):
         assert again.result[key] == trained.result[key]
-    other = run_here(OUT_DIR=tmp_path / "other", SEED=7, **EVERYTHING, **PLAIN)
+    other = run_script(OUT_DIR=tmp_path / "other", SEED=7, **EVERYTHING, **PLAIN)
     one, two = (train_gpt.decode_artifact(c)[1] for c in (trained.content, other.content))
     assert not torch.equal(one["cores.0.attn.q"].codes, two["cores.0.attn.q"].codes)
     assert other.result["val_loss"]["float"] != trained.result["val_loss"]["float"]
@@ -184,8 +184,8 @@ def eval_only(corpus, artifact, out, **variables):
                                        RUN_ID="run", DEVICE="cpu", **variables).items()}
 
 
-def test_eval_only_gives_the_same_scores_and_trains_nothing(trained, run_here, tmp_path):
-    done = run_here(EVAL_ONLY=trained.artifact, SCORES_PATH=tmp_path / "scores.npy", **EVERYTHING)
+def test_eval_only_gives_the_same_scores_and_trains_nothing(trained, run_script, tmp_path):
+    done = run_script(EVAL_ONLY=trained.artifact, SCORES_PATH=tmp_path / "scores.npy", **EVERYTHING)
     expected = {k: v for k, v in trained.result["val_loss"].items() if k != "float"}
     assert done.result["val_loss"] == expected
     assert np.array_equal(np.load(tmp_path / "scores.npy"), trained.scores)
@@ -307,11 +307,9 @@ def test_losses_and_weights_of_25_steps_do_not_depend_on_the_ranks(one_rank, cor
 
 
 @pytest.mark.slow
-def test_one_artifact_scores_the_same_on_any_ranks(one_rank, run_here, run_script, tmp_path):
-    one, three = (succeeded(run(EVAL_ONLY=one_rank.artifact, OUT_DIR=tmp_path / name, **STEPS_25,
-                                **ranks))
-                  for name, run, ranks in (("one", run_here, {}), ("three", run_script,
-                                                                   dict(ranks=3))))
+def test_one_artifact_scores_the_same_on_any_ranks(one_rank, run_script, tmp_path):
+    one, three = (succeeded(run_script(EVAL_ONLY=one_rank.artifact, OUT_DIR=tmp_path / str(ranks),
+                                       ranks=ranks, **STEPS_25)) for ranks in (1, 3))
     for kind in ("int8", "banded", "ttt"):
         assert abs(three.result["val_loss"][kind] - one.result["val_loss"][kind]) < EXACT
         assert abs(three.result["val_bpb"][kind] - one.result["val_bpb"][kind]) < EXACT
@@ -338,11 +336,11 @@ def test_the_compiled_run_equals_the_eager_one(corpus, tmp_path):
 
 # -- the budget
 
-def test_a_tight_budget_is_kept_and_scored_as_it_is(trained, run_here):
+def test_a_tight_budget_is_kept_and_scored_as_it_is(trained, run_script):
     """What is scored is what ships: the widened model's own score, not that of a finer one."""
     code = len(train_gpt.SHIPPED)
     room = int(0.9 * len(trained.content))
-    done = run_here(ARTIFACT_BUDGET_BYTES=code + room, **EVERYTHING, **PLAIN)
+    done = run_script(ARTIFACT_BUDGET_BYTES=code + room, **EVERYTHING, **PLAIN)
     result = done.result
     assert result["total_bytes"] == code + len(done.content) <= code + room
     assert result["val_loss"]["float"] == pytest.approx(trained.result["val_loss"]["float"],

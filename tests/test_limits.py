@@ -100,8 +100,8 @@ def test_without_a_limit_every_chunk_but_the_last_gets_all_epochs(tiny):
     assert w.epochs == [3] * (chunks_of(w) - 1) and not any(":late" in line for line in w.lines)
 
 
-def test_what_breaks_a_rule_is_in_the_result(run_here):
-    done = run_here(VAL_LIMIT_TOKENS=320, TTT_ENABLED=0, EVAL_STRIDE=0, ITERATIONS=1)
+def test_what_breaks_a_rule_is_in_the_result(run_script):
+    done = run_script(VAL_LIMIT_TOKENS=320, TTT_ENABLED=0, EVAL_STRIDE=0, ITERATIONS=1)
     assert done.result["violations"] == ["VAL_LIMIT_TOKENS=320: not the whole validation set"]
     assert "not a legal record: VAL_LIMIT_TOKENS=320" in done.stdout
 
@@ -127,12 +127,12 @@ def test_hessians_do_not_depend_on_the_number_of_ranks(tiny):
         train_gpt.torch.testing.assert_close(h, sums[1][name], rtol=1e-4, atol=1e-4)
 
 
-def test_memory_that_runs_out_names_what_to_lower(run_here, monkeypatch):
+def test_memory_that_runs_out_names_what_to_lower(run_script, monkeypatch):
     """With the value that was too much, and one that suits a smaller GPU."""
     def run_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     monkeypatch.setattr(train_gpt, "run_job", run_out)
-    done = run_here()
+    done = run_script()
     assert done.returncode == 2
     for words in ("MICRO_BATCH_TOKENS=384", "32768", "EVAL_BATCH_SEQS=8", "2.00 GiB"):
         assert words in done.stderr
