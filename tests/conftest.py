@@ -80,18 +80,15 @@ def corpus(tmp_path_factory):
     (folder / "text.txt").write_text("\n".join(documents), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text.txt"), model_prefix=str(folder / "tiny"), vocab_size=VOCAB,
-        model_type="bpe", byte_fallback=True,
-        split_digits=True, add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-        hard_vocab_limit=True,
-        minloglevel=2, num_threads=1)
+        model_type="bpe", byte_fallback=True, split_digits=True, add_dummy_prefix=False, pad_id=0,
+        bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=True, minloglevel=2, num_threads=1)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tiny.model"))
     tokens = [t for ids in tokenizer.encode(documents) for t in [1, *ids]]
     write_shard(folder / "fineweb_val_000000.bin", tokens[:1031])
     write_shard(folder / "fineweb_train_000000.bin", tokens[1031:6031])
     write_shard(folder / "fineweb_train_000001.bin", tokens[6031:9031])
     return SimpleNamespace(folder=folder, tokenizer=tokenizer, model=folder / "tiny.model",
-                           tokens=np.array(tokens),
-                           documents=documents)
+                           tokens=np.array(tokens), documents=documents)
 
 
 @pytest.fixture
@@ -143,9 +140,9 @@ def script_runner(corpus, folder):
     def run(ranks=1, script=None, OUT_DIR=folder, **variables):
         if ranks == 1 and not script:
             return run_main(corpus, OUT_DIR, **variables)
-        done = subprocess.run(launched(ranks, script or SCRIPT), cwd=folder, text=True, timeout=300,
-                              env=environment(corpus, OUT_DIR=OUT_DIR, **variables),
-                              capture_output=True)
+        environ = environment(corpus, OUT_DIR=OUT_DIR, **variables)
+        done = subprocess.run(launched(ranks, script or SCRIPT), env=environ, cwd=folder,
+                              capture_output=True, text=True, timeout=300)
         return left(OUT_DIR, done.returncode, done.stdout, done.stderr)
     return run
 
