@@ -4,6 +4,7 @@ they should, and refusals."""
 import hashlib
 import os
 import re
+import sys
 import time
 from dataclasses import fields
 
@@ -244,21 +245,19 @@ def test_an_artifact_with_bad_settings_is_refused_before_a_model_is_built(
 # -- ranks
 
 def say_exact_losses(patch=setattr):
-    """From here on runs log losses and gradient norms with all their digits."""
+    """From here on runs log losses and gradient norms with all their digits, after the warm-up."""
     step, warm_up, steps = train_gpt.Trainer.optimize, train_gpt.Trainer.warm_up, []
 
     def exact(self, *arguments):
-        steps.append(step(self, *arguments))
-        loss, norm = steps[-1]
-        mean = self.rt.sum_(loss.clone()).item() / self.rt.world_size
-        self.rt.log(f"exact {len(steps)} {mean!r} {norm.item()!r}")
+        loss, norm = step(self, *arguments)
+        steps.append(self.rt.sum_(loss.clone()).item() / self.rt.world_size)
+        self.rt.log(f"exact {len(steps)} {steps[-1]!r} {norm.item()!r}")
         return loss, norm
 
-    def not_counted(self):
+    def not_said(self):
         warm_up(self)
-        steps.clear()
-    patch(train_gpt.Trainer, "warm_up", not_counted)
-    patch(train_gpt.Trainer, "optimize", exact)
+        patch(train_gpt.Trainer, "optimize", exact)
+    patch(train_gpt.Trainer, "warm_up", not_said)
 
 
 def exact_losses(done):
@@ -308,8 +307,9 @@ def test_losses_and_weights_of_25_steps_do_not_depend_on_the_ranks(one_rank, cor
 
 @pytest.mark.slow
 def test_one_artifact_scores_the_same_on_any_ranks(one_rank, run_script, tmp_path):
-    one, three = (succeeded(run_script(EVAL_ONLY=one_rank.artifact, OUT_DIR=tmp_path / str(ranks),
-                                       ranks=ranks, **STEPS_25)) for ranks in (1, 3))
+    given = dict(STEPS_25, EVAL_ONLY=one_rank.artifact, EVAL_STRIDE=8, TTT_ENABLED=1)
+    one, three = (succeeded(run_script(ranks=ranks, OUT_DIR=tmp_path / str(ranks), **given))
+                  for ranks in (1, 3))
     for kind in ("int8", "banded", "ttt"):
         assert abs(three.result["val_loss"][kind] - one.result["val_loss"][kind]) < EXACT
         assert abs(three.result["val_bpb"][kind] - one.result["val_bpb"][kind]) < EXACT
@@ -318,13 +318,13 @@ def test_one_artifact_scores_the_same_on_any_ranks(one_rank, run_script, tmp_pat
 # -- compiled
 
 @pytest.mark.slow
-def test_the_compiled_run_equals_the_eager_one(corpus, tmp_path):
+def test_the_compiled_run_equals_the_eager_one(run_script, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path[:0] = {sys.path}\nimport test_end_to_end as tests\n"
+                      "sys.exit(tests.main_with_exact_losses({}))\n")
     few = dict(STEPS_25, ITERATIONS=12, WARMDOWN_ITERS=8, LATE_QAT_THRESHOLD=0.6, WARMUP_STEPS=1)
-    runs = []
-    for compiled in (0, 1):
-        environ = environment(corpus, OUT_DIR=tmp_path / str(compiled), COMPILE=compiled, **few)
-        on_ranks(1, tmp_path / "said", main_with_exact_losses, environ)
-        runs.append(left(tmp_path / str(compiled)))
+    runs = [succeeded(run_script(script=script, COMPILE=c, OUT_DIR=tmp_path / c, **few))
+            for c in ("0", "1")]
     assert re.search(r"^compile:variants 2 graph_breaks 0 graphs_", runs[1].log, re.M)
     assert "late_qat:enabled" in runs[1].log
     eager, compiled = (exact_losses(r)[:, 1] for r in runs)
