@@ -439,13 +439,13 @@ def test_no_step_begins_after_the_cap_because_a_checkpoint_took_long(job, monkey
 
 def test_the_clock_goes_on_where_it_stood(job, monkeypatch):
     with monkeypatch.context() as patch:
-        signal_at(patch, 5)
-        at_step(patch, 3, lambda trainer: time.sleep(0.5))
-        stopped = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=1.5)
-    spent = state_of(stopped.out, 5)["elapsed"]
-    done = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=1.5, RESUME="auto")
+        signal_at(patch, 2)
+        at_step(patch, 2, lambda trainer: time.sleep(0.5))
+        stopped = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=2)
+    spent = state_of(stopped.out, 2)["elapsed"]
+    done = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=2, RESUME="auto")
     assert stopped.returncode == 130 and spent > 500 and done.returncode == 0
-    assert spent / 1000 < done.result["train_seconds"] < 2
+    assert spent / 1000 < done.result["train_seconds"] < 2.5
 
 
 # -- several ranks
