@@ -1,10 +1,15 @@
 """What the tests share: a tiny corpus with its tokenizer, tiny settings, ways to run the script."""
 
+import contextlib
+import io
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +24,7 @@ import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train_gpt.py"
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 
@@ -74,18 +80,15 @@ def corpus(tmp_path_factory):
     (folder / "text.txt").write_text("\n".join(documents), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text.txt"), model_prefix=str(folder / "tiny"), vocab_size=VOCAB,
-        model_type="bpe", byte_fallback=True,
-        split_digits=True, add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-        hard_vocab_limit=True,
-        minloglevel=2, num_threads=1)
+        model_type="bpe", byte_fallback=True, split_digits=True, add_dummy_prefix=False, pad_id=0,
+        bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=True, minloglevel=2, num_threads=1)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tiny.model"))
     tokens = [t for ids in tokenizer.encode(documents) for t in [1, *ids]]
     write_shard(folder / "fineweb_val_000000.bin", tokens[:1031])
     write_shard(folder / "fineweb_train_000000.bin", tokens[1031:6031])
     write_shard(folder / "fineweb_train_000001.bin", tokens[6031:9031])
     return SimpleNamespace(folder=folder, tokenizer=tokenizer, model=folder / "tiny.model",
-                           tokens=np.array(tokens),
-                           documents=documents)
+                           tokens=np.array(tokens), documents=documents)
 
 
 @pytest.fixture
@@ -97,24 +100,81 @@ def tiny(corpus):
     return make
 
 
+def environment(corpus, **variables):
+    """The environment of a tiny run."""
+    return clean_environ(**{**TINY, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model,
+                            "RUN_ID": "run", **variables})
+
+
+def launched(ranks=1, script=SCRIPT):
+    """The command of the script; by torchrun where there are several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *(torchrun if ranks > 1 else []), str(script)]
+
+
+def left(out, returncode=0, stdout="", stderr=""):
+    """What a run said and what it left in its folder: .result (logs/run.json), .log, .content (the
+    artifact's bytes); None where not written."""
+    places = dict(result="logs/run.json", log="logs/run.txt", content="final_model.ptz")
+    out = Path(out)
+    found = {name: (out / path).read_bytes() if (out / path).is_file() else None
+             for name, path in places.items()}
+    found["result"] = found["result"] and json.loads(found["result"])
+    found["log"] = (found["log"] or b"").decode()
+    return SimpleNamespace(out=out, returncode=returncode, stdout=stdout, stderr=stderr,
+                           artifact=out / "final_model.ptz", **found)
+
+
+def run_main(corpus, OUT_DIR, **variables):
+    """A tiny run inside of this process, and what it left."""
+    torch.set_num_threads(1)
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        status = train_gpt.main([], environment(corpus, OUT_DIR=OUT_DIR, **variables))
+    return left(OUT_DIR, status, stdout.getvalue(), stderr.getvalue())
+
+
 def script_runner(corpus, folder):
-    """run(ranks=1, NAME=value, ...) → the finished process, with .result (logs/run.json) and .log
-    where written."""
-    def run(*flags, ranks=1, tiny=True, script=ROOT / "train_gpt.py", **variables):
-        out = Path(variables.setdefault("OUT_DIR", folder))
-        base = {**TINY, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model,
-                "RUN_ID": "run"} if tiny else {}
-        launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run",
-                                                      "--standalone",
-                                                      f"--nproc_per_node={ranks}"]
-        done = subprocess.run([*launch, str(script), *flags],
-                              env=clean_environ(**{**base, **variables}), cwd=folder,
+    """run(NAME=value, ...) → run_main in this folder, or in OUT_DIR; by a process of its own where
+    there are several ranks or another script."""
+    def run(ranks=1, script=None, OUT_DIR=folder, **variables):
+        if ranks == 1 and not script:
+            return run_main(corpus, OUT_DIR, **variables)
+        environ = environment(corpus, OUT_DIR=OUT_DIR, **variables)
+        done = subprocess.run(launched(ranks, script or SCRIPT), env=environ, cwd=folder,
                               capture_output=True, text=True, timeout=300)
-        result, log = out / "logs" / "run.json", out / "logs" / "run.txt"
-        done.result = json.loads(result.read_text()) if result.exists() else None
-        done.log = log.read_text() if log.exists() else ""
-        return done
+        return left(OUT_DIR, done.returncode, done.stdout, done.stderr)
     return run
+
+
+def as_rank(rank, ranks, port, said, act, arguments):
+    """What a process of on_ranks does. It ends at once: how libraries take their threads down is
+    not what is tested."""
+    with open(said, "a", buffering=1) as sys.stdout:
+        sys.stderr, status = sys.stdout, 1
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        try:
+            status = act(*arguments)
+        except BaseException:
+            traceback.print_exc()
+    os._exit(status or 0)
+
+
+def on_ranks(ranks, said, act, *arguments):
+    """act(*arguments) on so many ranks, with gloo between them. They are forked from a process that
+    has imported PyTorch once. `said` is a file for their output."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed"])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started = [context.Process(target=as_rank, args=(rank, ranks, port, said, act, arguments),
+                               daemon=True) for rank in range(ranks)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(200)
+    assert [process.exitcode for process in started] == [0] * ranks, Path(said).read_text()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 adds up."""
 
 import hashlib
-import json
 import lzma
 import re
 import subprocess
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, clean_environ
+from conftest import ROOT, environment, left, run_main
 from hypothesis import given, settings, strategies as st
 
 sys.path.insert(0, str(ROOT / "records"))
@@ -77,38 +76,13 @@ def test_a_damaged_packed_script_is_refused_in_words(packed, capsys, tmp_path):
 TRAINING = dict(ITERATIONS=3, EVAL_STRIDE=0, TTT_ENABLED=0, VAL_LOSS_EVERY=2)
 
 
-@pytest.fixture(scope="module")
-def both(run_once, corpus, packed, tmp_path_factory):
-    """The same small training by the readable script, inside of this process, and by the packed
-    one."""
-    out, small = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("out")
-    environ = {**TINY, **TRAINING, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model,
-               "RUN_ID": "run", "OUT_DIR": out}
-    assert train_gpt.main([], {k: str(v) for k, v in environ.items()}) == 0
-    done = run_once(script=packed.path, OUT_DIR=small, **TRAINING)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [SimpleNamespace(artifact=folder / "final_model.ptz",
-                            log=(folder / "logs" / "run.txt").read_text(),
-                            result=json.loads((folder / "logs" / "run.json").read_text()))
-            for folder in (out, small)]
-
-
-def test_a_packed_script_scores_the_same_and_counts_the_bytes_that_it_ships(both, packed):
-    """To the last digit; the log begins with what can be read."""
-    readable, small = both
-    for key in ("val_loss", "val_bpb", "ledger_sha256"):
-        assert small.result[key] == readable.result[key]
-    assert small.artifact.read_bytes() == readable.artifact.read_bytes()
-    for done, code in zip(both, (packed.source, packed.content)):
-        digest = hashlib.sha256(code).hexdigest()
-        assert done.result["code_bytes"] == len(code) and done.result["code_sha256"] == digest
-        assert done.result["total_bytes"] == len(code) + done.artifact.stat().st_size
-        assert f"Code size: {len(code)} bytes" in done.log and f"code_sha256:{digest}" in done.log
-        assert done.log.startswith(packed.source.decode())
-
-
 READS_SOURCES = """
-import ast, inspect, linecache, os, pathlib, textwrap, traceback
+import ast, inspect, linecache, os, pathlib, runpy, sys, textwrap, traceback
+try:
+    sys.argv = ["train_gpt.py"]
+    runpy.run_path("train_gpt.py", run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
 import train_gpt as T
 source = T.UNPACKED.decode()
 assert T.SOURCE == T.UNPACKED and T.SHIPPED == pathlib.Path(T.__file__).read_bytes() != T.SOURCE
@@ -138,18 +112,41 @@ print("code was", size)
 """
 
 
-def test_a_packed_script_is_read_by_what_needs_its_source_and_forecasts_with_its_size(
-        packed, corpus, tmp_path):
+@pytest.fixture(scope="module")
+def both(corpus, packed, tmp_path_factory):
+    """The same small training by the readable script, inside of this process, and by the packed
+    one, in a process that then reads its source."""
+    folder = tmp_path_factory.mktemp("both")
+    readable = run_main(corpus, folder / "readable", **TRAINING)
+    (folder / "train_gpt.py").write_bytes(packed.content)
+    environ = environment(corpus, OUT_DIR=folder / "packed", **TRAINING)
+    done = subprocess.run([sys.executable, "-B", "-c", READS_SOURCES], cwd=folder, timeout=280,
+                          capture_output=True, text=True, env=environ)
+    assert readable.returncode == done.returncode == 0, done.stderr[-2000:]
+    return readable, left(folder / "packed", 0, done.stdout, done.stderr)
+
+
+def test_a_packed_script_scores_the_same_and_counts_the_bytes_that_it_ships(both, packed):
+    """To the last digit; the log begins with what can be read."""
+    readable, small = both
+    for key in ("val_loss", "val_bpb", "ledger_sha256"):
+        assert small.result[key] == readable.result[key]
+    assert small.content == readable.content
+    for done, code in zip(both, (packed.source, packed.content)):
+        digest = hashlib.sha256(code).hexdigest()
+        assert done.result["code_bytes"] == len(code) and done.result["code_sha256"] == digest
+        assert done.result["total_bytes"] == len(code) + len(done.content)
+        assert f"Code size: {len(code)} bytes" in done.log and f"code_sha256:{digest}" in done.log
+        assert done.log.startswith(packed.source.decode())
+
+
+def test_a_packed_script_is_read_by_what_needs_its_source_and_forecasts_with_its_size(both, packed):
     """inspect, tracebacks and decorators that parse a function, as Triton's does; also after an
     edit on disk. --dry-run counts the packed bytes: what the code saves is the model's."""
-    (tmp_path / "train_gpt.py").write_bytes(packed.content)
-    places = dict(DATA_PATH=corpus.folder, TOKENIZER_PATH=corpus.model, OUT_DIR=tmp_path / "out")
-    done = subprocess.run([sys.executable, "-B", "-c", READS_SOURCES], cwd=tmp_path, timeout=280,
-                          capture_output=True, text=True, env=clean_environ(**TINY, **places))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "settings are good" in done.stdout and f"code was {len(packed.content)}" in done.stdout
+    said = both[1].stdout
+    assert "settings are good" in said and f"code was {len(packed.content)}" in said
     [(code, model, total)] = re.findall(r"code (\d+) \+ model (\d+) .*= (\d+) of 16000000 bytes",
-                                        done.stdout)
+                                        said)
     assert int(code) == len(packed.content) and int(total) == int(code) + int(model)
 
 
@@ -238,12 +235,11 @@ def test_inspect_has_a_row_for_every_tensor(files, capsys, kind):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("inspect nowhere.ptz", "nowhere.ptz"), ("inspect .", "."),
-    ("inspect text.txt", "text.txt: 5 bytes beginning with b'hello'"),
+    ("inspect .", "."), ("inspect text.txt", "text.txt: 5 bytes beginning with b'hello'"),
     *((f"inspect ARTIFACT --float {name}", name) for name in (
-        "nowhere.ptz", "text.txt", "text.pt", "list.pt", "other.pt")),
+        "nowhere.ptz", "text.pt", "list.pt", "other.pt")),
     ("inspect ARTIFACT --code nowhere.py", "nowhere.py"), ("pack-code nowhere.py", "nowhere.py"),
-    ("pack-code .", "."), ("pack-code text.txt -o text.txt/x.py", "text.txt")])
+    ("pack-code text.txt -o text.txt/x.py", "text.txt")])
 def test_wrong_paths_end_with_status_2_and_one_line(files, tmp_path, monkeypatch, capsys,
                                                     arguments, words):
     monkeypatch.chdir(tmp_path)

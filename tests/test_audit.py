@@ -1,4 +1,5 @@
-"""The audit: honest scripts pass, and every way to cheat that was planted in a copy of the script is found."""
+"""The audit: honest scripts pass, and every cheat that is planted in a copy of the script is
+found."""
 
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ SCRIPT = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def artifact(corpus, tmp_path_factory):
-    """A tiny model with random weights, packed: everything in it counts, so that every token is felt."""
+    """A tiny model with random weights, packed: everything in it counts, so that every token is
+    felt."""
     two_blocks = {**TINY, "NUM_LAYERS": 2, "XSA_LAST_N": 2, "VE_LAYERS": "0,1"}
     s = train_gpt.resolve_settings({k: str(v) for k, v in two_blocks.items()})[0]
     model, _ = train_gpt.build_model(s, train_gpt.Runtime(s))
@@ -35,12 +37,16 @@ def artifact(corpus, tmp_path_factory):
 
 @pytest.fixture
 def run(corpus, artifact, tmp_path, capsys):
-    """run(script, NAME=value, ...) → (exit status, {condition: sentences that failed}, everything said)."""
+    """run(script, NAME=value, ...) → (exit status, {condition: sentences that failed}, everything
+    said)."""
     def go(script=SCRIPT, *flags, path=artifact, **variables):
-        (tmp_path / "train_gpt.py").write_bytes(script if isinstance(script, bytes) else script.encode())
-        environ = {"DEVICE": "cpu", "EVAL_ATTENTION": "window", "DATA_PATH": str(corpus.folder), "TOKENIZER_PATH": str(corpus.model),
+        script = script if isinstance(script, bytes) else script.encode()
+        (tmp_path / "train_gpt.py").write_bytes(script)
+        environ = {"DEVICE": "cpu", "EVAL_ATTENTION": "window", "DATA_PATH": str(corpus.folder),
+                   "TOKENIZER_PATH": str(corpus.model),
                    **{k: str(v) for k, v in variables.items()}}
-        status = audit.main([str(path), "--script", str(tmp_path / "train_gpt.py"), *flags], environ)
+        status = audit.main([str(path), "--script", str(tmp_path / "train_gpt.py"), *flags],
+                            environ)
         out, err = capsys.readouterr()
         failed, condition = {}, None
         for line in out.splitlines():
@@ -51,77 +57,83 @@ def run(corpus, artifact, tmp_path, capsys):
     return go
 
 
-# -- honest ----------------------------------------------------------------------------------------------------------
+# -- honest
 
 HONEST = {
-    "sliding": dict(), "banded": dict(EVAL_ATTENTION="banded", EVAL_SEGMENT=64, TTT_CHUNK_TOKENS=128),
-    "adamw": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.001), "muon": dict(TTT_OPTIMIZER="muon", TTT_LR=0.005),
-    "no TTT": dict(TTT_ENABLED=0), "plain": dict(TTT_ENABLED=0, EVAL_STRIDE=0)}
+    "banded": dict(EVAL_ATTENTION="banded", EVAL_SEGMENT=64, TTT_CHUNK_TOKENS=128),
+    "adamw": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.001),
+    "muon": dict(TTT_OPTIMIZER="muon", TTT_LR=0.005), "plain": dict(TTT_ENABLED=0, EVAL_STRIDE=0),
+    "packed": dict()}
 
 
-@pytest.mark.parametrize("variables", HONEST.values(), ids=HONEST)
-def test_the_honest_script_passes(run, variables):
-    status, failed, said = run(SCRIPT, "--targets", "256" if variables.get("EVAL_ATTENTION") else "128", **variables)
+@pytest.mark.parametrize("name", HONEST)
+def test_the_honest_script_passes(run, name):
+    script = pack_code(SCRIPT.encode()) if name == "packed" else SCRIPT
+    status, failed, said = run(script, "--targets", "256" if name == "banded" else "128",
+                               **HONEST[name])
     assert status == 0 and not failed, said
-    for condition in (audit.CAUSAL, audit.NORMALIZED, audit.BEFORE, audit.ONCE, audit.BYTES, audit.SHIPS):
+    for condition in (audit.CAUSAL, audit.NORMALIZED, audit.BEFORE, audit.ONCE, audit.BYTES,
+                      audit.SHIPS):
         assert f"\n{condition}\n  PASS" in said
-    if variables.get("TTT_ENABLED") != 0:
+    if name != "plain":
         assert "weights changed" in said and "SKIP" not in said
-
-
-def test_the_packed_script_passes(run):
-    status, failed, said = run(pack_code(SCRIPT.encode()), "--targets", "128", "--places", "0")
-    assert status == 0 and not failed, said
 
 
 def test_a_file_over_the_cap_fails(run, monkeypatch):
     monkeypatch.setattr(audit, "CAP_BYTES", len(SCRIPT.encode()) + 1000)
     status, failed, said = run(SCRIPT, "--targets", "128", "--places", "0", TTT_ENABLED=0)
-    assert status == 1 and list(failed) == [audit.SHIPS] and len(failed[audit.SHIPS]) == 1, said
+    assert status == 1 and list(failed) == [audit.SHIPS], said
 
 
 def test_what_cannot_be_seen_is_said(run):
     status, failed, said = run(SCRIPT, "--targets", "128", "--places", "0", TTT_LR=0)
-    assert status == 0 and "  SKIP  test-time training changed nothing here" in said and "1 could not be made" in said
+    assert status == 0 and "1 could not be made" in said
+    assert "  SKIP  test-time training changed nothing here" in said
 
 
-# -- bytes -----------------------------------------------------------------------------------------------------------
+# -- bytes
 
 @pytest.mark.parametrize("dummy_prefix", [False, True])
 def test_bytes_are_those_of_the_documents(corpus, tmp_path, dummy_prefix):
-    """Also with a tokenizer that puts a space before every document, and where a slice cuts a character."""
+    """Also with a tokenizer that puts a space before every document, and where a slice cuts a
+    character."""
     sp = corpus.tokenizer
     if dummy_prefix:
         sentencepiece.SentencePieceTrainer.train(
-            input=str(corpus.folder / "text.txt"), model_prefix=str(tmp_path / "m"), vocab_size=VOCAB, model_type="bpe",
-            byte_fallback=True, bos_id=1, eos_id=2, unk_id=0, hard_vocab_limit=True, minloglevel=2, num_threads=1)
+            input=str(corpus.folder / "text.txt"), model_prefix=str(tmp_path / "m"),
+            vocab_size=VOCAB, model_type="bpe", byte_fallback=True, bos_id=1, eos_id=2, unk_id=0,
+            hard_vocab_limit=True, minloglevel=2, num_threads=1)
         sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     texts = [*corpus.documents[:20], "🜁 alone", "z🜁"]
     documents = [[1, *sp.encode(text)] for text in texts]
     assert all(sp.id_to_piece(d[1]).startswith("▁") == dummy_prefix for d in documents)
-    tokens = np.array([t for d in documents for t in d])
-    assert audit.text_bytes(sp, tokens) == sum(len(text.encode()) for text in texts)
-    assert audit.text_bytes(sp, tokens[:-2]) == sum(len(text.encode()) for text in texts) - 2, "two bytes of the last character"
+    tokens, size = np.concatenate(documents), sum(len(text.encode()) for text in texts)
+    assert audit.text_bytes(sp, tokens) == size
+    assert audit.text_bytes(sp, tokens[:-2]) == size - 2, "two bytes of the last character"
     inside = 1 + len(documents[0]) // 2
-    assert sum(audit.text_bytes(sp, part) for part in (tokens[:inside + 1], tokens[inside:])) == audit.text_bytes(sp, tokens)
+    parts = tokens[:inside + 1], tokens[inside:]
+    assert sum(audit.text_bytes(sp, part) for part in parts) == size
 
 
-# -- unusable --------------------------------------------------------------------------------------------------------
+# -- unusable
 
 UNUSABLE = {
     "no artifact": (dict(path=Path("none.ptz")), [], "none.ptz: no such file"),
-    "too few targets": ({}, ["--targets", "100"], "--targets 100: too few, four chunks of a row need 128"),
+    "too few targets": ({}, ["--targets", "100"],
+                        "--targets 100: too few, four chunks of a row need 128"),
     "no data": ({}, ["--data", "nowhere"], "DATA_PATH=nowhere: no fineweb_val_"),
-    "no tokenizer": ({}, ["--tokenizer", "nothing.model"], "TOKENIZER_PATH=nothing.model: no such file"),
-    "several ranks": (dict(WORLD_SIZE=2), [], "WORLD_SIZE=2: the audit is one process; start it without torchrun"),
+    "several ranks": (dict(WORLD_SIZE=2), [],
+                      "WORLD_SIZE=2: the audit is one process; start it without torchrun"),
     "another script": (dict(script="import os\n"), [], "has no Settings, UserError, Runtime"),
-    "a broken script": (dict(script="import nothing_of_that_name\n"), [], "cannot be imported (ModuleNotFoundError: No module"),
+    "a broken script": (dict(script="import nothing_of_that_name\n"), [],
+                        "cannot be imported (ModuleNotFoundError: No module"),
     "bad setting": (dict(EVAL_STRIDE="x"), [], "EVAL_STRIDE=x: ")}
 
 
 @pytest.mark.parametrize("variables, flags, says", UNUSABLE.values(), ids=UNUSABLE)
 def test_unusable_input_is_named(run, variables, flags, says):
-    status, _, said = run(variables.get("script", SCRIPT), *flags, **{k: v for k, v in variables.items() if k != "script"})
+    variables = {"script": SCRIPT, **variables}
+    status, _, said = run(variables.pop("script"), *flags, **variables)
     assert status == 2 and said.startswith("error: ") and says in said
 
 
@@ -133,60 +145,69 @@ def test_a_damaged_artifact_is_refused(run, artifact, tmp_path):
     assert status == 2 and "damaged.ptz: the checksum does not match" in said
 
 
-# -- planted ---------------------------------------------------------------------------------------------------------
+# -- planted
 
 RECORD = """\
         ledger.record(low, scorer.score(
             begin, end, lambda n: rt.progress(label, (begin + n) / passes)))
 """
-LOOP_END = "    rt.synchronize()\n    seconds = time.perf_counter() - started\n    return dict(ledger.result(byte_table)"
+LOOP_END = ("    rt.synchronize()\n    seconds = time.perf_counter() - started\n"
+            "    return dict(ledger.result(byte_table)")
 NLL = """\
         nll = self.pieces.now().nll(products, targets_BT.flatten(), self.s.logit_softcap)
 """
 HEAD = "        return linear(rms_norm(x), self.tok_emb)\n"
 SHARPER = (HEAD, HEAD.replace("\n", " * getattr(self, 'sharpness', 1.0)\n"))
 READ = "        return decode_artifact(content)\n"
-TOTALS = "loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), byte_table.count(self.tokens)\n"
+TOTALS = ("loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), "
+          "byte_table.count(self.tokens)\n")
+TTT = '        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)\n'
+LOAD = "    load_quantized(model, read_artifact(path)[1], path)\n"
+ORDER = "        if first != self.scored:\n"
 
-# name: (conditions that must fail, what one of the failures says, *(text of the script, what stands there instead))
+# name: (conditions that must fail, what one of their failures says, *(text of the script, what
+# stands there instead))
 CHEATS = {
-    "score after update": (["1", "3"], "trained on targets", (RECORD, """\
+    "score after update": (["1", "3"], "trained on targets 0 to 31", (RECORD, """\
         if adapter:
-            at = np.arange(low, int(scorer.start[end - 1]) + scorer.length - s.train_seq_len + 1, s.train_seq_len)[:, None]
+            last = int(scorer.start[end - 1]) + scorer.length - s.train_seq_len + 1
+            at = np.arange(low, last, s.train_seq_len)[:, None]
             rows = torch.from_numpy(tokens[at + np.arange(s.train_seq_len + 1)].astype(np.int64))
             with torch.enable_grad():
                 adapter._backward(rows)
             adapter.optimizers.step(1.0, 0.9)
 """ + RECORD)),
-    "update by a way around the model's forward": (["1", "3"], "asked for logits beside its scores", (RECORD, """\
+    "update by a way around the model's forward": (
+        ["1", "3"], "asked for logits beside its scores", (RECORD, """\
         if adapter:
             seen = torch.from_numpy(tokens[low: low + 33].astype(np.int64))[None]
             with torch.enable_grad():
                 F.cross_entropy(adapter.forward.logits(seen[:, :-1])[0], seen[0, 1:]).backward()
             adapter.optimizers.step(1.0, 0.9)
 """ + RECORD)),
-    "trains on one token more than is scored": (["1", "3"], "trained on targets",
-                                                ("index = first + np.arange", "index = first + 1 + np.arange")),
+    "trains on one token more than is scored": (["1", "3"], "trained on targets 1 to 32", (
+        "index = first + np.arange", "index = first + 1 + np.arange")),
     "trains on rows that are none": (["3"], "by tokens that are not scored rows", (
         "self.tokens[index].astype(np.int64)", "self.tokens[index][:, ::-1].astype(np.int64)")),
     "weights changed by hand": (["3"], "without a pass", (
-        RECORD, RECORD + "        if adapter:\n            adapter.adapt = lambda *_: 0\n            model.tok_emb.data.mul_(1.001)\n")),
-    "weights changed before the record": (["3"], "between the scoring and the recording", (RECORD, """\
+        RECORD, RECORD + "        if adapter:\n            adapter.adapt = lambda *_: 0\n"
+        "            model.tok_emb.data.mul_(1.001)\n")),
+    "weights changed before the record": (
+        ["3"], "between the scoring and the recording", (RECORD, """\
         scores = scorer.score(begin, end)
         adapter and model.tok_emb.data.mul_(1.001)
         ledger.record(low, scores)
 """)),
-    "hands out tokens that are not scored": (["4"], "training on a target not yet scored",
-                                             ("if not 0 <= first <= last <= self.scored:", "if first > last:")),
+    "hands out tokens that are not scored": (["4"], "training on a target not yet scored", (
+        "if not 0 <= first <= last <= self.scored:", "if first > last:")),
     "scores again after adapting": (["1", "4"], "not what was recorded", (LOOP_END, """\
     if adapter:
         ledger.nll[:] = scorer.score(0, len(scorer.first))
 """ + LOOP_END)),
-    "a second run over the tokens, with the weights of the first": (["the evaluation"], "4 ledgers", (
-        '        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)\n',
-        '        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)\n' * 2)),
-    "weights of a first run, hidden": (["1", "6"], "differs from the file when scoring begins", (
-        '        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)\n', """\
+    "a second run over the tokens, with the weights of the first": (
+        ["the evaluation"], "4 ledgers", (TTT, TTT * 2)),
+    "weights of a first run, hidden": (
+        ["1", "6"], "differs from the file when scoring begins", (TTT, """\
         book = object.__new__(ScoreLedger)
         book.tokens, book.scored = tokens, len(tokens) - 1
         adapter.adapt(book, 0, len(tokens) - 1, 0, 10)
@@ -203,16 +224,20 @@ CHEATS = {
         RECORD, RECORD.replace("low, ", "low, 0.99 * "))),
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),
     "a bonus for the right token": (["2"], "−log p", (
-        NLL, "        products = products + 0.1 * F.one_hot(targets_BT.flatten(), products.size(-1))\n" + NLL)),
+        NLL, "        right = F.one_hot(targets_BT.flatten(), products.size(-1))\n"
+        "        products = products + 0.1 * right\n" + NLL)),
     "sharper where it is right": (["2"], "−log p", (
-        NLL, "        products = products * torch.where(products.argmax(-1) == targets_BT.flatten(), 1.2, 0.9)[:, None]\n" + NLL)),
-    "the input shows the target": (["1"], "moves by", (
+        NLL, "        right = products.argmax(-1) == targets_BT.flatten()\n"
+        "        products = products * torch.where(right, 1.2, 0.9)[:, None]\n" + NLL)),
+    "the input shows the target": (["1"], "in int8 moves by", (
         "x = x0 = self.embed(tokens_BT)\n",
         "x = x0 = self.embed(tokens_BT) + 0.01 * torch.roll(self.embed(tokens_BT), -1, 1)\n")),
-    "attention sees one token ahead": (["1"], "instead of", (
+    "attention sees one token ahead": (["1"], "int8 scores target", (
         "F.scaled_dot_product_attention(q, k, v, is_causal=True,",
-        "F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(2 * q.shape[2:3]).tril(1).bool(),")),
-    "a temperature fitted to the tokens that it scores": (["1"], "instead of", SHARPER, (RECORD, """\
+        "F.scaled_dot_product_attention(q, k, v, "
+        "attn_mask=torch.ones(2 * q.shape[2:3]).tril(1).bool(),")),
+    "a temperature fitted to the tokens that it scores": (
+        ["1"], "ttt scores target", SHARPER, (RECORD, """\
         seen, model.sharpness = torch.from_numpy(tokens[low: low + 33].astype(np.int64))[None], 1.0
         with torch.no_grad():
             hits = GPT.logits(model, seen[:, :-1]).gather(2, seen[:, 1:, None])
@@ -225,25 +250,29 @@ CHEATS = {
             tries.append(scorer.score(begin, end))
         ledger.record(low, min(tries, key=np.sum))
 """)),
-    "says the same of everything": (["1"], "notices", (NLL, "        products = 0 * products\n" + NLL)),
+    "says the same of everything": (["1"], "notices", (
+        NLL, "        products = 0 * products\n" + NLL)),
     "scores by chance": (["1"], "nothing can be proven", (
-        NLL, "        products = products * (1 + 1e-4 * np.random.default_rng().random())\n" + NLL)),
+        NLL, "        chance = np.random.default_rng().random()\n"
+        "        products = products * (1 + 1e-4 * chance)\n" + NLL)),
     "the tail counts many times": (["5"], "bytes where the text has", (TOTALS, TOTALS + """\
         for _ in range(31):
-            loss_sum, byte_count = loss_sum + float(self.nll[-8:].sum()), byte_count + byte_table.count(self.tokens[-9:])
+            loss_sum += float(self.nll[-8:].sum())
+            byte_count += byte_table.count(self.tokens[-9:])
 """)),
     "the tail is offered twice": (["4"], "were recorded", (
-        "        if first != self.scored:\n            raise", "        if first > self.scored:\n            raise"), (
-        "        if first + len(nll) > len(self.nll):\n            raise", "        if False:\n            raise"), (
-        LOOP_END, "    n = len(ledger.nll)\n    ledger.record(n - 8, ledger.nll[-8:].copy())\n    ledger.scored = n\n" + LOOP_END)),
+        ORDER, "        if first > self.scored:\n"), (
+        "        if first + len(nll) > len(self.nll):\n", "        if False:\n"), (
+        LOOP_END, "    n = len(ledger.nll)\n    ledger.record(n - 8, ledger.nll[-8:].copy())\n"
+        "    ledger.scored = n\n" + LOOP_END)),
     "a space counts twice": (["5"], "the byte table says", (
         'len(p[p.startswith("▁"):].encode())', 'len(p.replace("▁", " ").encode())')),
     "the begin of a document has bytes": (["5"], "the byte table says", (
         "        self.base[self.boundary] = 0\n", "        self.base[self.boundary] = 3\n")),
     "a ledger that accepts gaps": (["4"], "accepts a gap", (
-        "        if first != self.scored:\n", "        if first < self.scored:\n")),
-    "a ledger that accepts second scores": (["4"], "accepts a second score",
-                                            ("        if first != self.scored:\n", "        if first > self.scored:\n")),
+        ORDER, "        if first < self.scored:\n")),
+    "a ledger that accepts second scores": (["4"], "accepts a second score", (
+        ORDER, "        if first > self.scored:\n")),
     "hard tokens are cut off": (["4"], "not what was recorded", (
         "        self.nll[first: first + len(nll)] = nll\n",
         "        self.nll[first: first + len(nll)] = np.minimum(nll, 6)\n")),
@@ -251,29 +280,56 @@ CHEATS = {
         "    tokens = np.concatenate(parts)\n", "    tokens = np.concatenate(parts)[40:]\n")),
     "tokens in an easier order": (["4"], "on disk", (
         "    tokens = np.concatenate(parts)\n", "    tokens = np.concatenate(parts)[::-1]\n")),
-    "the file is executed, openly": (["6"], "read_artifact uses eval", (READ, "        eval('0')\n" + READ)),
+    "the file is executed, openly": (["6"], "read_artifact uses eval", (
+        READ, "        eval('0')\n" + READ)),
     "the file is executed, hidden": (["6"], "raised the event", (
         READ, "        vars(importlib)['sys'].modules['builtins'].eval('0')\n" + READ)),
-    "weights that are not in the file": (["6"], "tok_emb differs from the file", (
-        "    load_quantized(model, read_artifact(path)[1], path)\n",
-        "    load_quantized(model, read_artifact(path)[1], path)\n    model.tok_emb.data.mul_(1.001)\n")),
+    "weights that are not in the file": (["6"], "int8: tok_emb differs from the file", (
+        LOAD, LOAD + "    model.tok_emb.data.mul_(1.001)\n")),
     "training tokens at hand": (["6"], "opens ", (
-        "    load_quantized(model, read_artifact(path)[1], path)\n",
-        "    load_quantized(model, read_artifact(path)[1], path)\n    TrainStream(s)\n")),
+        LOAD, LOAD + "    TrainStream(s)\n")),
     "another score is written": (["5"], "writes other scores", (
         'val_bpb={kind: r["val_bpb"] for kind', 'val_bpb={kind: 0.99 * r["val_bpb"] for kind')),
 }
 
 
-@pytest.mark.parametrize("conditions, says, replacements", [  # every second one is among the longer checks
-    pytest.param(c[0], c[1], c[2:], marks=[pytest.mark.slow] * (n % 2)) for n, c in enumerate(CHEATS.values())], ids=CHEATS)
-def test_a_planted_cheat_is_found(run, conditions, says, replacements):
-    script = SCRIPT
-    for old, new in replacements:
+# What one run finds: cheats that differ in where they are planted and in what is said of them.
+TOGETHER = """
+score after update; scaled nll; a space counts twice; the file is executed, openly
+update by a way around the model's forward; a ledger that accepts gaps; hard tokens are left out;
+    another score is written
+trains on one token more than is scored; a bonus for the right token; the file is executed, hidden;
+    the tail counts many times
+weights changed by hand; attention sees one token ahead; hands out tokens that are not scored;
+    weights that are not in the file
+weights changed before the record; sharper where it is right; a ledger that accepts second scores;
+    training tokens at hand
+best of several epochs; the input shows the target; the begin of a document has bytes;
+    hard tokens are cut off
+scores made smaller on their way; trains on rows that are none; tokens in an easier order
+a temperature fitted to the tokens that it scores; the tail is offered twice
+the best of some temperatures; scores again after adapting
+weights of a first run, hidden
+a second run over the tokens, with the weights of the first
+says the same of everything
+scores by chance
+""".strip().replace(";\n    ", "; ").splitlines()
+
+
+def test_every_cheat_is_planted_once():
+    assert sorted("; ".join(TOGETHER).split("; ")) == sorted(CHEATS)
+
+
+@pytest.mark.parametrize("names", TOGETHER)
+def test_planted_cheats_are_found(run, names):
+    script, cheats = SCRIPT, [CHEATS[name] for name in names.split("; ")]
+    for old, new in (replacement for _, _, *replacements in cheats for replacement in replacements):
         assert script.count(old) == 1, f"the script changed; plant this again: {old}"
         script = script.replace(old, new)
     status, failed, said = run(script, "--targets", "128", "--places", "0", TTT_EPOCHS=1)
     assert status == 1, said
-    for condition in conditions:
-        assert any(f.startswith(condition) for f in failed), f"nothing under {condition}:\n{said}"
-    assert any(says in line for lines in failed.values() for line in lines), said
+    for conditions, says, *_ in cheats:
+        found = [[line for f, lines in failed.items() if f.startswith(condition) for line in lines]
+                 for condition in conditions]
+        assert all(found), f"nothing under one of {conditions}:\n{said}"
+        assert says in "".join(sum(found, [])), f"not said: {says}\n{said}"

@@ -13,7 +13,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,9 +20,9 @@ import pytest
 import torch
 
 import train_gpt
-from conftest import ROOT, TINY, clean_environ, write_shard
+from conftest import environment, launched, run_main, write_shard
 
-LEAN = dict(TINY, RUN_ID="run", WARMUP_STEPS=0, TTT_ENABLED=0, EVAL_STRIDE=0, ITERATIONS=2, GPTQ=0,
+LEAN = dict(WARMUP_STEPS=0, TTT_ENABLED=0, EVAL_STRIDE=0, ITERATIONS=2, GPTQ=0,
             VAL_LIMIT_TOKENS=128)
 PREVIOUS = {"final_model.ptz": b"the artifact of yesterday", "logs/run.json": b"{}",
             "scores.npy": b"old scores"}
@@ -36,14 +35,11 @@ def case(name, spoil=None, words=(), **variables):
 
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
-    """A finished run: its artifact and its two checkpoints, as bytes."""
-    out = tmp_path_factory.mktemp("trained")
-    variables = {**LEAN, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model, "OUT_DIR": out,
-                 "CHECKPOINT_EVERY_SECONDS": 1e-6}
-    torch.set_num_threads(1)
-    assert train_gpt.main([], clean_environ(**variables)) == 0
-    return SimpleNamespace(artifact=(out / "final_model.ptz").read_bytes(),
-                           checkpoint=(out / "checkpoints" / "step_0000002.pt").read_bytes())
+    """The artifact and the last checkpoint of a finished run, as bytes."""
+    done = run_main(corpus, tmp_path_factory.mktemp("trained"), CHECKPOINT_EVERY_SECONDS=1e-6,
+                    **LEAN)
+    checkpoint = done.out / "checkpoints" / "step_0000002.pt"
+    return SimpleNamespace(artifact=done.content, checkpoint=checkpoint.read_bytes())
 
 
 @pytest.fixture
@@ -60,28 +56,23 @@ def world(corpus, trained, tmp_path, monkeypatch):
     artifact = tmp_path / "model.ptz"
     artifact.write_bytes(trained.artifact)
     return SimpleNamespace(tmp=tmp_path, data=data, out=out, artifact=artifact, trained=trained,
-                           corpus=corpus,
-                           patch=monkeypatch)
+                           corpus=corpus, patch=monkeypatch)
 
 
-def failed(world, capsys, variables):
+def failed(world, variables):
     """main() with these variables; the one error that it ended with."""
-    tokenizer = world.corpus.model
-    environ = clean_environ(**{**LEAN, "DATA_PATH": world.data, "TOKENIZER_PATH": tokenizer,
-                               "OUT_DIR": world.out, **variables})
-    capsys.readouterr()
-    status = train_gpt.main([], environ)
-    said = capsys.readouterr()
-    assert status == 2, said.out[-500:]
-    assert re.match(r"error( on rank \d)?: ", said.err) and said.err.count("error") == 1
-    return said.err
+    done = run_main(world.corpus, **{"OUT_DIR": world.out, "DATA_PATH": world.data, **LEAN,
+                                     **variables})
+    assert done.returncode == 2, done.stdout[-500:]
+    assert re.match(r"error( on rank \d)?: ", done.stderr) and done.stderr.count("error") == 1
+    return done.stderr
 
 
 @pytest.fixture
-def refused(world, capsys):
+def refused(world):
     def check(spoil, variables, words):
         variables = {**variables, **(spoil(world) or {})}
-        error = failed(world, capsys, variables)
+        error = failed(world, variables)
         missing = [word for word in words if str(word).format(w=world) not in error]
         assert not missing, f"{missing} not in: {error}"
         for name, content in PREVIOUS.items():
@@ -148,9 +139,7 @@ def file_for_folder(w):
 MEND = "data/cached_challenge_fineweb.py"
 DATA = [
     case("folder missing", words=("DATA_PATH=nowhere", MEND), DATA_PATH="nowhere"),
-    case("folder empty name", words=("DATA_PATH=: no fineweb_val", MEND), DATA_PATH=""),
     case("file for folder", file_for_folder, ("a file", "no fineweb_val_*.bin", MEND)),
-    case("home of nobody", words=("~nobody-here/data",), DATA_PATH="~nobody-here/data"),
     case("no validation shard", remove("*val*"), ("no fineweb_val_*.bin", "{w.data}", MEND)),
     case("no training shard", remove("*train*"), ("no fineweb_train_*.bin", "{w.data}", MEND)),
     *(row for split in ("train", "val") for row in (
@@ -173,11 +162,6 @@ DATA = [
 ]
 
 
-@pytest.mark.parametrize("spoil, variables, words", DATA)
-def test_data(refused, spoil, variables, words):
-    refused(spoil, variables, words)
-
-
 # -- tokenizers
 
 def tokenizer(content):
@@ -190,21 +174,12 @@ def tokenizer(content):
 
 TOKENIZERS = [
     case("missing", words=("TOKENIZER_PATH=nowhere.model", MEND), TOKENIZER_PATH="nowhere.model"),
-    case("no name", words=("TOKENIZER_PATH=", MEND), TOKENIZER_PATH=""),
     case("a folder", lambda w: {"TOKENIZER_PATH": w.tmp}, ("TOKENIZER_PATH={w.tmp}", MEND)),
-    case("empty", tokenizer(lambda b: b""), ("spoilt.model", MEND)),
     case("text", tokenizer(lambda b: b"These are words, no model.\n" * 20), ("spoilt.model", MEND)),
     case("cut short", tokenizer(lambda b: b[: len(b) // 2]), ("spoilt.model",)),
-    case("a shard", lambda w: {"TOKENIZER_PATH": w.data / "fineweb_val_000000.bin"},
-         ("fineweb_val_000000.bin", MEND)),
     case("other size", words=("has 320 pieces where VOCAB_SIZE=512", "set VOCAB_SIZE=320"),
          VOCAB_SIZE=512),
 ]
-
-
-@pytest.mark.parametrize("spoil, variables, words", TOKENIZERS)
-def test_tokenizers(refused, spoil, variables, words):
-    refused(spoil, variables, words)
 
 
 # -- what only the model or the machine shows to be too much
@@ -214,11 +189,6 @@ TOO_MUCH = [
          ARTIFACT_BUDGET_BYTES=len(train_gpt.SHIPPED) + 100),
     case("a table too large for the machine", words=("memory", "BIGRAM_VOCAB_SIZE"),
          BIGRAM_VOCAB_SIZE=10**15)]
-
-
-@pytest.mark.parametrize("spoil, variables, words", TOO_MUCH)
-def test_too_much(refused, spoil, variables, words):
-    refused(spoil, variables, words)
 
 
 # -- artifacts
@@ -265,10 +235,7 @@ ARTIFACTS = [
     case("a folder", lambda w: {"EVAL_ONLY": w.tmp}, ("{w.tmp}", "Is a directory")),
     case("empty", artifact(lambda b: b""), ("model.ptz", "0 bytes", "not an artifact")),
     case("cut short", artifact(lambda b: b[:-1]), DAMAGED),
-    case("half", artifact(lambda b: b[: len(b) // 2]), DAMAGED),
-    case("appended", artifact(lambda b: b + b"\0"), DAMAGED),
     case("a bit in the header", artifact(lambda b: flipped(b, 20)), DAMAGED),
-    case("a bit in the middle", artifact(lambda b: flipped(b, len(b) // 2)), DAMAGED),
     case("a bit in the checksum", artifact(lambda b: flipped(b, -1)), DAMAGED),
     case("a zip", artifact(lambda b: b"PK\x03\x04" + bytes(500)),
          ("model.ptz", "PK", "not an artifact")),
@@ -277,23 +244,16 @@ ARTIFACTS = [
          ("model.ptz", "not an artifact")),
     case("a setting out of range", artifact(remade(lambda s, t: s.update(num_layers=99))),
          ("model.ptz", "num_layers=99", "1 to 64")),
-    case("another shape", artifact(remade(lambda s, t: s.update(mlp_mult=2.0))),
-         ("model.ptz", "does not hold this model")),
     case("a tensor missing", artifact(remade(drop)),
          ("model.ptz", "does not hold this model", "tok_emb is absent")),
     case("weights not a number", artifact(remade(not_a_number)), ("nan",)),
-    case("other settings", artifact_of(MODEL_DIM=48),
-         ("made with other settings", "MODEL_DIM=32, not 48", "unset these")),
-    case("other vocabulary", artifact_of(VOCAB_SIZE=512), ("VOCAB_SIZE=320, not 512",)),
+    case("other settings", artifact_of(MODEL_DIM=48, MLP_BITS=5, LEAKY_SLOPE=0.25, VOCAB_SIZE=512),
+         ("made with other settings", "MODEL_DIM=32, not 48", "MLP_BITS=", "LEAKY_SLOPE=",
+          "VOCAB_SIZE=320, not 512", "unset these")),
     case("TTT diverges", artifact_of(TTT_ENABLED=1, EVAL_STRIDE=8, TTT_LR=1e12, TTT_GRAD_CLIP=0,
                                      VAL_LIMIT_TOKENS=1000),
          ("TTT_LR",)),
 ]
-
-
-@pytest.mark.parametrize("spoil, variables, words", ARTIFACTS)
-def test_artifacts(refused, spoil, variables, words):
-    refused(spoil, variables, words)
 
 
 # -- checkpoints that RESUME=auto finds
@@ -326,32 +286,21 @@ def changed(**values):
 
 FOREIGN = ("{w.out}/checkpoints is no state of this run", "another OUT_DIR")
 CHECKPOINTS = [
-    case("other model", checkpoint(lambda b: b), ("MODEL_DIM=32, not 48", "another OUT_DIR"),
-         MODEL_DIM=48),
     case("tensors missing", checkpoint(changed(model=[])), FOREIGN),
     case("other optimizers", checkpoint(changed(optimizers=dict(muon=[], adamw={}))), FOREIGN),
 ]
 
 
-@pytest.mark.parametrize("spoil, variables, words", CHECKPOINTS)
-def test_checkpoints(refused, spoil, variables, words):
-    refused(spoil, variables, words)
-
-
 @pytest.mark.parametrize("content", [
-    lambda b: b"", lambda b: b[:-1], lambda b: flipped(b, 999), lambda b: b"\x80\x02}q\x00." * 50,
-    lambda b: sealed(b"\x80\x02}q\x00." * 50), lambda b: sealed(b""),
+    lambda b: b"", lambda b: flipped(b, 999), lambda b: sealed(b""),
     lambda b: sealed(b"cos\nsystem\n(S'touch owned'\ntR."),
     lambda b: saved(SimpleNamespace(a=1)), lambda b: saved([1, 2])],
-    ids=["empty", "cut", "flipped", "pickle", "sealed pickle", "sealed nothing", "code",
-         "an object", "a list"])
-def test_damaged_checkpoints_are_left_out_and_nothing_in_them_runs(world, content, capsys):
-    environ = {**LEAN, "DATA_PATH": world.data, "TOKENIZER_PATH": world.corpus.model,
-               "OUT_DIR": world.out,
-               **checkpoint(content)(world)}
-    assert train_gpt.main([], clean_environ(**environ)) == 0
-    out = capsys.readouterr().out
-    assert "step_0000002.pt is damaged and left out" in out and "resume:no checkpoint" in out
+    ids=["empty", "flipped", "sealed nothing", "code", "an object", "a list"])
+def test_damaged_checkpoints_are_left_out_and_nothing_in_them_runs(world, content):
+    checkpoint(content)(world)
+    done = run_main(world.corpus, world.out, RESUME="auto", **LEAN)
+    assert done.returncode == 0 and "resume:no checkpoint" in done.stdout
+    assert "step_0000002.pt is damaged and left out" in done.stdout
     assert not (world.tmp / "owned").exists()
 
 
@@ -387,9 +336,6 @@ def disk_full(word):
 
 PLACES = [
     case("OUT_DIR is a file", in_the_way("new"), ("OUT_DIR={w.tmp}/new cannot be used",)),
-    case("OUT_DIR below a file", lambda w: in_the_way("new/x")(w)
-         and {"OUT_DIR": w.tmp / "new/x/y"},
-         ("OUT_DIR={w.tmp}/new/x/y cannot be used",)),
     case("logs is a file", in_the_way("new/logs"), ("OUT_DIR", "logs", "cannot be written")),
     case("OUT_DIR in /proc", words=("OUT_DIR=/proc/nobody cannot be used",),
          OUT_DIR="/proc/nobody"),
@@ -397,8 +343,6 @@ PLACES = [
          ("OUT_DIR={w.tmp}/new", "final_model.ptz is a folder")),
     case("the result's name is a folder's", taken_by_folder("logs/run.json"),
          ("run.json cannot be written",)),
-    case("RUN_ID too long", words=("RUN_ID=rrr", "200 bytes"), RUN_ID="r" * 248),
-    case("the scores' name is a folder's", words=("SCORES_PATH=.",), SCORES_PATH="."),
     case("the scores' place", words=("SCORES_PATH=/proc/nobody/s.npy cannot be written",),
          SCORES_PATH="/proc/nobody/s.npy"),
     case("disk too small", lambda w: w.patch.setattr(
@@ -408,16 +352,17 @@ PLACES = [
          ("{w.out}/final_model.ptz cannot be written", "No space left", "intact"))]
 
 
-@pytest.mark.parametrize("spoil, variables, words", PLACES)
-def test_places(refused, spoil, variables, words):
+@pytest.mark.parametrize("spoil, variables, words", [
+    *DATA, *TOKENIZERS, *TOO_MUCH, *ARTIFACTS, *CHECKPOINTS, *PLACES])
+def test_refused(refused, spoil, variables, words):
     refused(spoil, variables, words)
 
 
-def test_an_artifact_without_room_in_its_place_is_kept_elsewhere(world, capsys):
+def test_an_artifact_without_room_in_its_place_is_kept_elsewhere(world):
     """The hours of training are in it; the error says where it is and how to score it."""
     world.patch.setattr(train_gpt.tempfile, "gettempdir", lambda: str(world.tmp))
     disk_full("out/.final_model")(world)
-    error = failed(world, capsys, {})
+    error = failed(world, {})
     rescue = re.search(r"EVAL_ONLY=(\S+) scores it", error)[1]
     assert "No space left" in error and train_gpt.read_artifact(rescue)
 
@@ -430,9 +375,8 @@ def limited(bytes_, *command):
 
 def test_a_log_and_a_console_that_fail_do_not_end_training(corpus, tmp_path):
     """The disk takes half of the source, with which the log begins; nobody reads the console."""
-    environ = clean_environ(**{**LEAN, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model,
-                               "OUT_DIR": tmp_path})
-    command = limited(len(train_gpt.SHIPPED) // 2, sys.executable, str(ROOT / "train_gpt.py"))
+    environ = environment(corpus, OUT_DIR=tmp_path, **LEAN)
+    command = limited(len(train_gpt.SHIPPED) // 2, *launched())
     process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     said = process.stdout.readline()
@@ -456,10 +400,7 @@ def port():
 
 LAUNCHES = [
     (dict(RANK=8, WORLD_SIZE=8), ("RANK=8, WORLD_SIZE=8", "unset all three")),
-    (dict(WORLD_SIZE=""), ("WORLD_SIZE=,", "torchrun")),
-    (dict(WORLD_SIZE=5), ("each of 5 ranks", "TRAIN_BATCH_TOKENS=384")),
     (dict(WORLD_SIZE=2), ("WORLD_SIZE=2", "MASTER_ADDR", "torchrun")),
-    (dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1"), ("WORLD_SIZE=2", "MASTER_PORT", "torchrun")),
     (dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT="many"),
      ("WORLD_SIZE=2", "many", "torchrun")),
     (dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT="taken"),
@@ -470,7 +411,7 @@ LAUNCHES = [
 
 @pytest.mark.parametrize("variables, words", LAUNCHES,
                          ids=["-".join(f"{k}={v}" for k, v in row[0].items()) for row in LAUNCHES])
-def test_launches(world, capsys, port, variables, words):
+def test_launches(world, port, variables, words):
     if variables.get("DEVICE") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     variables = {k: str(port) if v == "taken" else str(v) for k, v in variables.items()}
@@ -480,6 +421,6 @@ def test_launches(world, capsys, port, variables, words):
     launch = {"RANK": "0", **variables} if "WORLD_SIZE" in variables else variables
     for name, value in launch.items():  # the process group reads the process's environment
         world.patch.setenv(name, value)
-    error = failed(world, capsys, launch)
+    error = failed(world, launch)
     assert all(word.format(port=port) in error for word in words), error
     assert not torch.distributed.is_initialized()

@@ -2,6 +2,7 @@
 against cheats."""
 
 import math
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import train_gpt
-from conftest import ROOT
+from conftest import environment, on_ranks
 from train_gpt import LedgerError, ScoreLedger, chunk_plan, sdpa, window_plan
 
 
@@ -358,28 +359,18 @@ def scores_by_rank(make, rt):
     return scores
 
 
-RANKS_SCRIPT = f"""
-import os, sys
-sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
-import test_evaluation as tests
-from test_evaluation import np, train_gpt, torch
-torch.set_num_threads(1)
-def make(**variables):
-    variables = {{k: str(v) for k, v in variables.items()}}
-    return train_gpt.resolve_settings({{**os.environ, **variables}})[0]
-rt = train_gpt.Runtime(make(), train_gpt.launched_ranks(os.environ))
-scores = tests.scores_by_rank(make, rt)
-np.savez(f"{{os.environ['OUT_DIR']}}/{{rt.rank}}.npz", **scores)
-rt.close()
-os._exit(0)  # how libraries take their threads down is not what is tested
-"""
+def save_scores(environ, folder):
+    def make(**variables):
+        variables = {k: str(v) for k, v in variables.items()}
+        return train_gpt.resolve_settings({**environ, **variables})[0]
+    torch.set_num_threads(1)
+    rt = train_gpt.Runtime(make(), train_gpt.launched_ranks(os.environ))
+    np.savez(folder / f"{rt.rank}.npz", **scores_by_rank(make, rt))
+    rt.close()
 
 
-def test_scores_do_not_depend_on_the_ranks(tiny, run_script, tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS_SCRIPT)
-    done = run_script(ranks=2, script=script)
-    assert done.returncode == 0, done.stderr
+def test_scores_do_not_depend_on_the_ranks(tiny, corpus, tmp_path):
+    on_ranks(2, tmp_path / "said", save_scores, environment(corpus), tmp_path)
     ranks = [np.load(tmp_path / f"{rank}.npz") for rank in (0, 1)]
     one = scores_by_rank(tiny, train_gpt.Runtime(tiny()))
     assert len({nll.tobytes() for nll in one.values()}) == len(one), "all cases differ"

@@ -1,20 +1,18 @@
 """Every ancestor's preset: its parameter count to the unit, and a whole run of it, shrunk to seconds."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 import train_gpt
-from conftest import TINY
+from conftest import TINY, left
 
 COUNTS = dict(pr414=26_993_756, pr549=26_928_220, pr1092=26_993_756, pr657=26_993_766, pr490=27_137_221, pr537=24_634_452)
 # Only sizes and lengths: what makes a preset itself (parts, optimizers, bits, averaging, TTT) stays its own.
 SHRINK = {k: TINY[k] for k in ("VOCAB_SIZE", "DEVICE", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS", "MICRO_BATCH_TOKENS", "MODEL_DIM",
                                "NUM_HEADS", "NUM_KV_HEADS", "ROPE_NTK_REFERENCE", "BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "VE_DIM",
                                "MAX_WALLCLOCK_SECONDS", "WARMUP_STEPS")}
-SHRINK.update(ITERATIONS=12, WARMDOWN_ITERS=12, SWA_EVERY=1, EVAL_STRIDE=16, TTT_CHUNK_TOKENS=256, VAL_LOSS_EVERY=0, GPTQ_BATCHES=1)
+SHRINK.update(ITERATIONS=8, WARMDOWN_ITERS=8, SWA_EVERY=1, EVAL_STRIDE=16, TTT_CHUNK_TOKENS=256, VAL_LOSS_EVERY=0, GPTQ_BATCHES=1)
 
 
 def settings_of(preset, **more):
@@ -24,12 +22,11 @@ def settings_of(preset, **more):
 
 def run_preset(preset, corpus, folder, **more):
     """main() of the shrunk preset, in this process; the result file and the log."""
-    rope = {} if preset == "pr490" else {"ROPE_DIMS": 4}
-    environ = dict(SHRINK, PRESET=preset, DATA_PATH=corpus.folder, TOKENIZER_PATH=corpus.model, OUT_DIR=folder, RUN_ID="run",
-                   **rope, **more)
-    assert train_gpt.main([], {k: str(v) for k, v in environ.items()}) == 0
-    log = (folder / "logs/run.txt").read_text().split("=" * 100)[-1]  # what follows the source
-    return json.loads((folder / "logs/run.json").read_text()), log
+    environ = dict(SHRINK, PRESET=preset, DATA_PATH=corpus.folder, TOKENIZER_PATH=corpus.model,
+                   OUT_DIR=folder, RUN_ID="run", **({} if preset == "pr490" else {"ROPE_DIMS": 4}))
+    assert train_gpt.main([], {k: str(v) for k, v in {**environ, **more}.items()}) == 0
+    done = left(folder)
+    return done.result, done.log.split("=" * 100)[-1]  # what follows the source
 
 
 RECORDS = dict(pr1218=34_401_371, pr1394=35_943_512, pr1493=35_944_536, pr1855=35_945_671)
@@ -47,17 +44,26 @@ def test_ttt_of_pr537_trains_the_published_number_of_parameters():
     assert sum(p.numel() for name, p in model.named_parameters() if train_gpt.ttt_factor(name, s)) == 19_911_748
 
 
-@pytest.mark.parametrize("preset", COUNTS)
+SMALL = dict(NUM_LAYERS=11, MODEL_DIM=32, MLP_MULT=2, PARALLEL_FROM=8, EMA_DECAY=0.5,
+             BIGRAM_VOCAB_SIZE=0)
+LATE = dict(SMALL, LATE_PASSES="0-5,3-5,6-10")
+# pr1394 is pr1493 without its TTT and its parallel blocks.
+CHANGED = dict(pr537=dict(TTT_EPOCHS=2, LATE_QAT_THRESHOLD=0.15), pr1218=SMALL, pr1493=LATE, pr1855=LATE)
+
+
+@pytest.mark.parametrize("preset", [*COUNTS, "pr1218", "pr1493", "pr1855"])
 def test_preset_trains_packs_and_scores(preset, corpus, tmp_path):
-    result, log = run_preset(preset, corpus, tmp_path, **({"TTT_EPOCHS": 2} if preset == "pr537" else {}))
+    result, log = run_preset(preset, corpus, tmp_path, **CHANGED.get(preset, {}))
     s = settings_of(preset)
     kinds = {"float", s.quant_label, "sliding"} | ({"ttt"} if s.ttt_enabled else set())
-    assert set(result["val_bpb"]) == kinds and all(0 < v < 20 for v in result["val_bpb"].values())
-    assert result["preset"] == preset and result["steps"] == 12
+    assert set(result["val_bpb"]) == kinds and all(0 < v < 8 for v in result["val_bpb"].values())
+    assert result["preset"] == preset and result["steps"] == 8
     stored, tensors, _ = train_gpt.read_artifact(tmp_path / "final_model.ptz")
-    assert {t.bits for n, t in tensors.items() if train_gpt.kind_of(n).kind == "mlp"} == {s.mlp_bits}
-    assert ("swa:start" in log) == bool(s.swa_enabled)
-    assert ("late_qat:enabled" in log) == bool(s.late_qat_threshold)
+    assert {t.bits for n, t in tensors.items()
+            if train_gpt.kind_of(n).kind == "mlp"} == {s.mlp_bits}
+    for words, on in (("swa:start", s.swa_enabled), ("late_qat:enabled", s.late_qat_threshold),
+                      ("late_passes:enabled", s.late_passes)):
+        assert (words in log) == bool(on), words
     assert f"Total submission size {s.quant_label}+{s.codec}:" in log
 
 
