@@ -93,7 +93,7 @@ Decay = Annotated[float, 0.0, 0.999999]
 
 
 def block_list(text, count):
-    """Numbers of blocks below `count` from text such as 0-5,3-5,6; None where it is no such list."""
+    """Numbers of blocks below `count` from text such as 0-5,3-5,6; None where it is no list."""
     order = []
     for part in filter(None, map(str.strip, text.split(","))):
         if not re.fullmatch(r"\d{1,9}(-\d{1,9})?", part):
