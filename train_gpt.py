@@ -383,7 +383,7 @@ PRESETS = {  # a row holds only what differs from the defaults, or from the row 
         _PR1855, value_residual="pair", ema_decay=0.0, quant_fit="level", quant_clip="max",
         attn_bits=8, mlp_bits=8, embed_bits=8, proj_bits=8, gptq_act_order=0, gptq_batches=8,
         gptq_reserve_seconds=0.0, eval_attention="banded", ttt_enabled=1,
-        ttt_chunk_tokens=0),
+        ttt_lr=0.002, ttt_chunk_tokens=0),
     "pr537": dict(
         _PR414, leaky_slope=0.5, unique_layers=10, seed=42, iterations=5200, warmdown_iters=3000,
         adam_wd=0.01, ema_enabled=0, late_qat_threshold=0.1, mlp_bits=5, bigram_bits=6,
