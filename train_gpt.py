@@ -3937,8 +3937,7 @@ def check_places(s, path, rt):
 def run_job(s, rt, explicit):
     """The whole job, in the order the data flows."""
     tokens, byte_table = load_validation(s), ByteTable(s)
-    chunk = s.ttt_chunk_tokens or max(s.pass_tokens, min(32768, len(tokens) // 64))
-    s = replace(s, run_id=s.run_id or str(uuid.uuid4()), ttt_chunk_tokens=chunk)
+    s = replace(s, run_id=s.run_id or str(uuid.uuid4()))
     out = Path(s.out_dir).expanduser()
     if not byte_table.count(tokens):
         raise UserError(f"DATA_PATH={s.data_path}: the tokens of fineweb_val_* stand for no text "
@@ -3959,6 +3958,9 @@ def run_job(s, rt, explicit):
     trained, results = dict(UNTRAINED), {}
     if not s.eval_only:
         trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
+    # Only now, so that the artifact keeps 0, and another validation set gets its own length.
+    chunk = s.ttt_chunk_tokens or max(s.pass_tokens, min(32768, len(tokens) // 64))
+    s = replace(s, ttt_chunk_tokens=chunk)
     warm_up_evaluations(model, forward, s, rt, tokens)
     opened = time.perf_counter()
     scored, ledger = run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened)
