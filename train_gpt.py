@@ -107,9 +107,9 @@ def block_list(text, count):
 class Settings:
     """Every setting, resolved and checked; each is read from the variable of its name in capitals.
 
-    The type holds the choices or the bounds, the comment is the help text. The defaults join what
-    is known to help the 11-layer SP1024 family. A figure such as −0.0020 is the published change in
-    bits per byte (lower is better).
+    The type holds the choices or the bounds, the comment is the help text. The defaults are the
+    record line's model (#1855) with what was measured to be better here. A figure such as −0.0020
+    is the published change in bits per byte (lower is better).
     """
     # == Run
     preset: str = ""  # row of the preset table to start from
@@ -131,9 +131,9 @@ class Settings:
         # at a gradient that is not finite; skip omits that step, and waits for the GPU at each
 
     # == Data
-    data_path: str = "./data/datasets/fineweb10B_sp1024"  # folder of fineweb_{train,val}_*.bin
-    tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"  # SentencePiece model
-    vocab_size: Annotated[int, 2, 65536] = 1024  # pieces; must equal the tokenizer's
+    data_path: str = "./data/datasets/fineweb10B_sp8192"  # folder of fineweb_{train,val}_*.bin
+    tokenizer_path: str = "./data/tokenizers/fineweb_8192_bpe.model"  # SentencePiece model
+    vocab_size: Annotated[int, 2, 65536] = 8192  # pieces; must equal the tokenizer's
     train_seq_len: Annotated[int, 2, 2**31] = 2048  # tokens of a training row
     train_batch_tokens: Positive = 786432  # per optimizer step, over all ranks
     micro_batch_tokens: Positive = 98304  # most that a rank holds in one pass; lower it for memory
@@ -146,70 +146,72 @@ class Settings:
     model_dim: Annotated[int, 8, 2**20] = 512  # channels D
     num_heads: Positive = 8  # query heads H
     num_kv_heads: Positive = 4  # key/value heads K
-    mlp_mult: Annotated[float, 0.125, 16.0] = 3.0  # hidden width of the MLP over D
+    mlp_mult: Annotated[float, 0.125, 16.0] = 4.0  # hidden width of the MLP over D
     # LeakyReLU(0.5)²: −0.002 to −0.003 (#549, #657). 0.75: −0.0018 in one sweep, 0 against #549.
     leaky_slope: Share = 0.5  # the MLP activation is LeakyReLU(slope)²; 0: relu²
     logit_softcap: Amount = 30.0  # c of c·tanh(logits/c); 0: off
-    qk_gain_init: Amount = 4.0  # initial gain of each query head; 1.5 → 4: −0.0039
+    qk_gain_init: Amount = 5.0  # initial gain of each query head; 1.5 → 4: −0.0039 (#1218)
     rope_base: Annotated[float, 1.0, 1e18] = 10000.0  # of the rotary frequencies
     rope_dims: Count = 16  # channels of a head that rotate (16: −0.0023 with LN_SCALE); 0: all
-    rope_ntk_reference: Count = 1024  # tokens; longer rows stretch the rotary base; 0: off
+    rope_ntk_reference: Count = 0  # tokens; longer rows stretch the rotary base; 0: off
     ln_scale: Flag = 1  # block i reads its input times 1/√(i+1)
-    xsa_last_n: Count = 11  # blocks, from the end, with exclusive self-attention: −0.0017; 0: off
-    # Once training is so far, blocks run in this order: depth recurrence (#1394, #1493).
-    late_passes: str = ""  # such as 0-5,3-5,3-5,6-10: block numbers and ranges; empty: as before
+    xsa_last_n: Count = 11  # of the last blocks with exclusive self-attention: −0.0017; 0: off
+    # Depth recurrence (#1394, #1493): once training is so far, blocks run in another order.
+    late_passes: str = "auto"
+        # such as 0-5,3-5,3-5,6-10, block numbers and ranges; auto: that of 11, scaled to
+        # NUM_LAYERS; empty: the order stays
     late_passes_from: Share = 0.35  # of the training clock, or of ITERATIONS without one
-    parallel: Literal["0", "one", "lanes"] = "0"
+    parallel: Literal["0", "one", "lanes"] = "lanes"
         # blocks from PARALLEL_FROM on: one: attention and MLP read the same input (#1493); lanes:
         # two residual streams with learned routing (#1529)
-    parallel_from: Count = 7  # first of those blocks
-    unet_skips: Literal["0", "1", "gated"] = "1"
+    parallel_from: Count = 0  # first of those blocks; 0: 8/11 of NUM_LAYERS
+    unet_skips: Literal["0", "1", "gated"] = "gated"
         # add outputs of the first half of the passes in the second half; gated: blend them (#1218)
     # Mixing across documents is a known mistake: bos closes the gate at the start of a document.
-    smear_gate: Literal["0", "1", "bos", "embed"] = "bos"
+    smear_gate: Literal["0", "1", "bos", "embed"] = "embed"
         # mix in the previous token; bos: not at BOS; embed: so, on raw embeddings (#1667)
-    bigram_vocab_size: Count = 2048  # buckets of the hashed bigram embedding; 0: off
+    bigram_vocab_size: Count = 0  # buckets of the hashed bigram embedding; 0: off
     bigram_dim: Positive = 128  # channels of the bigram and trigram embeddings
     trigram_vocab_size: Count = 0  # buckets of a hashed trigram embedding; 0: off
     ve_dim: Positive = 128  # channels of the value embedding
-    ve_layers: str = "9,10"  # blocks whose values get the value embedding, as above; empty: off
+    ve_layers: str = ""  # blocks whose values get the value embedding, such as 9,10; empty: off
     # −0.0010 (value residual) and −0.0005 to −0.0010 (gate) at full scale.
     value_residual: Literal["0", "1", "pair", "sigmoid"] = "pair"
         # V ← a·V₀ + b·V; pair: learned a and b; sigmoid: a = σ(λ), b = 1 − a; 1: pair; 0: off
-    gated_attention: Literal["0", "1", "head", "sparse"] = "head"
+    gated_attention: Literal["0", "1", "head", "sparse"] = "sparse"
         # gate on the attention output; 1: head; sparse: reads 12 channels (#1787); 0: off
 
     # == Optimizers
-    matrix_lr: Amount = 0.025  # Muon, matrices
-    scalar_lr: Amount = 0.025  # AdamW: scales, gates and mixes
-    tied_embed_lr: Amount = 0.035  # AdamW, embedding tables
+    matrix_lr: Amount = 0.026  # Muon, matrices
+    scalar_lr: Amount = 0.02  # AdamW: scales, gates and mixes
+    tied_embed_lr: Amount = 0.03  # AdamW, embedding tables
     proj_optimizer: Literal["muon", "adamw"] = "muon"  # of the small embeddings' projections
-    muon_wd: Amount = 0.04  # decoupled weight decay of Muon, × learning rate
-    adam_wd: Amount = 0.04  # the same of AdamW
-    embed_wd: Annotated[float, -1.0, 1e18] = -1.0  # the same of embedding tables; -1: ADAM_WD
+    muon_wd: Amount = 0.095  # decoupled weight decay of Muon, × learning rate
+    adam_wd: Amount = 0.02  # the same of AdamW
+    embed_wd: Annotated[float, -1.0, 1e18] = 0.085  # the same of embedding tables; -1: ADAM_WD
     # −0.0010 at full scale (#1285); −0.0058 at 300 steps of 4 × 128, one seed.
     muon_row_norm: Flag = 1  # normalize the rows of Muon's directions first (MuonEq-R)
-    muon_momentum: Decay = 0.99  # Nesterov momentum after its warm-up
+    muon_momentum: Decay = 0.97  # Nesterov momentum after its warm-up
     muon_momentum_warmup_start: Decay = 0.92  # momentum at step 0
     muon_momentum_warmup_steps: Count = 1500  # of linear growth; 0: none
     # Polar Express with LR_FLOOR=0.1 and a fused loss: −0.0017 together.
     muon_coefficients: Literal["classic", "polar"] = "polar"  # of Newton–Schulz
     beta1: Decay = 0.9  # AdamW
-    beta2: Decay = 0.95  # AdamW
+    beta2: Decay = 0.99  # AdamW
     grad_clip_norm: Amount = 0.3  # norm of all gradients, after their reduction; 0: off
 
     # == Schedule
     iterations: Count = 20000  # most optimizer steps; 0: the clock alone decides
     max_wallclock_seconds: Amount = 600.0  # training clock; 0: ITERATIONS alone decides
     warmup_steps: Count = 20  # on random tokens before the clock, then everything is restored
-    warmdown_iters: Count = 3500  # steps of linear decay of the learning rate at the end
-    warmdown_frac: Share = 0.0  # share of the run instead of WARMDOWN_ITERS; 0: off
+    warmdown_iters: Count = 3500  # steps of linear decay of the learning rate, without the next
+    warmdown_frac: Share = 0.85  # share of the run that decays instead; 0: WARMDOWN_ITERS
     lr_floor: Share = 0.1  # × lr, where the warmdown ends
     ema_enabled: Flag = 1  # average the weights exponentially (−0.0006)
     ema_decay: Decay = 0.0  # per step; 0: the average reaches back over 1/21 of the steps so far
     swa_enabled: Flag = 0  # average snapshots late in the warmdown; with EMA: the mean of both
     swa_every: Positive = 50  # steps between snapshots
-    late_qat_threshold: Amount = 0.15
+    late_qat_threshold: Amount = 0.0
         # fake quantization (int6) in the last share of the warmdown; above 1: always; 0: never
     val_loss_every: Count = 4000  # steps between validations; 0: only after the last step
     train_log_every: Positive = 500  # steps between log lines after step 10
@@ -302,8 +304,16 @@ class Settings:
 
     @property
     def late_order(self):
-        """Blocks in the order of LATE_PASSES; empty: as before."""
-        return block_list(self.late_passes, self.num_layers) or list(range(self.num_layers))
+        """Blocks in the order of LATE_PASSES, or None where it is no list."""
+        end = self.num_layers
+        first, after = round(3 * end / 11), round(5 * end / 11) + 1
+        if self.late_passes == "auto":
+            return [*range(after), *2 * [*range(first, after)], *range(after, end)]
+        return block_list(self.late_passes, end) if self.late_passes else list(range(end))
+
+    @property
+    def first_parallel(self):
+        return self.parallel_from or round(8 * self.num_layers / 11)
 
     @property
     def quant_label(self):
@@ -314,46 +324,48 @@ class Settings:
 
 BOS = 1  # begins every document, with every tokenizer of the challenge and of data/
 
+# The best of the ancestors' family of 1,024 pieces and 27 M weights, with our own quantizer.
+_SP1024 = dict(
+    data_path="./data/datasets/fineweb10B_sp1024", vocab_size=1024,
+    tokenizer_path="./data/tokenizers/fineweb_1024_bpe.model", mlp_mult=3.0, qk_gain_init=4.0,
+    rope_ntk_reference=1024, late_passes="", parallel="0", unet_skips="1", smear_gate="bos",
+    bigram_vocab_size=2048, ve_layers="9,10", gated_attention="head", matrix_lr=0.025,
+    scalar_lr=0.025, tied_embed_lr=0.035, muon_wd=0.04, adam_wd=0.04, embed_wd=-1.0,
+    muon_momentum=0.99, beta2=0.95, warmdown_frac=0.0, late_qat_threshold=0.15)
 # The common base of the ancestors (#414). The README says what ours does differently.
 _PR414 = dict(
-    train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, xsa_last_n=4, smear_gate="1",
-    value_residual="0", gated_attention="0", muon_coefficients="classic", lr_floor=0.0,
-    ema_decay=0.997, swa_enabled=1, quant_fit="scale", quant_clip="row", codec="lzma", gptq=0,
-    attn_bits=6, mlp_bits=6, proj_bits=16, eval_attention="window", ttt_enabled=0, muon_row_norm=0,
-    ttt_chunk_tokens=32768)
+    _SP1024, train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, xsa_last_n=4,
+    smear_gate="1", value_residual="0", gated_attention="0", muon_coefficients="classic",
+    lr_floor=0.0, ema_decay=0.997, swa_enabled=1, quant_fit="scale", quant_clip="row",
+    codec="lzma", gptq=0, attn_bits=6, mlp_bits=6, proj_bits=16, eval_attention="window",
+    ttt_enabled=0, muon_row_norm=0, ttt_chunk_tokens=32768)
 _PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw",
               ttt_enabled=1)
 # For two CPU cores: short rows and steps.
 _SMALL = dict(
-    train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096, model_dim=128, num_heads=4,
-    num_kv_heads=2, rope_ntk_reference=0, bigram_dim=64, ve_dim=64, warmup_steps=2,
+    _SP1024, train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096, model_dim=128,
+    num_heads=4, num_kv_heads=2, rope_ntk_reference=0, bigram_dim=64, ve_dim=64, warmup_steps=2,
     warmdown_iters=1000, muon_momentum=0.95, muon_momentum_warmup_steps=300, val_loss_every=0,
     train_log_every=50, ttt_chunk_tokens=8192)
-# The record line. Each begins with the one before it.
-_PR1218 = dict(
-    data_path="./data/datasets/fineweb10B_sp4096", vocab_size=4096,
-    tokenizer_path="./data/tokenizers/fineweb_4096_bpe.model", mlp_mult=4.0, rope_ntk_reference=0,
-    unet_skips="gated", smear_gate="0", bigram_vocab_size=0, value_residual="0",
-    gated_attention="0", muon_coefficients="classic", matrix_lr=0.02, scalar_lr=0.02,
-    tied_embed_lr=0.03, muon_wd=0.085, embed_wd=0.085, adam_wd=0.02, warmdown_frac=0.667,
-    lr_floor=0.0, ema_decay=0.997, late_qat_threshold=0.0, quant_fit="scale", quant_clip="row",
-    quant_step_floor=0.03226, gptq_act_order=1, gptq_reserve_seconds=10.0, attn_bits=6, mlp_bits=6,
-    proj_bits=16, eval_attention="window", ttt_enabled=0, ttt_chunk_tokens=32768, muon_row_norm=0)
-_PR1394 = dict(
-    _PR1218, data_path="./data/datasets/fineweb10B_sp8192", vocab_size=8192,
-    tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model", ve_layers="",
-    late_passes="0-5,4-5,4-5,6-10", late_passes_from=0.5, muon_row_norm=1, quant_clip="std",
-    quant_step_floor=0.0, gptq_reserve_seconds=12.0)
-_PR1493 = dict(
-    _PR1394, late_passes="0-5,3-5,3-5,6-10", late_passes_from=0.35, parallel="one",
-    qk_gain_init=5.25, matrix_lr=0.022, muon_wd=0.095, ema_decay=0.9965, warmdown_frac=0.72,
-    ttt_enabled=1, ttt_lr=0.005)
-# Without CaseOps and the low-rank correction of weights; rows end at their borders.
+# The record line, from the last back to the first; each row says how it differs from the next one.
+# #1855 is without CaseOps and the low-rank correction of weights; rows end at their borders.
 _PR1855 = dict(
-    _PR1493, parallel="lanes", parallel_from=8, smear_gate="embed", gated_attention="sparse",
-    muon_coefficients="polar", qk_gain_init=5.0, matrix_lr=0.026, muon_momentum=0.97, beta2=0.99,
-    warmdown_frac=0.85, lr_floor=0.1, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_bits=7,
-    embed_clip_sigmas=14.0, gptq_batches=2, gptq_reserve_seconds=4.0, ttt_enabled=0)
+    value_residual="0", ema_decay=0.9965, quant_fit="scale", quant_clip="std", attn_bits=6,
+    mlp_bits=6, embed_bits=7, proj_bits=16, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0,
+    embed_clip_sigmas=14.0, gptq_act_order=1, gptq_batches=2, gptq_reserve_seconds=4.0,
+    eval_attention="window", ttt_enabled=0, ttt_lr=0.005, ttt_chunk_tokens=32768)
+_PR1493 = dict(
+    _PR1855, parallel="one", parallel_from=7, smear_gate="0", gated_attention="0",
+    muon_coefficients="classic", qk_gain_init=5.25, matrix_lr=0.022, muon_momentum=0.99,
+    beta2=0.95, warmdown_frac=0.72, lr_floor=0.0, mlp_clip_sigmas=12.85, attn_clip_sigmas=12.85,
+    embed_bits=8, embed_clip_sigmas=20.0, gptq_batches=8, gptq_reserve_seconds=12.0, ttt_enabled=1)
+_PR1394 = dict(
+    _PR1493, late_passes="0-5,4-5,4-5,6-10", late_passes_from=0.5, parallel="0", qk_gain_init=4.0,
+    matrix_lr=0.02, muon_wd=0.085, ema_decay=0.997, warmdown_frac=0.667, ttt_enabled=0)
+_PR1218 = dict(
+    _PR1394, data_path="./data/datasets/fineweb10B_sp4096", vocab_size=4096,
+    tokenizer_path="./data/tokenizers/fineweb_4096_bpe.model", ve_layers="9,10", late_passes="",
+    muon_row_norm=0, quant_clip="row", quant_step_floor=0.03226, gptq_reserve_seconds=10.0)
 PRESETS = {  # a row holds only what differs from the defaults, or from the row it begins with
     "demo": dict(
         _SMALL, data_path="./data/datasets/demo", run_id="demo",
@@ -362,6 +374,7 @@ PRESETS = {  # a row holds only what differs from the defaults, or from the row 
         trigram_vocab_size=8192, max_wallclock_seconds=170.0, warmdown_iters=800,
         muon_momentum_warmup_steps=100, ttt_chunk_tokens=2048),
     "laptop": dict(_SMALL, max_wallclock_seconds=900.0),
+    "sp1024": _SP1024,
     "pr414": _PR414,
     "pr549": _PR549,
     "pr1092": dict(_PR549, leaky_slope=0.75, bigram_vocab_size=2048, xsa_last_n=11,
@@ -378,12 +391,6 @@ PRESETS = {  # a row holds only what differs from the defaults, or from the row 
     "pr1394": _PR1394,
     "pr1493": _PR1493,
     "pr1855": _PR1855,
-    # The record line's model with the quantizer, averaging and evaluation of the defaults.
-    "sp8192": dict(
-        _PR1855, value_residual="pair", ema_decay=0.0, quant_fit="level", quant_clip="max",
-        attn_bits=8, mlp_bits=8, embed_bits=8, proj_bits=8, gptq_act_order=0, gptq_batches=8,
-        gptq_reserve_seconds=0.0, eval_attention="banded", ttt_enabled=1,
-        ttt_lr=0.002, ttt_chunk_tokens=0),
     "pr537": dict(
         _PR414, leaky_slope=0.5, unique_layers=10, seed=42, iterations=5200, warmdown_iters=3000,
         adam_wd=0.01, ema_enabled=0, late_qat_threshold=0.1, mlp_bits=5, bigram_bits=6,
@@ -513,14 +520,12 @@ def model_rules(s):
          "order"),
         ((s.rope_dims or s.head_dim) != 2 or not s.rope_ntk_reference,
          f"ROPE_DIMS={s.rope_dims}: two channels cannot be stretched: set ROPE_NTK_REFERENCE=0"),
-        (s.xsa_last_n <= s.cores and s.unique_layers <= s.num_layers,
-         f"XSA_LAST_N={s.xsa_last_n}, UNIQUE_LAYERS={s.unique_layers} exceed {s.cores} blocks with "
-         f"matrices of their own, or NUM_LAYERS={s.num_layers}"),
-        (s.ttt_freeze_blocks <= s.num_layers,
-         f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} exceeds NUM_LAYERS={s.num_layers}"),
-        (block_list(s.late_passes, s.num_layers) is not None,
+        (max(s.unique_layers, s.ttt_freeze_blocks) <= s.num_layers,
+         f"UNIQUE_LAYERS={s.unique_layers} or TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} exceeds "
+         f"NUM_LAYERS={s.num_layers}"),
+        (s.late_order is not None,
          f"LATE_PASSES={s.late_passes} must be blocks of 0..{s.num_layers - 1} and ranges of them, "
-         "commas between: 0-5,3-5,6-10"),
+         "commas between: 0-5,3-5,6-10; or auto, or empty"),
         (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks),
          f"VE_LAYERS={s.ve_layers} must be different blocks of 0..{s.num_layers - 1}, commas "
          "between: 9,10; or empty"),
@@ -914,6 +919,15 @@ GET_DATA = ("python data/cached_challenge_fineweb.py downloads the challenge's, 
             "python data/build_dataset.py makes your own")
 
 
+def get_data(s):
+    """The command that makes what DATA_PATH and TOKENIZER_PATH name."""
+    variant = re.fullmatch(r"fineweb10B_(sp\d+)", Path(s.data_path).name)
+    if Path(s.data_path).name == "demo":
+        return "python data/build_dataset.py --demo makes them"
+    return (f"python data/cached_challenge_fineweb.py --variant {variant[1]} downloads them"
+            if variant else GET_DATA)
+
+
 def open_shard(path):
     """The tokens of a shard, uint16, memory-mapped. Raises UserError if it is no whole shard."""
     with explained(f"{path} cannot be read", GET_DATA):
@@ -938,7 +952,7 @@ def shard_paths(s, split):
     paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
         raise UserError(f"DATA_PATH={s.data_path}: no fineweb_{split}_*.bin in {folder}; "
-                        f"{GET_DATA}")
+                        f"{get_data(s)}")
     return paths
 
 
@@ -1084,7 +1098,7 @@ class ByteTable:
     def __init__(self, s):
         path = find_upward(s.tokenizer_path)
         if not path.is_file():
-            raise UserError(f"TOKENIZER_PATH={s.tokenizer_path}: no such file; {GET_DATA}")
+            raise UserError(f"TOKENIZER_PATH={s.tokenizer_path}: no such file; {get_data(s)}")
         try:
             sp = self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as problem:
@@ -1621,7 +1635,7 @@ def pass_list(s, late=False):
     half, passes = len(order) // 2, []
     for position, block in enumerate(order):
         core, row, skips = block % s.cores, position - half, s.unet_skips != "0"
-        parallel = block >= s.parallel_from and (row >= 0 or s.parallel == "one")
+        parallel = block >= s.first_parallel and (row >= 0 or s.parallel == "one")
         passes.append(Pass(
             block, core, push=skips and row < 0, skip=row if skips and 0 <= row < half else None,
             xsa=core >= s.cores - s.xsa_last_n, form=s.parallel if parallel else "0"))

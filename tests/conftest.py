@@ -33,9 +33,9 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 VOCAB = 320
-# A model of three blocks that trains in a second, with every part of the default one switched on.
+# A model of three blocks that trains in a second, with every part of sp1024 switched on.
 TINY = dict(
-    VOCAB_SIZE=VOCAB, DEVICE="cpu", TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=384, NUM_LAYERS=3,
+    PRESET="sp1024", VOCAB_SIZE=VOCAB, DEVICE="cpu", TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=384, NUM_LAYERS=3,
     MICRO_BATCH_TOKENS=384, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, ROPE_DIMS=4, XSA_LAST_N=3,
     ROPE_NTK_REFERENCE=16, BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=8, VE_DIM=8, VE_LAYERS="1,2",
     ITERATIONS=6, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, WARMDOWN_ITERS=3, VAL_LOSS_EVERY=0,

@@ -29,7 +29,7 @@ def run_preset(preset, corpus, folder, **more):
     return done.result, done.log.split("=" * 100)[-1]  # what follows the source
 
 
-RECORDS = dict(pr1218=34_401_371, pr1394=35_943_512, pr1493=35_944_536, pr1855=35_945_671)
+RECORDS = {"": 35_945_691, "sp1024": 27_038_920, **dict(pr1218=34_401_371, pr1394=35_943_512, pr1493=35_944_536, pr1855=35_945_671)}
 
 
 @pytest.mark.parametrize("preset, count", [*COUNTS.items(), *RECORDS.items()])
@@ -48,14 +48,16 @@ SMALL = dict(NUM_LAYERS=11, MODEL_DIM=32, MLP_MULT=2, PARALLEL_FROM=8, EMA_DECAY
              BIGRAM_VOCAB_SIZE=0)
 LATE = dict(SMALL, LATE_PASSES="0-5,3-5,6-10")
 # pr1394 is pr1493 without its TTT and its parallel blocks.
-CHANGED = dict(pr537=dict(TTT_EPOCHS=2, LATE_QAT_THRESHOLD=0.15), pr1218=SMALL, pr1493=LATE, pr1855=LATE)
+CHANGED = {"pr537": dict(TTT_EPOCHS=2, LATE_QAT_THRESHOLD=0.15), "pr1218": SMALL, "pr1493": LATE, "pr1855": LATE,
+           "": dict(SMALL, NUM_LAYERS=4, PARALLEL_FROM=0)}
 
 
-@pytest.mark.parametrize("preset", [*COUNTS, "pr1218", "pr1493", "pr1855"])
+@pytest.mark.parametrize("preset", ["", "sp1024", *COUNTS, "pr1218", "pr1493", "pr1855"])
 def test_preset_trains_packs_and_scores(preset, corpus, tmp_path):
     result, log = run_preset(preset, corpus, tmp_path, **CHANGED.get(preset, {}))
     s = settings_of(preset)
-    kinds = {"float", s.quant_label, "sliding"} | ({"ttt"} if s.ttt_enabled else set())
+    full = "banded" if s.scoring_plan[2] else "sliding"
+    kinds = {"float", s.quant_label, full} | ({"ttt"} if s.ttt_enabled else set())
     assert set(result["val_bpb"]) == kinds and all(0 < v < 8 for v in result["val_bpb"].values())
     assert result["preset"] == preset and result["steps"] == 8
     stored, tensors, _ = train_gpt.read_artifact(tmp_path / "final_model.ptz")
@@ -65,6 +67,15 @@ def test_preset_trains_packs_and_scores(preset, corpus, tmp_path):
                       ("late_passes:enabled", s.late_passes)):
         assert (words in log) == bool(on), words
     assert f"Total submission size {s.quant_label}+{s.codec}:" in log
+
+
+def test_late_passes_follow_the_depth():
+    """auto: blocks 3 to 5 of 11 three times, or those at the same place of another depth."""
+    for layers, order in ((11, [*range(6), 3, 4, 5, 3, 4, 5, *range(6, 11)]),
+                          (4, [0, 1, 2, 1, 2, 1, 2, 3]), (1, [0, 0, 0])):
+        s = settings_of("", NUM_LAYERS=layers)
+        assert [p.block for p in train_gpt.pass_list(s, late=True)] == order
+        assert [p.block for p in train_gpt.pass_list(s)] == list(range(layers))
 
 
 def test_pr537_shares_a_core_and_marks_xsa_by_core():

@@ -182,10 +182,9 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(NUM_KV_HEADS=3), "NUM_HEADS=8 must be a multiple of NUM_KV_HEADS=3"),
     (dict(MODEL_DIM=136, ROPE_DIMS=16), "MODEL_DIM/NUM_HEADS=17 must be even"),
     (dict(ROPE_DIMS=15), "ROPE_DIMS=15"), (dict(ROPE_DIMS=66), "ROPE_DIMS=66"),
-    (dict(ROPE_DIMS=2), "cannot be stretched"),
-    (dict(MODEL_DIM=16, ROPE_DIMS=0), "cannot be stretched"),
-    (dict(XSA_LAST_N=12), "XSA_LAST_N=12"), (dict(UNIQUE_LAYERS=12), "UNIQUE_LAYERS=12"),
-    (dict(UNIQUE_LAYERS=5), "XSA_LAST_N=11, UNIQUE_LAYERS=5 exceed 5"),
+    (dict(ROPE_DIMS=2, ROPE_NTK_REFERENCE=1024), "cannot be stretched"),
+    (dict(MODEL_DIM=16, ROPE_DIMS=0, ROPE_NTK_REFERENCE=1024), "cannot be stretched"),
+    (dict(UNIQUE_LAYERS=12), "UNIQUE_LAYERS=12"),
     (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS=12 exceeds NUM_LAYERS=11"),
     (dict(BIGRAM_VOCAB_SIZE=1), "BIGRAM_VOCAB_SIZE=1"),
     (dict(TRIGRAM_VOCAB_SIZE=1), "TRIGRAM_VOCAB_SIZE=1"),
@@ -227,7 +226,8 @@ def test_borders_of_the_contradictions_are_allowed():
             dict(TTT_ENABLED=0, EVAL_STRIDE=0), dict(TTT_ENABLED=0, TTT_CHUNK_TOKENS=2),
             dict(ROPE_DIMS=2, ROPE_NTK_REFERENCE=0), dict(ITERATIONS=0), dict(VE_LAYERS=" 9, 10 "),
             dict(MAX_WALLCLOCK_SECONDS=0), dict(EVAL_STRIDE=2048), dict(BIGRAM_VOCAB_SIZE=2),
-            dict(XSA_LAST_N=11, UNIQUE_LAYERS=11, TTT_FREEZE_BLOCKS=11),
+            dict(XSA_LAST_N=12, UNIQUE_LAYERS=11, TTT_FREEZE_BLOCKS=11),
+            *(dict(NUM_LAYERS=layers) for layers in range(1, 13)),
             dict(LATE_PASSES="0-10, 3,3-5"), dict(EVAL_SEQ_LEN=1024, EVAL_STRIDE=1024),
             dict(GPTQ=0, GPTQ_RESERVE_SECONDS=600)):
         resolved(**variables)
