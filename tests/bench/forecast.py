@@ -1,0 +1,82 @@
+"""Seconds of the evaluation on 8×H100 by arithmetic: counted work over assumed rates. No measurement.
+
+    python tests/bench/forecast.py                  # the default; PRESET=... and other settings work
+    TTT_EPOCHS=10 python tests/bench/forecast.py
+
+Counted from the settings: tokens that each part reads, FLOPs of products and attention, passes.
+Launches and bytes of a pass outside of products and attention come from results/traffic_sm90.md.
+Every assumption is printed beside the table.
+"""
+import math
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_gpt  # noqa: E402
+
+RANKS = 8
+TARGETS = {1024: 62_021_632, 8192: 40_540_160}  # of the official validation set, by vocabulary
+PRODUCTS = 0.50 * 989e12   # FLOP/s of bf16 products of these sizes
+ATTENTION = 0.35 * 989e12  # FLOP/s of causal attention
+MEMORY = 0.80 * 3.35e12    # bytes/s
+LAUNCH = 6e-6              # s of the host for a kernel of a compiled graph
+LINKS = 350e9              # bytes/s of a sum over ranks
+# Of forward and backward for 48 × 2,048 tokens (traffic_sm90.md); a forward pass is taken as a third.
+LAUNCHES, BYTES = 471, 96.12e9 / (48 * 2048)
+
+
+def seconds_of(s, tokens, passes, keys, backward):
+    """(seconds, GPU seconds) of one rank for `tokens` in so many passes, `keys` seen by a query."""
+    shapes, order = train_gpt.parameter_shapes(s), train_gpt.pass_list(s, late=True)
+    core = sum(math.prod(shape) for name, shape in shapes.items()
+               if name.startswith("cores.0.") and len(shape) == 2)
+    factor = 3 if backward else 1
+    products = 2 * (core * len(order) + s.vocab_size * s.model_dim) * tokens * factor
+    attention = 4 * keys * s.model_dim * len(order) * tokens * (3.5 if backward else 1)
+    work = (products / PRODUCTS + attention / ATTENTION
+            + BYTES * tokens * (1 if backward else 1 / 3) / MEMORY)
+    host = passes * LAUNCHES * LAUNCH * (1 if backward else 1 / 3)
+    return max(work, host), work
+
+
+def parts(s):
+    """(name, tokens over all ranks, seconds, GPU seconds) of each part."""
+    targets, (length, stride, band) = TARGETS[s.vocab_size], s.scoring_plan
+    batch = max(1, s.eval_batch_seqs * s.window // length)
+    mine = targets / RANKS
+
+    def scored(length, stride, keys):
+        tokens = mine * length / stride
+        return tokens * RANKS, *seconds_of(s, tokens, tokens / (batch * length), keys, False)
+
+    yield "plain", *scored(s.window, s.window, s.window / 2)
+    yield "full context", *scored(length, stride, band or s.window / 2)
+    if not s.ttt_enabled:
+        return
+    yield "scoring of TTT", *scored(length, stride, band or s.window / 2)
+    chunk = s.ttt_chunk_tokens or 32768
+    epochs = s.ttt_epochs if s.ttt_epochs >= 0 else 10
+    steps = targets / chunk * epochs
+    counts = sum(train_gpt.parameter_counts(s).values())
+    busy, work = seconds_of(s, mine * epochs, steps, s.train_seq_len / 2, True)
+    update = steps * (4 * counts / LINKS * 2 + 5 * 4 * counts / MEMORY)
+    yield "adapting of TTT", targets * epochs, busy + update, work + update
+
+
+def main():
+    s = train_gpt.resolve_settings(dict(os.environ))[0]
+    print(f"assumed: products {PRODUCTS / 1e12:.0f} TFLOP/s, attention {ATTENTION / 1e12:.0f}, "
+          f"memory {MEMORY / 1e12:.2f} TB/s, {LAUNCH * 1e6:.0f} us a launch, links "
+          f"{LINKS / 1e9:.0f} GB/s; {LAUNCHES} launches and {BYTES / 1e3:.0f} kB a token forward "
+          "and backward, a third of it forward")
+    print("| part | tokens, millions | seconds | of it the GPU works |\n|---|---|---|---|")
+    total = 0.0
+    for name, tokens, seconds, work in parts(s):
+        total += seconds
+        print(f"| {name} | {tokens / 1e6:.0f} | {seconds:.1f} | {100 * work / seconds:.0f} % |")
+    print(f"| all, of 600 s | | {total:.1f} | |")
+
+
+if __name__ == "__main__":
+    main()
