@@ -683,6 +683,9 @@ def find_upward(path):
 
 # ---- 2. Runtime: ranks, device, log, clock; only this section knows of several processes --------
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class Runtime:
     """This process among its ranks: device, compute type, collectives, and rank 0's log."""
 
@@ -696,6 +699,7 @@ class Runtime:
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.compile = s.compile == "1" or (s.compile == "auto" and cuda)
         self.log_path, self.console, self.phase = None, True, ("", 0.0, 0.0)
+        self.training, self.signal = False, 0
         if cuda:
             torch.cuda.set_device(self.device)
         torch.set_float32_matmul_precision("high" if cuda else "highest")
@@ -709,7 +713,7 @@ class Runtime:
                                 ) from problem
 
     def close(self):
-        if self.world_size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     # -- collectives, the identity with one rank. sum_later, reduce_scatter and all_gather start at
@@ -763,22 +767,33 @@ class Runtime:
         """The range (begin, end) of n items that this rank works on."""
         return n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size
 
-    # -- device
+    # -- signals and device
+
+    def on_signal(self, number=0, frame=None):
+        """While training, note the first signal for the end of the step; else end the run."""
+        if not self.training or self.signal:
+            raise KeyboardInterrupt("interrupted; the same command with RESUME=auto goes on from "
+                                    "what is saved")
+        self.signal = number
+
+    def training_is_over(self):
+        """From now on a signal ends the run at once, as does one noted before on any rank."""
+        self.training = False
+        if self.any_rank(self.signal):
+            self.on_signal()
 
     def probe_compiler(self, s):
-        """Where torch.compile does not work on some rank, go on without. Raises UserError if
-        COMPILE=1 asks for it."""
+        """Go on without torch.compile where that fails; UserError if COMPILE=1 asks for it."""
         why = ""
         try:
             self.compiled(lambda x: x * 2 + 1)(torch.ones(8, device=self.device))
         except Exception as problem:  # a missing compiler, a full cache folder, a broken triton
-            why = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[-1][:200]}"
+            why = f": {type(problem).__name__}: {(str(problem).splitlines() or [''])[-1][:200]}"
         if self.any_rank(why):
-            why = f"it does not work here ({why or 'on another rank'})"
             if s.compile == "1":
-                raise UserError(f"COMPILE=1: {why}; COMPILE=0 goes on without")
+                raise UserError(f"COMPILE=1 does not work here{why}; COMPILE=0 goes on without")
             self.compile = False
-            self.log(f"compile:off, {why}")
+            self.log(f"compile:off, it does not work here{why}")
 
     def compiled(self, function, **options):
         """The function under torch.compile, where this run compiles."""
@@ -789,13 +804,6 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def peak_memory_bytes(self):
-        """Peak memory: of this rank's GPU, or of this process on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
     # -- log
 
     def progress(self, label, fraction):
@@ -804,23 +812,10 @@ class Runtime:
         if label != self.phase[0]:
             self.phase = label, now, now
         _, start, last = self.phase
-        if self.rank == 0 and self.console and now - last >= 10 and fraction > 0:
+        if fraction > 0 and now - last >= 10 and self.console and self.rank == 0:
             self.phase = label, start, now
-            remaining = max(0, (now - start) * (1 - fraction) / fraction)
-            printed(f"progress:{label} {100 * fraction:.0f}% remaining:{remaining:.0f}s",
-                    sys.stderr)
-
-    def open_log(self, path):
-        """Write log lines to `path`; an older log of that name gets a number."""
-        if self.rank:
-            return
-        with explained(f"OUT_DIR: {path} cannot be written", "set OUT_DIR to another folder"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                numbered = (path.with_suffix(f".{n}{path.suffix}") for n in range(1, 10**6))
-                path.rename(next(p for p in numbered if not p.exists()))
-            path.touch()
-        self.log_path = path
+            left = max(0, (now - start) * (1 - fraction) / fraction)
+            printed(f"progress:{label} {100 * fraction:.0f}% remaining:{left:.0f}s", sys.stderr)
 
     def log(self, line="", console=True):
         """A line of rank 0's log. A console or file that fails is dropped, and training goes on."""
@@ -851,20 +846,19 @@ def printed(line, stream):
 
 class StepClock:
     """Milliseconds of training: rank 0's, so that every rank takes the same learning rate and stops
-    at the same step."""
+    at the same step. `interrupted`: some rank has noted a signal."""
 
     def __init__(self, rt, spent_ms=0.0):
-        self.rt, self.events = rt, []
+        self.rt, self.events, self.interrupted = rt, [], False
         self.go_on(spent_ms)
 
     def go_on(self, spent_ms):
-        """Count from here, where `spent_ms` are spent: what was done in between was no training."""
+        """Count from here: what was done since the last reading was not training."""
         self.rt.synchronize()
         self.start = time.perf_counter() - spent_ms / 1000
 
-    def read(self, signalled=False, exact=False):
-        """(milliseconds so far, did a rank get a signal). The host may be two steps ahead of the
-        GPU; where `exact`, it waits."""
+    def read(self, exact=False):
+        """The host may be two steps ahead of the GPU; where `exact`, it waits."""
         if exact:
             self.rt.synchronize()
         elif self.rt.device.type == "cuda":
@@ -873,9 +867,9 @@ class StepClock:
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
         elapsed = 0.0 if self.rt.rank else 1000 * (time.perf_counter() - self.start)
-        both = torch.tensor([elapsed, float(bool(signalled))], dtype=torch.float64)
-        elapsed, signals = self.rt.sum_(both).tolist()
-        return elapsed, signals > 0
+        both = torch.tensor([elapsed, float(self.rt.signal)], dtype=torch.float64)
+        elapsed, self.interrupted = self.rt.sum_(both).tolist()
+        return elapsed
 
 
 def write_whole(path, content):
@@ -2233,12 +2227,12 @@ def muon_momentum(s, step):
     return (1 - warm) * s.muon_momentum_warmup_start + warm * s.muon_momentum
 
 
-def out_of_time(s, step, elapsed_ms, reserve_ms=0.0, step_ms=0.0):
-    """True where the next step would end after the cap less a reserve. It is expected to take the
-    mean of all steps, or `step_ms` if that is more: late passes are slower."""
+def out_of_time(s, step, elapsed_ms, reserve_ms=0.0, step_ms=0.0, steps=1):
+    """True where so many more steps would end after the cap less a reserve. One is expected to take
+    the mean of all steps, or `step_ms` if that is more: late passes are slower."""
     budget_ms = 1000 * s.max_wallclock_seconds - reserve_ms
     step_ms = max(step_ms, elapsed_ms / max(step, 1))
-    return bool(s.max_wallclock_seconds and step and elapsed_ms + step_ms > budget_ms)
+    return bool(s.max_wallclock_seconds and step and elapsed_ms + steps * step_ms > budget_ms)
 
 
 # ---- 8. Weight averaging ------------------------------------------------------------------------
@@ -3248,17 +3242,15 @@ class Adapter:
 
 # ---- 12. Training -------------------------------------------------------------------------------
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
 class Checkpoints:
     """The state of training in OUT_DIR/checkpoints: the last two, each whole or absent.
 
     A state belongs to a key: the settings that change weights, hashes of data and code.
     """
+    NAMES = "step_" + "[0-9]" * 7 + ".pt"
 
     def __init__(self, s, rt, stream):
-        self.s, self.rt, self.signal, self.kept = s, rt, 0, []
+        self.resume, self.rt, self.kept = bool(s.resume), rt, []
         self.folder = Path(s.out_dir).expanduser() / "checkpoints"
         data = [[p.name, len(t), hashlib.sha256(t[: 1 << 16].tobytes()).hexdigest()]
                 for p, t in zip(stream.paths, stream.shards)]
@@ -3267,32 +3259,10 @@ class Checkpoints:
                     if section != "Evaluation" and name not in free}
         self.key.update(data=hashlib.sha256(compact_json(data=data)).hexdigest(),
                         code=hashlib.sha256(SOURCE).hexdigest())
-        for number in SIGNALS:
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        """The first signal ends training after the step; a second one ends the process."""
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def finish(self, path):
-        """From now on, and for a signal already noted: leave at once, by KeyboardInterrupt."""
-        def leave(number=None, frame=None):
-            raise KeyboardInterrupt(f"interrupted; {path} is whole: the same command with "
-                                    "RESUME=auto scores it")
-        for number in SIGNALS:
-            signal.signal(number, leave)
-        if self.rt.any_rank(self.signal):
-            leave()
-
-    def paths(self):
-        """Checkpoints on disk, newest first."""
-        names = self.folder.glob("step_" + "[0-9]" * 7 + ".pt")
-        return sorted((p for p in names if p.is_file()), reverse=True)
 
     def save(self, state):
-        """Write the state; remove all others but this run's last. Returns why it could not be
-        written, or ""."""
+        """Write the state of a step; remove all but this run's last two. Returns "" on every rank,
+        or why it could not be written."""
         path, problem = self.folder / f"step_{state['step']:07d}.pt", ""
         if self.rt.rank == 0 and path not in self.kept:
             buffer = io.BytesIO()
@@ -3301,16 +3271,18 @@ class Checkpoints:
             try:
                 write_whole(path, content + hashlib.sha256(content).digest())
                 self.kept = [*self.kept[-1:], path]
-                for stale in set(self.paths()) - set(self.kept):
-                    stale.unlink(missing_ok=True)
+                for stale in set(self.folder.glob(self.NAMES)) - set(self.kept):
+                    stale.unlink()
                 self.rt.log(f"checkpoint:step {state['step']} {path} {len(content) + 32} bytes")
             except (UserError, OSError) as error:
                 problem = str(error)
+                self.rt.log(f"checkpoint:none at step {state['step']}: {problem}")
         return self.rt.from_rank0(problem)
 
     def load(self):
         """The newest whole state with RESUME=auto, or None. Raises UserError if not of this key."""
-        for path in self.paths() if self.s.resume else ():
+        found = sorted(self.folder.glob(self.NAMES), reverse=True)
+        for path in found if self.resume else ():
             try:
                 content = path.read_bytes()
                 if hashlib.sha256(content[:-32]).digest() != content[-32:]:
@@ -3321,39 +3293,29 @@ class Checkpoints:
             except Exception as problem:  # torch.load raises many kinds on a damaged file
                 self.rt.log(f"resume:{path} is damaged and left out ({problem})")
                 continue
-            if key != self.key:
-                other = [f"{name.upper()}={key.get(name)}, not {value}"
-                         for name, value in self.key.items() if key.get(name) != value]
+            if other := [f"{name.upper()}={key.get(name)}, not {value}"
+                         for name, value in self.key.items() if key.get(name) != value]:
                 raise UserError(f"RESUME=auto: {path} was made with {'; '.join(other)}: set these, "
                                 "or another OUT_DIR")
             self.kept = [path]
             return state
-        if self.s.resume:
+        if self.resume:
             self.rt.log("resume:no checkpoint, from the beginning")
         return None
 
     def export(self, trained):
-        """Note that training is over: its facts, with the artifact's hash."""
-        try:
+        """Note the facts of training, with the artifact's hash: it need not be done again."""
+        with contextlib.suppress(UserError):
             write_whole(self.folder / "exported.json", compact_json(key=self.key, trained=trained))
-        except UserError as problem:
-            self.rt.log(f"checkpoint:no note of the export: {problem}")
 
     def exported(self, path):
-        """The facts of training that ended in the artifact at `path`, with RESUME=auto; or None."""
+        """The facts of the training that made the artifact at `path`, with RESUME=auto; or None."""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             note = json.loads((self.folder / "exported.json").read_bytes())
-            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            if self.s.resume and (note["key"], note["trained"]["sha256"]) == (self.key, sha256):
+            made = note["key"], note["trained"]["sha256"]
+            if self.resume and made == (self.key, hashlib.sha256(path.read_bytes()).hexdigest()):
                 return note["trained"]
         return None
-
-
-def rows_per_pass(s, world_size):
-    """Rows of a rank in one pass: as many as MICRO_BATCH_TOKENS holds, in equal passes."""
-    rows = s.train_batch_tokens // s.train_seq_len // world_size
-    most = max(1, s.micro_batch_tokens // s.train_seq_len)
-    return next((n for n in range(min(rows, most), 0, -1) if rows % n == 0), 1)
 
 
 class Trainer:
@@ -3364,7 +3326,9 @@ class Trainer:
         self.model, self.forward, self.s, self.rt = model, forward, s, rt
         self.checkpoints = checkpoints
         self.rows_per_step = s.train_batch_tokens // s.train_seq_len
-        self.micro_rows = rows_per_pass(s, rt.world_size)
+        mine, most = self.rows_per_step // rt.world_size, s.micro_batch_tokens // s.train_seq_len
+        # Of a pass: as many as MICRO_BATCH_TOKENS holds, in equal passes.
+        self.micro_rows = max(n for n in range(1, min(mine, most) + 1) if mine % n == 0)
         # Of an eager pass; few, since the gradients of each pass are what calibration counts.
         self.calibration_rows = min(self.micro_rows, 8)
         self.optimizers = training_optimizers(model, s, rt)
@@ -3376,66 +3340,71 @@ class Trainer:
     # -- the loop
 
     def train(self, batches, validate):
-        """Train until ITERATIONS or the clock. `validate()` scores the model as it is; its time is
-        not training's, that of checkpoints is. Raises KeyboardInterrupt after a signal, with the
-        state saved."""
-        s, rt = self.s, self.rt
-        clock, interrupted, saved_at = StepClock(rt, self.elapsed), False, self.elapsed
+        """Train until ITERATIONS or the clock; then give the model its averaged weights.
+
+        `validate()` scores the model as it is; its time is not training's, that of checkpoints is.
+        Raises KeyboardInterrupt after a signal, with the state saved.
+        """
+        s, rt, saved_at, clock = self.s, self.rt, self.elapsed, StepClock(self.rt, self.elapsed)
+        rt.log(f"startup:{time.perf_counter() - LAUNCHED:.1f}s from launch to the first step")
         while True:
-            due = self.elapsed - saved_at >= 1000 * s.checkpoint_every_seconds or self.over()
-            if interrupted or (s.checkpoint_every_seconds and due):
-                self.save(interrupted)
-                saved_at = self.elapsed = clock.read()[0]
+            due = self.over() or self.elapsed - saved_at >= 1000 * s.checkpoint_every_seconds
+            if clock.interrupted or (s.checkpoint_every_seconds and due):
+                problem = self.save()
+                if clock.interrupted:
+                    raise KeyboardInterrupt(f"interrupted at step {self.step}; " + (
+                        problem or "RESUME=auto with the same settings goes on from there"))
+                saved_at = self.elapsed = clock.read()
             over = self.over()
             if over or (s.val_loss_every and self.step and self.step % s.val_loss_every == 0):
-                self.elapsed = clock.read(exact=True)[0]
+                self.elapsed = clock.read(exact=True)
                 result = validate()
-                rt.log(f"step:{self.step}/{s.iterations} val_loss:{result['val_loss']:.4f} "
-                       f"val_bpb:{result['val_bpb']:.4f} train_time:{self.elapsed:.0f}ms "
-                       f"step_avg:{self.elapsed / max(self.step, 1):.2f}ms")
+                self.log(f"val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}")
                 clock.go_on(self.elapsed)
             if over:
                 break
             loss, norm, scale = self.train_step(batches.next())
-            before = self.elapsed
-            self.elapsed, interrupted = clock.read(self.checkpoints.signal)
-            if self.over(ahead=3):  # the GPU may be two steps behind that reading
-                self.elapsed, interrupted = clock.read(self.checkpoints.signal, exact=True)
+            before, self.elapsed = self.elapsed, clock.read()
+            if self.over(steps=4):  # the GPU may be two steps behind that reading
+                self.elapsed = clock.read(exact=True)
             self.step_ms = 0.9 * self.step_ms + 0.1 * (self.elapsed - before)
             self.look(loss, norm, scale)
             rt.progress("train", progress_of(s, self.step, self.elapsed))
         if s.max_wallclock_seconds and (self.step < s.iterations or not s.iterations):
             rt.log(f"stopping_early: wallclock_cap train_time:{self.elapsed:.0f}ms "
                    f"step:{self.step}/{s.iterations}")
+        applied = self.averages.apply()
+        rt.log(f"{'ema' if 'EMA' in applied else 'average'}:applying "
+               f"{applied or 'no average, but the last'} weights")
 
-    def over(self, ahead=0):
-        """Is training over, `ahead` steps from now by the clock?"""
-        elapsed = self.elapsed + ahead * max(self.step_ms, self.elapsed / max(self.step, 1))
-        return (self.step >= self.s.iterations > 0
-                or out_of_time(self.s, self.step, elapsed, self.reserve_ms, self.step_ms))
+    def over(self, steps=1):
+        """Is training over, because ITERATIONS are done or so many `steps` no longer fit?"""
+        s = self.s
+        return self.step >= s.iterations > 0 or out_of_time(
+            s, self.step, self.elapsed, self.reserve_ms, self.step_ms, steps)
 
     def train_step(self, rows):
-        """What happens in one step; returns (mean nll of this rank, gradient norm, share of the
-        learning rate)."""
-        s, rt = self.s, self.rt
+        """One step of training. Returns (mean nll of this rank's tokens, norm of all gradients,
+        share of the learning rate)."""
+        s = self.s
         scale = lr_scale(s, self.step, self.elapsed)
         left = warmdown_left(s, self.step, self.elapsed)
         if not self.fake_quant and left < s.late_qat_threshold:
             self.fake_quant = True
-            rt.log(f"late_qat:enabled step:{self.step} scale:{scale:.4f}")
+            self.rt.log(f"late_qat:enabled step:{self.step} scale:{scale:.4f}")
         if not self.late and progress_of(s, self.step, self.elapsed) >= s.late_passes_from:
             self.late = True
-            rt.log(f"late_passes:enabled step:{self.step} order:{s.late_passes}")
+            self.rt.log(f"late_passes:enabled step:{self.step} order:{s.late_passes}")
         loss, norm = self.optimize(rows, scale, muon_momentum(s, self.step), self.fake_quant,
                                    self.late)
         self.step += 1
         if self.averages.update(self.step, left):
-            rt.log(f"swa:start step:{self.step}")
+            self.rt.log(f"swa:start step:{self.step}")
         return loss, norm, scale
 
     def optimize(self, rows, scale, momentum, fake_quant=False, late=True):
-        """One optimizer step on this rank's rows, in passes of micro_rows; returns the mean nll of
-        the rank's tokens and the norm of all gradients, both on the device."""
+        """One optimizer step on this rank's rows, in passes of micro_rows. Returns their mean nll
+        and the norm of all gradients, on the device."""
         loss = torch.zeros((), device=self.rt.device)
         for micro in rows.split(self.micro_rows):
             x, y = micro[:, :-1].long(), micro[:, 1:].long()
@@ -3445,140 +3414,45 @@ class Trainer:
         return loss * self.rt.world_size, self.optimizers.step(scale, momentum)
 
     def look(self, loss, norm, scale):
-        """Log a step; the first ten, every hundredth, and each on a CPU must be finite (a GPU would
-        wait at each). Raises UserError."""
-        s, rt = self.s, self.rt
-        log_it = self.step <= 10 or self.step % s.train_log_every == 0
-        if not log_it and self.step % 100 and rt.device.type == "cuda":
+        """Log the step where it is due. UserError if it is not finite: of a GPU, which would have
+        to wait, only the first ten, every hundredth and logged steps are looked at."""
+        rt, logged = self.rt, self.step <= 10 or self.step % self.s.train_log_every == 0
+        if not logged and self.step % 100 and rt.device.type == "cuda":
             return
         losses = torch.zeros(rt.world_size, device=rt.device)
         losses[rt.rank] = loss
         losses = rt.sum_(losses).tolist()
-        bad = [rank for rank, x in enumerate(losses) if not math.isfinite(x)]
-        if bad or not math.isfinite(norm):
-            rank = bad[0] if bad else rt.rank
-            raise self.diverged(f"rank {rank}: train_loss {losses[rank]}, gradient norm "
-                                f"{float(norm)}, not finite")
-        if log_it:
-            rt.log(f"step:{self.step}/{s.iterations} train_loss:{statistics.fmean(losses):.4f} "
-                   f"train_time:{self.elapsed:.0f}ms "
-                   f"step_avg:{self.elapsed / self.step:.2f}ms lr_scale:{scale:.4f}")
+        rank = next((n for n, x in enumerate(losses) if not math.isfinite(x)), rt.rank)
+        if not math.isfinite(losses[rank]) or not math.isfinite(norm):
+            raise self.diverged(f"rank {rank}: train_loss {losses[rank]}, gradient norm {norm:g}")
+        if logged:
+            self.log(f"train_loss:{statistics.fmean(losses):.4f}", f" lr_scale:{scale:.4f}")
+
+    def log(self, found, more=""):
+        self.rt.log(f"step:{self.step}/{self.s.iterations} {found} train_time:{self.elapsed:.0f}ms "
+                    f"step_avg:{self.elapsed / max(self.step, 1):.2f}ms{more}")
 
     def diverged(self, what):
         s = self.s
-        return UserError(
-            f"step {self.step}, {what}: training diverged; lower MATRIX_LR={s.matrix_lr}, "
-            f"SCALAR_LR={s.scalar_lr} or TIED_EMBED_LR={s.tied_embed_lr}; earlier checkpoints are "
-            "kept")
-
-    # -- before the clock
-
-    def warm_up(self):
-        """Run every compiled variant on random tokens, then restore weights and optimizers: no
-        compilation is timed. Sets the time to keep for calibration."""
-        s, rt = self.s, self.rt
-        kept = [p.detach().clone() for p in self.model.parameters()]
-        shape = self.rows_per_step // rt.world_size, s.train_seq_len + 1
-        rows = torch.randint(s.vocab_size, shape, dtype=torch.int32, device=rt.device)
-        quantized = ([True] if s.late_qat_threshold > 1 else
-                     [False, True] if s.late_qat_threshold else [False])
-        variants = [(fake_quant, late) for late in ([False, True] if s.late_passes else [True])
-                    for fake_quant in quantized]
-        steps = max(s.warmup_steps, len(variants)) if s.warmup_steps else 0
-        for i in range(steps):
-            self.optimize(rows, 1.0, s.muon_momentum, *variants[i % len(variants)])
-            if i + 1 in (1, steps) or (i + 1) % 10 == 0:
-                rt.log(f"warmup_step:{i + 1}/{steps}")
-        if s.gptq and s.max_wallclock_seconds:
-            self.reserve_ms = 1000 * s.gptq_reserve_seconds or self.measured_reserve(rows)
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.model.parameters()), kept)
-        if steps:
-            self.optimizers = training_optimizers(self.model, s, rt)
-        rt.synchronize()
-        if rt.compile:
-            counted = torch._dynamo.utils.counters
-            hits, misses = (counted["inductor"][f"fxgraph_cache_{k}"] for k in ("hit", "miss"))
-            breaks = sum(counted["graph_break"].values())
-            rt.log(f"compile:variants {len(variants)} graph_breaks {breaks} graphs_compiled "
-                   f"{misses} graphs_from_cache {hits}")
-
-    def measured_reserve(self, rows):
-        """Milliseconds that GPTQ_BATCHES will take, plus a quarter; at most a tenth of the clock.
-        The first of two passes loads kernels, the second counts."""
-        parts = rows.split(self.calibration_rows)
-        for _ in range(2):
-            clock = StepClock(self.rt)
-            calibrate(self.model, parts[:1], self.rt)
-        passes = len(parts) * self.s.gptq_batches
-        return min(1.25 * passes * clock.read(exact=True)[0], 100 * self.s.max_wallclock_seconds)
-
-    # -- after the loop
-
-    def calibration(self, batches):
-        """Calibration inside the clock, on the training rows that would have come next: passes
-        until another, as long as the longest so far, would end after the clock."""
-        s, rt, clock, longest = self.s, self.rt, StepClock(self.rt, self.elapsed), 0.0
-        rt.log("gptq_calibration:start")
-
-        def passes():
-            nonlocal longest
-            for _ in range(s.gptq_batches):
-                for part in batches.next().split(self.calibration_rows):
-                    yield part
-                    before, self.elapsed = self.elapsed, clock.read(exact=True)[0]
-                    longest = max(longest, self.elapsed - before)
-                    left = 1000 * s.max_wallclock_seconds - self.elapsed
-                    if s.max_wallclock_seconds and 1.1 * longest > left:
-                        rt.log("gptq_calibration:stopped early, MAX_WALLCLOCK_SECONDS="
-                               f"{s.max_wallclock_seconds:g} is near")
-                        return
-
-        before, found = self.elapsed, calibrate(self.model, passes(), rt)
-        self.elapsed = clock.read(exact=True)[0]
-        rt.log(f"gptq_calibration:done matrices:{len(found.hessians)} "
-               f"time:{self.elapsed - before:.0f}ms")
-        return found
-
-    def run(self, stream, validate):
-        """Train from the last checkpoint or the beginning, give the model its averaged weights and
-        return the calibration, or None."""
-        self.resume()
-        batches = Batches(stream, self.rt, self.rows_per_step, self.step)
-        self.rt.log(f"startup:{time.perf_counter() - LAUNCHED:.1f}s from launch to the first step")
-        try:
-            self.train(batches, validate)
-            applied = self.averages.apply()
-            self.rt.log(f"{'ema' if 'EMA' in applied else 'average'}:applying "
-                        f"{applied or 'no average, but the last'} weights")
-            return self.calibration(batches) if self.s.gptq else None
-        finally:
-            batches.close()
+        return UserError(f"step {self.step}, {what}: not finite, training diverged; lower "
+                         f"MATRIX_LR={s.matrix_lr}, SCALAR_LR={s.scalar_lr} or TIED_EMBED_LR="
+                         f"{s.tied_embed_lr}; earlier checkpoints are kept")
 
     # -- state
 
-    def save(self, interrupted):
-        """Save; after a signal raise KeyboardInterrupt. Without room on the disk training goes on.
-        Raises UserError where a weight is not finite."""
+    def save(self):
+        """Save the state. Returns why it could not be kept, or "", on every rank; UserError where a
+        weight is not finite."""
         if not all(torch.isfinite(p).all() for p in self.model.parameters()):
-            raise self.diverged("weights are not finite, so no checkpoint is written")
-        problem = self.checkpoints.save(dict(
+            raise self.diverged("weights")
+        return self.checkpoints.save(dict(
             {name: getattr(self, name) for name in self.CARRIED}, averages=self.averages.state(),
             model=[p.detach() for p in self.model.parameters()],
             optimizers=self.optimizers.state()))
-        if problem and interrupted:
-            raise UserError(f"interrupted at step {self.step}, and the state could not be kept: "
-                            f"{problem}")
-        if problem:
-            self.rt.log(f"checkpoint:none at step {self.step}: {problem}")
-        if interrupted:
-            raise KeyboardInterrupt(f"interrupted at step {self.step}; RESUME=auto with the same "
-                                    "settings goes on from there")
 
     def resume(self):
         """Take the state of a checkpoint, where there is one. Raises UserError."""
-        state = self.checkpoints.load()
-        if not state:
+        if not (state := self.checkpoints.load()):
             return
         try:
             self.optimizers.load(state["optimizers"])
@@ -3588,20 +3462,81 @@ class Trainer:
                     p.copy_(saved)
             for name in self.CARRIED:
                 setattr(self, name, state[name])
-        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as problem:
-            raise UserError(f"RESUME=auto: the checkpoint in {self.checkpoints.folder} is no state "
-                            f"of this run ({type(problem).__name__}: {problem}): move it away, or "
-                            "set another OUT_DIR") from problem
+        except Exception as problem:  # whatever a state that is none makes torch raise
+            raise UserError(f"RESUME=auto: {self.checkpoints.folder} is no state of this run "
+                            f"({problem!r}): move it away, or set another OUT_DIR") from problem
         self.rt.log(f"resume:step {self.step} train_time:{self.elapsed:.0f}ms")
+
+    # -- before the clock, and at its end
+
+    def warm_up(self):
+        """Run every compiled variant on random tokens, then restore weights and optimizers: no
+        compilation is timed. Sets the time to keep for calibration."""
+        s, rt = self.s, self.rt
+        kept = [p.detach().clone() for p in self.model.parameters()]
+        rows = torch.randint(s.vocab_size, (self.rows_per_step // rt.world_size,
+                                            s.train_seq_len + 1), device=rt.device)
+        variants = [(fake_quant, late) for late in sorted({not s.late_passes, True})
+                    for fake_quant in sorted({s.late_qat_threshold > 1, s.late_qat_threshold > 0})]
+        steps = max(s.warmup_steps, len(variants)) if s.warmup_steps else 0
+        for i in range(steps):
+            self.optimize(rows, 1.0, s.muon_momentum, *variants[i % len(variants)])
+            if i + 1 in (1, steps) or (i + 1) % 10 == 0:
+                rt.log(f"warmup_step:{i + 1}/{steps}")
+        if s.gptq and s.max_wallclock_seconds:
+            self.reserve_ms = 1000 * s.gptq_reserve_seconds or self.measured_reserve(rows)
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), kept)
+        self.optimizers = training_optimizers(self.model, s, rt)
+        if rt.compile:
+            counted = torch._dynamo.utils.counters
+            hits, misses = (counted["inductor"][f"fxgraph_cache_{k}"] for k in ("hit", "miss"))
+            rt.log(f"compile:variants {len(variants)} graph_breaks "
+                   f"{sum(counted['graph_break'].values())} graphs_compiled {misses} "
+                   f"graphs_from_cache {hits}")
+
+    def measured_reserve(self, rows):
+        """Milliseconds that GPTQ_BATCHES will take, plus a quarter; at most a tenth of the clock.
+        The first of two passes loads kernels, the second counts."""
+        parts = rows.split(self.calibration_rows)
+        for _ in range(2):
+            clock = StepClock(self.rt)
+            calibrate(self.model, parts[:1], self.rt)
+        ms = clock.read(exact=True) * len(parts) * self.s.gptq_batches
+        return min(1.25 * ms, 100 * self.s.max_wallclock_seconds)
+
+    def calibration(self, batches):
+        """Calibration inside the clock, on the training rows that would have come next: passes
+        until another, as long as the longest so far, would end after the clock."""
+        s, began, clock = self.s, self.elapsed, StepClock(self.rt, self.elapsed)
+        self.rt.log("gptq_calibration:start")
+
+        def passes(longest=0.0):
+            for rows in (batches.next() for _ in range(s.gptq_batches)):
+                for part in rows.split(self.calibration_rows):
+                    yield part
+                    before, self.elapsed = self.elapsed, clock.read(exact=True)
+                    longest = max(longest, self.elapsed - before)
+                    ends = self.elapsed + 1.1 * longest
+                    if 0 < 1000 * s.max_wallclock_seconds < ends:
+                        self.rt.log("gptq_calibration:stopped early, MAX_WALLCLOCK_SECONDS="
+                                    f"{s.max_wallclock_seconds:g} is near")
+                        return
+
+        found = calibrate(self.model, passes(), self.rt)
+        self.elapsed = clock.read(exact=True)
+        self.rt.log(f"gptq_calibration:done matrices:{len(found.hessians)} "
+                    f"time:{self.elapsed - began:.0f}ms")
+        return found
 
 
 # ---- 13. main: settings → data → train → average → quantize → write → read back → evaluate ------
 
 def versions(rt):
     """Versions of what the result depends on."""
-    gpu = rt.device.type == "cuda"
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                sentencepiece=sentencepiece.__version__, cuda=torch.version.cuda if gpu else None)
+                sentencepiece=sentencepiece.__version__,
+                cuda=torch.version.cuda if rt.device.type == "cuda" else None)
 
 
 def device_name(rt):
@@ -3612,13 +3547,14 @@ def device_name(rt):
 
 def log_start(s, rt, explicit):
     """The log's first entries: source, versions, GPU, every setting: a run from its log alone."""
-    lines = [SOURCE.decode(), "=" * 100,
-             "versions: " + " ".join(f"{k} {v}" for k, v in versions(rt).items())]
+    gpu = ""
     if rt.device.type == "cuda" and rt.rank == 0:
         with contextlib.suppress(OSError):
-            lines.append(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
-    lines += [f"setting {f.name.upper()}={getattr(s, f.name)}"
-              f"{'  (set)' if f.name.upper() in explicit else ''}" for f in fields(s)]
+            gpu = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    lines = [SOURCE.decode(), "=" * 100,
+             "versions: " + " ".join(f"{k} {v}" for k, v in versions(rt).items()), gpu]
+    lines += [f"setting {name.upper()}={value}{'  (set)' if name.upper() in explicit else ''}"
+              for name, value in vars(s).items()]
     for line in lines:
         rt.log(line, console=False)
     rt.log(f"run:{s.run_id} preset:{s.preset or 'none'} device:{device_name(rt)} world_size:"
@@ -3626,8 +3562,9 @@ def log_start(s, rt, explicit):
            f"compile:{int(rt.compile)} seed:{s.seed}")
 
 
-def log_shape(s, log, counts):
+def log_shape(s, log):
     """Parameters by kind, and what a step holds."""
+    counts = parameter_counts(s)
     log("parameters: " + " ".join(f"{kind}:{n}" for kind, n in counts.items()))
     log(f"model_params:{sum(counts.values())}")
     log(f"XSA:last_{s.xsa_last_n} active_layers:{[p.block for p in pass_list(s) if p.xsa]}")
@@ -3639,39 +3576,27 @@ def dry_run(s, world_size):
     """What a run would be, without data or device."""
     say = functools.partial(printed, stream=sys.stdout)
     say(f"settings are good; preset:{s.preset or 'none'} world_size:{world_size}")
-    log_shape(s, say, parameter_counts(s))
+    log_shape(s, say)
     code, model = len(SHIPPED), size_forecast(s)
     room = s.artifact_budget_bytes - code
     fits = "" if model <= room else f"; coarser steps will fit the model into {room}"
     say(f"size: code {code} + model {model} at the finest steps (Gaussian weights) = "
         f"{code + model} of {s.artifact_budget_bytes} bytes{fits}")
-    say(f"training: {s.iterations or 'any number of'} steps at most, "
-        f"{s.max_wallclock_seconds or 'no limit of'} s")
-    length, stride, band = s.scoring_plan
-    say(f"evaluation: {s.eval_attention}, "
-        f"{f'{length} tokens a pass to score {stride}' if stride else 'plain only'}"
-        f"{f', {band} keys a layer' if band else ''}; TTT {'on' if s.ttt_enabled else 'off'}")
 
 
-def check_places(s, path, rt):
-    """Find before training what could not be written after it; one training run per OUT_DIR.
-    Raises UserError."""
+def claim_places(s, rt, path, log_path):
+    """Find before training what could not be written after it; one training run per OUT_DIR; an
+    older log of the same name gets a number. Raises UserError."""
     if rt.rank:
         return
     if not s.eval_only:
         with explained(f"OUT_DIR={s.out_dir} cannot be used", "set OUT_DIR to another folder"):
             path.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(path.parent).free
-            rt.lock = open(path.parent / ".lock", "a+", encoding="utf-8", errors="replace")
-        try:
+            rt.lock = open(path.parent / ".lock", "ab")
+        with explained(f"OUT_DIR={s.out_dir}: another run is at work there",
+                       "set another OUT_DIR, or wait for it"):
             fcntl.flock(rt.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as problem:
-            rt.lock.seek(0)
-            raise UserError(f"OUT_DIR={s.out_dir}: in use by {rt.lock.read().strip()}; set another "
-                            "OUT_DIR, or wait for that run") from problem
-        rt.lock.truncate(0)
-        rt.lock.write(f"run {s.run_id}, process {os.getpid()}")
-        rt.lock.flush()
         if path.is_dir() or free < s.artifact_budget_bytes:
             raise UserError(f"OUT_DIR={s.out_dir}: {path.name} is a folder, or {free} bytes free "
                             f"are less than ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}; make "
@@ -3681,6 +3606,13 @@ def check_places(s, path, rt):
             target = Path(s.scores_path).expanduser()
             target.parent.mkdir(parents=True, exist_ok=True)
             open(target, "ab").close()
+    with explained(f"OUT_DIR: {log_path} cannot be written", "set OUT_DIR to another folder"):
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        if log_path.exists():
+            numbered = (log_path.with_suffix(f".{n}.txt") for n in range(1, 10**6))
+            log_path.rename(next(p for p in numbered if not p.exists()))
+        log_path.touch()
+    rt.log_path = log_path
 
 
 UNTRAINED = dict(steps=0, train_tokens=0, train_seconds=0.0, pack_seconds=0.0,
@@ -3691,21 +3623,24 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     """Train, average, quantize, write. Returns (facts of training, {kind: result})."""
     stream = TrainStream(s)
     documents, shared = contamination(stream, tokens)
-    if shared:
-        rt.log(f"not a legal record: {shared} of {documents} sampled training documents begin like "
-               "documents of the validation set")
+    rt.log(f"contamination:{shared} of {documents} sampled training documents begin like documents "
+           "of the validation set")
     checkpoints = Checkpoints(s, rt, stream)
     if trained := rt.from_rank0(checkpoints.exported(path)):
         rt.log(f"resume:{path} is finished, on to its evaluation")
-        checkpoints.finish(path)
         return trained, {}
 
     def plain(label):
         return evaluate(forward, tokens, byte_table, s, rt, label, (s.window, s.window, 0))[0]
 
+    rt.training = True
     trainer = Trainer(model, forward, s, rt, checkpoints)
     trainer.warm_up()
-    calibration = trainer.run(stream, lambda: plain("validation"))
+    trainer.resume()
+    batches = Batches(stream, rt, trainer.rows_per_step, trainer.step)
+    with contextlib.closing(batches):
+        trainer.train(batches, lambda: plain("validation"))
+        calibration = trainer.calibration(batches) if s.gptq else None
     if rt.device.type == "cuda":
         rt.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
                f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
@@ -3720,31 +3655,29 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
                    validation_documents_in_training=shared, sha256=sha256)
     if rt.rank == 0:
         checkpoints.export(trained)
-    checkpoints.finish(path)
+    rt.training_is_over()
     return trained, {"float": floating}
 
 
 def write_artifact(state, s, rt, calibration, path):
-    """Rank 0 packs, reads back and writes. On every rank: the file's SHA-256, or UserError. Where
-    there is no room for it the file goes to the folder for temporary files."""
+    """Rank 0 packs, reads back and writes; to the folder for temporary files if there is no room.
+    Returns the file's SHA-256 or raises UserError, on every rank."""
     sha256 = problem = ""
     if rt.rank == 0:
         try:
             content = pack(state, s, s.artifact_budget_bytes - len(SHIPPED), rt.log, calibration)
-            sha256 = hashlib.sha256(content).hexdigest()
             tensors = decode_artifact(content)[1]  # what cannot be read is not written
-            try:
-                write_whole(path, content)
-            except UserError as error:
-                problem = str(error)
-                rescue = Path(tempfile.gettempdir()) / f"{path.stem}.{os.getpid()}{path.suffix}"
-                with contextlib.suppress(UserError):
-                    write_whole(rescue, content)
-                    problem += f"; the artifact is in {rescue}: EVAL_ONLY={rescue} scores it"
+            sha256 = hashlib.sha256(content).hexdigest()
+            write_whole(path, content)
             for line, console in error_report(state, tensors):
                 rt.log(line, console)
         except UserError as error:
             problem = str(error)
+            if sha256:
+                rescue = Path(tempfile.gettempdir()) / f"{path.stem}.{os.getpid()}{path.suffix}"
+                with contextlib.suppress(UserError):
+                    write_whole(rescue, content)
+                    problem += f"; the artifact is in {rescue}: EVAL_ONLY={rescue} scores it"
     sha256, problem = rt.from_rank0((sha256, problem))
     if problem:
         raise UserError(problem)
@@ -3796,33 +3729,32 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha
     if s.ttt_enabled:
         adapter = Adapter(model, forward, s, rt)
         ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)
-        r = results["ttt"]
-        rt.log(f"{adapter.label}:done val_loss={r['val_loss']:.6f} val_bpb={r['val_bpb']:.6f} "
-               f"elapsed={r['seconds']:.1f}s")
     return results, ledger
 
 
 def report(s, rt, path, trained, results, ledger, eval_seconds):
     """Write the result file and the log's last lines: what a reviewer checks."""
     last, content, code = list(results.values())[-1], path.read_bytes(), len(SHIPPED)
+    peak = (torch.cuda.max_memory_allocated() if rt.device.type == "cuda" else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024))
     shared, total = trained["validation_documents_in_training"], code + len(content)
-    limits = dict(total_bytes=(total, 16_000_000), eval_seconds=(eval_seconds, 600),
-                  train_seconds=(trained["train_seconds"], 600))
-    violations = [f"{key} {value:g} exceeds {limit:,}" for key, (value, limit) in limits.items()
-                  if value > limit]
+    violations = [f"{name} {value:g} exceeds {limit:,}" for name, value, limit in (
+        ("total_bytes", total, 16_000_000), ("eval_seconds", eval_seconds, 600),
+        ("train_seconds", trained["train_seconds"], 600)) if value > limit]
     if shared:
         violations.append(f"{shared} sampled training documents begin like documents of the "
                           "validation set")
     if s.val_limit_tokens:
         violations.append(f"VAL_LIMIT_TOKENS={s.val_limit_tokens}: not the whole validation set")
     result = dict(
-        preset=s.preset, settings={f.name: getattr(s, f.name) for f in fields(s)}, seed=s.seed,
+        preset=s.preset, settings=vars(s), seed=s.seed,
         world_size=rt.world_size, device=device_name(rt), versions=versions(rt),
         code_sha256=hashlib.sha256(SHIPPED).hexdigest(), code_bytes=code,
         model_bytes=len(content), total_bytes=total,
         model_params=sum(parameter_counts(s).values()), **trained,
         eval_seconds=eval_seconds, scored_targets=last["targets"], scored_bytes=last["bytes"],
-        bytes_from=last["bytes_from"], peak_memory_bytes=rt.peak_memory_bytes(),
+        bytes_from=last["bytes_from"], peak_memory_bytes=peak,
         val_loss={kind: r["val_loss"] for kind, r in results.items()},
         val_bpb={kind: r["val_bpb"] for kind, r in results.items()},
         ledger_sha256=last["sha256"], artifact=str(path), violations=violations)
@@ -3850,12 +3782,10 @@ def settings_of_artifact(path, environ, world_size=1):
     """(Settings, names set explicitly) for EVAL_ONLY: those stored in the file, changed by explicit
     variables where that does not contradict the model or its training. Raises UserError."""
     stored, tensors, _ = read_artifact(path)
-    known = {f.name for f in fields(Settings)} - set(TIED_TO_THE_RUN)  # none says where to write
     for name, value in stored.items():
-        if name not in known:
-            raise ArtifactError(f"{path}: holds {name}, a setting that no artifact of this script "
-                                "has")
         try:
+            if name not in TYPES or name in TIED_TO_THE_RUN:  # none says where to write
+                raise ValueError("no artifact of this script has")
             stored[name] = parse_value(name, value)
         except ValueError as problem:
             raise ArtifactError(f"{path}: holds {name}={value}, which {problem}") from problem
@@ -3881,10 +3811,9 @@ def run_job(s, rt, explicit):
     s = replace(s, run_id=s.run_id or str(uuid.uuid4()))
     out = Path(s.out_dir).expanduser()
     path = Path(s.eval_only).expanduser() if s.eval_only else out / "final_model.ptz"
-    check_places(s, path, rt)
-    rt.open_log(out / "logs" / f"{s.run_id}.txt")
+    claim_places(s, rt, path, out / "logs" / f"{s.run_id}.txt")
     log_start(s, rt, explicit)
-    log_shape(s, rt.log, parameter_counts(s))
+    log_shape(s, rt.log)
     if rt.compile:
         rt.probe_compiler(s)
     model, names = build_model(s, rt)
@@ -3925,21 +3854,24 @@ def main(argv, environ):
             return 0
         torch._dynamo.config.cache_size_limit = 64
         rt = Runtime(s, ranks)
+        for number in SIGNALS:
+            if handlers[number] != signal.SIG_IGN:  # as nohup does
+                signal.signal(number, rt.on_signal)
         run_job(s, rt, explicit)
         rt.close()
         return 0
     except KeyboardInterrupt as problem:
-        text = str(problem) or "interrupted; RESUME=auto goes on from what is saved, if anything is"
+        text = str(problem) or "interrupted"
         rt.log(text) if rt else printed(text, sys.stdout)
         return 130
     except (UserError, LedgerError, torch.OutOfMemoryError) as problem:
         if rank:  # what all ranks met is said once: rank 0's end also ends the others
             time.sleep(5)
-        hint = (f"GPU memory ran out; lower MICRO_BATCH_TOKENS={s.micro_batch_tokens} (training "
-                "and TTT; 32768 should suit 24 GB) or EVAL_BATCH_SEQS="
-                f"{s.eval_batch_seqs} (scoring): " if isinstance(problem, torch.OutOfMemoryError)
-                else "")
-        printed(f"error{f' on rank {rank}' if rank else ''}: {hint}{problem}", sys.stderr)
+        if isinstance(problem, torch.OutOfMemoryError):
+            problem = ("GPU memory ran out; lower MICRO_BATCH_TOKENS="
+                       f"{s.micro_batch_tokens} (training and TTT; 32768 should suit 24 GB) or "
+                       f"EVAL_BATCH_SEQS={s.eval_batch_seqs} (scoring): {problem}")
+        printed(f"error{f' on rank {rank}' if rank else ''}: {problem}", sys.stderr)
         return 2
     finally:
         for number, handler in handlers.items():
