@@ -3248,9 +3248,10 @@ class Checkpoints:
     A state belongs to a key: the settings that change weights, hashes of data and code.
     """
     NAMES = "step_" + "[0-9]" * 7 + ".pt"
+    CARRIED = ("step", "elapsed", "step_ms", "fake_quant", "late")  # of a Trainer
 
     def __init__(self, s, rt, stream):
-        self.resume, self.rt, self.kept = bool(s.resume), rt, []
+        self.wanted, self.rt, self.kept = bool(s.resume), rt, []
         self.folder = Path(s.out_dir).expanduser() / "checkpoints"
         data = [[p.name, len(t), hashlib.sha256(t[: 1 << 16].tobytes()).hexdigest()]
                 for p, t in zip(stream.paths, stream.shards)]
@@ -3260,48 +3261,63 @@ class Checkpoints:
         self.key.update(data=hashlib.sha256(compact_json(data=data)).hexdigest(),
                         code=hashlib.sha256(SOURCE).hexdigest())
 
-    def save(self, state):
-        """Write the state of a step; remove all but this run's last two. Returns "" on every rank,
-        or why it could not be written."""
-        path, problem = self.folder / f"step_{state['step']:07d}.pt", ""
+    def save(self, trainer):
+        """Write the state; remove all but this run's last two. Returns "" on every rank, or why it
+        could not be written. Raises UserError where a weight is not finite."""
+        state = dict({name: getattr(trainer, name) for name in self.CARRIED}, key=self.key,
+                     averages=trainer.averages.state(), optimizers=trainer.optimizers.state(),
+                     model=[p.detach() for p in trainer.model.parameters()])
+        if not all(torch.isfinite(p).all() for p in state["model"]):
+            raise trainer.diverged("weights")
+        path, problem = self.folder / f"step_{trainer.step:07d}.pt", ""
         if self.rt.rank == 0 and path not in self.kept:
             buffer = io.BytesIO()
-            torch.save(dict(state, key=self.key), buffer)
+            torch.save(state, buffer)
             content = buffer.getvalue()
             try:
                 write_whole(path, content + hashlib.sha256(content).digest())
                 self.kept = [*self.kept[-1:], path]
                 for stale in set(self.folder.glob(self.NAMES)) - set(self.kept):
                     stale.unlink()
-                self.rt.log(f"checkpoint:step {state['step']} {path} {len(content) + 32} bytes")
+                self.rt.log(f"checkpoint:step {trainer.step} {path} {len(content) + 32} bytes")
             except (UserError, OSError) as error:
                 problem = str(error)
-                self.rt.log(f"checkpoint:none at step {state['step']}: {problem}")
+                self.rt.log(f"checkpoint:none at step {trainer.step}: {problem}")
         return self.rt.from_rank0(problem)
 
-    def load(self):
-        """The newest whole state with RESUME=auto, or None. Raises UserError if not of this key."""
-        found = sorted(self.folder.glob(self.NAMES), reverse=True)
-        for path in found if self.resume else ():
-            try:
+    def resume(self, trainer):
+        """With RESUME=auto give the trainer the newest whole state, if there is one. Raises
+        UserError if it is not of this key."""
+        found = sorted(self.folder.glob(self.NAMES), reverse=True) if self.wanted else ()
+        for path in found:
+            with explained(f"RESUME=auto: {path} cannot be read", "move it away"):
                 content = path.read_bytes()
-                if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-                    raise ValueError("checksum does not match")
+            if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+                self.rt.log(f"resume:{path} is damaged and left out")
+                continue
+            try:
                 state = torch.load(io.BytesIO(content[:-32]), map_location=self.rt.device,
                                    weights_only=True)
-                key = state["key"]
-            except Exception as problem:  # torch.load raises many kinds on a damaged file
-                self.rt.log(f"resume:{path} is damaged and left out ({problem})")
-                continue
-            if other := [f"{name.upper()}={key.get(name)}, not {value}"
-                         for name, value in self.key.items() if key.get(name) != value]:
+                other = [f"{name.upper()}={state['key'].get(name)}, not {value}"
+                         for name, value in self.key.items() if state["key"].get(name) != value]
+                if not other:
+                    trainer.optimizers.load(state["optimizers"])
+                    trainer.averages.load(state["averages"])
+                    for p, saved in zip(trainer.model.parameters(), state["model"], strict=True):
+                        p.data.copy_(saved)
+                    vars(trainer).update({name: state[name] for name in self.CARRIED})
+            except Exception as problem:  # what is no state makes torch raise many kinds
+                raise UserError(f"RESUME=auto: {path} is no state of this run "
+                                f"({type(problem).__name__}): move it away, or set another OUT_DIR"
+                                ) from problem
+            if other:
                 raise UserError(f"RESUME=auto: {path} was made with {'; '.join(other)}: set these, "
                                 "or another OUT_DIR")
             self.kept = [path]
-            return state
-        if self.resume:
+            self.rt.log(f"resume:step {trainer.step} train_time:{trainer.elapsed:.0f}ms")
+            return
+        if self.wanted:
             self.rt.log("resume:no checkpoint, from the beginning")
-        return None
 
     def export(self, trained):
         """Note the facts of training, with the artifact's hash: it need not be done again."""
@@ -3313,14 +3329,13 @@ class Checkpoints:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             note = json.loads((self.folder / "exported.json").read_bytes())
             made = note["key"], note["trained"]["sha256"]
-            if self.resume and made == (self.key, hashlib.sha256(path.read_bytes()).hexdigest()):
+            if self.wanted and made == (self.key, hashlib.sha256(path.read_bytes()).hexdigest()):
                 return note["trained"]
         return None
 
 
 class Trainer:
     """The training loop and what it needs: model, optimizers, averages."""
-    CARRIED = ("step", "elapsed", "step_ms", "fake_quant", "late")  # by checkpoints
 
     def __init__(self, model, forward, s, rt, checkpoints):
         self.model, self.forward, self.s, self.rt = model, forward, s, rt
@@ -3350,7 +3365,7 @@ class Trainer:
         while True:
             due = self.over() or self.elapsed - saved_at >= 1000 * s.checkpoint_every_seconds
             if clock.interrupted or (s.checkpoint_every_seconds and due):
-                problem = self.save()
+                problem = self.checkpoints.save(self)
                 if clock.interrupted:
                     raise KeyboardInterrupt(f"interrupted at step {self.step}; " + (
                         problem or "RESUME=auto with the same settings goes on from there"))
@@ -3437,35 +3452,6 @@ class Trainer:
         return UserError(f"step {self.step}, {what}: not finite, training diverged; lower "
                          f"MATRIX_LR={s.matrix_lr}, SCALAR_LR={s.scalar_lr} or TIED_EMBED_LR="
                          f"{s.tied_embed_lr}; earlier checkpoints are kept")
-
-    # -- state
-
-    def save(self):
-        """Save the state. Returns why it could not be kept, or "", on every rank; UserError where a
-        weight is not finite."""
-        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
-            raise self.diverged("weights")
-        return self.checkpoints.save(dict(
-            {name: getattr(self, name) for name in self.CARRIED}, averages=self.averages.state(),
-            model=[p.detach() for p in self.model.parameters()],
-            optimizers=self.optimizers.state()))
-
-    def resume(self):
-        """Take the state of a checkpoint, where there is one. Raises UserError."""
-        if not (state := self.checkpoints.load()):
-            return
-        try:
-            self.optimizers.load(state["optimizers"])
-            self.averages.load(state["averages"])
-            with torch.no_grad():
-                for p, saved in zip(self.model.parameters(), state["model"], strict=True):
-                    p.copy_(saved)
-            for name in self.CARRIED:
-                setattr(self, name, state[name])
-        except Exception as problem:  # whatever a state that is none makes torch raise
-            raise UserError(f"RESUME=auto: {self.checkpoints.folder} is no state of this run "
-                            f"({problem!r}): move it away, or set another OUT_DIR") from problem
-        self.rt.log(f"resume:step {self.step} train_time:{self.elapsed:.0f}ms")
 
     # -- before the clock, and at its end
 
@@ -3636,14 +3622,11 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     rt.training = True
     trainer = Trainer(model, forward, s, rt, checkpoints)
     trainer.warm_up()
-    trainer.resume()
+    checkpoints.resume(trainer)
     batches = Batches(stream, rt, trainer.rows_per_step, trainer.step)
     with contextlib.closing(batches):
         trainer.train(batches, lambda: plain("validation"))
         calibration = trainer.calibration(batches) if s.gptq else None
-    if rt.device.type == "cuda":
-        rt.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
-               f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
     floating = plain("float")
     rt.log(f"DIAGNOSTIC post_ema val_loss:{floating['val_loss']:.4f} "
            f"val_bpb:{floating['val_bpb']:.4f} eval_time:{1000 * floating['seconds']:.0f}ms")
@@ -3759,7 +3742,8 @@ def report(s, rt, path, trained, results, ledger, eval_seconds):
         val_bpb={kind: r["val_bpb"] for kind, r in results.items()},
         ledger_sha256=last["sha256"], artifact=str(path), violations=violations)
     label = f"{s.quant_label}+{open_artifact(content)[0]['codec']}"
-    for line in (f"Serialized model {label}: {len(content)} bytes",
+    for line in (f"peak memory allocated: {peak // 2**20} MiB",
+                 f"Serialized model {label}: {len(content)} bytes",
                  f"Code size: {code} bytes",
                  f"Total submission size {label}: {total} bytes of {s.artifact_budget_bytes}",
                  f"code_sha256:{result['code_sha256']}",

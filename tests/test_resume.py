@@ -354,15 +354,6 @@ def test_a_gradient_that_is_not_finite_stops_too(job, monkeypatch):
     assert "not finite" in stopped.stderr and not stopped.content
 
 
-HUGE = dict(SCALAR_LR=1e18, MATRIX_LR=1e18, TIED_EMBED_LR=1e18, GRAD_CLIP_NORM=0)
-
-
-def test_a_run_that_diverges_ends_in_words(job):
-    stopped = job(**HUGE)
-    assert stopped.returncode == 2 and "not finite" in stopped.stderr
-    assert "SCALAR_LR=1e+18" in stopped.stderr and not stopped.content
-
-
 def test_no_checkpoint_is_written_of_weights_that_are_not_finite(job, monkeypatch):
     """On a GPU most steps are not looked at; two such states must not replace the good ones."""
     monkeypatch.setattr(Trainer, "look", lambda *_: None)
