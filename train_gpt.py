@@ -2923,9 +2923,9 @@ def read_artifact(path, sha256=""):
     with explained(f"{path} cannot be read", "name an artifact of a run", ArtifactError):
         content = Path(path).expanduser().read_bytes()
     if sha256 and sha256 != (found := hashlib.sha256(content).hexdigest()):
-        raise UserError(f"{path}: SHA-256 {found}, this run wrote {sha256}: something replaced the "
-                        f"file, and nothing is scored. EVAL_ONLY={path} scores what is there; run "
-                        "again in an OUT_DIR of its own")
+        raise UserError(f"{path}: SHA-256 {found}, where this run wrote or found {sha256}: the "
+                        f"file was replaced, and is not scored; EVAL_ONLY={path} scores what is "
+                        "there, an OUT_DIR of its own keeps others away")
     try:
         return decode_artifact(content)
     except ArtifactError as problem:
@@ -3328,7 +3328,7 @@ class Checkpoints:
         """The facts of the training that made the artifact at `path`, with RESUME=auto; or None."""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             note = json.loads((self.folder / "exported.json").read_bytes())
-            made = note["key"], note["trained"]["sha256"]
+            made = note["key"], note["trained"]["artifact_sha256"]
             if self.wanted and made == (self.key, hashlib.sha256(path.read_bytes()).hexdigest()):
                 return note["trained"]
         return None
@@ -3602,7 +3602,7 @@ def claim_places(s, rt, path, log_path):
 
 
 UNTRAINED = dict(steps=0, train_tokens=0, train_seconds=0.0, pack_seconds=0.0,
-                 validation_documents_in_training=0, sha256="")
+                 validation_documents_in_training=0)
 
 
 def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
@@ -3635,7 +3635,7 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     trained = dict(steps=trainer.step, train_tokens=trainer.step * s.train_batch_tokens,
                    train_seconds=trainer.elapsed / 1000,
                    pack_seconds=time.perf_counter() - started,
-                   validation_documents_in_training=shared, sha256=sha256)
+                   validation_documents_in_training=shared, artifact_sha256=sha256)
     if rt.rank == 0:
         checkpoints.export(trained)
     rt.training_is_over()
@@ -3804,8 +3804,10 @@ def run_job(s, rt, explicit):
     rt.log(" ".join(f"{part}:{name}" for part, name in names.items())
            + f" validation_targets:{len(tokens) - 1} bytes_from:{byte_table.source}")
     forward = rt.compiled(model)
-    trained, results = UNTRAINED, {}
-    if not s.eval_only:
+    if s.eval_only:
+        sha256 = rt.from_rank0(hashlib.sha256(path.read_bytes()).hexdigest())
+        trained, results = dict(UNTRAINED, artifact_sha256=sha256), {}
+    else:
         trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
     # Only now, so that the artifact keeps 0, and another validation set gets its own length.
     chunk = s.ttt_chunk_tokens or max(s.pass_tokens, min(32768, len(tokens) // 64))
@@ -3813,7 +3815,7 @@ def run_job(s, rt, explicit):
     warm_up_evaluations(model, forward, s, rt, tokens)
     opened = time.perf_counter()
     scored, ledger = run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened,
-                                     trained["sha256"])
+                                     trained["artifact_sha256"])
     seconds = time.perf_counter() - opened
     report(s, rt, path, trained, {**results, **scored}, ledger, seconds)
 

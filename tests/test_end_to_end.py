@@ -44,6 +44,7 @@ def test_the_result_file_says_what_was_run(trained):
     result, (_, tensors, _) = trained.result, train_gpt.decode_artifact(trained.content)
     assert {"preset", "device", "code_sha256"} <= result.keys()
     assert result["model_bytes"] == len(trained.content)
+    assert result["artifact_sha256"] == hashlib.sha256(trained.content).hexdigest()
     assert result["total_bytes"] == result["code_bytes"] + len(trained.content)
     assert result["model_params"] == sum(int(np.prod(t.shape)) for t in tensors.values())
     assert result["steps"] == 10 and result["train_tokens"] == 3840 and result["seed"] == 1337
