@@ -116,7 +116,6 @@ class Settings:
     run_id: str = ""  # names logs/<RUN_ID>.txt and .json; empty: a fresh uuid4
     seed: Annotated[int, 0, 2**31 - 1] = 1337  # of the weights and of the order of training rows
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU where there is one
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of computation; auto: bf16 on a GPU
     compile: Literal["auto", "0", "1"] = "auto"  # torch.compile; auto: on a GPU only
     attention: Literal["auto", "fa3", "cudnn", "flash", "fa2", "fa4", "flex", "sdpa"] = "auto"
         # kernel of attention; auto: the first in this order that gives the right result here
@@ -127,8 +126,6 @@ class Settings:
     scores_path: str = ""  # file.npy for the nll (nats, float32) of each target, last evaluation
     checkpoint_every_seconds: Amount = 0.0  # of training; 0: only after a signal
     resume: Literal["", "auto"] = ""  # auto: continue from OUT_DIR's last checkpoint or artifact
-    nonfinite: Literal["stop", "skip"] = "stop"
-        # at a gradient that is not finite; skip omits that step, and waits for the GPU at each
 
     # == Data
     data_path: str = "./data/datasets/fineweb10B_sp8192"  # folder of fineweb_{train,val}_*.bin
@@ -254,7 +251,6 @@ class Settings:
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices alone
     ttt_params: Literal["all", "tail"] = "all"
         # tail: blocks from TTT_FREEZE_BLOCKS on, scales, token table
-    ttt_decay: Amount = 0.0  # × lr, pull towards the artifact's weights per step; 0: off
     ttt_lr: Amount = 0.002  # decays by a cosine over the chunks
     ttt_intra_cosine: Flag = 0  # times a cosine inside each chunk
     ttt_proj_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's down matrices
@@ -692,6 +688,9 @@ def find_upward(path):
 
 # ---- 2. Runtime: ranks, device, log, clock; only this section knows of several processes --------
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class Runtime:
     """This process among its ranks: device, compute type, collectives, and rank 0's log."""
 
@@ -702,13 +701,13 @@ class Runtime:
             raise UserError(f"DEVICE={s.device}: rank {self.rank} wants GPU {local_rank} and sees "
                             f"{torch.cuda.device_count()}; start fewer processes, or DEVICE=cpu")
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-        bf16 = s.precision == "bf16" or (s.precision == "auto" and cuda)
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.dtype = torch.bfloat16 if cuda else torch.float32
         self.compile = s.compile == "1" or (s.compile == "auto" and cuda)
         self.log_path, self.console, self.phase = None, True, ("", 0.0, 0.0)
+        self.training, self.signal = False, 0
         if cuda:
             torch.cuda.set_device(self.device)
-        torch.set_float32_matmul_precision("high" if bf16 else "highest")
+        torch.set_float32_matmul_precision("high" if cuda else "highest")
         torch.manual_seed(s.seed)
         if self.world_size > 1:
             try:
@@ -719,11 +718,11 @@ class Runtime:
                                 ) from problem
 
     def close(self):
-        if self.world_size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
-    # -- collectives, the identity with one rank. Those of a tensor start at once and return a
-    # function that waits for the result, so that many can be in flight; sum_ waits by itself.
+    # -- collectives, the identity with one rank. sum_later, reduce_scatter and all_gather start at
+    # once and return a function that waits for the result, so that many can be in flight.
 
     def sum_(self, x):
         """Sum of `x` over ranks, in place."""
@@ -731,12 +730,12 @@ class Runtime:
             dist.all_reduce(x)
         return x
 
-    def from_rank0(self, *values):
-        """Rank 0's float or floats on every rank, through the host: no wait for the GPU."""
-        x = torch.tensor(values, dtype=torch.float64)
+    def from_rank0(self, value):
+        """Rank 0's value, of any type, on every rank; through the host: no wait for the GPU."""
+        box = [value]
         if self.world_size > 1:
-            dist.broadcast(x, 0)
-        return x.item() if len(values) == 1 else x.tolist()
+            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        return box[0]
 
     def any_rank(self, flag):
         """Is `flag` true on some rank? Through the host, which waits for all ranks."""
@@ -744,28 +743,26 @@ class Runtime:
 
     def sum_later(self, x):
         """Start sum_(x)."""
-        return self._started(x, lambda: dist.all_reduce(x, async_op=True))
+        return self._started(x, dist.all_reduce, x)
 
     def reduce_scatter(self, x):
         """Start a sum over ranks of x [n·W, ...]; each rank gets its n rows."""
         mine = x.tensor_split(self.world_size)[self.rank]
-        if self.device.type == "cpu" or self.world_size == 1:  # gloo has no reduce-scatter
-            return self._started(mine, lambda: dist.all_reduce(x, async_op=True))
-        out = torch.empty_like(mine)
-        return self._started(out, lambda: dist.reduce_scatter_tensor(out, x, async_op=True))
+        if self.device.type == "cpu":  # gloo has no reduce-scatter
+            return self._started(mine, dist.all_reduce, x)
+        out = torch.empty_like(mine) if self.world_size > 1 else mine
+        return self._started(out, dist.reduce_scatter_tensor, out, x)
 
     def all_gather(self, x):
         """Start to gather every rank's x [n, ...] as [n·W, ...]."""
         x = x.contiguous()
-        if self.world_size == 1:
-            return lambda: x
-        out = x.new_empty(x.size(0) * self.world_size, *x.shape[1:])
-        return self._started(out, lambda: dist.all_gather_into_tensor(out, x, async_op=True))
+        out = x.new_empty(x.size(0) * self.world_size, *x.shape[1:]) if self.world_size > 1 else x
+        return self._started(out, dist.all_gather_into_tensor, out, x)
 
-    def _started(self, out, start):
-        work = start() if self.world_size > 1 else None
+    def _started(self, out, collective, *tensors):
+        work = collective(*tensors, async_op=True) if self.world_size > 1 else None
 
-        def wait(start=start):  # `start` holds the input, which must live until then
+        def wait(held=tensors):  # the inputs must live until then
             if work:
                 work.wait()  # blocks the stream of a GPU, not the host
             return out
@@ -775,21 +772,33 @@ class Runtime:
         """The range (begin, end) of n items that this rank works on."""
         return n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size
 
+    # -- signals and device
+
+    def on_signal(self, number=0, frame=None):
+        """While training, note the first signal for the end of the step; else end the run."""
+        if not self.training or self.signal:
+            raise KeyboardInterrupt("interrupted; the same command with RESUME=auto goes on from "
+                                    "what is saved")
+        self.signal = number
+
+    def training_is_over(self):
+        """From now on a signal ends the run at once, as does one noted before on any rank."""
+        self.training = False
+        if self.any_rank(self.signal):
+            self.on_signal()
+
     def probe_compiler(self, s):
-        """Compile a small function; where that fails, go on without. Raises UserError if COMPILE=1
-        asks for it."""
-        x = torch.ones(8, device=self.device)
+        """Go on without torch.compile where that fails; UserError if COMPILE=1 asks for it."""
+        why = ""
         try:
-            self.compiled(lambda x: x * 2 + 1)(x)
-            why = ""
+            self.compiled(lambda x: x * 2 + 1)(torch.ones(8, device=self.device))
         except Exception as problem:  # a missing compiler, a full cache folder, a broken triton
-            why = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[-1][:200]}"
+            why = f": {type(problem).__name__}: {(str(problem).splitlines() or [''])[-1][:200]}"
         if self.any_rank(why):
             if s.compile == "1":
-                raise UserError(f"COMPILE=1: torch.compile does not work here ({why}); "
-                                "COMPILE=0 goes on without")
+                raise UserError(f"COMPILE=1 does not work here{why}; COMPILE=0 goes on without")
             self.compile = False
-            self.log(f"compile:off, it does not work here ({why or 'on another rank'})")
+            self.log(f"compile:off, it does not work here{why}")
 
     def compiled(self, function, **options):
         """The function under torch.compile, where this run compiles."""
@@ -800,13 +809,6 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def peak_memory_bytes(self):
-        """Peak memory: of this rank's GPU, or of this process on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
     # -- log
 
     def progress(self, label, fraction):
@@ -815,43 +817,31 @@ class Runtime:
         if label != self.phase[0]:
             self.phase = label, now, now
         _, start, last = self.phase
-        if self.rank == 0 and self.console and now - last >= 10 and fraction > 0:
+        if fraction > 0 and now - last >= 10 and self.console and self.rank == 0:
             self.phase = label, start, now
-            remaining = max(0, (now - start) * (1 - fraction) / fraction)
-            printed(f"progress:{label} {100 * fraction:.0f}% remaining:{remaining:.0f}s",
-                    sys.stderr)
-
-    def open_log(self, path):
-        """Write log lines to `path`; an older log of that name gets a number."""
-        if self.rank == 0:
-            with explained(f"OUT_DIR: {path} cannot be written", "set OUT_DIR to another folder"):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if path.exists():
-                    numbered = (path.with_suffix(f".{n}{path.suffix}") for n in range(1, 10**6))
-                    path.rename(next(p for p in numbered if not p.exists()))
-                path.touch()
-            self.log_path = path
+            left = max(0, (now - start) * (1 - fraction) / fraction)
+            printed(f"progress:{label} {100 * fraction:.0f}% remaining:{left:.0f}s", sys.stderr)
 
     def log(self, line="", console=True):
         """A line of rank 0's log. A console or file that fails is dropped, and training goes on."""
         if self.rank:
             return
-        if self.log_path:
-            try:
+        try:
+            if self.log_path:
                 with open(self.log_path, "a", encoding="utf-8", errors="replace") as f:
                     f.write(line + "\n")
-            except OSError as problem:
-                path, self.log_path = self.log_path, None
-                self.log(f"{path}: no more lines are written ({problem.strerror}); the run goes on")
+        except OSError as problem:
+            path, self.log_path = self.log_path, None
+            self.log(f"{path}: no more lines are written ({problem.strerror}); the run goes on")
         if console and self.console:
             self.console = printed(line, sys.stdout)
 
 
 def printed(line, stream):
     """Print a line in any encoding; False where nobody reads the stream any more."""
+    encoding = stream.encoding or "utf-8"
     try:
-        print(line.encode(stream.encoding or "utf-8", "backslashreplace").decode(
-            stream.encoding or "utf-8"), file=stream, flush=True)
+        print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
         return True
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):  # Python must not fail at its exit either
@@ -860,38 +850,31 @@ def printed(line, stream):
 
 
 class StepClock:
-    """Milliseconds of training so far, equal on every rank, without stopping the GPU.
+    """Milliseconds of training: rank 0's, so that every rank takes the same learning rate and stops
+    at the same step. `interrupted`: some rank has noted a signal."""
 
-    The host may be two steps ahead of the GPU. Rank 0's reading counts, so that every rank takes
-    the same learning rate and stops at the same step. It carries whether a rank got a signal.
-    """
+    def __init__(self, rt, spent_ms=0.0):
+        self.rt, self.events, self.interrupted = rt, [], False
+        self.go_on(spent_ms)
 
-    def __init__(self, rt, spent_ms=0.0, signalled=lambda: False):
-        self.rt, self.spent_ms, self.events, self.signalled = rt, spent_ms, [], signalled
-        self.interrupted = False
-        rt.synchronize()
-        self.start = time.perf_counter()
+    def go_on(self, spent_ms):
+        """Count from here: what was done since the last reading was not training."""
+        self.rt.synchronize()
+        self.start = time.perf_counter() - spent_ms / 1000
 
-    def read(self):
-        if self.rt.device.type == "cuda":
+    def read(self, exact=False):
+        """The host may be two steps ahead of the GPU; where `exact`, it waits."""
+        if exact:
+            self.rt.synchronize()
+        elif self.rt.device.type == "cuda":
             self.events.append(torch.cuda.Event())
             self.events[-1].record()
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
-        elapsed = self.spent_ms + 1000 * (time.perf_counter() - self.start)
-        reading = torch.tensor([0.0 if self.rt.rank else elapsed, float(bool(self.signalled()))],
-                               dtype=torch.float64)
-        elapsed, self.interrupted = self.rt.sum_(reading).tolist()
+        elapsed = 0.0 if self.rt.rank else 1000 * (time.perf_counter() - self.start)
+        both = torch.tensor([elapsed, float(self.rt.signal)], dtype=torch.float64)
+        elapsed, self.interrupted = self.rt.sum_(both).tolist()
         return elapsed
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Stop the clock: validation does not count as training."""
-        self.rt.synchronize()
-        self.spent_ms += 1000 * (time.perf_counter() - self.start)
-        yield
-        self.rt.synchronize()
-        self.start = time.perf_counter()
 
 
 def write_whole(path, content):
@@ -2182,11 +2165,10 @@ class Optimizers:
             group.load(part)
 
     @torch.no_grad()
-    def step(self, lr_scale, momentum, skip_bad=False):
+    def step(self, lr_scale, momentum):
         """Sum over ranks, clip, update, drop the gradients; returns the global norm (a tensor).
 
-        All sums are in flight at once, and Muon's directions travel while AdamW computes. With
-        skip_bad nothing changes where the norm is not finite.
+        All sums are in flight at once, and Muon's directions travel while AdamW computes.
         """
         for group in self.groups:
             group.reduce()
@@ -2197,16 +2179,13 @@ class Optimizers:
             squares[group.sharded] = (squares[group.sharded]
                                       + torch.stack(torch._foreach_norm(parts)).square().sum())
         norm = (self.rt.sum_(squares[True].clone()) + squares[False]).sqrt()
-        if not skip_bad or math.isfinite(norm.item()):
-            if self.clip_norm:
-                factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-                # 0 where the norm is not finite: only the group at fault then spoils its weights
-                factor = torch.where(torch.isfinite(norm), factor, 0.0)
-                torch._foreach_mul_([g for parts in grads for g in parts], factor)
-            for group in sorted(self.groups, key=lambda group: not group.sharded):
-                group.update(lr_scale, momentum)
-            for group in self.groups:
-                group.finish()
+        if self.clip_norm:
+            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([g for parts in grads for g in parts], factor)
+        for group in sorted(self.groups, key=lambda group: not group.sharded):
+            group.update(lr_scale, momentum)
+        for group in self.groups:
+            group.finish()
         for p in self.params:
             p.grad = None
         return norm
@@ -2262,12 +2241,12 @@ def muon_momentum(s, step):
     return (1 - warm) * s.muon_momentum_warmup_start + warm * s.muon_momentum
 
 
-def out_of_time(s, step, elapsed_ms, reserve_ms=0.0, step_ms=0.0):
-    """True where the next step would end after the cap less a reserve. It is expected to take the
-    mean of all steps, or `step_ms` if that is more: late passes are slower."""
+def out_of_time(s, step, elapsed_ms, reserve_ms=0.0, step_ms=0.0, steps=1):
+    """True where so many more steps would end after the cap less a reserve. One is expected to take
+    the mean of all steps, or `step_ms` if that is more: late passes are slower."""
     budget_ms = 1000 * s.max_wallclock_seconds - reserve_ms
     step_ms = max(step_ms, elapsed_ms / max(step, 1))
-    return bool(s.max_wallclock_seconds and step and elapsed_ms + step_ms > budget_ms)
+    return bool(s.max_wallclock_seconds and step and elapsed_ms + steps * step_ms > budget_ms)
 
 
 # ---- 8. Weight averaging ------------------------------------------------------------------------
@@ -2614,9 +2593,9 @@ LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORM
                      mf=lzma.MF_BT4, nice_len=64, depth=1, dict_size=1 << 16)]
 # Settings that are not stored: where files are and how this machine computes.
 TIED_TO_THE_RUN = (
-    "preset", "run_id", "device", "precision", "compile", "attention", "kernels", "out_dir",
-    "eval_only", "scores_path", "data_path", "tokenizer_path", "val_limit_tokens",
-    "checkpoint_every_seconds", "resume", "nonfinite")
+    "preset", "run_id", "device", "compile", "attention", "kernels", "out_dir", "eval_only",
+    "scores_path", "data_path", "tokenizer_path", "val_limit_tokens", "checkpoint_every_seconds",
+    "resume")
 
 
 class ArtifactError(UserError):
@@ -2952,10 +2931,15 @@ def fitted(budget_bytes, encoded, coded, guess, reach):
     return best or (encoded(high), high)
 
 
-def read_artifact(path):
-    """decode_artifact of a file on disk; errors name the path."""
+def read_artifact(path, sha256=""):
+    """decode_artifact of a file on disk; errors name the path. Raises UserError if the file is not
+    the one of this hash."""
     with explained(f"{path} cannot be read", "name an artifact of a run", ArtifactError):
         content = Path(path).expanduser().read_bytes()
+    if sha256 and sha256 != (found := hashlib.sha256(content).hexdigest()):
+        raise UserError(f"{path}: SHA-256 {found}, where this run wrote or found {sha256}: the "
+                        f"file was replaced, and is not scored; EVAL_ONLY={path} scores what is "
+                        "there, an OUT_DIR of its own keeps others away")
     try:
         return decode_artifact(content)
     except ArtifactError as problem:
@@ -3191,7 +3175,6 @@ class Adapter:
         self.optimizers = Optimizers([make(params, factor * s.ttt_lr, 0.0, s, rt)
                                       for factor, params in groups.items()], s.ttt_grad_clip, rt)
         self.params = self.optimizers.params
-        self.origin = [p.detach().clone() for p in self.params] if s.ttt_decay else []
         self.trained = sum(p.numel() for p in self.params)
         self.frozen = sum(p.numel() for p in model.parameters()) - self.trained
         self.step_seconds, self.byte_count, self.loss = [], 0, 0.0
@@ -3242,10 +3225,6 @@ class Adapter:
             inside = 0.5 * (1 + math.cos(math.pi * k / steps)) if s.ttt_intra_cosine else 1.0
             self._backward(batches[k % len(batches)])
             self.optimizers.step(across * inside, s.ttt_momentum)
-            if self.origin:
-                pull = min(1.0, s.ttt_lr * across * inside * s.ttt_decay)
-                with torch.no_grad():
-                    torch._foreach_lerp_(self.params, self.origin, pull)
             if k + 1 in (1, steps):
                 self.rt.synchronize()
             self.step_seconds.append(time.perf_counter() - started)
@@ -3277,21 +3256,16 @@ class Adapter:
 
 # ---- 12. Training -------------------------------------------------------------------------------
 
-class Interrupted(UserError):
-    """A signal ended training; its state is on disk."""
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
 class Checkpoints:
     """The state of training in OUT_DIR/checkpoints: the last two, each whole or absent.
 
     A state belongs to a key: the settings that change weights, hashes of data and code.
     """
+    NAMES = "step_" + "[0-9]" * 7 + ".pt"
+    CARRIED = ("step", "elapsed", "step_ms", "fake_quant", "late")  # of a Trainer
 
     def __init__(self, s, rt, stream):
-        self.s, self.rt, self.signal = s, rt, 0
+        self.wanted, self.rt, self.kept = bool(s.resume), rt, []
         self.folder = Path(s.out_dir).expanduser() / "checkpoints"
         data = [[p.name, len(t), hashlib.sha256(t[: 1 << 16].tobytes()).hexdigest()]
                 for p, t in zip(stream.paths, stream.shards)]
@@ -3300,217 +3274,131 @@ class Checkpoints:
                     if section != "Evaluation" and name not in free}
         self.key.update(data=hashlib.sha256(compact_json(data=data)).hexdigest(),
                         code=hashlib.sha256(SOURCE).hexdigest())
-        for number in SIGNALS:
-            signal.signal(number, self._note)
 
-    def _note(self, number, frame):
-        """The first signal ends training after the step; a second one ends the process."""
-        self.signal = number
-        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        signal.signal(number, default)
-
-    def finish(self, path):
-        """From now on, and for a signal already noted: leave at once. Raises Interrupted."""
-        def leave(number=None, frame=None):
-            raise Interrupted(f"interrupted; {path} is whole: the same command with RESUME=auto "
-                              "scores it")
-        for number in SIGNALS:
-            signal.signal(number, leave)
-        if self.rt.any_rank(self.signal):
-            leave()
-
-    def paths(self):
-        """Checkpoints on disk, newest first."""
-        names = self.folder.glob("step_" + "[0-9]" * 7 + ".pt")
-        return sorted((p for p in names if p.is_file()), reverse=True)
-
-    def save(self, state):
-        """Write the state, remove all but the one before. Returns why it could not be written, or
-        "". Raises UserError where a weight is not finite."""
-        step = state["step"]
+    def save(self, trainer):
+        """Write the state; remove all but this run's last two. Returns "" on every rank, or why it
+        could not be written. Raises UserError where a weight is not finite."""
+        state = dict({name: getattr(trainer, name) for name in self.CARRIED}, key=self.key,
+                     averages=trainer.averages.state(), optimizers=trainer.optimizers.state(),
+                     model=[p.detach() for p in trainer.model.parameters()])
         if not all(torch.isfinite(p).all() for p in state["model"]):
-            raise UserError(
-                f"step {step}: weights are not finite, so no checkpoint is written: training "
-                f"diverged; lower MATRIX_LR={self.s.matrix_lr}, or set NONFINITE=skip RESUME=auto")
-        problem = ""
-        if self.rt.rank == 0:
-            buffer, path = io.BytesIO(), self.folder / f"step_{step:07d}.pt"
-            torch.save(dict(state, key=self.key), buffer)
-            content, older = buffer.getvalue(), self.paths()
-            older = [p for p in older if p.name < path.name][:1] if state["resumed"] else []
+            raise trainer.diverged("weights")
+        path, problem = self.folder / f"step_{trainer.step:07d}.pt", ""
+        if self.rt.rank == 0 and path not in self.kept:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            content = buffer.getvalue()
             try:
                 write_whole(path, content + hashlib.sha256(content).digest())
-                for stale in set(self.paths()) - {path, *older}:
-                    stale.unlink(missing_ok=True)
-                self.rt.log(f"checkpoint:step {step} {path} {path.stat().st_size} bytes")
+                self.kept = [*self.kept[-1:], path]
+                for stale in set(self.folder.glob(self.NAMES)) - set(self.kept):
+                    stale.unlink()
+                self.rt.log(f"checkpoint:step {trainer.step} {path} {len(content) + 32} bytes")
             except (UserError, OSError) as error:
                 problem = str(error)
-        failed = self.rt.any_rank(problem)
-        return problem or ("rank 0 could not write it" if failed else "")
+                self.rt.log(f"checkpoint:none at step {trainer.step}: {problem}")
+        return self.rt.from_rank0(problem)
 
-    def load(self):
-        """The newest whole state with RESUME=auto, or None. Raises UserError if not of this key."""
-        for path in self.paths() if self.s.resume else ():
-            try:
+    def resume(self, trainer):
+        """With RESUME=auto give the trainer the newest whole state, if there is one. Raises
+        UserError if it is not of this key."""
+        found = sorted(self.folder.glob(self.NAMES), reverse=True) if self.wanted else ()
+        for path in found:
+            with explained(f"RESUME=auto: {path} cannot be read", "move it away"):
                 content = path.read_bytes()
-                if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-                    raise ValueError("checksum does not match")
+            if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+                self.rt.log(f"resume:{path} is damaged and left out")
+                continue
+            try:
                 state = torch.load(io.BytesIO(content[:-32]), map_location=self.rt.device,
                                    weights_only=True)
-                key = state["key"]
-            except Exception as problem:  # torch.load raises many kinds on a damaged file
-                self.rt.log(f"resume:{path} is damaged and left out ({problem})")
-                continue
-            other = [f"{k.upper()}={key.get(k)}, not {v}" for k, v in self.key.items()
-                     if key.get(k) != v]
+                other = [f"{name.upper()}={state['key'].get(name)}, not {value}"
+                         for name, value in self.key.items() if state["key"].get(name) != value]
+                if not other:
+                    trainer.optimizers.load(state["optimizers"])
+                    trainer.averages.load(state["averages"])
+                    for p, saved in zip(trainer.model.parameters(), state["model"], strict=True):
+                        p.data.copy_(saved)
+                    vars(trainer).update({name: state[name] for name in self.CARRIED})
+            except Exception as problem:  # what is no state makes torch raise many kinds
+                raise UserError(f"RESUME=auto: {path} is no state of this run "
+                                f"({type(problem).__name__}): move it away, or set another OUT_DIR"
+                                ) from problem
             if other:
                 raise UserError(f"RESUME=auto: {path} was made with {'; '.join(other)}: set these, "
                                 "or another OUT_DIR")
-            return state
-        if self.s.resume:
+            self.kept = [path]
+            self.rt.log(f"resume:step {trainer.step} train_time:{trainer.elapsed:.0f}ms")
+            return
+        if self.wanted:
             self.rt.log("resume:no checkpoint, from the beginning")
+
+    def export(self, trained):
+        """Note the facts of training, with the artifact's hash: it need not be done again."""
+        with contextlib.suppress(UserError):
+            write_whole(self.folder / "exported.json", compact_json(key=self.key, trained=trained))
+
+    def exported(self, path):
+        """The facts of the training that made the artifact at `path`, with RESUME=auto; or None."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            note = json.loads((self.folder / "exported.json").read_bytes())
+            made = note["key"], note["trained"]["artifact_sha256"]
+            if self.wanted and made == (self.key, hashlib.sha256(path.read_bytes()).hexdigest()):
+                return note["trained"]
         return None
-
-    def exported(self, path, trained=None):
-        """Write the facts of training beside the artifact's hash; without `trained` read them, or
-        None where they are of another artifact or key."""
-        note = self.folder / "exported.json"
-        try:
-            owner = dict(sha256=hashlib.sha256(path.read_bytes()).hexdigest(), **self.key)
-            if trained is not None:
-                write_whole(note, compact_json(owner=owner, trained=trained))
-                return trained
-            kept = json.loads(note.read_bytes())
-            return kept["trained"] if kept["owner"] == owner else None
-        except (OSError, ValueError, LookupError, TypeError, UserError) as problem:
-            if trained is not None:
-                self.rt.log(f"checkpoint:no note of the export: {problem}")
-            return None
-
-
-def rows_per_pass(s, world_size):
-    """Rows of a rank in one pass: as many as MICRO_BATCH_TOKENS holds, in equal passes."""
-    rows = s.train_batch_tokens // s.train_seq_len // world_size
-    most = max(1, s.micro_batch_tokens // s.train_seq_len)
-    return next((n for n in range(min(rows, most), 0, -1) if rows % n == 0), 1)
 
 
 class Trainer:
-    """The training loop and what it needs: model, optimizers, averages, batches."""
+    """The training loop and what it needs: model, optimizers, averages."""
 
     def __init__(self, model, forward, s, rt, checkpoints):
         self.model, self.forward, self.s, self.rt = model, forward, s, rt
         self.checkpoints = checkpoints
         self.rows_per_step = s.train_batch_tokens // s.train_seq_len
-        self.micro_rows = rows_per_pass(s, rt.world_size)
+        mine, most = self.rows_per_step // rt.world_size, s.micro_batch_tokens // s.train_seq_len
+        # Of a pass: as many as MICRO_BATCH_TOKENS holds, in equal passes.
+        self.micro_rows = max(n for n in range(1, min(mine, most) + 1) if mine % n == 0)
+        # Of an eager pass; few, since the gradients of each pass are what calibration counts.
+        self.calibration_rows = min(self.micro_rows, 8)
         self.optimizers = training_optimizers(model, s, rt)
         self.averages = WeightAverage(model, s)
-        self.step, self.elapsed, self.done = 0, 0.0, False
-        self.fake_quant, self.late = False, False  # both stay on once they are
-        self.reserve_ms, self.step_ms, self.resumed = 0.0, 0.0, False
-
-    # -- one step
-
-    def gradients(self, rows, fake_quant=False, late=True):
-        """Accumulate gradients of this rank's rows; returns the mean nll of the rank's tokens."""
-        s, loss = self.s, torch.zeros((), device=self.rt.device)
-        for micro in rows.split(self.micro_rows):
-            x, y = micro[:, :-1].long(), micro[:, 1:].long()
-            nll = self.forward(x, y, fake_quant, late=late).sum() / s.train_batch_tokens
-            nll.backward()
-            loss += nll.detach()
-        return loss * self.rt.world_size
-
-    def optimize(self, rows, scale, momentum, fake_quant=False, late=True):
-        """One optimizer step; returns the mean nll of the rank's tokens and the gradient norm."""
-        loss = self.gradients(rows, fake_quant, late)
-        return loss, self.optimizers.step(scale, momentum, self.s.nonfinite == "skip")
-
-    # -- before the clock
-
-    def warm_up(self):
-        """Run every compiled variant on random tokens, then restore weights and optimizers: no
-        compilation is timed. Measures a pass of calibration, for the time to keep for it."""
-        s, rt = self.s, self.rt
-        kept = [p.detach().clone() for p in self.model.parameters()]
-        shape = self.rows_per_step // rt.world_size, s.train_seq_len + 1
-        rows = torch.randint(s.vocab_size, shape, dtype=torch.int32, device=rt.device)
-        quantized = ([True] if s.late_qat_threshold > 1 else
-                     [False, True] if s.late_qat_threshold else [False])
-        variants = [(fake_quant, late) for late in ([False, True] if s.late_passes else [True])
-                    for fake_quant in quantized]
-        steps = max(s.warmup_steps, len(variants)) if s.warmup_steps else 0
-        for i in range(steps):
-            self.optimize(rows, 1.0, s.muon_momentum, *variants[i % len(variants)])
-            if i + 1 in (1, steps) or (i + 1) % 10 == 0:
-                rt.log(f"warmup_step:{i + 1}/{steps}")
-        if s.gptq and s.max_wallclock_seconds:
-            self.reserve_ms = 1000 * (s.gptq_reserve_seconds or self._measured_reserve(rows))
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.model.parameters()), kept)
-        if steps:
-            self.optimizers = training_optimizers(self.model, s, rt)
-        rt.synchronize()
-        if rt.compile:
-            counted = torch._dynamo.utils.counters
-            hits, misses = (counted["inductor"][f"fxgraph_cache_{k}"] for k in ("hit", "miss"))
-            breaks = sum(counted["graph_break"].values())
-            rt.log(f"compile:variants {len(variants)} graph_breaks {breaks} graphs_compiled "
-                   f"{misses} graphs_from_cache {hits}")
-
-    def _measured_reserve(self, rows):
-        """Seconds that GPTQ_BATCHES will take, plus a quarter; at most a tenth of the clock."""
-        part = rows[: self.calibration_rows]
-        calibrate(self.model, [part], self.rt)  # the first pass loads kernels
-        self.rt.synchronize()
-        started = time.perf_counter()
-        calibrate(self.model, [part], self.rt)
-        self.rt.synchronize()
-        passes = -(-len(rows) // len(part)) * self.s.gptq_batches
-        seconds = 1.25 * passes * self.rt.from_rank0(time.perf_counter() - started)
-        return min(seconds, 0.1 * self.s.max_wallclock_seconds)
-
-    @property
-    def calibration_rows(self):
-        """Rows of an eager pass; small, since the gradients of each pass are what is counted."""
-        return min(self.micro_rows, 8)
+        self.step, self.elapsed, self.step_ms, self.reserve_ms = 0, 0.0, 0.0, 0.0
+        # Both stay on once they are; where there is one list of passes, one variant is compiled.
+        self.fake_quant, self.late = False, not s.late_passes
 
     # -- the loop
 
-    def train(self, stream, validate):
+    def train(self, batches, validate):
         """Train until ITERATIONS or the clock; then give the model its averaged weights.
 
         `validate()` scores the model as it is; its time is not training's, that of checkpoints is.
-        Raises Interrupted after a signal, with the state saved.
+        Raises KeyboardInterrupt after a signal, with the state saved.
         """
-        s, rt = self.s, self.rt
-        self._resume()
-        batches, saved_at = Batches(stream, rt, self.rows_per_step, self.step), self.elapsed
+        s, rt, saved_at, clock = self.s, self.rt, self.elapsed, StepClock(self.rt, self.elapsed)
         rt.log(f"startup:{time.perf_counter() - LAUNCHED:.1f}s from launch to the first step")
-        clock = StepClock(rt, self.elapsed, lambda: self.checkpoints.signal)
-        try:
-            while not self.done:
-                before, self.elapsed = self.elapsed, clock.read() if self.step else self.elapsed
-                self.step_ms = 0.9 * self.step_ms + 0.1 * (self.elapsed - before)
-                due = 0 < s.checkpoint_every_seconds <= (self.elapsed - saved_at) / 1000
-                if clock.interrupted or due:
-                    self._save(clock)
-                    saved_at = self.elapsed = clock.read()
-                stop = self._time_to_stop(clock)
-                if stop or (s.val_loss_every and self.step and self.step % s.val_loss_every == 0):
-                    with clock.paused():
-                        self.elapsed = rt.from_rank0(clock.spent_ms)
-                        self._log_validation(validate())
-                if stop:
-                    clock.read()  # a signal during the last validation counts
-                    self.done = True
-                    if s.checkpoint_every_seconds or clock.interrupted:
-                        self._save(clock)
-                    break
-                self._train_step(batches.next(), clock)
-                rt.progress("train", progress_of(s, self.step, self.elapsed))
-        finally:
-            batches.close()
+        while True:
+            due = self.over() or self.elapsed - saved_at >= 1000 * s.checkpoint_every_seconds
+            if clock.interrupted or (s.checkpoint_every_seconds and due):
+                problem = self.checkpoints.save(self)
+                if clock.interrupted:
+                    raise KeyboardInterrupt(f"interrupted at step {self.step}; " + (
+                        problem or "RESUME=auto with the same settings goes on from there"))
+                saved_at = self.elapsed = clock.read()
+            over = self.over()
+            if over or (s.val_loss_every and self.step and self.step % s.val_loss_every == 0):
+                self.elapsed = clock.read(exact=True)
+                result = validate()
+                self.log(f"val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}")
+                clock.go_on(self.elapsed)
+            if over:
+                break
+            loss, norm, scale = self.train_step(batches.next())
+            before, self.elapsed = self.elapsed, clock.read()
+            if self.over(steps=4):  # the GPU may be two steps behind that reading
+                self.elapsed = clock.read(exact=True)
+            self.step_ms = 0.9 * self.step_ms + 0.1 * (self.elapsed - before)
+            self.look(loss, norm, scale)
+            rt.progress("train", progress_of(s, self.step, self.elapsed))
         if s.max_wallclock_seconds and (self.step < s.iterations or not s.iterations):
             rt.log(f"stopping_early: wallclock_cap train_time:{self.elapsed:.0f}ms "
                    f"step:{self.step}/{s.iterations}")
@@ -3518,159 +3406,137 @@ class Trainer:
         rt.log(f"{'ema' if 'EMA' in applied else 'average'}:applying "
                f"{applied or 'no average, but the last'} weights")
 
-    def _time_to_stop(self, clock):
+    def over(self, steps=1):
+        """Is training over, because ITERATIONS are done or so many `steps` no longer fit?"""
         s = self.s
-        # Near the end wait for the GPU, which may be two steps behind the host's reading.
-        ahead = self.elapsed + 3 * max(self.step_ms, self.elapsed / max(self.step, 1))
-        if out_of_time(s, self.step, ahead, self.reserve_ms, self.step_ms):
-            self.rt.synchronize()
-            self.elapsed = clock.read()
-        return (self.step >= s.iterations > 0
-                or out_of_time(s, self.step, self.elapsed, self.reserve_ms, self.step_ms))
+        return self.step >= s.iterations > 0 or out_of_time(
+            s, self.step, self.elapsed, self.reserve_ms, self.step_ms, steps)
 
-    def _train_step(self, rows, clock):
-        s, rt = self.s, self.rt
+    def train_step(self, rows):
+        """One step of training. Returns (mean nll of this rank's tokens, norm of all gradients,
+        share of the learning rate)."""
+        s = self.s
         scale = lr_scale(s, self.step, self.elapsed)
         left = warmdown_left(s, self.step, self.elapsed)
-        if left < s.late_qat_threshold and not self.fake_quant:
+        if not self.fake_quant and left < s.late_qat_threshold:
             self.fake_quant = True
-            rt.log(f"late_qat:enabled step:{self.step} scale:{scale:.4f}")
-        over = progress_of(s, self.step, self.elapsed)
-        if s.late_passes and over >= s.late_passes_from and not self.late:
+            self.rt.log(f"late_qat:enabled step:{self.step} scale:{scale:.4f}")
+        if not self.late and progress_of(s, self.step, self.elapsed) >= s.late_passes_from:
             self.late = True
-            rt.log(f"late_passes:enabled step:{self.step} order:{s.late_passes}")
-        momentum = muon_momentum(s, self.step)
-        late = self.late or not s.late_passes  # one compiled variant where there is one list
-        loss, norm = self.optimize(rows, scale, momentum, self.fake_quant, late)
+            self.rt.log(f"late_passes:enabled step:{self.step} order:{s.late_passes}")
+        loss, norm = self.optimize(rows, scale, muon_momentum(s, self.step), self.fake_quant,
+                                   self.late)
         self.step += 1
         if self.averages.update(self.step, left):
-            rt.log(f"swa:start step:{self.step}")
-        if (rt.device.type == "cpu" or s.nonfinite == "skip" or self.step <= 10
-                or self.step % 100 == 0):
-            self._check_finite(loss, norm)
-        if self.step <= 10 or self.step % s.train_log_every == 0:
-            self._log_step(loss, clock.read(), scale)
+            self.rt.log(f"swa:start step:{self.step}")
+        return loss, norm, scale
 
-    # -- state
+    def optimize(self, rows, scale, momentum, fake_quant=False, late=True):
+        """One optimizer step on this rank's rows, in passes of micro_rows. Returns their mean nll
+        and the norm of all gradients, on the device."""
+        loss = torch.zeros((), device=self.rt.device)
+        for micro in rows.split(self.micro_rows):
+            x, y = micro[:, :-1].long(), micro[:, 1:].long()
+            nll = self.forward(x, y, fake_quant, late=late).sum() / self.s.train_batch_tokens
+            nll.backward()
+            loss += nll.detach()
+        return loss * self.rt.world_size, self.optimizers.step(scale, momentum)
 
-    def _save(self, clock):
-        """Save; after a signal raise Interrupted. Without room on the disk training goes on."""
-        state = dict(step=self.step, elapsed=self.elapsed, fake_quant=self.fake_quant,
-                     late=self.late, done=self.done, averages=self.averages.state(),
-                     model=[p.detach() for p in self.model.parameters()],
-                     optimizers=self.optimizers.state())
-        problem = self.checkpoints.save({**state, "resumed": self.resumed})
-        self.resumed = True
-        if problem and clock.interrupted:
-            raise UserError(f"interrupted at step {self.step}, and the state could not be kept: "
-                            f"{problem}")
-        if problem:
-            self.rt.log(f"checkpoint:none at step {self.step}: {problem}")
-        if clock.interrupted:
-            raise Interrupted(f"interrupted at step {self.step}; RESUME=auto with the same "
-                              "settings goes on from there")
-
-    def _resume(self):
-        """Take the state of a checkpoint, where there is one. Raises UserError."""
-        state = self.checkpoints.load()
-        if not state:
+    def look(self, loss, norm, scale):
+        """Log the step where it is due. UserError if it is not finite: of a GPU, which would have
+        to wait, only the first ten, every hundredth and logged steps are looked at."""
+        rt, logged = self.rt, self.step <= 10 or self.step % self.s.train_log_every == 0
+        if not logged and self.step % 100 and rt.device.type == "cuda":
             return
-        try:
-            self.optimizers.load(state["optimizers"])
-            self.averages.load(state["averages"])
-            with torch.no_grad():
-                for p, saved in zip(self.model.parameters(), state["model"], strict=True):
-                    p.copy_(saved)
-            for name in ("step", "elapsed", "fake_quant", "late", "done"):
-                setattr(self, name, state[name])
-        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as problem:
-            raise UserError(f"RESUME=auto: the checkpoint in {self.checkpoints.folder} is no state "
-                            f"of this run ({type(problem).__name__}: {problem}): move it away, or "
-                            "set another OUT_DIR") from problem
-        self.resumed = True
-        self.rt.log(f"resume:step {self.step} train_time:{self.elapsed:.0f}ms")
+        losses = torch.zeros(rt.world_size, device=rt.device)
+        losses[rt.rank] = loss
+        losses = rt.sum_(losses).tolist()
+        rank = next((n for n, x in enumerate(losses) if not math.isfinite(x)), rt.rank)
+        if not math.isfinite(losses[rank]) or not math.isfinite(norm):
+            raise self.diverged(f"rank {rank}: train_loss {losses[rank]}, gradient norm {norm:g}")
+        if logged:
+            self.log(f"train_loss:{statistics.fmean(losses):.4f}", f" lr_scale:{scale:.4f}")
 
-    def _check_finite(self, loss, norm):
-        """Skip or stop where loss or gradient is not finite; names step, rank and weights."""
+    def log(self, found, more=""):
+        self.rt.log(f"step:{self.step}/{self.s.iterations} {found} train_time:{self.elapsed:.0f}ms "
+                    f"step_avg:{self.elapsed / max(self.step, 1):.2f}ms{more}")
+
+    def diverged(self, what):
+        s = self.s
+        return UserError(f"step {self.step}, {what}: not finite, training diverged; lower "
+                         f"MATRIX_LR={s.matrix_lr}, SCALAR_LR={s.scalar_lr} or TIED_EMBED_LR="
+                         f"{s.tied_embed_lr}; earlier checkpoints are kept")
+
+    # -- before the clock, and at its end
+
+    def warm_up(self):
+        """Run every compiled variant on random tokens, then restore weights and optimizers: no
+        compilation is timed. Sets the time to keep for calibration."""
         s, rt = self.s, self.rt
-        flags = torch.zeros(rt.world_size, device=rt.device)
-        flags[rt.rank] = (~torch.isfinite(loss)).float()
-        flags = rt.sum_(flags).tolist()
-        if not any(flags) and math.isfinite(norm.item()):
-            return
-        rank = next((r for r, flag in enumerate(flags) if flag), rt.rank)
-        bad = sorted({name if "." not in name else kind_of(name).kind
-                      for name, p in self.model.named_parameters()
-                      if not torch.isfinite(p).all()})
-        here = (f"step {self.step}, rank {rank}: train_loss {loss.item()} on rank {rt.rank}, "
-                f"gradient norm {norm.item()}")
-        if s.nonfinite == "skip" and not bad:
-            what = "loss alone" if math.isfinite(norm.item()) else "skipped"
-            rt.log(f"nonfinite:{what} {here}")
-            return
-        weights = f", nor are weights of {', '.join(bad)}" if bad else ""
-        raise UserError(f"{here}, not finite{weights}: training diverged; lower MATRIX_LR="
-                        f"{s.matrix_lr}, SCALAR_LR={s.scalar_lr} or TIED_EMBED_LR="
-                        f"{s.tied_embed_lr}, or set NONFINITE=skip; earlier checkpoints are kept")
+        kept = [p.detach().clone() for p in self.model.parameters()]
+        rows = torch.randint(s.vocab_size, (self.rows_per_step // rt.world_size,
+                                            s.train_seq_len + 1), device=rt.device)
+        variants = [(fake_quant, late) for late in sorted({not s.late_passes, True})
+                    for fake_quant in sorted({s.late_qat_threshold > 1, s.late_qat_threshold > 0})]
+        steps = max(s.warmup_steps, len(variants)) if s.warmup_steps else 0
+        for i in range(steps):
+            self.optimize(rows, 1.0, s.muon_momentum, *variants[i % len(variants)])
+            if i + 1 in (1, steps) or (i + 1) % 10 == 0:
+                rt.log(f"warmup_step:{i + 1}/{steps}")
+        if s.gptq and s.max_wallclock_seconds:
+            self.reserve_ms = 1000 * s.gptq_reserve_seconds or self.measured_reserve(rows)
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), kept)
+        self.optimizers = training_optimizers(self.model, s, rt)
+        if rt.compile:
+            counted = torch._dynamo.utils.counters
+            hits, misses = (counted["inductor"][f"fxgraph_cache_{k}"] for k in ("hit", "miss"))
+            rt.log(f"compile:variants {len(variants)} graph_breaks "
+                   f"{sum(counted['graph_break'].values())} graphs_compiled {misses} "
+                   f"graphs_from_cache {hits}")
 
-    # -- calibration
+    def measured_reserve(self, rows):
+        """Milliseconds that GPTQ_BATCHES will take, plus a quarter; at most a tenth of the clock.
+        The first of two passes loads kernels, the second counts."""
+        parts = rows.split(self.calibration_rows)
+        for _ in range(2):
+            clock = StepClock(self.rt)
+            calibrate(self.model, parts[:1], self.rt)
+        ms = clock.read(exact=True) * len(parts) * self.s.gptq_batches
+        return min(1.25 * ms, 100 * self.s.max_wallclock_seconds)
 
-    def calibration(self, stream):
-        """Calibration on the training rows that would have come next, inside the clock: as many
-        passes as fit."""
-        s, rt = self.s, self.rt
-        rt.log("gptq_calibration:start")
-        rt.synchronize()
-        started = time.perf_counter()
-        left = s.max_wallclock_seconds - self.elapsed / 1000
+    def calibration(self, batches):
+        """Calibration inside the clock, on the training rows that would have come next: passes
+        until another, as long as the longest so far, would end after the clock."""
+        s, began, clock = self.s, self.elapsed, StepClock(self.rt, self.elapsed)
+        self.rt.log("gptq_calibration:start")
 
-        def parts():
-            """Passes until another, as long as the longest so far, would end after the clock."""
-            longest, before = 0.0, time.perf_counter()
-            for n in range(s.gptq_batches):
-                begin, end = rt.share(self.rows_per_step)
-                first = (self.step + n) * self.rows_per_step
-                rows = stream.rows(first + begin, first + end).to(rt.device)
+        def passes(longest=0.0):
+            for rows in (batches.next() for _ in range(s.gptq_batches)):
                 for part in rows.split(self.calibration_rows):
                     yield part
-                    rt.synchronize()
-                    now = time.perf_counter()
-                    longest, before = max(longest, now - before), now
-                    late = s.max_wallclock_seconds and now - started + 1.1 * longest > left
-                    if rt.any_rank(late):
-                        rt.log("gptq_calibration:stopped early, MAX_WALLCLOCK_SECONDS="
-                               f"{s.max_wallclock_seconds:g} is near")
+                    before, self.elapsed = self.elapsed, clock.read(exact=True)
+                    longest = max(longest, self.elapsed - before)
+                    ends = self.elapsed + 1.1 * longest
+                    if 0 < 1000 * s.max_wallclock_seconds < ends:
+                        self.rt.log("gptq_calibration:stopped early, MAX_WALLCLOCK_SECONDS="
+                                    f"{s.max_wallclock_seconds:g} is near")
                         return
 
-        calibration = calibrate(self.model, parts(), rt)
-        rt.synchronize()
-        seconds = time.perf_counter() - started
-        self.elapsed += 1000 * seconds
-        rt.log(f"gptq_calibration:done matrices:{len(calibration.hessians)} "
-               f"time:{1000 * seconds:.0f}ms")
-        return calibration
-
-    # -- log
-
-    def _log_step(self, loss, elapsed, scale):
-        mean = self.rt.sum_(loss.clone()).item() / self.rt.world_size
-        self.rt.log(f"step:{self.step}/{self.s.iterations} train_loss:{mean:.4f} "
-                    f"train_time:{elapsed:.0f}ms step_avg:{elapsed / self.step:.2f}ms "
-                    f"lr_scale:{scale:.4f}")
-
-    def _log_validation(self, result):
-        self.rt.log(f"step:{self.step}/{self.s.iterations} val_loss:{result['val_loss']:.4f} "
-                    f"val_bpb:{result['val_bpb']:.4f} train_time:{self.elapsed:.0f}ms "
-                    f"step_avg:{self.elapsed / max(self.step, 1):.2f}ms")
+        found = calibrate(self.model, passes(), self.rt)
+        self.elapsed = clock.read(exact=True)
+        self.rt.log(f"gptq_calibration:done matrices:{len(found.hessians)} "
+                    f"time:{self.elapsed - began:.0f}ms")
+        return found
 
 
 # ---- 13. main: settings → data → train → average → quantize → write → read back → evaluate ------
 
 def versions(rt):
     """Versions of what the result depends on."""
-    gpu = rt.device.type == "cuda"
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                sentencepiece=sentencepiece.__version__, cuda=torch.version.cuda if gpu else None)
+                sentencepiece=sentencepiece.__version__,
+                cuda=torch.version.cuda if rt.device.type == "cuda" else None)
 
 
 def device_name(rt):
@@ -3681,23 +3547,24 @@ def device_name(rt):
 
 def log_start(s, rt, explicit):
     """The log's first entries: source, versions, GPU, every setting: a run from its log alone."""
-    for text in (SOURCE.decode(), "=" * 100,
-                 "versions: " + " ".join(f"{k} {v}" for k, v in versions(rt).items())):
-        rt.log(text, console=False)
+    gpu = ""
     if rt.device.type == "cuda" and rt.rank == 0:
         with contextlib.suppress(OSError):
-            found = subprocess.run(["nvidia-smi"], capture_output=True, text=True)
-            rt.log(found.stdout, console=False)
-    for spec in fields(s):
-        mark = "  (set)" if spec.name.upper() in explicit else ""
-        rt.log(f"setting {spec.name.upper()}={getattr(s, spec.name)}{mark}", console=False)
+            gpu = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    lines = [SOURCE.decode(), "=" * 100,
+             "versions: " + " ".join(f"{k} {v}" for k, v in versions(rt).items()), gpu]
+    lines += [f"setting {name.upper()}={value}{'  (set)' if name.upper() in explicit else ''}"
+              for name, value in vars(s).items()]
+    for line in lines:
+        rt.log(line, console=False)
     rt.log(f"run:{s.run_id} preset:{s.preset or 'none'} device:{device_name(rt)} world_size:"
            f"{rt.world_size} dtype:{str(rt.dtype).removeprefix('torch.')} "
            f"compile:{int(rt.compile)} seed:{s.seed}")
 
 
-def log_shape(s, log, counts):
+def log_shape(s, log):
     """Parameters by kind, and what a step holds."""
+    counts = parameter_counts(s)
     log("parameters: " + " ".join(f"{kind}:{n}" for kind, n in counts.items()))
     log(f"model_params:{sum(counts.values())}")
     log(f"XSA:last_{s.xsa_last_n} active_layers:{[p.block for p in pass_list(s) if p.xsa]}")
@@ -3705,46 +3572,135 @@ def log_shape(s, log, counts):
         f"row_tokens:{s.train_seq_len}")
 
 
-def dry_run(s, ranks):
+def dry_run(s, world_size):
     """What a run would be, without data or device."""
     say = functools.partial(printed, stream=sys.stdout)
-    say(f"settings are good; preset:{s.preset or 'none'} world_size:{ranks[1]}")
-    log_shape(s, say, parameter_counts(s))
+    say(f"settings are good; preset:{s.preset or 'none'} world_size:{world_size}")
+    log_shape(s, say)
     code, model = len(SHIPPED), size_forecast(s)
     room = s.artifact_budget_bytes - code
     fits = "" if model <= room else f"; coarser steps will fit the model into {room}"
     say(f"size: code {code} + model {model} at the finest steps (Gaussian weights) = "
-          f"{code + model} of {s.artifact_budget_bytes} bytes{fits}")
-    say(f"training: {s.iterations or 'any number of'} steps at most, "
-          f"{s.max_wallclock_seconds or 'no limit of'} s")
-    length, stride, band = s.scoring_plan
-    say(f"evaluation: {s.eval_attention}, "
-          f"{f'{length} tokens a pass to score {stride}' if stride else 'plain only'}"
-          f"{f', {band} keys a layer' if band else ''}; TTT {'on' if s.ttt_enabled else 'off'}")
+        f"{code + model} of {s.artifact_budget_bytes} bytes{fits}")
+
+
+def claim_places(s, rt, path, log_path):
+    """Find before training what could not be written after it; one training run per OUT_DIR; an
+    older log of the same name gets a number. Raises UserError."""
+    if rt.rank:
+        return
+    if not s.eval_only:
+        with explained(f"OUT_DIR={s.out_dir} cannot be used", "set OUT_DIR to another folder"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(path.parent).free
+            rt.lock = open(path.parent / ".lock", "ab")
+        with explained(f"OUT_DIR={s.out_dir}: another run is at work there",
+                       "set another OUT_DIR, or wait for it"):
+            fcntl.flock(rt.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.is_dir() or free < s.artifact_budget_bytes:
+            raise UserError(f"OUT_DIR={s.out_dir}: {path.name} is a folder, or {free} bytes free "
+                            f"are less than ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}; make "
+                            "room, or set another OUT_DIR")
+    if s.scores_path:
+        with explained(f"SCORES_PATH={s.scores_path} cannot be written", "name another file"):
+            target = Path(s.scores_path).expanduser()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            open(target, "ab").close()
+    with explained(f"OUT_DIR: {log_path} cannot be written", "set OUT_DIR to another folder"):
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        if log_path.exists():
+            numbered = (log_path.with_suffix(f".{n}.txt") for n in range(1, 10**6))
+            log_path.rename(next(p for p in numbered if not p.exists()))
+        log_path.touch()
+    rt.log_path = log_path
+
+
+UNTRAINED = dict(steps=0, train_tokens=0, train_seconds=0.0, pack_seconds=0.0,
+                 validation_documents_in_training=0)
+
+
+def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
+    """Train, average, quantize, write. Returns (facts of training, {kind: result})."""
+    stream = TrainStream(s)
+    documents, shared = contamination(stream, tokens)
+    rt.log(f"contamination:{shared} of {documents} sampled training documents begin like documents "
+           "of the validation set")
+    checkpoints = Checkpoints(s, rt, stream)
+    if trained := rt.from_rank0(checkpoints.exported(path)):
+        rt.log(f"resume:{path} is finished, on to its evaluation")
+        return trained, {}
+
+    def plain(label):
+        return evaluate(forward, tokens, byte_table, s, rt, label, (s.window, s.window, 0))[0]
+
+    rt.training = True
+    trainer = Trainer(model, forward, s, rt, checkpoints)
+    trainer.warm_up()
+    checkpoints.resume(trainer)
+    batches = Batches(stream, rt, trainer.rows_per_step, trainer.step)
+    with contextlib.closing(batches):
+        trainer.train(batches, lambda: plain("validation"))
+        calibration = trainer.calibration(batches) if s.gptq else None
+    floating = plain("float")
+    rt.log(f"DIAGNOSTIC post_ema val_loss:{floating['val_loss']:.4f} "
+           f"val_bpb:{floating['val_bpb']:.4f} eval_time:{1000 * floating['seconds']:.0f}ms")
+    started = time.perf_counter()
+    sha256 = write_artifact(dict(model.named_parameters()), s, rt, calibration, path)
+    trained = dict(steps=trainer.step, train_tokens=trainer.step * s.train_batch_tokens,
+                   train_seconds=trainer.elapsed / 1000,
+                   pack_seconds=time.perf_counter() - started,
+                   validation_documents_in_training=shared, artifact_sha256=sha256)
+    if rt.rank == 0:
+        checkpoints.export(trained)
+    rt.training_is_over()
+    return trained, {"float": floating}
+
+
+def write_artifact(state, s, rt, calibration, path):
+    """Rank 0 packs, reads back and writes; to the folder for temporary files if there is no room.
+    Returns the file's SHA-256 or raises UserError, on every rank."""
+    sha256 = problem = ""
+    if rt.rank == 0:
+        try:
+            content = pack(state, s, s.artifact_budget_bytes - len(SHIPPED), rt.log, calibration)
+            tensors = decode_artifact(content)[1]  # what cannot be read is not written
+            sha256 = hashlib.sha256(content).hexdigest()
+            write_whole(path, content)
+            for line, console in error_report(state, tensors):
+                rt.log(line, console)
+        except UserError as error:
+            problem = str(error)
+            if sha256:
+                rescue = Path(tempfile.gettempdir()) / f"{path.stem}.{os.getpid()}{path.suffix}"
+                with contextlib.suppress(UserError):
+                    write_whole(rescue, content)
+                    problem += f"; the artifact is in {rescue}: EVAL_ONLY={rescue} scores it"
+    sha256, problem = rt.from_rank0((sha256, problem))
+    if problem:
+        raise UserError(problem)
+    return sha256
 
 
 def warm_up_evaluations(model, forward, s, rt, tokens):
     """Compile what the evaluations run, on random tokens, before the artifact is opened."""
     if not rt.compile:
         return
-    started, plans = time.perf_counter(), [(s.window, s.window, 0)]
-    plans += [s.scoring_plan] if s.scoring_plan[1] else []
-    for plan in plans:
-        Scorer(forward, tokens, plan, s, rt, model.pieces).warm_up(s.vocab_size)
+    started, plans = time.perf_counter(), [((s.window, s.window, 0),)]
+    plans += [(s.scoring_plan,)] if s.scoring_plan[1] else []
+    plans += [(s.scoring_plan, s.ttt_chunk_tokens)] if s.ttt_enabled else []
+    for plan, *chunk in plans:
+        Scorer(forward, tokens, plan, s, rt, model.pieces, *chunk).warm_up(s.vocab_size)
     if s.ttt_enabled:
-        Scorer(forward, tokens, plan, s, rt, model.pieces, s.ttt_chunk_tokens
-               ).warm_up(s.vocab_size)
         Adapter(model, forward, s, rt).warm_up()
         model.requires_grad_(True)
     rt.synchronize()
     rt.log(f"compile:evaluation {time.perf_counter() - started:.1f}s before the artifact is opened")
 
 
-def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened):
+def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha256=""):
     """Read the artifact from disk and score it: plain, full context, TTT. Returns {kind: result}
-    and the last ledger."""
+    and the last ledger. Raises UserError if the file has another SHA-256, LedgerError."""
     label, results, plan = s.quant_label, {}, s.scoring_plan
-    full = "banded" if plan[2] else "sliding"
 
     def timed(kind, key, plan, note="", adapter=None):
         try:
@@ -3759,121 +3715,50 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened):
                    f"val_bpb:{r['val_bpb']:.{digits}f} {note}eval_time:{1000 * r['seconds']:.0f}ms")
         return ledger
 
-    load_quantized(model, read_artifact(path)[1], path)
+    load_quantized(model, read_artifact(path, sha256)[1], path)
     ledger = timed(label, f"final_{label}_roundtrip", (s.window, s.window, 0))
-    if plan[1] and full == "sliding":
-        ledger = timed(full, f"final_{label}_sliding_window", plan, f"stride:{plan[1]} ")
-    elif plan[1]:
-        note = f"segment:{plan[1]} prefix:{plan[0] - plan[1]} "
-        ledger = timed(full, f"final_{label}_banded", plan, note)
+    length, stride, band = plan
+    if band:
+        ledger = timed("banded", f"final_{label}_banded", plan,
+                       f"segment:{stride} prefix:{length - stride} ")
+    elif stride:
+        ledger = timed("sliding", f"final_{label}_sliding_window", plan, f"stride:{stride} ")
     if s.ttt_enabled:
         adapter = Adapter(model, forward, s, rt)
         ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)
-        r = results["ttt"]
-        rt.log(f"{adapter.label}:done val_loss={r['val_loss']:.6f} val_bpb={r['val_bpb']:.6f} "
-               f"elapsed={r['seconds']:.1f}s")
     return results, ledger
 
 
-UNTRAINED = dict(steps=0, train_tokens=0, train_seconds=0.0, pack_seconds=0.0,
-                 validation_documents_in_training=0)
-
-
-def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
-    """Train, average, quantize, write. Returns (facts of training, {kind: result})."""
-    stream = TrainStream(s)
-    documents, shared = contamination(stream, tokens)
-    if shared:
-        rt.log(f"not a legal record: {shared} of {documents} sampled training documents begin like "
-               "documents of the validation set")
-    checkpoints = Checkpoints(s, rt, stream)
-    kept = checkpoints.exported(path) if s.resume and rt.rank == 0 else None
-    if rt.any_rank(kept):
-        rt.log(f"resume:{path} is finished, on to its evaluation")
-        checkpoints.finish(path)
-        return kept or dict(UNTRAINED), {}
-
-    def plain(label):
-        return evaluate(forward, tokens, byte_table, s, rt, label, (s.window, s.window, 0))[0]
-
-    trainer = Trainer(model, forward, s, rt, checkpoints)
-    trainer.warm_up()
-    trainer.train(stream, lambda: plain("validation"))
-    calibration = trainer.calibration(stream) if s.gptq else None
-    if rt.device.type == "cuda":
-        rt.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
-               f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
-    floating = plain("float")
-    rt.log(f"DIAGNOSTIC post_ema val_loss:{floating['val_loss']:.4f} "
-           f"val_bpb:{floating['val_bpb']:.4f} eval_time:{1000 * floating['seconds']:.0f}ms")
-    started = time.perf_counter()
-    write_artifact(dict(model.named_parameters()), s, rt, calibration, path)
-    trained = dict(steps=trainer.step, train_tokens=trainer.step * s.train_batch_tokens,
-                   train_seconds=trainer.elapsed / 1000,
-                   pack_seconds=time.perf_counter() - started,
-                   validation_documents_in_training=shared)
-    if rt.rank == 0:
-        checkpoints.exported(path, trained)
-    checkpoints.finish(path)
-    return trained, {"float": floating}
-
-
-def write_artifact(state, s, rt, calibration, path):
-    """Rank 0 packs, reads back and writes; raises UserError on every rank where it fails."""
-    problem = ""
-    if rt.rank == 0:
-        try:
-            content = pack(state, s, s.artifact_budget_bytes - len(SHIPPED), rt.log, calibration)
-            tensors = decode_artifact(content)[1]  # what cannot be read is not written
-            write_or_rescue(path, content)
-            for line, console in error_report(state, tensors):
-                rt.log(line, console)
-        except UserError as error:
-            problem = str(error)
-    if rt.any_rank(problem):
-        raise UserError(problem or "packing failed on rank 0")
-
-
-def write_or_rescue(path, content):
-    """write_whole; where that fails the bytes go to the folder for temporary files."""
-    try:
-        write_whole(path, content)
-    except UserError as problem:
-        rescue = Path(tempfile.gettempdir()) / f"{path.stem}.{os.getpid()}{path.suffix}"
-        found = ""
-        with contextlib.suppress(UserError):
-            write_whole(rescue, content)
-            found = f"; the artifact is in {rescue}: EVAL_ONLY={rescue} scores it"
-        raise UserError(f"{problem}{found}") from problem
-
-
-def report(s, rt, path, counts, trained, results, ledger, eval_seconds):
+def report(s, rt, path, trained, results, ledger, eval_seconds):
     """Write the result file and the log's last lines: what a reviewer checks."""
-    last, content = list(results.values())[-1], path.read_bytes()
-    total = len(SHIPPED) + len(content)
-    limits = dict(total_bytes=(total, 16_000_000), eval_seconds=(eval_seconds, 600),
-                  train_seconds=(trained["train_seconds"], 600))
-    violations = [f"{key} {value:g} exceeds {limit:,}" for key, (value, limit) in limits.items()
-                  if value > limit]
-    if trained["validation_documents_in_training"]:
-        violations.append(f"{trained['validation_documents_in_training']} sampled training "
-                          "documents begin like documents of the validation set")
+    last, content, code = list(results.values())[-1], path.read_bytes(), len(SHIPPED)
+    peak = (torch.cuda.max_memory_allocated() if rt.device.type == "cuda" else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024))
+    shared, total = trained["validation_documents_in_training"], code + len(content)
+    violations = [f"{name} {value:g} exceeds {limit:,}" for name, value, limit in (
+        ("total_bytes", total, 16_000_000), ("eval_seconds", eval_seconds, 600),
+        ("train_seconds", trained["train_seconds"], 600)) if value > limit]
+    if shared:
+        violations.append(f"{shared} sampled training documents begin like documents of the "
+                          "validation set")
     if s.val_limit_tokens:
         violations.append(f"VAL_LIMIT_TOKENS={s.val_limit_tokens}: not the whole validation set")
     result = dict(
-        preset=s.preset, settings={f.name: getattr(s, f.name) for f in fields(s)}, seed=s.seed,
+        preset=s.preset, settings=vars(s), seed=s.seed,
         world_size=rt.world_size, device=device_name(rt), versions=versions(rt),
-        code_sha256=hashlib.sha256(SHIPPED).hexdigest(), code_bytes=len(SHIPPED),
-        model_bytes=len(content), total_bytes=total, model_params=sum(counts.values()), **trained,
+        code_sha256=hashlib.sha256(SHIPPED).hexdigest(), code_bytes=code,
+        model_bytes=len(content), total_bytes=total,
+        model_params=sum(parameter_counts(s).values()), **trained,
         eval_seconds=eval_seconds, scored_targets=last["targets"], scored_bytes=last["bytes"],
-        bytes_from=last["bytes_from"],
-        peak_memory_bytes=rt.peak_memory_bytes(),
+        bytes_from=last["bytes_from"], peak_memory_bytes=peak,
         val_loss={kind: r["val_loss"] for kind, r in results.items()},
         val_bpb={kind: r["val_bpb"] for kind, r in results.items()},
         ledger_sha256=last["sha256"], artifact=str(path), violations=violations)
     label = f"{s.quant_label}+{open_artifact(content)[0]['codec']}"
-    for line in (f"Serialized model {label}: {len(content)} bytes",
-                 f"Code size: {len(SHIPPED)} bytes",
+    for line in (f"peak memory allocated: {peak // 2**20} MiB",
+                 f"Serialized model {label}: {len(content)} bytes",
+                 f"Code size: {code} bytes",
                  f"Total submission size {label}: {total} bytes of {s.artifact_budget_bytes}",
                  f"code_sha256:{result['code_sha256']}",
                  f"seconds: train {trained['train_seconds']:.1f} of {s.max_wallclock_seconds:g}, "
@@ -3895,12 +3780,10 @@ def settings_of_artifact(path, environ, world_size=1):
     """(Settings, names set explicitly) for EVAL_ONLY: those stored in the file, changed by explicit
     variables where that does not contradict the model or its training. Raises UserError."""
     stored, tensors, _ = read_artifact(path)
-    known = {f.name for f in fields(Settings)} - set(TIED_TO_THE_RUN)  # none says where to write
     for name, value in stored.items():
-        if name not in known:
-            raise ArtifactError(f"{path}: holds {name}, a setting that no artifact of this script "
-                                "has")
         try:
+            if name not in TYPES or name in TIED_TO_THE_RUN:  # none says where to write
+                raise ValueError("no artifact of this script has")
             stored[name] = parse_value(name, value)
         except ValueError as problem:
             raise ArtifactError(f"{path}: holds {name}={value}, which {problem}") from problem
@@ -3916,70 +3799,39 @@ def settings_of_artifact(path, environ, world_size=1):
     return s, explicit
 
 
-def check_places(s, path, rt):
-    """Find before training what could not be written after it; one training run per OUT_DIR.
-    Raises UserError."""
-    if rt.rank:
-        return
-    with explained(f"OUT_DIR={s.out_dir} cannot be used", "set OUT_DIR to another folder"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if not s.eval_only:
-            rt.lock = open(path.parent / ".lock", "a+", encoding="utf-8", errors="replace")
-    if not s.eval_only:
-        try:
-            fcntl.flock(rt.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as problem:
-            rt.lock.seek(0)
-            raise UserError(f"OUT_DIR={s.out_dir}: in use by {rt.lock.read().strip()}; set another "
-                            "OUT_DIR, or wait for that run") from problem
-        rt.lock.truncate(0)
-        rt.lock.write(f"run {s.run_id}, process {os.getpid()}")
-        rt.lock.flush()
-        if path.is_dir() or free < s.artifact_budget_bytes:
-            raise UserError(f"OUT_DIR={s.out_dir}: {path.name} is a folder, or {free} bytes free "
-                            f"are less than ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}; make "
-                            "room, or set another OUT_DIR")
-    if s.scores_path:
-        target = Path(s.scores_path).expanduser()
-        with explained(f"SCORES_PATH={s.scores_path} cannot be written", "name another file"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "ab"):
-                pass
-
-
 def run_job(s, rt, explicit):
     """The whole job, in the order the data flows."""
     tokens, byte_table = load_validation(s), ByteTable(s)
-    s = replace(s, run_id=s.run_id or str(uuid.uuid4()))
-    out = Path(s.out_dir).expanduser()
     if not byte_table.count(tokens):
         raise UserError(f"DATA_PATH={s.data_path}: the tokens of fineweb_val_* stand for no text "
                         f"by TOKENIZER_PATH={s.tokenizer_path}")
     byte_table.check_text(tokens, s)
+    s = replace(s, run_id=s.run_id or str(uuid.uuid4()))
+    out = Path(s.out_dir).expanduser()
     path = Path(s.eval_only).expanduser() if s.eval_only else out / "final_model.ptz"
-    check_places(s, path, rt)
-    rt.open_log(out / "logs" / f"{s.run_id}.txt")
+    claim_places(s, rt, path, out / "logs" / f"{s.run_id}.txt")
     log_start(s, rt, explicit)
-    counts = parameter_counts(s)
-    log_shape(s, rt.log, counts)
+    log_shape(s, rt.log)
     if rt.compile:
         rt.probe_compiler(s)
     model, names = build_model(s, rt)
     rt.log(" ".join(f"{part}:{name}" for part, name in names.items())
            + f" validation_targets:{len(tokens) - 1} bytes_from:{byte_table.source}")
     forward = rt.compiled(model)
-    trained, results = dict(UNTRAINED), {}
-    if not s.eval_only:
+    if s.eval_only:
+        sha256 = rt.from_rank0(hashlib.sha256(path.read_bytes()).hexdigest())
+        trained, results = dict(UNTRAINED, artifact_sha256=sha256), {}
+    else:
         trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
     # Only now, so that the artifact keeps 0, and another validation set gets its own length.
     chunk = s.ttt_chunk_tokens or max(s.pass_tokens, min(32768, len(tokens) // 64))
     s = replace(s, ttt_chunk_tokens=chunk)
     warm_up_evaluations(model, forward, s, rt, tokens)
     opened = time.perf_counter()
-    scored, ledger = run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened)
+    scored, ledger = run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened,
+                                     trained["artifact_sha256"])
     seconds = time.perf_counter() - opened
-    report(s, rt, path, counts, trained, {**results, **scored}, ledger, seconds)
+    report(s, rt, path, trained, {**results, **scored}, ledger, seconds)
 
 
 def main(argv, environ):
@@ -3990,44 +3842,40 @@ def main(argv, environ):
                 "--help and --dry-run" if unknown else help_text())
         printed(text, sys.stderr if unknown else sys.stdout)
         return 2 if unknown else 0
-    rt, s, handlers = None, None, {number: signal.getsignal(number) for number in SIGNALS}
+    rt, s, rank = None, None, 0
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        ranks = launched_ranks(environ)
+        ranks = rank, world_size, _ = launched_ranks(environ)
         artifact = environ.get("EVAL_ONLY", "").strip()
-        s, explicit = (settings_of_artifact(artifact, environ, ranks[1]) if artifact
-                       else resolve_settings(environ, None, ranks[1]))
+        s, explicit = (settings_of_artifact(artifact, environ, world_size) if artifact
+                       else resolve_settings(environ, None, world_size))
         if "--dry-run" in argv:
-            dry_run(s, ranks)
+            dry_run(s, world_size)
             return 0
         torch._dynamo.config.cache_size_limit = 64
         rt = Runtime(s, ranks)
+        for number in SIGNALS:
+            if handlers[number] != signal.SIG_IGN:  # as nohup does
+                signal.signal(number, rt.on_signal)
         run_job(s, rt, explicit)
         rt.close()
         return 0
-    except torch.OutOfMemoryError as problem:
-        return failed(rt, environ, "GPU memory ran out; lower MICRO_BATCH_TOKENS="
-                      f"{s.micro_batch_tokens} (training and TTT; 32768 should suit 24 GB) or "
-                      f"EVAL_BATCH_SEQS={s.eval_batch_seqs} (scoring): {problem}")
-    except (Interrupted, KeyboardInterrupt) as problem:
-        text = str(problem) or "interrupted; RESUME=auto goes on from what is saved, if anything is"
+    except KeyboardInterrupt as problem:
+        text = str(problem) or "interrupted"
         rt.log(text) if rt else printed(text, sys.stdout)
         return 130
-    except (UserError, LedgerError) as problem:
-        return failed(rt, environ, problem)
+    except (UserError, LedgerError, torch.OutOfMemoryError) as problem:
+        if rank:  # what all ranks met is said once: rank 0's end also ends the others
+            time.sleep(5)
+        if isinstance(problem, torch.OutOfMemoryError):
+            problem = ("GPU memory ran out; lower MICRO_BATCH_TOKENS="
+                       f"{s.micro_batch_tokens} (training and TTT; 32768 should suit 24 GB) or "
+                       f"EVAL_BATCH_SEQS={s.eval_batch_seqs} (scoring): {problem}")
+        printed(f"error{f' on rank {rank}' if rank else ''}: {problem}", sys.stderr)
+        return 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def failed(rt, environ, problem):
-    """Print an error; returns the exit status. What all ranks met is said once: rank 0 prints at
-    once, and its end also ends the others."""
-    given = environ.get("RANK", "0")
-    rank = rt.rank if rt else int(given) if given.isdecimal() else 0
-    if rank:
-        time.sleep(5)
-    printed(f"error{f' on rank {rank}' if rank else ''}: {problem}", sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -345,7 +345,7 @@ class Audit:
             try:
                 with self.files:
                     results, _ = self.script.run_evaluations(
-                        **{name: given[name] for name in inspect.signature(self.script.run_evaluations).parameters})
+                        **{name: given[name] for name in inspect.signature(self.script.run_evaluations).parameters if name in given})
             finally:
                 self.script.ScoreLedger = ledger_class
                 for name in {"forward", *LOGITS} & vars(model).keys():

@@ -162,7 +162,7 @@ READ = "        return decode_artifact(content)\n"
 TOTALS = ("loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), "
           "byte_table.count(self.tokens)\n")
 TTT = '        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)\n'
-LOAD = "    load_quantized(model, read_artifact(path)[1], path)\n"
+LOAD = "    load_quantized(model, read_artifact(path, sha256)[1], path)\n"
 ORDER = "        if first != self.scored:\n"
 
 # name: (conditions that must fail, what one of their failures says, *(text of the script, what

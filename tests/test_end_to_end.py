@@ -44,6 +44,7 @@ def test_the_result_file_says_what_was_run(trained):
     result, (_, tensors, _) = trained.result, train_gpt.decode_artifact(trained.content)
     assert {"preset", "device", "code_sha256"} <= result.keys()
     assert result["model_bytes"] == len(trained.content)
+    assert result["artifact_sha256"] == hashlib.sha256(trained.content).hexdigest()
     assert result["total_bytes"] == result["code_bytes"] + len(trained.content)
     assert result["model_params"] == sum(int(np.prod(t.shape)) for t in tensors.values())
     assert result["steps"] == 10 and result["train_tokens"] == 3840 and result["seed"] == 1337
@@ -242,6 +243,27 @@ def test_an_artifact_with_bad_settings_is_refused_before_a_model_is_built(
     assert name.upper() in said.upper() or "does not hold this model" in said
 
 
+def test_only_the_file_that_was_written_is_scored(trained, run_script, monkeypatch, tmp_path):
+    """Another run's artifact, sound in itself, takes its place after packing."""
+    path, written = tmp_path / "final_model.ptz", []
+
+    def replaced(*_):
+        written.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        path.write_bytes(trained.content)
+    monkeypatch.setattr(train_gpt, "warm_up_evaluations", replaced)
+    done = run_script(ITERATIONS=1, GPTQ=0, **PLAIN)
+    found = hashlib.sha256(trained.content).hexdigest()
+    assert done.returncode == 2 and not done.result and written[0] != found
+    assert all(words in done.stderr for words in (str(path), *written, found, "EVAL_ONLY="))
+
+
+def test_the_artifact_leaves_the_chunk_to_the_validation_set_that_is_scored(run_script):
+    """A 64th of it, but what a pass scores at least; a larger set gets longer chunks."""
+    done = succeeded(run_script(ITERATIONS=1, GPTQ=0, TTT_CHUNK_TOKENS=0, VAL_LIMIT_TOKENS=320))
+    assert "chunk_tokens=64 " in done.stdout and done.result["settings"]["ttt_chunk_tokens"] == 64
+    assert train_gpt.decode_artifact(done.content)[0]["ttt_chunk_tokens"] == 0
+
+
 # -- ranks
 
 def say_exact_losses(patch=setattr):
@@ -273,7 +295,7 @@ def main_with_exact_losses(environ):
 # Newton–Schulz enlarges the last bit of a gradient until the 30th loss differs by 1.6e-5, and
 # rounding to six bits then makes 3e-4 of it in the score. Four rows a pass, on any of these ranks:
 # calibration squares the gradient of each pass, so what a pass holds is part of the result.
-STEPS_25 = dict(PRECISION="fp32", ITERATIONS=25, WARMDOWN_ITERS=12, LATE_QAT_THRESHOLD=0,
+STEPS_25 = dict(ITERATIONS=25, WARMDOWN_ITERS=12, LATE_QAT_THRESHOLD=0,
                 MATRIX_LR=0.01, SCALAR_LR=0.01, TIED_EMBED_LR=0.01, MICRO_BATCH_TOKENS=128,
                 GPTQ_BATCHES=2, WARMUP_STEPS=0)
 

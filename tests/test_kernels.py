@@ -211,8 +211,10 @@ def test_nothing_is_raced_without_a_gpu(tiny):
 @pytest.mark.slow
 def test_fp32_logits_of_a_whole_batch_never_exist(tiny, kernels, whole):
     """With the kernel, in bf16, in neither graph of the compiled model; the plain loss shows that the test would see them."""
-    s = tiny(PRECISION="bf16", MLP_MULT=1.25, COMPILE=1, KERNELS=kernels, NUM_LAYERS=2, XSA_LAST_N=2, VE_LAYERS="1")
-    model, _ = train_gpt.build_model(s, train_gpt.Runtime(s))
+    s = tiny(MLP_MULT=1.25, COMPILE=1, KERNELS=kernels, NUM_LAYERS=2, XSA_LAST_N=2, VE_LAYERS="1")
+    rt = train_gpt.Runtime(s)
+    rt.dtype = torch.bfloat16
+    model, _ = train_gpt.build_model(s, rt)
     tokens, seen, graphs = torch.randint(s.vocab_size, (3, 33)), set(), []
 
     def look(graph, inputs):

@@ -429,7 +429,7 @@ def test_counts_are_those_of_the_model(tiny):
 def test_logged_xsa_layers_are_those_that_use_it(tiny):
     for variables in (dict(XSA_LAST_N=2), dict(XSA_LAST_N=2, UNIQUE_LAYERS=2), dict(XSA_LAST_N=1, UNIQUE_LAYERS=2)):
         s, lines = tiny(**variables), []
-        train_gpt.log_shape(s, lines.append, train_gpt.parameter_counts(s))
+        train_gpt.log_shape(s, lines.append)
         active = [p.block for p in GPT(s).passes[False] if p.xsa]
         assert [line for line in lines if line.startswith("XSA:")] == [f"XSA:last_{s.xsa_last_n} active_layers:{active}"]
 

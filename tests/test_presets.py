@@ -171,11 +171,12 @@ def test_gptq_bears_an_input_that_is_always_zero(tiny):
     assert torch.equal(codes[:, 3], train_gpt.to_codes(w, steps, 6)[:, 3])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_hessians_are_those_of_the_inputs(tiny, precision):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hessians_are_those_of_the_inputs(tiny, dtype):
     """Of every matrix, in both precisions; q's is Σ uuᵀ of the normalized input, found by asking the model itself."""
-    s = tiny(PRECISION=precision)
+    s = tiny()
     rt = train_gpt.Runtime(s)
+    rt.dtype = dtype
     model, _ = train_gpt.build_model(s, rt)
     rows = [torch.randint(s.vocab_size, (3, s.train_seq_len + 1)) for _ in range(2)]
     hessians = train_gpt.calibrate(model, rows, rt).hessians

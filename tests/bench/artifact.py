@@ -73,7 +73,7 @@ def load(arguments):
                    VAL_LIMIT_TOKENS=str(arguments.targets))
     stored = {k: v for k, v in stored.items() if k in T.Settings.__dataclass_fields__}
     s = replace(T.resolve_settings(environ, stored)[0], eval_batch_seqs=16,
-                precision=arguments.precision, **{k: getattr(T.Settings(), k) for k in EXPORT})
+                **{k: getattr(T.Settings(), k) for k in EXPORT})
     rt = T.Runtime(s)
     model = T.build_model(s, rt)[0]
     T.load_quantized(model, tensors, arguments.artifact)
@@ -94,7 +94,6 @@ def main():
                         default=ROOT / "data/tokenizers/fineweb_1024_bpe.model")
     parser.add_argument("--targets", type=int, default=65536)
     parser.add_argument("--calibration-rows", type=int, default=128)
-    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--share", type=float, default=1.0,
                         help="of the bytes that 4.75 bits a weight take")
     parser.add_argument("--spread-seeds", type=int, default=10)

@@ -36,7 +36,6 @@ VARIANTS = {
     "AdamW 1e-4, 3 epochs, last two blocks (#490)": dict(ADAMW, ttt_lr=1e-4, ttt_params="tail"),
     "AdamW 1e-4, 3 epochs": dict(ADAMW, ttt_lr=1e-4),
     "AdamW 5e-4, 3 epochs": dict(ADAMW, ttt_lr=5e-4),
-    "AdamW 5e-4, 3 epochs, decay 20": dict(ADAMW, ttt_lr=5e-4, ttt_decay=20.0),
     "AdamW 1e-3, 1 epoch": dict(ADAMW, ttt_lr=1e-3, ttt_epochs=1),
     "Muon 1e-3, 1 epoch": dict(MUON, ttt_lr=1e-3),
     "Muon 5e-3, 1 epoch": dict(MUON, ttt_lr=5e-3),
@@ -47,7 +46,7 @@ def opened(arguments, **changes):
     """(settings, runtime, model with the artifact's weights, byte table)."""
     environ = dict(DATA_PATH=str(arguments.data), TOKENIZER_PATH=str(arguments.tokenizer),
                    EVAL_ONLY=str(arguments.artifact), VAL_LIMIT_TOKENS=str(arguments.targets),
-                   PRECISION=arguments.precision, **changes)
+                   **changes)
     s, _ = T.settings_of_artifact(arguments.artifact, environ)
     rt = T.Runtime(s)
     model = T.build_model(s, rt)[0]
@@ -60,7 +59,7 @@ def plans(arguments, say):
     s, rt, model, table = opened(arguments, EVAL_ATTENTION="banded", EVAL_SEGMENT=str(8 * window),
                                  EVAL_PREFIX=str(16 * window))
     tokens = T.load_validation(s)
-    say(f"{len(tokens) - 1} validation targets, window {window}, {arguments.precision}")
+    say(f"{len(tokens) - 1} validation targets, window {window}")
     say(f"{'plan':<44} {'bpb':>9} {'seconds':>8} {'tokens read':>12} {'tokens ÷':>9} {'time ÷':>7}")
     rows = [(f"window, stride window/{part}", (window, window // part, 0)) for part in (32, 4)]
     rows += [(f"banded, segment {segment * window}, prefix {int(prefix * window)}",
@@ -118,7 +117,6 @@ def main():
     parser.add_argument("--targets", type=int, default=65536)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--chunk", type=int, default=8192)
-    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--log", type=Path)
     arguments = parser.parse_args()
 

@@ -28,11 +28,13 @@ def counted(script, blocks):
     spec = importlib.util.spec_from_file_location("counted_script", script)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    settings = dict(NUM_LAYERS=blocks, XSA_LAST_N=blocks, VE_LAYERS=blocks - 1, PRECISION="bf16",
-                    DEVICE="cpu", COMPILE=1, TRAIN_SEQ_LEN=T, TRAIN_BATCH_TOKENS=ROWS * T,
+    settings = dict(NUM_LAYERS=blocks, XSA_LAST_N=blocks, VE_LAYERS=blocks - 1, DEVICE="cpu",
+                    COMPILE=1, TRAIN_SEQ_LEN=T, TRAIN_BATCH_TOKENS=ROWS * T,
                     MICRO_BATCH_TOKENS=ROWS * T)
     s = module.resolve_settings({k: str(v) for k, v in settings.items()})[0]
-    model = module.build_model(s, module.Runtime(s))[0]
+    rt = module.Runtime(s)
+    rt.dtype = torch.bfloat16
+    model = module.build_model(s, rt)[0]
     tokens = torch.randint(s.vocab_size, (ROWS, T + 1))
     own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     kept, found = collections.Counter(), []
