@@ -56,6 +56,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
+from torch.utils.weak import WeakTensorKeyDictionary
 
 try:  # optional packages; a broken installation is as good as none
     import triton
@@ -2313,9 +2314,6 @@ class WeightAverage:
 
 # ---- 9. Quantizer: weights → finest steps → steps at a level → codes, and back ------------------
 
-CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-
-
 def code_limit(bits):
     return 2 ** (bits - 1) - 1
 
@@ -2348,7 +2346,8 @@ def finest_steps(w_RC, bits, s, deviations=0.0):
     elif s.quant_clip == "max":
         clips = w_RC.abs().amax(1)[None]
     else:
-        clips = torch.quantile(w_RC.abs(), w_RC.new_tensor(CLIP_QUANTILES), dim=1)
+        quantiles = w_RC.new_tensor((0.999, 0.9995, 0.9999, 0.99999, 1.0))
+        clips = torch.quantile(w_RC.abs(), quantiles, dim=1)
     floor = s.quant_step_floor if bits < 8 else 0.0
     candidates = as_fp16((clips / code_limit(bits)).clamp_min(floor))
     errors = torch.stack([(w_RC - to_codes(w_RC, steps, bits) * steps[:, None]).square().sum(1)
@@ -2413,27 +2412,21 @@ class HessianRecorder(torch.overrides.TorchFunctionMode):
 
     def __init__(self, model):
         super().__init__()
-        self.names = {id(p): [name] for name, p in model.named_parameters()
-                      if kind_of(name).calibrated}
-        self.derived, self.sums = {}, {}
+        self.sums, self.names = {}, WeakTensorKeyDictionary(
+            {p: [name] for name, p in model.named_parameters() if kind_of(name).calibrated})
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func in (torch.Tensor.to, torch.Tensor.mul, torch.cat):
             sources = args[0] if func is torch.cat else args[:1]
-            names = [name for w in sources for name in self._matrices(w)]
-            if names:
-                self.derived[id(out)] = names, out  # a reference keeps the id from being reused
-        elif func is F.linear and (names := self._matrices(args[1])):
+            if names := [name for w in sources for name in self.names.get(w, [])]:
+                self.names[out] = names
+        elif func is F.linear and (names := self.names.get(args[1])):
             x = args[0].detach().flatten(0, -2).float()
             products = x.mT @ x
             for name in names:
                 self.sums[name] = self.sums.get(name, 0) + products
         return out
-
-    def _matrices(self, w):
-        """Names of the matrices that w is a cast or concatenation of; each result is used once."""
-        return self.names.get(id(w)) or self.derived.pop(id(w), ([], None))[0]
 
 
 @dataclass
@@ -2458,8 +2451,9 @@ def calibrate(model, batches_of_rows, rt):
                 square, (by_row, by_column) = grad.square(), energies.get(name, (0, 0))
                 energies[name] = by_row + square.mean(1), by_column + square.mean(0)
             p.grad = None
-    missing = {name for names in recorder.names.values() for name in names} - set(recorder.sums)
-    assert not missing, f"no Hessian for {sorted(missing)}"
+    missing = [name for name, _ in model.named_parameters()
+               if kind_of(name).calibrated and name not in recorder.sums]
+    assert not missing, f"no Hessian for {missing}"
     return Calibration({name: rt.sum_(total) for name, total in recorder.sums.items()},
                        {name: tuple(rt.sum_(e) for e in pair) for name, pair in energies.items()})
 
@@ -2532,7 +2526,7 @@ def error_report(state, tensors):
             sums = (count, -count * torch.xlogy(p, p).sum() / math.log(2), count * t.steps.mean(),
                     (w - t.weights()).square().sum(), w.square().sum())
             kind = kind_of(name).kind
-            kinds[kind] = kinds.get(kind, 0) + np.array([float(x) for x in sums])
+            kinds[kind] = kinds.get(kind, 0) + np.array(sums, float)
     for kind, (count, bits, steps, error, total) in kinds.items():
         yield (f"quantized {kind} weights:{count:.0f} bits_per_code:{bits / count:.3f} "
                f"mean_step:{steps / count:.5f} "
@@ -2646,8 +2640,8 @@ def rans_decode(data, contexts, frequency):
     return symbols
 
 
-# Codecs: (symbols, uint8 [n]; the codes [R, C] they stand for) → bytes, and (bytes, n, shapes of the
-# codes) → n symbols, or n + 1 where there are more; raise on other bytes.
+# Codecs: (symbols, uint8 [n]; the blocks [R, C] they come from) → bytes, and (bytes, n, shapes of
+# the blocks) → n symbols, or n + 1 where there are more; an exception on other bytes.
 
 def squeeze(data, blocks=()):
     return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
@@ -2724,7 +2718,7 @@ def open_artifact(content):
     """(header, index, the side after the index, bytes of the codes) of a file's content. Raises
     ValueError and the like; allocates at most 64 times the file's size."""
     start = len(ARTIFACT_MAGIC) + 4
-    if len(content) < start + 32 or not content.startswith(ARTIFACT_MAGIC):
+    if not content.startswith(ARTIFACT_MAGIC):
         raise ValueError(f"{len(content)} bytes beginning with {content[:8]!r}")
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise ValueError("the checksum does not match")
@@ -2821,11 +2815,10 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
         if len(found) <= budget_bytes:
             content, level = found, near
         elif not compensate:
-            raise UserError(
-                f"the model takes {len(found)} bytes at the coarsest steps, "
-                f"{len(found) - budget_bytes} more than the {budget_bytes} that "
-                f"ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes} leaves beside the code; shrink "
-                "the model")
+            raise UserError(f"the model takes {len(found)} bytes at the coarsest steps, "
+                            f"{len(found) - budget_bytes} more than the {budget_bytes} that "
+                            f"ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes} leaves beside the "
+                            "code; shrink the model")
     log(f"artifact:{s.quant_fit} {level:.6g} takes {len(content)} of {budget_bytes} bytes")
     return content
 
