@@ -56,12 +56,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
+from torch.utils.weak import WeakTensorKeyDictionary
 
-try:  # comes with the CUDA builds of torch; a broken installation is as good as none
+try:  # optional packages; a broken installation is as good as none
     import triton
     import triton.language as tl
 except Exception:
     triton = tl = None
+try:
+    import zstandard
+except Exception:
+    zstandard = None
 
 SCRIPT = Path(__file__).resolve()
 SHIPPED = SCRIPT.read_bytes()  # the file that runs; its bytes count, and later edits change nothing
@@ -561,7 +566,7 @@ def run_rules(s, world_size):
          f"{s.max_wallclock_seconds}"),
         (s.artifact_budget_bytes > len(SHIPPED), f"ARTIFACT_BUDGET_BYTES="
          f"{s.artifact_budget_bytes}: the code alone has {len(SHIPPED)} bytes; raise it"),
-        (s.codec != "zstd" or zstandard(),
+        (s.codec != "zstd" or zstandard,
          "CODEC=zstd: the package zstandard does not import: pip install zstandard, or CODEC=rans"),
     ]
 
@@ -2300,29 +2305,27 @@ class WeightAverage:
         return " and ".join(averages)
 
 
-# ---- 9. Quantizer: rows → integer codes and a step per row, and back ----------------------------
-
-CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-
+# ---- 9. Quantizer: weights → finest steps → steps at a level → codes, and back ------------------
 
 def code_limit(bits):
     return 2 ** (bits - 1) - 1
 
 
-def to_codes(w_RC, steps_R, bits):
-    """Integer codes of w at these steps, clamped to ±(2^(bits−1)−1); step 0: all zero."""
-    inverse = torch.where(steps_R > 0, 1 / steps_R, torch.zeros_like(steps_R))
-    limit = code_limit(bits)
-    return (w_RC * inverse[:, None]).round().clamp(-limit, limit).to(torch.int8)
-
-
-def from_codes(codes_RC, steps_R):
-    return codes_RC.float() * steps_R[:, None]
+def bits_of(name, s):
+    """Bits of a parameter in the artifact: its kind's, unless its name is kept as fp16."""
+    keep = filter(None, map(str.strip, s.fp16_keep_name_patterns.split(",")))
+    return 16 if any(part in name for part in keep) else setting_or(s, kind_of(name).bits, 16)
 
 
 def as_fp16(x):
     """x as fp16 can store it, never beyond its range, in fp32."""
     return x.clamp(max=65504.0).half().float()
+
+
+def to_codes(w_RC, steps_R, bits):
+    """Integer codes of w at these steps, clamped to ±(2^(bits−1)−1); step 0: all zero."""
+    inverse, limit = steps_R.reciprocal().nan_to_num(posinf=0.0), code_limit(bits)
+    return (w_RC * inverse[:, None]).round().clamp(-limit, limit).to(torch.int8)
 
 
 def finest_steps(w_RC, bits, s, deviations=0.0):
@@ -2331,41 +2334,43 @@ def finest_steps(w_RC, bits, s, deviations=0.0):
     row: the quantile of |w| with the least squared error (GPTQ-lite); std: a multiple of the root
     mean square (SDClip, #1394).
     """
-    magnitude = w_RC.abs()
     if s.quant_clip == "std":
         clips = deviations * w_RC.square().mean(1).sqrt()[None]
     elif s.quant_clip == "max":
-        clips = magnitude.amax(1)[None]
+        clips = w_RC.abs().amax(1)[None]
     else:
-        quantiles = torch.tensor(CLIP_QUANTILES, device=w_RC.device)
-        clips = torch.quantile(magnitude, quantiles, dim=1)
+        quantiles = w_RC.new_tensor((0.999, 0.9995, 0.9999, 0.99999, 1.0))
+        clips = torch.quantile(w_RC.abs(), quantiles, dim=1)
     floor = s.quant_step_floor if bits < 8 else 0.0
     candidates = as_fp16((clips / code_limit(bits)).clamp_min(floor))
-    if len(candidates) == 1:
-        return candidates[0]
-    errors = torch.stack([(w_RC - from_codes(to_codes(w_RC, steps, bits), steps)).square().sum(1)
+    errors = torch.stack([(w_RC - to_codes(w_RC, steps, bits) * steps[:, None]).square().sum(1)
                           for steps in candidates])
     return candidates.gather(0, errors.argmin(0)[None])[0]
 
 
-def prune(w, fraction):
-    """w with that fraction of its smallest magnitudes set to zero."""
-    dropped = int(fraction * w.numel())
-    if not dropped:
-        return w
-    return torch.where(w.abs() > w.abs().flatten().kthvalue(dropped).values, w, 0.0)
+def tolerances(row_energy, column_energy):
+    """Relative size of the steps that rows [R] and columns [C] may have: 1/√energy of the tensor,
+    times energy^(−1/4) of row and column.
+
+    Equal cost everywhere would be 1/√energy of rows and columns too. Their fourth root lost least
+    on a model of 2 M weights. Values are powers of 2^(1/4): few, hence cheap in the file.
+    """
+    mean = row_energy.mean().clamp_min(1e-30)  # of the tensor, as is that of the columns
+    quarters = [-(energy / mean + 1e-3).log2() for energy in (row_energy, column_energy)]
+    rows, columns = (x - x.mean() for x in quarters)
+    rows = torch.exp2((rows - 2 * mean.log2()).round() / 4)
+    return rows, as_fp16(torch.exp2(columns.round() / 4))
 
 
-def inverse_factor(hessian_CC, order):
-    """Upper Cholesky factor of the damped Hessian's inverse, float64, columns in `order`."""
-    diagonal = hessian_CC.diagonal()
-    unused = torch.diag(torch.where(diagonal > 0, 0.0, 1.0).double())
-    hessian, damp = (hessian_CC + unused)[order][:, order], 0.01
-    identity = torch.eye(len(order), dtype=torch.float64, device=hessian.device)
+def inverse_factor(hessian_CC):
+    """Upper Cholesky factor of the damped Hessian's inverse, float64."""
+    mean, damp = hessian_CC.diagonal().mean(), 0.01
+    hessian = hessian_CC + torch.diag((hessian_CC.diagonal() == 0).double())  # inputs never there
     while True:
         try:
-            damped = torch.linalg.cholesky(hessian + damp * diagonal.mean() * identity)
-            return torch.linalg.cholesky(torch.cholesky_inverse(damped), upper=True)
+            damped = hessian + damp * mean * torch.eye(len(hessian)).to(hessian)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+            return torch.linalg.cholesky(inverse, upper=True)
         except torch.linalg.LinAlgError:  # few calibration rows; damping means less compensation
             damp *= 10
             if not damp < 1e6:
@@ -2377,21 +2382,20 @@ def gptq_codes(w_RC, steps_R, bits, hessian_CC, s, block=128):
 
     GPTQ (Frantar et al. 2022); hessian = Σ xxᵀ over the inputs of the matrix.
     """
-    hessian, w = hessian_CC.double(), w_RC.double()
-    order = torch.arange(w.size(1), device=w.device)
+    hessian, order = hessian_CC.double(), torch.arange(w_RC.size(1), device=w_RC.device)
     if s.gptq_act_order:
         order = hessian.diagonal().argsort(descending=True)
-    factor, w = inverse_factor(hessian, order), w[:, order]
-    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    for begin in range(0, w.size(1), block):
-        end = min(begin + block, w.size(1))
-        errors = torch.zeros(w.size(0), end - begin, dtype=w.dtype, device=w.device)
+    factor, w = inverse_factor(hessian[order][:, order]), w_RC.double()[:, order]
+    codes = torch.empty_like(w, dtype=torch.int8)
+    for begin in range(0, len(order), block):
+        end = min(begin + block, len(order))
         for j in range(begin, end):
             codes[:, j] = to_codes(w[:, j: j + 1].float(), steps_R, bits)[:, 0]
-            errors[:, j - begin] = (w[:, j] - codes[:, j] * steps_R) / factor[j, j]
-            w[:, j:end] -= errors[:, j - begin, None] * factor[j, j:end]
-        w[:, end:] -= errors @ factor[begin:end, end:]
-    return torch.empty_like(codes).index_copy_(1, order, codes)
+            error = (w[:, j] - codes[:, j] * steps_R) / factor[j, j]
+            w[:, j:end] -= error[:, None] * factor[j, j:end]
+            w[:, j] = error  # what the columns after this block have still to compensate
+        w[:, end:] -= w[:, begin:end] @ factor[begin:end, end:]
+    return codes.index_select(1, order.argsort())
 
 
 class HessianRecorder(torch.overrides.TorchFunctionMode):
@@ -2401,27 +2405,21 @@ class HessianRecorder(torch.overrides.TorchFunctionMode):
 
     def __init__(self, model):
         super().__init__()
-        self.names = {id(p): [name] for name, p in model.named_parameters()
-                      if kind_of(name).calibrated}
-        self.derived, self.sums = {}, {}
+        self.sums, self.names = {}, WeakTensorKeyDictionary(
+            {p: [name] for name, p in model.named_parameters() if kind_of(name).calibrated})
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func in (torch.Tensor.to, torch.Tensor.mul, torch.cat):
             sources = args[0] if func is torch.cat else args[:1]
-            names = [name for w in sources for name in self._matrices(w)]
-            if names:
-                self.derived[id(out)] = names, out  # a reference keeps the id from being reused
-        elif func is F.linear and (names := self._matrices(args[1])):
+            if names := [name for w in sources for name in self.names.get(w, [])]:
+                self.names[out] = names
+        elif func is F.linear and (names := self.names.get(args[1])):
             x = args[0].detach().flatten(0, -2).float()
             products = x.mT @ x
             for name in names:
                 self.sums[name] = self.sums.get(name, 0) + products
         return out
-
-    def _matrices(self, w):
-        """Names of the matrices that w is a cast or concatenation of; each result is used once."""
-        return self.names.get(id(w)) or self.derived.pop(id(w), ([], None))[0]
 
 
 @dataclass
@@ -2446,135 +2444,86 @@ def calibrate(model, batches_of_rows, rt):
                 square, (by_row, by_column) = grad.square(), energies.get(name, (0, 0))
                 energies[name] = by_row + square.mean(1), by_column + square.mean(0)
             p.grad = None
-    missing = {name for names in recorder.names.values() for name in names} - set(recorder.sums)
-    assert not missing, f"no Hessian for {sorted(missing)}"
+    missing = [name for name, _ in model.named_parameters()
+               if kind_of(name).calibrated and name not in recorder.sums]
+    assert not missing, f"no Hessian for {missing}"
     return Calibration({name: rt.sum_(total) for name, total in recorder.sums.items()},
                        {name: tuple(rt.sum_(e) for e in pair) for name, pair in energies.items()})
 
 
 @dataclass
 class Quantized:
-    """A tensor as stored: int8 codes [R, C] with steps [R] and column factors [C]; or fp16."""
+    """A tensor as stored: int8 codes [R, C] with steps [R] and column factors [C]; or, with 16
+    bits, its fp16 values as codes."""
     bits: int
-    codes: Tensor | None = None
+    codes: Tensor
     steps: Tensor | None = None
     columns: Tensor | None = None
-    half: Tensor | None = None
-    shape: tuple = ()
 
     def weights(self):
         """The fp32 tensor that the file stands for."""
-        if self.bits == 16:
-            return self.half.float()
-        return from_codes(self.codes, self.steps) * self.columns
-
-
-def bits_of(name, s):
-    """Bits of a parameter in the artifact: its kind's, unless its name is kept as fp16."""
-    keep = [part.strip() for part in s.fp16_keep_name_patterns.split(",") if part.strip()]
-    kept = any(part in name for part in keep)
-    return 16 if kept else setting_or(s, kind_of(name).bits, 16)
-
-
-def tolerances(w_RC, energies):
-    """Relative size of the steps that rows [R] and columns [C] may have: 1/√energy of the tensor,
-    times energy^(−1/4) of row and column.
-
-    Equal cost everywhere would be 1/√energy of rows and columns too. Their fourth root lost least
-    on a model of 2 M weights. Values are powers of 2^(1/4): few, hence cheap in the file.
-    """
-    if energies is None:
-        return w_RC.new_ones(w_RC.size(0)), w_RC.new_ones(w_RC.size(1))
-    mean = energies[0].mean().clamp_min(1e-30)
-    rows, columns = ((e / e.mean().clamp_min(1e-30) + 1e-3) ** -0.25 for e in energies)
-    rows, columns = (x / x.log().mean().exp() for x in (rows, columns))
-    rows, columns = (torch.exp2((x.log2() * 4).round() / 4) for x in (rows * mean.rsqrt(), columns))
-    return rows, as_fp16(columns)
-
-
-@dataclass
-class Matrix:
-    """A tensor that becomes codes: its weights over the column factors, and its step sizes."""
-    w_RC: Tensor
-    bits: int
-    finest_R: Tensor
-    rows_R: Tensor     # tolerances
-    columns_C: Tensor  # factors
-    hessian_CC: Tensor | None
-
-    def at(self, level, s, compensate):
-        """Quantized at a level, with GPTQ where wanted and a Hessian was recorded."""
-        by_level = s.quant_fit == "level"
-        steps = as_fp16(torch.maximum(self.finest_R, level * self.rows_R) if by_level
-                        else level * self.finest_R)
-        if compensate and self.hessian_CC is not None:
-            hessian = self.hessian_CC * self.columns_C * self.columns_C[:, None]
-            codes = gptq_codes(self.w_RC, steps, self.bits, hessian, s)
-            codes = torch.where(self.w_RC == 0, 0, codes) if s.prune_frac else codes
-        else:
-            codes = to_codes(self.w_RC, steps, self.bits)
-        return Quantized(self.bits, codes.cpu(), steps.cpu(), self.columns_C.cpu(),
-                         shape=tuple(codes.shape))
+        w = self.codes.float()
+        return w if self.bits == 16 else w * self.steps[:, None] * self.columns
 
 
 class Quantizer:
-    """Every tensor as a function of one number, the level.
+    """Every tensor as a function of one number, the level; 0: all steps are the finest.
 
-    QUANT_FIT=level: a row's step is the level times its tolerance, but not below its finest step;
-    scale: its finest step times the level. The finest steps and tolerances are computed once.
-    Raises UserError where a weight is not finite or too large for fp16.
+    A row's step is the level times its tolerance, but not below its finest step. QUANT_FIT=level:
+    tolerances are equal, or by what errors cost where there is a Calibration; scale: they are the
+    finest steps. Raises UserError where a weight is not finite or too large for fp16.
     """
 
     def __init__(self, state, s, calibration=None):
-        self.s, self.tensors = s, {}
-        self.finest = 0.0 if s.quant_fit == "level" else 1.0  # the level of the finest steps
+        self.s, self.halves, self.parts = s, {}, {}
         for name, w in state.items():
             w, bits = w.detach().float(), bits_of(name, s)
             if not torch.isfinite(w).all() or (bits == 16 and w.abs().max() > 65504):
                 raise UserError(f"{name}: holds {float(w.abs().max())}, which cannot be stored: "
                                 "training diverged; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
             if bits == 16:
-                self.tensors[name] = Quantized(16, half=w.half().cpu(), shape=tuple(w.shape))
+                self.halves[name] = Quantized(bits, w.half().cpu())
                 continue
-            w = prune(w, s.prune_frac)
-            by_cost = calibration and s.quant_fit == "level"
-            rows, columns = tolerances(w, calibration.energies[name] if by_cost else None)
+            if dropped := int(s.prune_frac * w.numel()):
+                w = w * (w.abs() > w.abs().flatten().kthvalue(dropped).values)
+            rows, columns = w.new_ones(w.size(0)), w.new_ones(w.size(1))
+            if calibration and s.quant_fit == "level":
+                rows, columns = tolerances(*calibration.energies[name])
             w = w / columns
             finest = finest_steps(w, bits, s, getattr(s, kind_of(name).clip))
-            self.tensors[name] = Matrix(w, bits, finest, rows, columns,
-                                        calibration and calibration.hessians.get(name))
+            rows = finest if s.quant_fit == "scale" else rows
+            hessian = calibration and calibration.hessians.get(name)
+            self.parts[name] = bits, w, finest, rows, columns, hessian
 
     def at(self, level, compensate=True):
         """{name: Quantized} at a level; `compensate`: GPTQ where a Hessian was recorded."""
-        return {name: t if isinstance(t, Quantized) else t.at(level, self.s, compensate)
-                for name, t in self.tensors.items()}
+        tensors = dict(self.halves)
+        for name, (bits, w, finest, rows, columns, hessian) in self.parts.items():
+            steps = as_fp16(torch.maximum(finest, level * rows))
+            if compensate and hessian is not None:
+                hessian = hessian * columns * columns[:, None]
+                codes = gptq_codes(w, steps, bits, hessian, self.s) * (w != 0)  # zero stays zero
+            else:
+                codes = to_codes(w, steps, bits)
+            tensors[name] = Quantized(bits, codes.cpu(), steps.cpu(), columns.cpu())
+        return tensors
 
 
 def error_report(state, tensors):
-    """Lines of what each quantized tensor got, then (line, True) by kind: order-0 entropy of the
-    codes, mean step, relative error of the weights."""
+    """A line for each kind: order-0 entropy of the codes, mean step, relative error of weights."""
     kinds = {}
-
-    def described(label, sums):
-        count, bits, steps, error, total = sums
-        return (f"quantized {label} weights:{count:.0f} bits_per_code:{bits / max(count, 1):.3f} "
-                f"mean_step:{steps / max(count, 1):.5f} "
-                f"weight_error:{math.sqrt(error / max(total, 1e-30)):.5f}")
-
     for name, t in tensors.items():
-        if t.bits == 16:
-            continue
-        w, count = state[name].detach().float().cpu(), t.codes.numel()
-        p = torch.bincount(t.codes.flatten().int() + 128).double() / max(count, 1)
-        entropy = float(-torch.xlogy(p, p).sum()) / math.log(2)
-        mean_step = float(t.steps.sum()) / max(len(t.steps), 1)
-        sums = np.array([count, entropy * count, mean_step * count,
-                         float((w - t.weights()).square().sum()), float(w.square().sum())])
-        kind = kind_of(name).kind
-        kinds[kind] = kinds.get(kind, 0) + sums
-        yield described(f"{name} int{t.bits}", sums), False
-    for kind, sums in kinds.items():
-        yield described(kind, sums), True
+        if t.bits < 16:
+            w, count = state[name].detach().float().cpu(), t.codes.numel()
+            p = torch.bincount(t.codes.flatten().int() + 128).double() / count
+            sums = (count, -count * torch.xlogy(p, p).sum() / math.log(2), count * t.steps.mean(),
+                    (w - t.weights()).square().sum(), w.square().sum())
+            kind = kind_of(name).kind
+            kinds[kind] = kinds.get(kind, 0) + np.array(sums, float)
+    for kind, (count, bits, steps, error, total) in kinds.items():
+        yield (f"quantized {kind} weights:{count:.0f} bits_per_code:{bits / count:.3f} "
+               f"mean_step:{steps / count:.5f} "
+               f"weight_error:{math.sqrt(error / max(total, 1e-30)):.5f}")
 
 
 # ---- 10. Artifact: codes → bytes → file, and back; data only, nothing in it is executed ---------
@@ -2584,9 +2533,9 @@ def error_report(state, tensors):
 # quantized tensor, tensors of equal bits together.
 
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
-INDEX_MOST_BYTES = 1 << 20  # parsed JSON takes twenty times its text
-# Bounds on what a file may claim to hold, per byte and in all, before anything is allocated for it.
-MOST_WEIGHTS_PER_BYTE, MOST_WEIGHTS = 64, 1 << 30
+# Bounds on what a file may claim to hold, before anything is allocated for it. Parsed JSON takes
+# twenty times its text.
+INDEX_MOST_BYTES, MOST_WEIGHTS_PER_BYTE = 1 << 20, 64
 # Codes look like noise to a match finder: a shallow search without literal context is smaller and
 # three times faster.
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORMAL,
@@ -2600,46 +2549,6 @@ TIED_TO_THE_RUN = (
 
 class ArtifactError(UserError):
     """The file is not an artifact, or not a whole one."""
-
-
-def exactly(data, size):
-    if len(data) != size:
-        raise ValueError(f"{len(data)} bytes where {size} are promised")
-    return data
-
-
-def squeeze(data):
-    return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-
-
-def unsqueeze(data, size):
-    """The `size` bytes that squeeze got; allocates no more. Raises ValueError."""
-    try:
-        reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-        return exactly(reader.decompress(data, max_length=size + 1), size)
-    except (lzma.LZMAError, EOFError) as problem:
-        raise ValueError(problem) from problem
-
-
-def zstandard():
-    """The package, or None: whatever a broken one raises at import."""
-    with contextlib.suppress(Exception):
-        return importlib.import_module("zstandard")
-
-
-def zstd(data):
-    return zstandard().ZstdCompressor(level=22).compress(data)
-
-
-def unzstd(data, size):
-    package = zstandard()
-    if not package:
-        raise ValueError("its codec is zstd: pip install zstandard")
-    try:
-        reader = package.ZstdDecompressor(max_window_size=1 << 27).stream_reader(io.BytesIO(data))
-        return exactly(reader.read(size + 1), size)
-    except package.ZstdError as problem:
-        raise ValueError(problem) from problem
 
 
 # rANS (Duda 2013): a state below 2³² holds what was coded; a code of frequency f/2¹⁵ adds
@@ -2660,10 +2569,12 @@ def magnitudes(codes_RC):
             for x in (rows, columns)]
 
 
-def contexts_of(rows, columns):
-    """Context of every code, uint8 [R·C]."""
-    total = rows[:, None].astype(np.int16) + columns - 16
-    return total.clip(0, CONTEXTS - 1).astype(np.uint8).ravel()
+def contexts_of(levels):
+    """Context of every code, uint8 [n], from magnitudes [rows, columns, rows, columns, ...]."""
+    sums = (rows[:, None].astype(np.int16) + columns - 16
+            for rows, columns in zip(levels[::2], levels[1::2]))
+    contexts = (total.clip(0, CONTEXTS - 1).astype(np.uint8).tobytes() for total in sums)
+    return np.frombuffer(b"".join(contexts), np.uint8)
 
 
 def frequencies(counts):
@@ -2722,64 +2633,52 @@ def rans_decode(data, contexts, frequency):
     return symbols
 
 
-def joined(arrays, dtype=np.uint8):
-    return np.concatenate([np.zeros(0, dtype), *arrays])
+# Codecs: (symbols, uint8 [n]; the blocks [R, C] they come from) → bytes, and (bytes, n, shapes of
+# the blocks) → n symbols, or n + 1 where there are more; an exception on other bytes.
+
+def squeeze(data, blocks=()):
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
 
 
-def rans(blocks):
-    """Bytes of the codes of some tensors, int8 [R, C] each, with their contexts and tables."""
-    symbols, levels = joined(unsigned(b) for b in blocks), [magnitudes(b) for b in blocks]
-    contexts = joined(contexts_of(*pair) for pair in levels)
-    counts, part = np.zeros(CONTEXTS * SYMBOLS, np.int64), 1 << 20
-    for at in range(0, len(symbols), part):
-        entry = contexts[at: at + part] * np.intp(SYMBOLS) + symbols[at: at + part]
-        counts += np.bincount(entry, minlength=len(counts))
+def unsqueeze(data, size, shapes=()):
+    reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    return reader.decompress(data, max_length=size + 1)
+
+
+def zstd(symbols, blocks):
+    return zstandard.ZstdCompressor(level=22).compress(symbols)
+
+
+def unzstd(data, size, shapes):
+    if not zstandard:
+        raise ValueError("its codec is zstd: pip install zstandard")
+    limited = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+    return limited.stream_reader(io.BytesIO(data)).read(size + 1)
+
+
+def rans(symbols, blocks):
+    levels = [level for block in blocks for level in magnitudes(block)]
+    contexts = contexts_of(levels)
+    counts = np.bincount(contexts * np.intp(SYMBOLS) + symbols, minlength=CONTEXTS * SYMBOLS)
     frequency = frequencies(counts.reshape(CONTEXTS, SYMBOLS))
-    tables = squeeze(frequency.astype("<u2").T.tobytes()
-                     + b"".join(x.tobytes() for pair in levels for x in pair))
+    tables = squeeze(b"".join(x.tobytes() for x in (frequency.astype("<u2").T, *levels)))
     return struct.pack("<I", len(tables)) + tables + rans_encode(symbols, contexts, frequency)
 
 
-def unrans(data, shapes):
-    """The symbols that `rans` got, uint8. Raises ValueError."""
+def unrans(data, size, shapes):
     length, = struct.unpack_from("<I", data)
-    table_bytes = 2 * CONTEXTS * SYMBOLS
-    side = unsqueeze(data[4: 4 + length], table_bytes + sum(map(sum, shapes)))
-    frequency = np.frombuffer(side, "<u2", CONTEXTS * SYMBOLS).reshape(SYMBOLS, CONTEXTS).T
-    ends = np.cumsum([n for shape in shapes for n in shape])[:-1]
-    levels = iter(np.split(np.frombuffer(side, np.uint8, offset=table_bytes), ends))
-    contexts = joined(contexts_of(next(levels), next(levels)) for _ in shapes)
-    return rans_decode(data[4 + length:], contexts, frequency)
+    ends = 2 * CONTEXTS * SYMBOLS + np.cumsum([0, *(n for shape in shapes for n in shape)])
+    tables = np.frombuffer(unsqueeze(data[4: 4 + length], int(ends[-1])), np.uint8)
+    frequency, *levels = np.split(tables, ends)
+    frequency = frequency.view("<u2").reshape(SYMBOLS, CONTEXTS).T
+    return rans_decode(data[4 + length:], contexts_of(levels), frequency)
 
 
-def unsigned(codes):
-    return codes.ravel().view(np.uint8) ^ 0x80
+CODECS = {"rans": (rans, unrans), "lzma": (squeeze, unsqueeze), "zstd": (zstd, unzstd)}
 
 
-CODECS = {  # name: (int8 blocks → bytes, (bytes, shapes) → uint8 symbols)
-    "rans": (rans, unrans),
-    "lzma": (lambda blocks: squeeze(joined(map(unsigned, blocks)).tobytes()),
-             lambda data, shapes: unsqueeze(data, sum(map(math.prod, shapes)))),
-    "zstd": (lambda blocks: zstd(joined(map(unsigned, blocks)).tobytes()),
-             lambda data, shapes: unzstd(data, sum(map(math.prod, shapes)))),
-}
-
-
-def decode_codes(codec, data, shapes):
-    """The codes of tensors of these shapes, int8 [R, C] each. Raises ValueError."""
-    symbols = CODECS[codec][1](data, shapes)
-    symbols = symbols if codec == "rans" else np.frombuffer(symbols, np.uint8)
-    blocks = np.split((symbols ^ 0x80).view(np.int8), np.cumsum([*map(math.prod, shapes)])[:-1])
-    return [block.reshape(shape) for block, shape in zip(blocks, shapes)]
-
-
-def planes(values):
-    """uint16 values as bytes, low bytes first: the high bytes, alike, compress better together."""
-    return values.astype("<u2").view(np.uint8).reshape(-1, 2).T.tobytes()
-
-
-def from_planes(data):
-    return np.frombuffer(data, np.uint8).reshape(2, -1).T.copy().view("<u2").ravel()
+def compact_json(**values):
+    return json.dumps(values, separators=(",", ":")).encode()
 
 
 def encode_artifact(tensors, s, note=""):
@@ -2789,146 +2688,80 @@ def encode_artifact(tensors, s, note=""):
     """
     order = sorted(tensors, key=lambda name: tensors[name].bits)
     coded = [tensors[name] for name in order if tensors[name].bits < 16]
-    codes = CODECS[s.codec][0]([t.codes.numpy() for t in coded])
-    factors = joined((x.numpy().astype(np.float16) for t in coded for x in (t.steps, t.columns)),
-                     np.float16)
-    distinct, ranks = np.unique(factors.view(np.uint16), return_inverse=True)
-    halves = joined((tensors[n].half.flatten().numpy() for n in order if tensors[n].bits == 16),
-                    np.float16)
+    factors = [x.half().numpy().tobytes() for t in coded for x in (t.steps, t.columns)]
+    distinct, ranks = np.unique(np.frombuffer(b"".join(factors), np.uint16), return_inverse=True)
+    halves = [tensors[n].codes.numpy().tobytes() for n in order if tensors[n].bits == 16]
+    halves = np.frombuffer(b"".join(halves), np.uint16)
     stored = {f.name: getattr(s, f.name) for f in fields(s) if f.name not in TIED_TO_THE_RUN}
-    described = [[n, tensors[n].bits, tensors[n].shape] for n in order]
+    described = [[n, tensors[n].bits, tuple(tensors[n].codes.shape)] for n in order]
     index = compact_json(settings=stored, note=note, tensors=described, distinct=len(distinct))
-    side = index + planes(distinct) + planes(ranks) + planes(halves.view(np.uint16))
-    squeezed = squeeze(side)
+    # low bytes, then high bytes: these are alike and compress better together
+    side = index + b"".join(values.astype("<u2").view(np.uint8).reshape(-1, 2).T.tobytes()
+                            for values in (distinct, ranks, halves))
+    squeezed, blocks = squeeze(side), [t.codes.numpy() for t in coded]
+    symbols = np.frombuffer(b"".join(block.tobytes() for block in blocks), np.uint8) ^ 0x80
     header = compact_json(codec=s.codec, index_bytes=len(index), side_bytes=len(side),
                           squeezed_bytes=len(squeezed))
-    content = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + squeezed + codes
+    content = (ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + squeezed
+               + CODECS[s.codec][0](symbols, blocks))
     return content + hashlib.sha256(content).digest()
-
-
-def compact_json(**values):
-    return json.dumps(values, separators=(",", ":")).encode()
 
 
 def open_artifact(content):
     """(header, index, the side after the index, bytes of the codes) of a file's content. Raises
     ValueError and the like; allocates at most 64 times the file's size."""
     start = len(ARTIFACT_MAGIC) + 4
-    if len(content) < start + 32 or not content.startswith(ARTIFACT_MAGIC):
-        raise ArtifactError(f"{len(content)} bytes beginning with {content[:8]!r}: not an artifact "
-                            "of this script")
+    if not content.startswith(ARTIFACT_MAGIC):
+        raise ValueError(f"{len(content)} bytes beginning with {content[:8]!r}")
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        raise ArtifactError("the checksum does not match: the file is damaged or cut short; make "
-                            "or fetch it again")
+        raise ValueError("the checksum does not match")
     header_bytes, = struct.unpack_from("<I", content, start - 4)
     header, start = json.loads(content[start: start + header_bytes]), start + header_bytes
     index_bytes, side_bytes, squeezed_bytes = (
         int(header[k]) for k in ("index_bytes", "side_bytes", "squeezed_bytes"))
     if not (0 <= index_bytes <= min(side_bytes, INDEX_MOST_BYTES)
-            and side_bytes <= MOST_WEIGHTS_PER_BYTE * len(content)
-            and 0 <= squeezed_bytes <= len(content) - 32 - start):
+            and side_bytes <= MOST_WEIGHTS_PER_BYTE * len(content)):
         raise ValueError(f"header {header}")
     side = unsqueeze(content[start: start + squeezed_bytes], side_bytes)
     codes = memoryview(content)[start + squeezed_bytes: -32]
     return header, json.loads(side[:index_bytes]), side[index_bytes:], codes
 
 
-def described_tensors(index, most):
-    """[(name, bits, shape)] of an index. Raises ValueError unless names differ, shapes are
-    possible, and there are at most `most` weights."""
-    described = [(str(name), int(bits), tuple(int(n) for n in shape))
-                 for name, bits, shape in index["tensors"]]
-    if any(bits not in Bits.__args__ or min(shape, default=1) < 0
-           or (bits < 16 and len(shape) != 2) for _, bits, shape in described):
-        raise ValueError("a tensor of unknown bits or shape")
-    if len({name for name, *_ in described}) != len(described):
-        raise ValueError("a tensor twice")
-    total = sum(math.prod(shape) + sum(shape) for *_, shape in described)
-    if total > most:
-        raise ValueError(f"{total} weights, more than such a file can hold")
-    return described
-
-
-def decode_artifact(content):
+def decode_artifact(content, path="the artifact"):
     """(stored settings, {name: Quantized}, note) from a file's bytes. Raises ArtifactError."""
     try:
         header, index, side, codes = open_artifact(content)
-        described = described_tensors(index, min(MOST_WEIGHTS,
-                                                 MOST_WEIGHTS_PER_BYTE * len(content)))
+        described = [(str(name), int(bits), tuple(map(int, shape)))
+                     for name, bits, shape in index["tensors"]]
+        weights = sum(math.prod(shape) + sum(shape) for *_, shape in described)
+        if (weights > MOST_WEIGHTS_PER_BYTE * len(content)
+                or len({name for name, *_ in described}) < len(described)
+                or any(bits not in Bits.__args__ or min(shape, default=0) < 0
+                       or (bits < 16 and len(shape) != 2) for _, bits, shape in described)):
+            raise ValueError(f"{weights} weights: too many, or one tensor twice or impossible")
         shapes = [shape for _, bits, shape in described if bits < 16]
-        half_count = sum(math.prod(shape) for _, bits, shape in described if bits == 16)
-        ends = 2 * np.cumsum([int(index["distinct"]), sum(map(sum, shapes)), half_count])
-        if ends[-1] != len(side) or ends[0] < 0:
-            raise ValueError(f"tensors that do not fill the {len(side)} bytes there are")
-        distinct, ranks, halves = (from_planes(side[a:b]) for a, b in zip((0, *ends), ends))
-        factors = torch.from_numpy(distinct.view(np.float16)[ranks].astype(np.float32))
-        halves = torch.from_numpy(halves.view(np.float16))
-        blocks, tensors = iter(decode_codes(header["codec"], codes, shapes)), {}
+        sizes = [math.prod(shape) for shape in shapes]
+        lengths = [n for shape in shapes for n in shape]
+        half_sizes = [math.prod(shape) for _, bits, shape in described if bits == 16]
+        # a split raises unless its sizes add up to all that there is
+        side = torch.from_numpy(np.frombuffer(side, np.uint8).copy()).split(
+            [2 * int(index["distinct"]), 2 * sum(lengths), 2 * sum(half_sizes)])
+        distinct, ranks, halves = (
+            part.view(2, -1).T.numpy().copy().view("<u2").ravel() for part in side)
+        factors = distinct.view(np.float16)[ranks].astype(np.float32)
+        factors = iter(torch.from_numpy(factors).split(lengths))
+        halves = iter(torch.from_numpy(halves.view(np.float16)).split(half_sizes))
+        symbols = np.frombuffer(CODECS[header["codec"]][1](codes, sum(sizes), shapes), np.uint8)
+        blocks, tensors = iter(torch.from_numpy((symbols ^ 0x80).view(np.int8)).split(sizes)), {}
         for name, bits, shape in described:
-            if bits == 16:
-                half, halves = halves[: math.prod(shape)], halves[math.prod(shape):]
-                tensors[name] = Quantized(16, half=half.view(shape), shape=shape)
-                continue
-            steps, columns, factors = factors.split([*shape, len(factors) - sum(shape)])
-            block = torch.from_numpy(next(blocks))
-            if block.numel() and max(-int(block.min()), int(block.max())) > code_limit(bits):
+            parts = [next(halves)] if bits == 16 else [next(blocks), next(factors), next(factors)]
+            tensors[name] = Quantized(bits, parts[0].view(shape), *parts[1:])
+            if bits < 16 and (parts[0].short().abs() > code_limit(bits)).any():
                 raise ValueError(f"{name}: a code beyond its {bits} bits")
-            tensors[name] = Quantized(bits, block, steps, columns, shape=shape)
         return dict(index["settings"]), tensors, str(index["note"])
-    except (ValueError, TypeError, LookupError, OverflowError, RecursionError, RuntimeError,
-            struct.error) as problem:
-        raise ArtifactError(f"not readable as an artifact: {type(problem).__name__}: {problem}"
-                            ) from problem
-
-
-def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
-    """The artifact's bytes, at most `budget_bytes`: with the finest steps, or at the level at which
-    it just fits, with at most 0.2 % left. Raises UserError where even the coarsest do not fit."""
-    quantizer = Quantizer(state, s, calibration)
-
-    def encoded(level, compensate):
-        return encode_artifact(quantizer.at(level, compensate), s, f"{s.quant_fit} {level:.6g}")
-
-    content = encoded(quantizer.finest, False)
-    if calibration and len(content) <= 1.01 * budget_bytes:  # compensation takes long
-        content = encoded(quantizer.finest, True)
-    if len(content) > budget_bytes:
-        log(f"artifact:too large by {len(content) - budget_bytes} bytes at the finest steps; "
-            "coarsening")
-        coded = sum(w.numel() for name, w in state.items() if bits_of(name, s) < 16)
-        content, octaves = fitted(budget_bytes, lambda x: encoded(2.0 ** x, False), coded, 0, 24)
-        if calibration and len(content) <= budget_bytes:
-            compensated, near = fitted(budget_bytes, lambda x: encoded(2.0 ** x, True), coded,
-                                       octaves, 1)
-            if len(compensated) <= budget_bytes:  # else the plain codes, which fit, are written
-                content, octaves = compensated, near
-        log(f"artifact:{s.quant_fit} 2^{octaves:.4f} fits {len(content)} of {budget_bytes} bytes")
-    if len(content) > budget_bytes:
-        raise UserError(
-            f"the model takes {len(content)} bytes at the coarsest steps, "
-            f"{len(content) - budget_bytes} more than the {budget_bytes} that "
-            f"ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes} leaves beside the code; shrink the "
-            "model or lower ATTN_BITS, MLP_BITS, EMBED_BITS")
-    return content
-
-
-def fitted(budget_bytes, encoded, coded, guess, reach):
-    """(content, octaves): the largest of encoded(octaves) within the budget found, octaves in
-    guess ± reach; the smallest where none fits. An octave takes about a bit from each of the
-    `coded` codes, so the step to the next guess is 8·Δbytes/coded."""
-    low, high, best = guess - reach, guess + reach, None
-    for attempt in range(30):
-        content = encoded(guess)
-        if len(content) <= budget_bytes:
-            high, best = guess, (content, guess)
-            if len(content) >= 0.9995 * budget_bytes:
-                break
-        else:
-            low = guess
-        guess += 8 * (len(content) - 0.9998 * budget_bytes) / max(coded, 1)
-        if attempt % 4 == 3 or not low < guess < high:
-            guess = (low + high) / 2
-    return best or (encoded(high), high)
+    except Exception as problem:  # whatever a hostile file makes json, lzma, zstd or numpy raise
+        raise ArtifactError(f"{path}: not an artifact of this script, or damaged or cut short "
+                            f"({problem!r}); make or fetch it again") from problem
 
 
 def read_artifact(path, sha256=""):
@@ -2940,21 +2773,62 @@ def read_artifact(path, sha256=""):
         raise UserError(f"{path}: SHA-256 {found}, where this run wrote or found {sha256}: the "
                         f"file was replaced, and is not scored; EVAL_ONLY={path} scores what is "
                         "there, an OUT_DIR of its own keeps others away")
-    try:
-        return decode_artifact(content)
-    except ArtifactError as problem:
-        raise ArtifactError(f"{path}: {problem}") from problem
+    return decode_artifact(content, path)
+
+
+def fitted(encoded, budget_bytes, coded, level, start):
+    """(content, level): encoded(level) where the level is 0 and that fits the budget; else the
+    largest found within it, at levels in start · 2^±24; the smallest where none fits. An octave
+    takes at most a bit from each of the `coded` codes: the next guess is 8·Δbytes/coded away."""
+    guess, best = math.log2(start), None
+    low, high = guess - 24, guess + 24
+    for _ in range(30):
+        content = encoded(level)
+        left = budget_bytes - len(content)
+        if left >= 0:
+            high, best = guess, (content, level)
+            if level == 0 or left <= 0.0005 * budget_bytes:
+                break
+        elif level:
+            low = guess
+        guess -= 8 * (left - 0.0002 * budget_bytes) / max(coded, 1)
+        guess = guess if low < guess < high else (low + high) / 2
+        level = 2.0 ** guess
+    return best or (encoded(2.0 ** high), 2.0 ** high)
+
+
+def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
+    """The artifact's bytes, at most `budget_bytes`: with the finest steps, or at the level at which
+    it just fits, with at most 0.2 % left. Raises UserError where even the coarsest do not fit."""
+    quantizer, level = Quantizer(state, s, calibration), 0.0
+    coded = sum(w.numel() for _, w, *_ in quantizer.parts.values())
+    coarsening = [float((finest / rows).nanmedian())  # where half of a tensor's rows begin to
+                  for _, _, finest, rows, *_ in quantizer.parts.values()]
+    start = max(statistics.median(coarsening or [1.0]), 2.0 ** -24)
+    # Plain codes first: compensation takes long, and its codes, where they do not fit, are dropped.
+    for compensate in (False, True) if calibration else (False,):
+        found, near = fitted(
+            lambda x: encode_artifact(quantizer.at(x, compensate), s, f"{s.quant_fit} {x:.6g}"),
+            budget_bytes, coded, level, level or start)
+        if len(found) <= budget_bytes:
+            content, level = found, near
+        elif not compensate:
+            raise UserError(f"the model takes {len(found)} bytes at the coarsest steps, "
+                            f"{len(found) - budget_bytes} more than the {budget_bytes} that "
+                            f"ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes} leaves beside the "
+                            "code; shrink the model")
+    log(f"artifact:{s.quant_fit} {level:.6g} takes {len(content)} of {budget_bytes} bytes")
+    return content
 
 
 def check_shapes(expected, tensors, path):
     """Raises ArtifactError unless the artifact holds these parameters and no other."""
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-    if wrong:
-        name = wrong[0]
-        raise ArtifactError(f"{path}: does not hold this model: {name} is "
-                            f"{found.get(name, 'absent')} in the file and "
-                            f"{expected.get(name, 'absent')} in the model ({len(wrong)} such)")
+    found = {name: tuple(t.codes.shape) for name, t in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ArtifactError(f"{path}: does not hold this model: {name} is "
+                                f"{found.get(name, 'absent')} in the file and "
+                                f"{expected.get(name, 'absent')} in the model")
 
 
 def load_quantized(model, tensors, path):
@@ -2969,15 +2843,13 @@ def size_forecast(s):
     """Bytes of the model at the finest steps for Gaussian weights: entropy of codes, and fp16."""
     total = 4096  # index and header
     for name, shape in parameter_shapes(s).items():
-        bits, count = bits_of(name, s), math.prod(shape)
-        if bits == 16:
-            total += 2 * count
-        else:  # a row's maximum is near √(2 ln 2C) deviations
+        bits = bits_of(name, s)
+        if bits < 16:  # a row's maximum is near √(2 ln 2C) deviations
             clip = (getattr(s, kind_of(name).clip) if s.quant_clip == "std"
                     else math.sqrt(2 * math.log(2 * shape[1])) * 0.92)
-            deviations_per_step = clip / code_limit(bits)
-            entropy = math.log2(math.sqrt(2 * math.pi * math.e) / deviations_per_step)
-            total += int(count * min(max(entropy, 0.1), bits) / 8) + shape[0]
+            entropy = math.log2(math.sqrt(2 * math.pi * math.e) * code_limit(bits) / clip)
+            bits, total = min(max(entropy, 0.1), bits), total + shape[0]
+        total += int(math.prod(shape) * bits / 8)
     return total
 
 
@@ -3666,8 +3538,8 @@ def write_artifact(state, s, rt, calibration, path):
             tensors = decode_artifact(content)[1]  # what cannot be read is not written
             sha256 = hashlib.sha256(content).hexdigest()
             write_whole(path, content)
-            for line, console in error_report(state, tensors):
-                rt.log(line, console)
+            for line in error_report(state, tensors):
+                rt.log(line)
         except UserError as error:
             problem = str(error)
             if sha256:

@@ -13,7 +13,6 @@ import argparse
 import ast
 import hashlib
 import lzma
-import math
 import pickle
 import sys
 from pathlib import Path
@@ -94,7 +93,7 @@ def rows_of(tensors, exact):
         if name in exact:
             norm = exact[name].norm().clamp_min(1e-30)
             error = f"{float((t.weights() - exact[name]).norm() / norm):.5f}"
-        shape, count = "×".join(map(str, t.shape)) or "1", math.prod(t.shape)
+        shape, count = "×".join(map(str, t.codes.shape)) or "1", t.codes.numel()
         if t.bits == 16:
             yield name, shape, "fp16", "", "", str(2 * count), error
         else:
@@ -113,10 +112,10 @@ def inspect(path, exact_path=None, code=ROOT / "train_gpt.py"):
     header, index, _, codes = train_gpt.open_artifact(content)
     exact = float_weights(train_gpt, exact_path) if exact_path else {}
     for name, w in exact.items():
-        if name in tensors and tuple(w.shape) != tuple(tensors[name].shape):
+        if name in tensors and w.shape != tensors[name].codes.shape:
             raise train_gpt.UserError(f"--float {exact_path}: {name} is {tuple(w.shape)} there and "
-                                      f"{tuple(tensors[name].shape)} in {path}: weights of another "
-                                      "model")
+                                      f"{tuple(tensors[name].codes.shape)} in {path}: weights of "
+                                      "another model")
     table = [("tensor", "shape", "stored", "step", "bits/code", "bytes", "rel.error"),
              *rows_of(tensors, exact)]
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -125,7 +124,7 @@ def inspect(path, exact_path=None, code=ROOT / "train_gpt.py"):
                         for i, (cell, w) in enumerate(zip(row, widths)))
     coded = [t for t in tensors.values() if t.bits < 16]
     entropy = sum(entropy_bits(t.codes.numpy()) for t in coded) / 8
-    weights = sum(math.prod(t.shape) for t in tensors.values())
+    weights = sum(t.codes.numel() for t in tensors.values())
     code_bytes = len(Path(code).read_bytes())
     yield ""
     yield f"steps fitted by: {note}; codec {header['codec']}; {weights} weights"

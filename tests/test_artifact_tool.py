@@ -176,10 +176,9 @@ def files(both, tmp_path_factory):
     """The trained artifact, about the same weights with 16 bits, and as a state dict."""
     folder, generator = tmp_path_factory.mktemp("files"), torch.Generator().manual_seed(0)
     tensors = train_gpt.read_artifact(both[0].artifact)[1]
-    weights = {n: t.weights() * (1 + 1e-3 * torch.randn(t.shape, generator=generator))
+    weights = {n: t.weights() * (1 + 1e-3 * torch.randn(t.codes.shape, generator=generator))
                for n, t in tensors.items()}
-    halves = {n: train_gpt.Quantized(16, half=w.half(), shape=tuple(w.shape))
-              for n, w in weights.items()}
+    halves = {n: train_gpt.Quantized(16, w.half()) for n, w in weights.items()}
     half, state = folder / "float.ptz", folder / "float.pt"
     half.write_bytes(train_gpt.encode_artifact(halves, train_gpt.Settings()))
     torch.save(weights, state)
@@ -220,10 +219,10 @@ def test_inspect_has_a_row_for_every_tensor(files, capsys, kind):
         exact = exact.half().float() if kind == "half" else exact
         error = float((t.weights() - exact).norm()) / max(float(exact.norm()), 1e-30)
         assert float(cells[-1]) == pytest.approx(error, abs=2e-5), name
-        assert cells[1] == ("×".join(map(str, t.shape)) or "1")
+        assert cells[1] == ("×".join(map(str, t.codes.shape)) or "1")
         assert cells[2] == (f"int{t.bits}" if t.bits < 16 else "fp16")
         if t.bits == 16:
-            assert int(cells[3]) == 2 * t.half.numel()
+            assert int(cells[3]) == 2 * t.codes.numel()
             continue
         counts = torch.bincount(t.codes.flatten().int() + 128).double()
         p = counts[counts > 0] / t.codes.numel()
@@ -235,7 +234,7 @@ def test_inspect_has_a_row_for_every_tensor(files, capsys, kind):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("inspect .", "."), ("inspect text.txt", "text.txt: 5 bytes beginning with b'hello'"),
+    ("inspect .", "."), ("inspect text.txt", "5 bytes beginning with b'hello'"),
     *((f"inspect ARTIFACT --float {name}", name) for name in (
         "nowhere.ptz", "text.pt", "list.pt", "other.pt")),
     ("inspect ARTIFACT --code nowhere.py", "nowhere.py"), ("pack-code nowhere.py", "nowhere.py"),

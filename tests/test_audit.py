@@ -142,7 +142,7 @@ def test_a_damaged_artifact_is_refused(run, artifact, tmp_path):
     content[len(content) // 2] ^= 1
     (tmp_path / "damaged.ptz").write_bytes(content)
     status, _, said = run(path=tmp_path / "damaged.ptz")
-    assert status == 2 and "damaged.ptz: the checksum does not match" in said
+    assert status == 2 and "damaged.ptz: not an artifact" in said and "the checksum does not" in said
 
 
 # -- planted
@@ -158,7 +158,7 @@ NLL = """\
 """
 HEAD = "        return linear(rms_norm(x), self.tok_emb)\n"
 SHARPER = (HEAD, HEAD.replace("\n", " * getattr(self, 'sharpness', 1.0)\n"))
-READ = "        return decode_artifact(content)\n"
+READ = "    return decode_artifact(content, path)\n"
 TOTALS = ("loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), "
           "byte_table.count(self.tokens)\n")
 TTT = '        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)\n'
@@ -281,9 +281,9 @@ CHEATS = {
     "tokens in an easier order": (["4"], "on disk", (
         "    tokens = np.concatenate(parts)\n", "    tokens = np.concatenate(parts)[::-1]\n")),
     "the file is executed, openly": (["6"], "read_artifact uses eval", (
-        READ, "        eval('0')\n" + READ)),
+        READ, "    eval('0')\n" + READ)),
     "the file is executed, hidden": (["6"], "raised the event", (
-        READ, "        vars(importlib)['sys'].modules['builtins'].eval('0')\n" + READ)),
+        READ, "    vars(importlib)['sys'].modules['builtins'].eval('0')\n" + READ)),
     "weights that are not in the file": (["6"], "int8: tok_emb differs from the file", (
         LOAD, LOAD + "    model.tok_emb.data.mul_(1.001)\n")),
     "training tokens at hand": (["6"], "opens ", (

@@ -46,7 +46,7 @@ def test_the_result_file_says_what_was_run(trained):
     assert result["model_bytes"] == len(trained.content)
     assert result["artifact_sha256"] == hashlib.sha256(trained.content).hexdigest()
     assert result["total_bytes"] == result["code_bytes"] + len(trained.content)
-    assert result["model_params"] == sum(int(np.prod(t.shape)) for t in tensors.values())
+    assert result["model_params"] == sum(t.codes.numel() for t in tensors.values())
     assert result["steps"] == 10 and result["train_tokens"] == 3840 and result["seed"] == 1337
     assert result["world_size"] == 1 and result["scored_targets"] == 1024
     assert all(result[key] > 0 for key in ("train_seconds", "eval_seconds", "pack_seconds",
@@ -103,15 +103,11 @@ def test_log_and_console_have_each_line_once_and_the_results_numbers(trained):
             assert len(re.findall(rf"^{pattern}$", place, re.M)) == 1, pattern
 
 
-def test_the_log_says_what_every_tensor_got(trained):
-    """One line for each, then one for each kind."""
+def test_the_log_says_what_every_kind_got(trained):
     _, tensors, _ = train_gpt.decode_artifact(trained.content)
-    lines = re.findall(r"^quantized (\S+) int8 weights:(\d+) ", trained.log, re.M)
-    expected = {name: t.codes.numel() for name, t in tensors.items() if t.bits < 16}
-    assert sorted((name, int(n)) for name, n in lines) == sorted(expected.items())
+    coded = sum(t.codes.numel() for t in tensors.values() if t.bits < 16)
     kinds = dict(re.findall(r"^quantized (\w+) weights:(\d+) ", trained.log, re.M))
-    assert sum(map(int, kinds.values())) == sum(expected.values())
-    assert "tok_emb int8" not in trained.stdout, "the console gets the kinds alone"
+    assert sum(map(int, kinds.values())) == coded and {"attn", "mlp", "table"} <= kinds.keys()
 
 
 def test_without_qat_or_averages_the_log_does_not_claim_them(run_script):
@@ -369,5 +365,5 @@ def test_a_tight_budget_is_kept_and_scored_as_it_is(trained, run_script):
                                                         abs=1e-6)
     assert result["val_loss"]["int8"] != trained.result["val_loss"]["int8"]
     assert result["model_bytes"] >= 0.995 * room
-    said = rf"^artifact:level 2\^-?\d+\.\d+ fits {result['model_bytes']} of {room} bytes$"
+    said = rf"^artifact:level \d\S+ takes {result['model_bytes']} of {room} bytes$"
     assert re.search(said, done.stdout, re.M)

@@ -58,7 +58,7 @@ def ancestors_bytes(tensors):
     preset 6."""
     saved = {}
     for name, t in tensors.items():
-        saved.update({name: t.half} if t.bits == 16 else
+        saved.update({name: t.codes} if t.bits == 16 else
                      {f"{name}.q": t.codes, f"{name}.scale": t.steps.half()})
     buffer = io.BytesIO()
     torch.save({"w": saved, "m": {name: t.bits for name, t in tensors.items()}}, buffer)
@@ -123,8 +123,7 @@ def main():
         return T.evaluate(model, tokens, byte_table, s, rt, label, (s.window, s.window, 0),
                           pieces=model.pieces)[0]["val_bpb"]
 
-    exact = scored({name: T.Quantized(16, half=w, shape=tuple(w.shape))
-                    for name, w in weights.items()}, "float")
+    exact = scored({name: T.Quantized(16, w) for name, w in weights.items()}, "float")
     code = len(pack_code((ROOT / "train_gpt.py").read_bytes()))
     budget = 16_000_000 - code if s.model_dim >= 512 else count * 4.75 / 8
     budget = int(arguments.share * budget)
@@ -150,9 +149,10 @@ def main():
         for note in notes:
             print("   ", note, flush=True)
     say()
+    symbols = np.frombuffer(b"".join(block.tobytes() for block in blocks), np.uint8) ^ 0x80
     for codec in ("rans", "lzma", "zstd"):
         started = time.perf_counter()
-        size = len(T.CODECS[codec][0](blocks))
+        size = len(T.CODECS[codec][0](symbols, blocks))
         say(f"codes of the last row by {codec}: {size} bytes, {size / entropy:.4f} of their "
             f"order-0 entropy, {time.perf_counter() - started:.1f} s")
     old = ancestors_bytes(tensors)
