@@ -1188,10 +1188,7 @@ def scaled_rms_norm(x_BTHE, gain_H):
     return (x32 * factor.unsqueeze(-1)).to(x_BTHE.dtype)
 
 
-QAT_BITS = 6
-
-
-def fake_quantize(w_RC, bits=QAT_BITS):
+def fake_quantize(w_RC, bits=6):
     """w rounded to `bits` by the maximum of each row; gradients pass straight through."""
     limit = 2 ** (bits - 1) - 1
     w32 = w_RC.detach().float()
@@ -1232,15 +1229,15 @@ def softcap_nll(logits_NV, targets_N, softcap):
 # product that needs it: a quarter of the MLP's memory traffic less. The loss kernel holds fp32
 # logits of one row at a time.
 jit = triton.jit if triton else lambda kernel: kernel
-MLP_TILES = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4))  # rows, columns, depth, warps, stages
+MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
 
 @jit
-def leaky_square_kernel(a, b, h, out, rows, B_COLUMN, B_DEPTH, SLOPE: tl.constexpr,
-                        BACKWARD: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-                        BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    """A tile of C = A·B [rows, N]. Forward: h = C, out = LeakyReLU(C)². Backward:
-    out = C · 2·LeakyReLU(h)·LeakyReLU'(h)."""
+def leaky_square_kernel(a, b, h, out, rows, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
+                        N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                        BK: tl.constexpr, GROUP: tl.constexpr):
+    """A tile of C [rows, N] = a [rows, K] times b [N, K] transposed; backward: times b [K, N].
+    Forward: h = C, out = LeakyReLU(C)². Backward: out = C · 2·LeakyReLU(h)·LeakyReLU'(h)."""
     tile, per_group = tl.program_id(0), GROUP * (N // BN)  # GROUP row tiles reuse cached columns
     first = tile // per_group * GROUP
     group = tl.minimum(tl.cdiv(rows, BM) - first, GROUP)
@@ -1250,7 +1247,10 @@ def leaky_square_kernel(a, b, h, out, rows, B_COLUMN, B_DEPTH, SLOPE: tl.constex
     total = tl.zeros((BM, BN), tl.float32)
     for at in range(0, K, BK):
         left = tl.load(a + m[:, None] * K + (at + k)[None, :], mask=inside, other=0.0)
-        right = tl.load(b + (at + k)[:, None] * B_DEPTH + n[None, :] * B_COLUMN)
+        if BACKWARD:
+            right = tl.load(b + (at + k)[:, None] * N + n[None, :])
+        else:
+            right = tl.load(b + (at + k)[:, None] + n[None, :] * K)
         total = tl.dot(left, right, total)
     place = m[:, None] * N + n[None, :]
     if BACKWARD:
@@ -1265,123 +1265,79 @@ def leaky_square_kernel(a, b, h, out, rows, B_COLUMN, B_DEPTH, SLOPE: tl.constex
     tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
 
+class LeakySquareMLP(torch.autograd.Function):
+    """leaky_square_mlp by kernel; D in multiples of BK, R of BN."""
+
+    @staticmethod
+    def product(a, b, h, out, slope, backward):
+        tiles = -(-len(a) // MLP_TILE["BM"]) * (h.size(1) // MLP_TILE["BN"])
+        leaky_square_kernel[(tiles,)](a, b, h, out, len(a), slope, backward, h.size(1), a.size(1),
+                                      **MLP_TILE)
+        return out
+
+    @staticmethod
+    def forward(ctx, u_ND, up_RD, down_DR, slope):
+        u, up, down = u_ND.contiguous(), up_RD.contiguous(), down_DR.contiguous()
+        h = u.new_empty(len(u), len(up))
+        activated = LeakySquareMLP.product(u, up, h, torch.empty_like(h), slope, False)
+        ctx.save_for_backward(u, up, down, h, activated)
+        ctx.slope = slope
+        return F.linear(activated, down)
+
+    @staticmethod
+    def backward(ctx, dy):
+        u, up, down, h, activated = ctx.saved_tensors
+        dy = dy.contiguous()
+        dh = LeakySquareMLP.product(dy, down, h, torch.empty_like(h), ctx.slope, True)
+        return dh @ up, dh.mT @ u, dy.mT @ activated, None  # a compiler drops what nobody needs
+
+
 @jit
-def softcap_nll_kernel(logits, targets, nll, lse, grad, out, SOFTCAP: tl.constexpr,
+def softcap_nll_kernel(logits, targets, per_row, out, SOFTCAP: tl.constexpr,
                        BACKWARD: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
-    """nll and log-sum-exp of a row of logits; backward: the row's gradient × grad, in `out`."""
+    """per_row = nll of a row of logits. Backward: out = the row's gradient · per_row."""
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     z = tl.load(logits + row * V + i, mask=i < V, other=0.0).to(tl.float32)
     if SOFTCAP != 0:
         tanh = 2 * tl.sigmoid(2 * z / SOFTCAP) - 1
         z = SOFTCAP * tanh
     z = tl.where(i < V, z, float("-inf"))
-    hit = i == tl.load(targets + row)
+    z -= tl.max(z, 0)
+    share, hit = tl.exp(z), i == tl.load(targets + row)
+    total = tl.sum(share, 0)
     if BACKWARD:
-        probability = tl.exp(z - tl.load(lse + row))
-        slope = (probability - tl.where(hit, 1.0, 0.0)) * tl.load(grad + row)
+        slope = (share / total - tl.where(hit, 1.0, 0.0)) * tl.load(per_row + row)
         if SOFTCAP != 0:
             slope *= 1 - tanh * tanh
         tl.store(out + row * V + i, slope.to(out.dtype.element_ty), mask=i < V)
     else:
-        top = tl.max(z, 0)
-        total = top + tl.log(tl.sum(tl.exp(z - top), 0))
-        tl.store(lse + row, total)
-        tl.store(nll + row, total - tl.sum(tl.where(hit, z, 0.0), 0))
+        tl.store(per_row + row, tl.log(total) - tl.sum(tl.where(hit, z, 0.0), 0))
 
 
-# torch's cache of compiled code knows an operator by its name alone: a new source, a new name.
-OPERATORS = f"golf_{hashlib.sha256(SOURCE).hexdigest()[:12]}"
-
-
-def operator(name, schema, function, results):
-    """A PyTorch operator that compilers take as it is; results(*arguments): empty outputs."""
-    op = torch.library.custom_op(f"{OPERATORS}::{name}", function, mutates_args=(), schema=schema)
-    op.register_fake(results)
-    return op
-
-
-@functools.cache
-def triton_mlp():
-    """leaky_square_mlp by kernel; `tile`: row of MLP_TILES. D in 64s, R in the tile's columns."""
-    def product(a, b, b_strides, h, out, slope, backward, tile):
-        BM, BN, BK, warps, stages = MLP_TILES[tile]
-        leaky_square_kernel[(triton.cdiv(len(a), BM) * (h.size(1) // BN),)](
-            a, b, h, out, len(a), *b_strides, slope, backward, h.size(1), a.size(1), BM, BN, BK, 8,
-            num_warps=warps, num_stages=stages)
-
-    def hidden(u, up):
-        return (u.new_empty(len(u), len(up)) for _ in range(2))
-
-    def forward(u, up, down, slope, tile):
-        h, activated = hidden(u, up)
-        product(u, up, up.stride(), h, activated, slope, False, tile)
-        return F.linear(activated, down), h, activated
-
-    def backward(dy, u, up, down, h, activated, slope, tile, *wanted):
-        dh, nothing = torch.empty_like(h), dy.new_empty
-        product(dy, down, (down.stride(1), down.stride(0)), h, dh, slope, True, tile)
-        return (dh @ up if wanted[0] else nothing(0), dh.mT @ u if wanted[1] else nothing(0),
-                dy.mT @ activated if wanted[2] else nothing(0))
-
-    three = "(Tensor, Tensor, Tensor)"
-    gradient = operator(
-        "mlp_backward", "(Tensor dy, Tensor u, Tensor up, Tensor down, Tensor h, Tensor activated, "
-        f"float slope, int tile, bool du, bool dup, bool ddown) -> {three}", backward,
-        lambda dy, *inputs: tuple(torch.empty_like(x) if wanted else dy.new_empty(0)
-                                  for x, wanted in zip(inputs, inputs[-3:])))
-    op = operator("mlp", f"(Tensor u, Tensor up, Tensor down, float slope, int tile) -> {three}",
-                  forward, lambda u, up, *_: (torch.empty_like(u), *hidden(u, up)))
-
-    def keep(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:3], *output[1:])
-        ctx.constants = inputs[3:]
-
-    def differentiate(ctx, dy, *_):
-        wanted = ctx.needs_input_grad[:3]
-        found = gradient(dy.contiguous(), *ctx.saved_tensors, *ctx.constants, *wanted)
-        return *(x if want else None for x, want in zip(found, wanted)), None, None
-
-    op.register_autograd(differentiate, setup_context=keep)
-    return lambda u, up, down, slope, tile=0: op(
-        u.contiguous(), up.contiguous(), down.contiguous(), float(slope), tile)[0]
-
-
-@functools.cache
-def triton_nll():
+class SoftcapNLL(torch.autograd.Function):
     """softcap_nll by kernel."""
-    def rows(logits, targets, nll, lse, grad, out, softcap, backward):
-        V = logits.size(1)
-        softcap_nll_kernel[(len(logits),)](logits, targets, nll, lse, grad, out, softcap, backward,
-                                           V, triton.next_power_of_2(V), num_warps=4)
-        return out
 
-    def pair(logits):
-        return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+    @staticmethod
+    def by_row(logits, targets, per_row, out, softcap, backward):
+        N, V = logits.shape
+        softcap_nll_kernel[(N,)](logits, targets, per_row, out, softcap, backward, V,
+                                 1 << (V - 1).bit_length(), num_warps=4)
 
-    def forward(logits, targets, softcap):
-        nll, lse = pair(logits)
-        rows(logits, targets, nll, lse, nll, nll, softcap, False)
-        return nll, lse
+    @staticmethod
+    def forward(ctx, logits_NV, targets_N, softcap):
+        logits, targets = logits_NV.contiguous(), targets_N.contiguous()
+        nll = logits.new_empty(len(logits), dtype=torch.float32)
+        SoftcapNLL.by_row(logits, targets, nll, logits, softcap, False)
+        ctx.save_for_backward(logits, targets)
+        ctx.softcap = softcap
+        return nll
 
-    def backward(grad, logits, targets, lse, softcap):
-        return rows(logits, targets, lse, lse, grad, torch.empty_like(logits), softcap, True)
-
-    gradient = operator(
-        "nll_backward", "(Tensor grad, Tensor logits, Tensor targets, Tensor lse, float softcap) "
-        "-> Tensor", backward, lambda grad, logits, *_: torch.empty_like(logits))
-    op = operator("nll", "(Tensor logits, Tensor targets, float softcap) -> (Tensor, Tensor)",
-                  forward, lambda logits, *_: pair(logits))
-
-    def keep(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2], output[1])
-        ctx.softcap = inputs[2]
-
-    def differentiate(ctx, grad, _):
-        return gradient(grad.contiguous(), *ctx.saved_tensors, ctx.softcap), None, None
-
-    op.register_autograd(differentiate, setup_context=keep)
-    return lambda logits, targets, softcap: op(
-        logits.contiguous(), targets.contiguous(), float(softcap))[0]
+    @staticmethod
+    def backward(ctx, grad):
+        logits, targets = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        SoftcapNLL.by_row(logits, targets, grad.contiguous(), out, ctx.softcap, True)
+        return out, None, None
 
 
 def rotary_tables(s, length):
@@ -1415,50 +1371,51 @@ def exclusive(y_BTHE, v_BTKE):
 
 def sdpa(q_BTHE, k_BTKE, v_BTKE, window=0):
     """Causal attention of grouped heads by PyTorch; windows as blocks of W queries × 2W keys."""
-    if not window:
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return y.transpose(1, 2)
-    B, T, H, E = q_BTHE.shape
-    blocks = -(-T // window)
-    rest = blocks * window - T
-    q = F.pad(q_BTHE, (0, 0, 0, 0, 0, rest)).reshape(B * blocks, window, H, E).transpose(1, 2)
-    k, v = (F.pad(x, (0, 0, 0, 0, window, rest)).unfold(1, 2 * window, window)
-            .permute(0, 1, 2, 4, 3).flatten(0, 1) for x in (k_BTKE, v_BTKE))
-    query = torch.arange(window, device=q.device)[:, None]
-    key = torch.arange(2 * window, device=q.device)
-    first = torch.arange(blocks, device=q.device)[:, None, None] == 0  # has no keys before it
-    seen = (key > query) & (key <= query + window) & (~first | (key >= window))
-    mask = seen.repeat(B, 1, 1)[:, None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    q, k, v, mask, (B, T, H, E) = q_BTHE, k_BTKE, v_BTKE, None, q_BTHE.shape
+    if window:
+        blocks = -(-T // window)
+        rest = blocks * window - T
+        q = F.pad(q, (0, 0, 0, 0, 0, rest)).reshape(B * blocks, window, H, E)
+        k, v = (F.pad(x, (0, 0, 0, 0, window, rest)).unfold(1, 2 * window, window)
+                .permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))
+        query = torch.arange(blocks * window, device=q.device).view(blocks, window, 1)
+        key = query[:, :1] - window + torch.arange(2 * window, device=q.device)
+        seen = (key >= 0) & (key <= query) & (key > query - window)
+        mask = seen.repeat(B, 1, 1)[:, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not window, enable_gqa=True)
     return y.transpose(1, 2).reshape(B, -1, H, E)[:, :T]
 
 
-def flex(q_BTHE, k_BTKE, v_BTKE, window=0):
-    """sdpa, but `window` is a BlockMask: FlexAttention skips blocks without a visible key."""
-    if not window:
-        return sdpa(q_BTHE, k_BTKE, v_BTKE)
+def flex(q_BTHE, k_BTKE, v_BTKE, window):
+    """The windows of a BlockMask: FlexAttention skips blocks without a visible key."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
-    y = flex_attention.flex_attention(q, k, v, block_mask=window, enable_gqa=True)
-    return y.transpose(1, 2)
+    return flex_attention.flex_attention(q, k, v, block_mask=window,
+                                         enable_gqa=True).transpose(1, 2)
 
 
-def band_mask(length, window, device):
-    """FlexAttention's mask of the last `window` keys; made outside of compiled code."""
-    return flex_attention.create_block_mask(lambda b, h, q, k: (q >= k) & (q - k < window),
-                                            None, None, length, length, device)
+# In the order that ATTENTION=auto tries: packages of FlashAttention, and PyTorch's kernels.
+ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
+             "flash": SDPBackend.FLASH_ATTENTION, "fa2": "flash_attn", "fa4": "flash_attn.cute"}
 
 
-TORCH_KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+def attention_kernel(name, strict=False):
+    """attend() by a row of ATTENTION, None where its package is missing; other names leave the
+    choice to PyTorch. What a kernel of PyTorch's refuses (masks, rows of one token) goes to the
+    next unless strict, at last to MATH, which holds all scores."""
+    kernel = ATTENTION.get(name)
+    if kernel is None:
+        return sdpa
+    if isinstance(kernel, str):
+        flash = getattr(foreign(kernel), "flash_attn_func", None)
 
-
-def torch_attention(kernel, strict=False):
-    """sdpa by one of PyTorch's kernels; not strict: by others where it cannot, MATH last.
-
-    Masks and rows of one token need others; MATH materializes all scores.
-    """
-    others = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
-              SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        def attend(q, k, v, window=0):
+            band = {"window_size": (window - 1, 0)} if window else {}
+            out = flash(q, k, v, causal=True, **band)
+            return out[0] if isinstance(out, tuple) else out
+        return attend if flash else None
+    others = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
+              SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
     order = [kernel, *(other for other in others if other != kernel and not strict)]
 
     def attend(q, k, v, window=0):
@@ -1467,48 +1424,44 @@ def torch_attention(kernel, strict=False):
     return attend
 
 
-FLASH_PACKAGES = {"fa3": "flash_attn_interface", "fa2": "flash_attn", "fa4": "flash_attn.cute"}
-
-
-def flash_attention(name):
-    """The causal attention of an installed FlashAttention package, or None."""
-    flash = getattr(foreign(FLASH_PACKAGES[name]), "flash_attn_func", None)
-
-    def attend(q, k, v, window=0):
-        out = flash(q, k, v, causal=True, **({"window_size": (window - 1, 0)} if window else {}))
-        return out[0] if isinstance(out, tuple) else out
-    return attend if flash else None
-
-
 @dataclass(frozen=True)
-class Pieces:
-    """The functions a model computes with. Kernels are for compiled code; an eager pass, in which
-    calibration observes each product, takes the plain functions."""
-    attend: object = sdpa
+class Kernels:
+    """The functions a model computes with. `mlp` and `nll` are for compiled code; an eager pass,
+    in which calibration observes each product, takes the plain functions."""
+    whole: object = sdpa  # attention without a window
+    windowed: object = sdpa
     mlp: object = leaky_square_mlp
     nll: object = softcap_nll
-    windows_by_mask: bool = False
+
+    def attend(self, q_BTHE, k_BTKE, v_BTKE, window=0):
+        return (self.windowed if window else self.whole)(q_BTHE, k_BTKE, v_BTKE, window)
 
     def now(self):
         return self if torch.compiler.is_compiling() else PLAIN
 
     def window(self, length, keys, device):
-        """What `attend` takes for a window of `keys` in rows of `length`; 0: none."""
-        return band_mask(length, keys, device) if keys and self.windows_by_mask else keys
+        """What `attend` takes for a window of `keys` in rows of `length`, 0: none. FlexAttention's
+        mask must be made outside of compiled code."""
+        if not keys or self.windowed is not flex:
+            return keys
+        return flex_attention.create_block_mask(lambda b, h, q, k: (q >= k) & (q - k < keys),
+                                                None, None, length, length, device)
 
 
-PLAIN = Pieces()
+PLAIN = Kernels()
 
 
 def failure(function, reference, inputs, rt):
     """Why the compiled function is unusable here, or "": it must match the reference to rounding,
     gradients included. Whatever a kernel or a foreign package raises is a reason."""
+    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+
     def outcome(f):
         y = f(*inputs)
-        wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
         return [y, *torch.autograd.grad(y.float().square().sum(), wanted)]
     try:
-        pairs = zip(outcome(rt.compiled(function, fullgraph=True)), outcome(reference), strict=True)
+        compiled = rt.compiled(lambda *inputs: function(*inputs), fullgraph=True)
+        pairs = zip(outcome(compiled), outcome(reference), strict=True)
         if all((a.float() - b.float()).norm() <= 0.02 * b.float().norm() for a, b in pairs):
             return ""
         return "gives another result"
@@ -1533,72 +1486,57 @@ def random_inputs(rt, *shapes):
 
 
 def choose_attention(s, rt):
-    """({part: name}, Pieces) of attention: the first kernel in the order of the setting ATTENTION
-    that is right on small inputs of this model's heads. Raises UserError."""
-    q_shape, k_shape = ((1, 256, heads, s.head_dim) for heads in (s.num_heads, s.num_kv_heads))
-    inputs = random_inputs(rt, q_shape, k_shape, k_shape)
-    name, functions, window_kernel = "sdpa", {"sdpa": sdpa}, ""
-    if rt.device.type == "cuda" and rt.dtype == torch.bfloat16 and s.attention != "sdpa":
-        order = {"fa3": flash_attention("fa3"), "cudnn": torch_attention(TORCH_KERNELS["cudnn"]),
-                 "flash": torch_attention(TORCH_KERNELS["flash"]),
-                 "fa2": flash_attention("fa2"), "fa4": flash_attention("fa4")}
-        strict = {n: torch_attention(k, strict=True) for n, k in TORCH_KERNELS.items()}
-        functions = {"sdpa": sdpa, "flex": flex, **order}
-        asked = order if s.attention == "auto" else {s.attention: functions[s.attention]}
-        name = first_right("attention", {**asked, **{n: strict[n] for n in strict if n in asked}},
-                           sdpa, inputs, rt) or "sdpa"
+    """({part: name}, Kernels): the first right row of ATTENTION, or the one that is asked for; for
+    windows its own where it is a package, FlexAttention's or blocks. Raises UserError."""
+    inputs = random_inputs(rt, *((1, 256, heads, s.head_dim) for heads in (
+        s.num_heads, s.num_kv_heads, s.num_kv_heads)))
+    name, cuda = "sdpa", rt.device.type == "cuda"
+    if cuda and rt.dtype == torch.bfloat16 and s.attention != "sdpa":
+        order = ATTENTION if s.attention == "auto" else [s.attention]
+        candidates = {n: attention_kernel(n, strict=True) for n in order}
+        name = first_right("attention", candidates, sdpa, inputs, rt) or "sdpa"
     if s.attention not in ("auto", name):
         raise UserError(f"ATTENTION={s.attention}: not installed, or not right on {rt.device} with "
                         f"{rt.dtype}; ATTENTION=auto takes the first that works")
-    names, attend = dict(attention=name), functions[name]
+    names, whole = dict(attention=name), attention_kernel(name)
     if not s.scoring_plan[2]:
-        return names, Pieces(attend)
-    plain_windows = functools.partial(sdpa, window=128)
-    if name in FLASH_PACKAGES:
-        windowed = {name: functools.partial(attend, window=128)}
-        window_kernel = first_right("windows", windowed, plain_windows, inputs, rt)
-    elif rt.device.type == "cuda" and rt.compile:
-        windowed = {"flex": functools.partial(flex, window=band_mask(256, 128, rt.device))}
-        window_kernel = first_right("windows", windowed, plain_windows, inputs, rt)
-    names["windows"] = window_kernel or "blocks"
-    if window_kernel == "flex":
-        whole = attend
-        return names, Pieces(lambda q, k, v, window=0: (flex if window else whole)(q, k, v, window),
-                             windows_by_mask=True)
-    if name in FLASH_PACKAGES and not window_kernel:
-        blocks, whole = torch_attention(TORCH_KERNELS["cudnn"]), attend
-        attend = lambda q, k, v, window=0: (blocks if window else whole)(q, k, v, window)
-    return names, Pieces(attend)
+        return names, Kernels(whole)
+    own = isinstance(ATTENTION.get(name), str)
+    windows = {name: functools.partial(whole, window=128)} if own else {}
+    if cuda and rt.compile:
+        mask = Kernels(windowed=flex).window(256, 128, rt.device)
+        windows["flex"] = functools.partial(flex, window=mask)
+    reference = functools.partial(sdpa, window=128)
+    names["windows"] = first_right("windows", windows, reference, inputs, rt) or "blocks"
+    blocks = attention_kernel("cudnn") if own else whole
+    return names, Kernels(whole, dict(flex=flex, blocks=blocks).get(names["windows"], whole))
 
 
-def choose_pieces(s, rt):
-    """({part: name}, Pieces) for this device; Triton's kernels where right. Raises UserError."""
-    names, pieces = choose_attention(s, rt)
-    interpreted = type(softcap_nll_kernel).__name__ == "InterpretedFunction"  # on a CPU, for tests
-    if not (triton and rt.compile and s.kernels != "plain"
-            and (rt.device.type == "cuda" or (interpreted and s.kernels == "triton"))):
-        if s.kernels == "triton":
-            raise UserError(f"KERNELS=triton: needs the package triton, a GPU (here: {rt.device}) "
-                            f"and a compiled model (COMPILE={s.compile}); KERNELS=auto takes the "
-                            "kernels where they run")
-        return {**names, "mlp": "plain", "nll": "plain"}, pieces
+def choose_kernels(s, rt):
+    """({part: name}, Kernels) for this device; Triton's where right. Raises UserError."""
+    names, kernels = choose_attention(s, rt)
+    names |= dict(mlp="plain", nll="plain")
+    usable = triton and rt.compile and rt.device.type == "cuda"
+    if s.kernels == "triton" and not usable:
+        raise UserError(f"KERNELS=triton: needs the package triton, a GPU (here: {rt.device}) "
+                        f"and a compiled model (COMPILE={s.compile}); KERNELS=auto takes the "
+                        "kernels where they run")
+    if s.kernels == "plain" or not usable:
+        return names, kernels
     D, R, V, N = s.model_dim, s.mlp_hidden, s.vocab_size, 256
-    mlp = triton_mlp() if R % MLP_TILES[0][1] == 0 and D % MLP_TILES[0][2] == 0 else None
-    candidates = dict(mlp=(mlp, leaky_square_mlp, [*random_inputs(rt, (N, D), (R, D), (D, R)),
-                                                   s.leaky_slope]),
-                      nll=(triton_nll(), softcap_nll, [*random_inputs(rt, (N, V)), torch.randint(
-                          V, (N,), device=rt.device), s.logit_softcap]))
-    for part, (kernel, plain, inputs) in candidates.items():
-        if kernel is None:  # its tiles do not fill these widths
-            names[part] = "plain"
-            continue
-        right = first_right(part, {"triton": kernel}, plain, inputs, rt)
-        if not right and s.kernels == "triton":
+    targets = torch.randint(V, (N,), device=rt.device)
+    candidates = [("nll", SoftcapNLL.apply, softcap_nll, [
+        *random_inputs(rt, (N, V)), targets, s.logit_softcap])]
+    if R % MLP_TILE["BN"] == 0 and D % MLP_TILE["BK"] == 0:  # the kernel reads whole tiles
+        candidates.append(("mlp", LeakySquareMLP.apply, leaky_square_mlp, [
+            *random_inputs(rt, (N, D), (R, D), (D, R)), s.leaky_slope]))
+    for part, kernel, plain, inputs in candidates:
+        if first_right(part, {"triton": kernel}, plain, inputs, rt):
+            names[part], kernels = "triton", replace(kernels, **{part: kernel})
+        elif s.kernels == "triton":
             raise UserError(f"KERNELS=triton: the {part} kernel is not right on {rt.device}, "
                             "see above; KERNELS=auto leaves it out")
-        names[part] = right or "plain"
-        pieces = replace(pieces, **{part: kernel}) if right else pieces
-    return names, pieces
+    return names, kernels
 
 
 @dataclass(frozen=True)
@@ -1648,11 +1586,11 @@ class Attention(nn.Module):
     """Causal self-attention: grouped queries, QK norm and gain, partial RoPE, value residual, XSA,
     gate. Source: #414; gate #413."""
 
-    def __init__(self, s, pieces):
+    def __init__(self, s, kernels):
         super().__init__()
         D, kv_dim = s.model_dim, s.num_kv_heads * s.head_dim
         self.heads, self.kv_heads, self.head_dim = s.num_heads, s.num_kv_heads, s.head_dim
-        self.attend, self.gate, self.coded = pieces.attend, s.gated_attention, s.attn_bits < 16
+        self.attend, self.gate, self.coded = kernels.attend, s.gated_attention, s.attn_bits < 16
         self.q, self.k, self.v, self.o = (matrix(rows, D) for rows in (D, kv_dim, kv_dim, D))
         self.q_gain = nn.Parameter(torch.full((s.num_heads,), s.qk_gain_init))
         if self.gate == "head":  # y_h × σ(W_h·u + b_h), nearly open at first
@@ -1695,23 +1633,23 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """W₂·LeakyReLU(W₁u)²; slope 0 is relu²."""
 
-    def __init__(self, s, pieces):
+    def __init__(self, s, kernels):
         super().__init__()
-        self.slope, self.pieces, self.coded = s.leaky_slope, pieces, s.mlp_bits < 16
+        self.slope, self.kernels, self.coded = s.leaky_slope, kernels, s.mlp_bits < 16
         self.up, self.down = matrix(s.mlp_hidden, s.model_dim), matrix(s.model_dim, s.mlp_hidden)
 
     def forward(self, u_BTD, out_scale_D, fake_quant):
         up, down = (weight_of(w, u_BTD.dtype, fake_quant and self.coded, scale)
                     for w, scale in ((self.up, None), (self.down, out_scale_D)))
-        return self.pieces.now().mlp(u_BTD.flatten(0, 1), up, down, self.slope).view_as(u_BTD)
+        return self.kernels.now().mlp(u_BTD.flatten(0, 1), up, down, self.slope).view_as(u_BTD)
 
 
 class Core(nn.Module):
     """The matrices of a block; several blocks may have the same core."""
 
-    def __init__(self, s, pieces):
+    def __init__(self, s, kernels):
         super().__init__()
-        self.attn, self.mlp = Attention(s, pieces), MLP(s, pieces)
+        self.attn, self.mlp = Attention(s, kernels), MLP(s, kernels)
 
 
 class Block(nn.Module):
@@ -1792,9 +1730,9 @@ class ValueEmbedding(nn.Module):
 class GPT(nn.Module):
     """The model. One forward serves training, scoring, fake quantization and TTT."""
 
-    def __init__(self, s, dtype=torch.float32, pieces=PLAIN):
+    def __init__(self, s, dtype=torch.float32, kernels=PLAIN):
         super().__init__()
-        self.s, self.dtype, self.pieces = s, dtype, pieces
+        self.s, self.dtype, self.kernels = s, dtype, kernels
         self.passes = {late: pass_list(s, late) for late in (False, True)}
         D = s.model_dim
         skip_rows = max(sum(p.skip is not None for p in run) for run in self.passes.values())
@@ -1805,7 +1743,7 @@ class GPT(nn.Module):
         self.ve = ValueEmbedding(s) if s.ve_blocks else None
         smeared = {"0": 0, "embed": 1 + min(12, D)}.get(s.smear_gate, D)
         self.smear = nn.Parameter(torch.zeros(smeared)) if smeared else None
-        self.cores = nn.ModuleList(Core(s, pieces) for _ in range(s.cores))
+        self.cores = nn.ModuleList(Core(s, kernels) for _ in range(s.cores))
         self.blocks = nn.ModuleList(Block(s, i) for i in range(s.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(skip_rows, D)) if skip_rows else None
         gated = skip_rows and s.unet_skips == "gated"
@@ -1882,7 +1820,7 @@ class GPT(nn.Module):
         """nll of each target [B,T], nats, fp32. What changes during a run is an argument, so that
         a compiler cannot fold it away."""
         products = self.products(tokens_BT, fake_quant, window, late).flatten(0, 1)
-        nll = self.pieces.now().nll(products, targets_BT.flatten(), self.s.logit_softcap)
+        nll = self.kernels.now().nll(products, targets_BT.flatten(), self.s.logit_softcap)
         return nll.view_as(targets_BT)
 
 
@@ -1972,10 +1910,10 @@ def init_weights(model, s):
 
 def build_model(s, rt):
     """(model with its initial weights on the device, equal on every rank; names of its kernels)."""
-    names, pieces = choose_pieces(s, rt)
+    names, kernels = choose_kernels(s, rt)
     torch.manual_seed(s.seed)
     try:
-        model = GPT(s, rt.dtype, pieces)
+        model = GPT(s, rt.dtype, kernels)
     except RuntimeError as problem:
         raise UserError(f"MODEL_DIM={s.model_dim}, BIGRAM_VOCAB_SIZE={s.bigram_vocab_size}, "
                         f"TRIGRAM_VOCAB_SIZE={s.trigram_vocab_size}: no memory for such a model "
@@ -2930,10 +2868,10 @@ class Scorer:
     a band each layer sees so many keys, and the tokens before the scored ones are their prefix.
     """
 
-    def __init__(self, model, tokens, plan, s, rt, pieces=PLAIN, chunk_tokens=1 << 22):
+    def __init__(self, model, tokens, plan, s, rt, kernels=PLAIN, chunk_tokens=1 << 22):
         length, stride, band = plan
         self.length, self.rt = min(length, len(tokens) - 1), rt
-        window = pieces.window(self.length, band, rt.device)
+        window = kernels.window(self.length, band, rt.device)
         self.model = functools.partial(model, window=window) if band else model
         self.start, self.first = window_plan(len(tokens) - 1, self.length, stride)
         self.tokens, self.starts, self.firsts = (torch.from_numpy(x).to(rt.device) for x in (
@@ -2978,7 +2916,7 @@ class Scorer:
 
 
 def evaluate(model, tokens, byte_table, s, rt, label, plan, adapter=None, opened=None,
-             pieces=PLAIN):
+             kernels=PLAIN):
     """Score every target of `tokens` once, by the plan (see Scorer); an adapter trains after each
     chunk but the last.
 
@@ -2986,7 +2924,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, plan, adapter=None, opened
     for the scoring left. Returns the ledger's result with `seconds` and `tokens_read`, and the
     ledger.
     """
-    scorer = Scorer(model, tokens, plan, s, rt, pieces, s.ttt_chunk_tokens if adapter else 1 << 22)
+    scorer = Scorer(model, tokens, plan, s, rt, kernels, s.ttt_chunk_tokens if adapter else 1 << 22)
     ledger, chunks, scoring = ScoreLedger(tokens), scorer.chunks, []
     rt.any_rank(False)  # a barrier: no rank's clock counts what another does before
     started = time.perf_counter()
@@ -3295,7 +3233,7 @@ class Trainer:
             self.rt.log(f"late_qat:enabled step:{self.step} scale:{scale:.4f}")
         if not self.late and progress_of(s, self.step, self.elapsed) >= s.late_passes_from:
             self.late = True
-            self.rt.log(f"late_passes:enabled step:{self.step} order:{s.late_passes}")
+            self.rt.log(f"late_passes:enabled step:{self.step} order:{s.late_order}")
         loss, norm = self.optimize(rows, scale, muon_momentum(s, self.step), self.fake_quant,
                                    self.late)
         self.step += 1
@@ -3561,7 +3499,7 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
     plans += [(s.scoring_plan,)] if s.scoring_plan[1] else []
     plans += [(s.scoring_plan, s.ttt_chunk_tokens)] if s.ttt_enabled else []
     for plan, *chunk in plans:
-        Scorer(forward, tokens, plan, s, rt, model.pieces, *chunk).warm_up(s.vocab_size)
+        Scorer(forward, tokens, plan, s, rt, model.kernels, *chunk).warm_up(s.vocab_size)
     if s.ttt_enabled:
         Adapter(model, forward, s, rt).warm_up()
         model.requires_grad_(True)
@@ -3577,7 +3515,7 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha
     def timed(kind, key, plan, note="", adapter=None):
         try:
             results[kind], ledger = evaluate(forward, tokens, byte_table, s, rt, kind, plan,
-                                             adapter, opened, model.pieces)
+                                             adapter, opened, model.kernels)
         except LedgerError as problem:
             hint = f"; lower TTT_LR={s.ttt_lr}?" if adapter else ""
             raise LedgerError(f"{path}, {kind}: {problem}{hint}") from problem

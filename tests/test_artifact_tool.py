@@ -98,6 +98,10 @@ def jit(function):  # what Triton's decorator does: the function's source is par
     return scope[function.__name__]
 
 assert jit(T.code_limit)(6) == 31
+import torch
+logits, targets = torch.randn(5, 9), torch.arange(5)
+if T.triton:  # interpreted
+    torch.testing.assert_close(T.SoftcapNLL.apply(logits, targets, 5.0), T.softcap_nll(logits, targets, 5.0))
 assert jit(T.out_of_time).__code__.co_names == T.out_of_time.__code__.co_names
 try:
     T.code_limit("six")
@@ -151,18 +155,14 @@ def test_a_packed_script_is_read_by_what_needs_its_source_and_forecasts_with_its
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variables", [
-    dict(ranks=2), dict(COMPILE=1, KERNELS="auto"), dict(COMPILE=1, KERNELS="triton")])
+@pytest.mark.parametrize("variables", [dict(ranks=2), dict(COMPILE=1)])
 def test_a_packed_script_runs_under_torchrun_and_compiles(run_script, packed, both, tmp_path,
                                                           variables):
-    """With its kernels too, whose source Triton reads; the MLP is too narrow for theirs, the loss
-    is not."""
     done = run_script(script=packed.path, OUT_DIR=tmp_path / "out", **variables, **TRAINING)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.result["world_size"] == variables.get("ranks", 1)
     assert done.result["code_bytes"] == len(packed.content)
     if "COMPILE" in variables:
-        assert f" nll:{'triton' if variables['KERNELS'] == 'triton' else 'plain'} " in done.log
         assert re.search(r"^compile:variants \d graph_breaks 0 graphs_compiled \d+ "
                          r"graphs_from_cache \d+$", done.log, re.M)
     for kind, value in both[0].result["val_loss"].items():

@@ -154,7 +154,7 @@ RECORD = """\
 LOOP_END = ("    rt.synchronize()\n    seconds = time.perf_counter() - started\n"
             "    return dict(ledger.result(byte_table)")
 NLL = """\
-        nll = self.pieces.now().nll(products, targets_BT.flatten(), self.s.logit_softcap)
+        nll = self.kernels.now().nll(products, targets_BT.flatten(), self.s.logit_softcap)
 """
 HEAD = "        return linear(rms_norm(x), self.tok_emb)\n"
 SHARPER = (HEAD, HEAD.replace("\n", " * getattr(self, 'sharpness', 1.0)\n"))

@@ -1,27 +1,27 @@
-"""The Triton kernels, interpreted, against the plain functions in float64, gradients included, and inside of a compiled model."""
+"""The Triton kernels, interpreted, against the plain functions in float64, gradients included; what a compiler makes of them; the choice."""
 
-import functools
+import json
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, clean_environ
-from functorch.compile import make_boxed_func
+from conftest import ROOT, clean_environ, environment
 from hypothesis import example, given, settings as hypothesis_settings, strategies as st
-from torch._dynamo.backends.common import aot_autograd
 
 import train_gpt
-from train_gpt import UserError, leaky_square_mlp, softcap_nll, triton_mlp, triton_nll
+from train_gpt import LeakySquareMLP, SoftcapNLL, UserError, leaky_square_mlp, softcap_nll
 
 pytest.importorskip("triton")
-MLP_TILES, OPERATORS = train_gpt.MLP_TILES, getattr(torch.ops, train_gpt.OPERATORS)
-SMALL_TILES = ((16, 32, 16, 4, 2), (32, 16, 32, 4, 2))  # a CPU waits for each of them
+triton_mlp, triton_nll = LeakySquareMLP.apply, SoftcapNLL.apply
+SMALL_TILES = [dict(BM=16, BN=32, BK=16, GROUP=8), dict(BM=32, BN=16, BK=32, GROUP=2)]  # a CPU waits for each of them
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(train_gpt, "MLP_TILES", SMALL_TILES)
+def small_tile(monkeypatch):
+    monkeypatch.setattr(train_gpt, "MLP_TILE", SMALL_TILES[0])
 
 
 def in_float64(function, tensors, *constants):
@@ -37,8 +37,8 @@ def weighted(function, tensors, *constants):
 
 
 @hypothesis_settings(max_examples=12)
-@example(rows=300, tile=0, slope=0.5, half=False, seed=0)  # more tiles than a group has
-@given(rows=st.integers(1, 70), tile=st.sampled_from([0, 1]), slope=st.sampled_from([0.0, 0.5, 0.75, 1.0]),
+@example(rows=300, tile=SMALL_TILES[0], slope=0.5, half=False, seed=0)  # more tiles than a group has
+@given(rows=st.integers(1, 70), tile=st.sampled_from(SMALL_TILES), slope=st.sampled_from([0.0, 0.5, 0.75, 1.0]),
        half=st.booleans(), seed=st.integers(0, 99))
 def test_the_mlp_kernel_is_the_plain_mlp(rows, tile, slope, half, seed):
     """Rows that fill no tile as well; in fp16 the errors are those of rounding."""
@@ -47,7 +47,8 @@ def test_the_mlp_kernel_is_the_plain_mlp(rows, tile, slope, half, seed):
     u = 8 * u
     if half:
         u, up, down = (x.half() for x in (u, up, down))
-    mine = weighted(functools.partial(triton_mlp(), tile=tile), [u, up, down], slope)
+    with mock.patch.object(train_gpt, "MLP_TILE", tile):
+        mine = weighted(triton_mlp, [u, up, down], slope)
     for a, b in zip(mine, in_float64(leaky_square_mlp, [u, up, down], slope), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-2 if half else 1e-5, atol=(1e-2 if half else 1e-5) * float(b.abs().max() + 1e-9))
 
@@ -61,7 +62,7 @@ def test_the_loss_kernel_is_the_plain_loss(rows, vocabulary, softcap, dtype, siz
     generator = torch.Generator().manual_seed(seed)
     logits = (size * torch.randn(rows, vocabulary, generator=generator)).to(dtype)
     targets = torch.randint(vocabulary, (rows,), generator=generator)
-    mine = weighted(triton_nll(), [logits, targets], softcap)
+    mine = weighted(triton_nll, [logits, targets], softcap)
     assert mine[0].dtype == torch.float32 and mine[1].dtype == dtype
     exact = in_float64(lambda z, t, cap: -torch.log_softmax(cap * torch.tanh(z / cap) if cap else z, -1)[
         torch.arange(len(z)), t], [logits, targets], softcap)
@@ -77,33 +78,12 @@ def test_the_loss_kernel_is_the_plain_loss(rows, vocabulary, softcap, dtype, siz
 def test_inputs_of_any_layout_are_taken():
     """Slices and transposes, as a model may hand them in."""
     u, up, down = torch.randn(20, 40)[:, 4:36], torch.randn(32, 64).mT / 8, torch.randn(64, 32).mT / 8
-    for a, b in zip(weighted(functools.partial(triton_mlp(), tile=0), [u, up, down], 0.5),
+    for a, b in zip(weighted(triton_mlp, [u, up, down], 0.5),
                     in_float64(leaky_square_mlp, [u, up, down], 0.5), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
     logits, targets = torch.randn(7, 60)[:, 3:53], torch.randint(50, (14,))[::2]
-    for a, b in zip(weighted(triton_nll(), [logits, targets], 5.0), in_float64(softcap_nll, [logits, targets], 5.0)):
+    for a, b in zip(weighted(triton_nll, [logits, targets], 5.0), in_float64(softcap_nll, [logits, targets], 5.0)):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
-def test_only_wanted_gradients_are_made(wanted):
-    """Test-time training freezes matrices; a product for them would be time lost."""
-    tensors = [torch.randn(20, 32), torch.randn(64, 32) / 8, torch.randn(32, 64) / 8]
-    for i in wanted:
-        tensors[i].requires_grad_()
-    made = []
-
-    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            made.extend(x.numel() for x in out) if func is OPERATORS.mlp_backward.default else None
-            return out
-    y = triton_mlp()(*tensors, 0.5, 0)
-    with Operators():
-        mine = torch.autograd.grad(y.sum(), [tensors[i] for i in wanted])
-    assert made == [x.numel() if i in wanted else 0 for i, x in enumerate(tensors)]
-    for a, b in zip(mine, torch.autograd.grad(leaky_square_mlp(*tensors, 0.5).sum(), [tensors[i] for i in wanted])):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 FOR_A_HOPPER = f"""
@@ -118,111 +98,149 @@ def shared(kernel, pointers, scalars, constants, warps, stages):
     source = ASTSource(kernel, signature, {{(kernel.arg_names.index(name),): value for name, value in constants.items()}})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps, num_stages=stages)).metadata.shared
 
-for BM, BN, BK, warps, stages in T.MLP_TILES:
-    for backward in (False, True):
-        n = shared(T.leaky_square_kernel, dict.fromkeys(("a", "b", "h", "out"), "bf16"),
-                   dict(rows="i32", B_COLUMN="i32", B_DEPTH="i32"), dict(
-                   SLOPE=0.5, BACKWARD=backward, N=1536, K=512, BM=BM, BN=BN, BK=BK, GROUP=8), warps, stages)
-        print("mlp", BM, BN, backward, n)
+tile = dict(T.MLP_TILE)
+warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+for backward in (False, True):
+    print("mlp", backward, shared(T.leaky_square_kernel, dict.fromkeys(("a", "b", "h", "out"), "bf16"), dict(rows="i32"), dict(
+          SLOPE=0.5, BACKWARD=backward, N=1536, K=512, **tile), warps, stages))
 for softcap in (0.0, 30.0):
     for backward in (False, True):
-        pointers = dict(logits="bf16", targets="i64", nll="fp32", lse="fp32", grad="fp32", out="bf16" if backward else "fp32")
+        pointers = dict(logits="bf16", targets="i64", per_row="fp32", out="bf16")
         print("nll", softcap, backward, shared(T.softcap_nll_kernel, pointers, dict(), dict(
               SOFTCAP=softcap, BACKWARD=backward, V=1024, BLOCK=1024), 4, 3))
 """
 
 
 def test_every_kernel_compiles_for_a_hopper():
-    """Triton's compiler needs no GPU, and refuses what its interpreter lets pass. No tile needs more memory than a block may have."""
+    """Triton's compiler needs no GPU, and refuses what its interpreter lets pass. Its tile needs no more memory than a block has."""
     environ = {k: v for k, v in clean_environ().items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", FOR_A_HOPPER], env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 2 * len(MLP_TILES) + 4 and all(int(line[-1]) <= 227 * 1024 for line in lines)
+    assert len(lines) == 6 and all(int(line[-1]) <= 227 * 1024 for line in lines)
 
 
-def test_operators_tell_compilers_the_truth():
-    """Shapes and types without running, gradients, no hidden aliasing: PyTorch's own checks."""
-    u, up, down = torch.randn(20, 32, requires_grad=True), torch.randn(64, 32, requires_grad=True), torch.randn(32, 64, requires_grad=True)
-    triton_mlp(), triton_nll()
-    torch.library.opcheck(OPERATORS.mlp.default, (u, up, down, 0.5, 0))
-    logits, targets = torch.randn(6, 50, requires_grad=True), torch.randint(50, (6,))
-    torch.library.opcheck(OPERATORS.nll.default, (logits, targets, 30.0))
+COMPILED = f"""
+import json, os, sys, types
+sys.path.insert(0, {str(ROOT)!r})
+import torch, triton, train_gpt as T
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from triton.backends.compiler import GPUTarget
+torch.utils._triton.has_triton = lambda: True  # a GPU that compiles for a Hopper
+triton.runtime.driver.set_active(types.SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0, get_current_stream=lambda device: 0,
+    get_active_torch_device=lambda: torch.device("cpu")))
+
+def nodes(function, *inputs):
+    # [(operator, shape, dtype)] of the forward and of the backward graph; nothing is run
+    found = []
+
+    def look(graph, _):
+        values = [(str(n.target), n.meta.get("val")) for n in graph.graph.nodes]
+        found.append([(name, tuple(x.shape), str(x.dtype)) if isinstance(x, torch.Tensor) else (name, (), "") for name, x in values])
+        outputs = [n.meta["val"] if hasattr(n, "meta") else n for n in next(n for n in graph.graph.nodes if n.op == "output").args[0]]
+        return make_boxed_func(lambda *_: [torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, torch.Tensor) else x for x in outputs])
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+    compiled(*inputs).sum().backward()
+    return found
+
+T.MLP_TILE = dict(T.MLP_TILE, BM=16, BN=32, BK=32)
+s = T.resolve_settings(dict(os.environ))[0]
+tokens, wanted = torch.randint(s.vocab_size, (3, 33)), dict()
+for name, kernels in dict(triton=T.Kernels(mlp=T.LeakySquareMLP.apply, nll=T.SoftcapNLL.apply), plain=T.PLAIN).items():
+    wanted[name] = nodes(T.GPT(s, torch.bfloat16, kernels), tokens[:, :-1], tokens[:, 1:])
+for frozen in ([], [1], [1, 2]):
+    x = [torch.randn(n, requires_grad=i not in frozen) for i, n in enumerate([(16, 32), (64, 32), (32, 64)])]
+    wanted[f"without {{len(frozen)}}"] = nodes(lambda *x: T.LeakySquareMLP.apply(*x, 0.5), *x)
+print(json.dumps(wanted))
+"""
 
 
-@pytest.mark.slow
-def test_a_compiled_model_computes_with_kernels_what_it_does_without(tiny):
-    """The same loss and gradients; nothing breaks the graph. An eager pass takes the plain functions."""
-    s = tiny(MLP_MULT=2, COMPILE=1, KERNELS="triton", TRAIN_BATCH_TOKENS=64, MICRO_BATCH_TOKENS=64, NUM_LAYERS=2, XSA_LAST_N=2,
-             VE_LAYERS="1")
-    rt = train_gpt.Runtime(s)
-    lines = []
-    rt.log = lines.append
-    names, pieces = train_gpt.choose_pieces(s, rt)
-    assert names == dict(attention="sdpa", windows="blocks", mlp="triton", nll="triton") and not lines
-    model, _ = train_gpt.build_model(s, rt)
+def test_compilers_see_whole_graphs_and_make_only_what_is_needed(corpus):
+    """Kernels break no graph. fp32 logits of a whole batch never exist with the loss kernel; the plain loss shows that the test would
+    see them. Test-time training freezes matrices: no products for their gradients."""
+    environ = {k: v for k, v in environment(corpus, MLP_MULT=2, NUM_LAYERS=2, XSA_LAST_N=2, VE_LAYERS="1").items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+
+    def count(graph, word):
+        return sum(word in name for name, *_ in graph)
+    for name, fp32 in (("triton", False), ("plain", True)):
+        logits = {kind for graph in found[name] for _, shape, kind in graph if shape in ([96, 320], [3, 32, 320])}
+        assert len(found[name]) == 2 and "torch.bfloat16" in logits and ("torch.float32" in logits) == fp32
+    assert [count(graph, "triton_kernel_wrapper") for graph in found["triton"]] == [3, 3]  # two blocks, the loss
+    assert [count(found[f"without {n}"][1], "mm.") for n in range(3)] == [3, 2, 1]
+
+
+def test_a_model_computes_with_kernels_what_it_does_without(tiny, monkeypatch):
+    """The same loss and gradients. In truth an eager pass takes the plain functions, whose products calibration sees."""
+    s = tiny(MLP_MULT=2, NUM_LAYERS=2, XSA_LAST_N=2, VE_LAYERS="1")
+    kernels = train_gpt.Kernels(mlp=triton_mlp, nll=triton_nll)
+    assert kernels.now() is train_gpt.PLAIN
+    model = train_gpt.GPT(s, torch.float32, kernels)
+    train_gpt.init_weights(model, s)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     tokens = torch.randint(s.vocab_size, (2, 33))
-    calls, kernel = [], train_gpt.softcap_nll_kernel
 
-    def outcomes(forward):
-        nll = forward(tokens[:, :-1], tokens[:, 1:])
+    def outcome():
+        nll = model(tokens[:, :-1], tokens[:, 1:])
         return [nll.detach(), *torch.autograd.grad(nll.sum(), list(model.parameters()))]
-    train_gpt.softcap_nll_kernel = type("Spy", (), {"__getitem__": lambda self, grid: calls.append(grid) or kernel[grid]})()
-    try:
-        eager = outcomes(model)
-        assert not calls, "an eager pass needs every product to be seen"
-        compiled = outcomes(torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager"))
-        assert calls
-    finally:
-        train_gpt.softcap_nll_kernel = kernel
-    for a, b in zip(compiled, eager, strict=True):
+    plain = outcome()
+    monkeypatch.setattr(train_gpt.Kernels, "now", lambda self: self)
+    for a, b in zip(outcome(), plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max() + 1e-6))
 
 
-def test_kernels_that_cannot_run_are_refused_by_name(tiny, monkeypatch):
-    for variables, word in ((dict(COMPILE=0), "COMPILE=0"), (dict(COMPILE=1), "here: cpu")):
-        s = tiny(KERNELS="triton", **variables)
-        if variables["COMPILE"] == 1:
-            monkeypatch.setattr(train_gpt, "triton", None)
+class Graphics(str):
+    """A CPU that says it is a GPU."""
+    type = "cuda"
+
+
+@pytest.fixture
+def gpu():
+    """A rank that compiles for a GPU, so it says; kernels are interpreted."""
+    rt = SimpleNamespace(device=Graphics("cpu"), dtype=torch.float32, compile=True, compiled=lambda f, **_: f, any_rank=bool, lines=[])
+    rt.log = rt.lines.append
+    return rt
+
+
+PLAIN_NAMES = dict(attention="sdpa", mlp="plain", nll="plain")
+WHOLE_ROWS = dict(EVAL_ATTENTION="window")  # no banded windows to choose for
+
+
+def test_right_kernels_are_taken_and_wrong_ones_named(tiny, gpu, monkeypatch):
+    s = tiny(MLP_MULT=2, KERNELS="triton", **WHOLE_ROWS)
+    names, kernels = train_gpt.choose_kernels(s, gpu)
+    assert names == dict(attention="sdpa", mlp="triton", nll="triton") and not gpu.lines
+    assert kernels == train_gpt.Kernels(mlp=triton_mlp, nll=triton_nll)
+    assert train_gpt.choose_kernels(tiny(MLP_MULT=2, KERNELS="plain", **WHOLE_ROWS), gpu) == (PLAIN_NAMES, train_gpt.PLAIN)
+    monkeypatch.setattr(train_gpt, "failure", lambda *_: "gives another result")
+    assert train_gpt.choose_kernels(tiny(MLP_MULT=2, **WHOLE_ROWS), gpu) == (PLAIN_NAMES, train_gpt.PLAIN)
+    assert sorted(gpu.lines) == [f"{part}: not triton: gives another result" for part in ("mlp", "nll")]
+    with pytest.raises(UserError, match="KERNELS=triton: the nll kernel is not right on cpu"):
+        train_gpt.choose_kernels(s, gpu)
+
+
+def test_kernels_that_cannot_run_are_refused_by_name(tiny):
+    for value, word in ((0, "COMPILE=0"), (1, "here: cpu")):
+        s = tiny(KERNELS="triton", COMPILE=value)
         with pytest.raises(UserError, match=f"KERNELS=triton.*{word}"):
-            train_gpt.choose_pieces(s, train_gpt.Runtime(s))
+            train_gpt.choose_kernels(s, train_gpt.Runtime(s))
 
 
-def test_a_width_that_fills_no_tile_keeps_the_plain_mlp(tiny):
-    """The kernel reads whole tiles of columns; D = 32 and 40 hidden units are none of these."""
-    s = tiny(MLP_MULT=1.25, COMPILE=1, KERNELS="triton")
-    names, pieces = train_gpt.choose_pieces(s, train_gpt.Runtime(s))
-    assert names["mlp"] == "plain" and pieces.mlp is leaky_square_mlp and names["nll"] == "triton"
+def test_a_width_that_fills_no_tile_keeps_the_plain_mlp(tiny, gpu):
+    """The kernel reads whole tiles of columns; 40 hidden units are none of these."""
+    names, kernels = train_gpt.choose_kernels(tiny(MLP_MULT=1.25, KERNELS="triton", **WHOLE_ROWS), gpu)
+    assert names == dict(attention="sdpa", mlp="plain", nll="triton") and kernels.mlp is leaky_square_mlp
 
 
-def test_nothing_is_raced_without_a_gpu(tiny):
-    """KERNELS=auto on a CPU, interpreter or not, takes the plain functions and measures nothing."""
+def test_nothing_is_tried_without_a_gpu(tiny):
+    """KERNELS=auto on a CPU takes the plain functions and tries nothing."""
     s = tiny(COMPILE=1)
     rt = train_gpt.Runtime(s)
     rt.log = lambda line: pytest.fail(line)
-    names, pieces = train_gpt.choose_pieces(s, rt)
-    assert names == dict(attention="sdpa", windows="blocks", mlp="plain", nll="plain") and pieces.now() == train_gpt.PLAIN
-
-
-@pytest.mark.parametrize("kernels, whole", [("triton", False), ("plain", True)])
-@pytest.mark.slow
-def test_fp32_logits_of_a_whole_batch_never_exist(tiny, kernels, whole):
-    """With the kernel, in bf16, in neither graph of the compiled model; the plain loss shows that the test would see them."""
-    s = tiny(MLP_MULT=1.25, COMPILE=1, KERNELS=kernels, NUM_LAYERS=2, XSA_LAST_N=2, VE_LAYERS="1")
-    rt = train_gpt.Runtime(s)
-    rt.dtype = torch.bfloat16
-    model, _ = train_gpt.build_model(s, rt)
-    tokens, seen, graphs = torch.randint(s.vocab_size, (3, 33)), set(), []
-
-    def look(graph, inputs):
-        graphs.append(graph)
-        for node in graph.graph.nodes:
-            torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: seen.add((tuple(x.shape), x.dtype)), node.meta.get("val"))
-        return make_boxed_func(graph.forward)
-    forward = torch.compile(model, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
-    forward(tokens[:, :-1], tokens[:, 1:]).sum().backward()
-    logits = {dtype for shape, dtype in seen if shape in ((96, s.vocab_size), (3, 32, s.vocab_size))}
-    assert len(graphs) == 2 and torch.bfloat16 in logits and (torch.float32 in logits) == whole
+    assert train_gpt.choose_kernels(s, rt) == (dict(attention="sdpa", windows="blocks", mlp="plain", nll="plain"), train_gpt.PLAIN)

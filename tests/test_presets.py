@@ -1,6 +1,5 @@
 """Every ancestor's preset: its parameter count to the unit, and a whole run of it, shrunk to seconds."""
 
-import numpy as np
 import pytest
 import torch
 

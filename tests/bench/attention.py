@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as T  # noqa: E402
@@ -25,17 +24,14 @@ import train_gpt as T  # noqa: E402
 
 def kernels(rt):
     """{name: function} of the kernels to try here; None where a package is missing."""
-    strict = {name: T.torch_attention(k, strict=True) for name, k in T.TORCH_KERNELS.items()}
-    if rt.device.type == "cuda":
-        return {**{name: T.flash_attention(name) for name in T.FLASH_PACKAGES}, **strict,
-                "flex": T.flex, "sdpa": T.sdpa}
-    return {"sdpa": T.sdpa, "flash": strict["flash"], "math": T.torch_attention(SDPBackend.MATH)}
+    names = [*T.ATTENTION, "flex", "sdpa"] if rt.device.type == "cuda" else ["flash", "sdpa"]
+    return {name: T.attention_kernel(name, strict=True) for name in names}
 
 
 def windowed(name, attend, length, keys, rt):
     """attend with a window of `keys`; FlexAttention's mask is made outside of compiled code."""
-    pieces = T.Pieces(attend, windows_by_mask=name == "flex")
-    return functools.partial(attend, window=pieces.window(length, keys, rt.device))
+    chosen = T.Kernels(attend, T.flex if name == "flex" else attend)
+    return functools.partial(chosen.attend, window=chosen.window(length, keys, rt.device))
 
 
 def milliseconds(rt, work, repeats):

@@ -67,7 +67,7 @@ def plans(arguments, say):
              for segment, prefix in ((2, 0), (2, 0.5), (2, 1), (2, 2), (8, 1), (8, 4), (8, 16))]
     first = None
     for name, plan in rows:
-        result = T.evaluate(model, tokens, table, s, rt, name, plan, pieces=model.pieces)[0]
+        result = T.evaluate(model, tokens, table, s, rt, name, plan, kernels=model.kernels)[0]
         first = first or result
         fewer, faster = (first[key] / result[key] for key in ("tokens_read", "seconds"))
         say(f"{name:<44} {result['val_bpb']:>9.5f} {result['seconds']:>8.1f} "
@@ -82,9 +82,9 @@ def adapted_score(arguments, changes, tokens, seconds):
         changes = dict(changes, ttt_freeze_blocks=s.num_layers - 2)
     s = replace(s, ttt_chunk_tokens=arguments.chunk, eval_wallclock_seconds=seconds, **changes)
     given = model, tokens, table, s, rt
-    before = T.evaluate(*given, "before", s.scoring_plan, pieces=model.pieces)[0]
+    before = T.evaluate(*given, "before", s.scoring_plan, kernels=model.kernels)[0]
     adapter, started = T.Adapter(model, model, s, rt), time.perf_counter()
-    after = T.evaluate(*given, "ttt", s.scoring_plan, adapter, started, model.pieces)[0]
+    after = T.evaluate(*given, "ttt", s.scoring_plan, adapter, started, model.kernels)[0]
     return before["val_bpb"], after["val_bpb"], after["seconds"]
 
 
