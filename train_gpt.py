@@ -252,20 +252,22 @@ class Settings:
     eval_prefix: Count = 0  # tokens of context before a banded segment; 0: EVAL_SEQ_LEN
     eval_wallclock_seconds: Amount = 600.0  # from opening the artifact, kept by TTT; 0: no limit
     eval_batch_seqs: Positive = 32  # windows per rank and pass
-    ttt_enabled: Flag = 1  # score-first test-time training (−0.0021 to −0.0033)
+    ttt_enabled: Flag = 1  # score-first test-time training
+    # Adapters by document: −0.002 to −0.004 (#1530). Weights by chunks: −0.0021 to −0.0033 (#549).
+    ttt_lora_rank: Count = 8  # of adapters that follow each document; 0: chunks adapt the weights
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices alone
     ttt_params: Literal["all", "tail"] = "all"
         # tail: blocks from TTT_FREEZE_BLOCKS on, scales, token table
-    ttt_lr: Amount = 0.002  # decays by a cosine over the chunks
+    ttt_lr: Amount = 0.001  # of adapters: at first; of weights: decays by a cosine over the chunks
     ttt_intra_cosine: Flag = 0  # times a cosine inside each chunk
     ttt_proj_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's down matrices
     ttt_fc_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's up matrices
     ttt_momentum: Decay = 0.9  # of sgd and muon
     ttt_epochs: Annotated[int, -1, 1000] = 3  # over each scored chunk; -1: what the clock allows
     ttt_chunk_tokens: Annotated[int, 0, 2**31] = 0
-        # scored before each adaptation; 0: a 64th of the validation set, at most 32768
+        # scored before weights are adapted; 0: a 64th of the validation set, at most 32768
     ttt_freeze_blocks: Count = 0  # the first so many blocks are not adapted
-    ttt_batch_seqs: Positive = 256  # rows per TTT step, over all ranks
+    ttt_batch_seqs: Positive = 256  # rows per TTT step, or lanes of adapters, over all ranks
     ttt_grad_clip: Amount = 1.0  # norm, after the reduction over ranks; 0: off
 
     @property
@@ -288,6 +290,13 @@ class Settings:
             segment = self.eval_segment or 2 * self.window
             return (self.eval_prefix or self.window) + segment, segment, self.window
         return self.window, self.eval_stride, 0
+
+    @property
+    def adapting_plan(self):
+        """The scoring plan of test-time training."""
+        if not self.ttt_lora_rank or not self.scoring_plan[2]:
+            return self.scoring_plan
+        return self.window + self.eval_stride, self.eval_stride, self.window
 
     @property
     def pass_tokens(self):
@@ -339,7 +348,7 @@ _PR414 = dict(
     smear_gate="1", value_residual="0", gated_attention="0", muon_coefficients="classic",
     lr_floor=0.0, ema_decay=0.997, swa_enabled=1, quant_fit="scale", quant_clip="row",
     codec="lzma", gptq=0, attn_bits=6, mlp_bits=6, proj_bits=16, eval_attention="window",
-    ttt_enabled=0, muon_row_norm=0, ttt_chunk_tokens=32768)
+    ttt_enabled=0, muon_row_norm=0, ttt_lora_rank=0, ttt_lr=0.002, ttt_chunk_tokens=32768)
 _PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw",
               ttt_enabled=1)
 # For two CPU cores: short rows and steps.
@@ -347,19 +356,20 @@ _SMALL = dict(
     _SP1024, train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096, model_dim=128,
     num_heads=4, num_kv_heads=2, rope_ntk_reference=0, bigram_dim=64, ve_dim=64, warmup_steps=2,
     warmdown_iters=1000, muon_momentum=0.95, muon_momentum_warmup_steps=300, val_loss_every=0,
-    train_log_every=50, ttt_chunk_tokens=8192)
+    train_log_every=50)
 # The record line, from the last back to the first; each row says how it differs from the next one.
 # #1855 is without CaseOps and the low-rank correction of weights; rows end at their borders.
 _PR1855 = dict(
     value_residual="0", ema_decay=0.9965, quant_fit="scale", quant_clip="std", attn_bits=6,
     mlp_bits=6, embed_bits=7, proj_bits=16, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0,
     embed_clip_sigmas=14.0, gptq_act_order=1, gptq_batches=2, gptq_reserve_seconds=4.0,
-    eval_attention="window", ttt_enabled=0, ttt_lr=0.005, ttt_chunk_tokens=32768)
+    eval_attention="window", eval_stride=48, ttt_lora_rank=80, ttt_lr=1.8e-4)
 _PR1493 = dict(
     _PR1855, parallel="one", parallel_from=7, smear_gate="0", gated_attention="0",
     muon_coefficients="classic", qk_gain_init=5.25, matrix_lr=0.022, muon_momentum=0.99,
     beta2=0.95, warmdown_frac=0.72, lr_floor=0.0, mlp_clip_sigmas=12.85, attn_clip_sigmas=12.85,
-    embed_bits=8, embed_clip_sigmas=20.0, gptq_batches=8, gptq_reserve_seconds=12.0, ttt_enabled=1)
+    embed_bits=8, embed_clip_sigmas=20.0, gptq_batches=8, gptq_reserve_seconds=12.0,
+    eval_stride=64, ttt_lora_rank=0, ttt_lr=0.005, ttt_chunk_tokens=32768)
 _PR1394 = dict(
     _PR1493, late_passes="0-5,4-5,4-5,6-10", late_passes_from=0.5, parallel="0", qk_gain_init=4.0,
     matrix_lr=0.02, muon_wd=0.085, ema_decay=0.997, warmdown_frac=0.667, ttt_enabled=0)
@@ -373,7 +383,7 @@ PRESETS = {  # a row holds only what differs from the defaults, or from the row 
         tokenizer_path="./data/tokenizers/demo_1024_bpe.model", train_batch_tokens=2048,
         num_layers=3, xsa_last_n=3, ve_layers="1,2", bigram_vocab_size=8192,
         trigram_vocab_size=8192, max_wallclock_seconds=170.0, warmdown_iters=800,
-        muon_momentum_warmup_steps=100, ttt_chunk_tokens=2048),
+        muon_momentum_warmup_steps=100),
     "laptop": dict(_SMALL, max_wallclock_seconds=900.0),
     "sp1024": _SP1024,
     "pr414": _PR414,
@@ -550,7 +560,8 @@ def run_rules(s, world_size):
          f"EVAL_STRIDE={s.eval_stride} exceeds the scoring window of {s.window} tokens"),
         (not s.ttt_enabled or s.eval_stride,
          "TTT_ENABLED=1 scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
-        (not s.ttt_enabled or s.ttt_chunk_tokens == 0 or s.ttt_chunk_tokens >= s.pass_tokens,
+        (not s.ttt_enabled or s.ttt_lora_rank or s.ttt_chunk_tokens == 0
+         or s.ttt_chunk_tokens >= s.pass_tokens,
          f"TTT_CHUNK_TOKENS={s.ttt_chunk_tokens} must hold {s.pass_tokens} tokens, a row and what "
          "a pass scores: raise it, or set it to 0"),
         (len(s.run_id.encode("utf-8", "surrogateescape")) <= 200 and "/" not in s.run_id,
@@ -575,7 +586,8 @@ def contradictions(s, world_size):
     """Problems with combinations of settings, ranks and packages that are each fine alone."""
     problems = [message for holds, message in model_rules(s) + run_rules(s, world_size)
                 if not holds]
-    if not problems and s.ttt_enabled and not any(ttt_factor(n, s) for n in parameter_shapes(s)):
+    if not problems and s.ttt_enabled and not s.ttt_lora_rank and not any(
+            ttt_factor(name, s) for name in parameter_shapes(s)):
         problems.append(
             f"TTT_PARAMS={s.ttt_params}, TTT_OPTIMIZER={s.ttt_optimizer}, TTT_FREEZE_BLOCKS="
             f"{s.ttt_freeze_blocks} leave nothing to adapt: change one, or set TTT_ENABLED=0")
@@ -1209,6 +1221,11 @@ def linear(x, w_RC, fake_quant=False, scale_R=None):
     return F.linear(x, weight_of(w_RC, x.dtype, fake_quant, scale_R))
 
 
+def low_rank(u_BTD, pair):
+    """B·A·u with a pair (A [B,r,D], B [B,R,r]) for each row; 0 without."""
+    return (u_BTD @ pair[0].mT.to(u_BTD.dtype)) @ pair[1].mT.to(u_BTD.dtype) if pair else 0
+
+
 def leaky_square_mlp(u_ND, up_RD, down_DR, slope):
     """W₂·LeakyReLU(W₁u)² [N,D]; slope 0 is relu²."""
     return F.linear(F.leaky_relu(F.linear(u_ND, up_RD), slope).square(), down_DR)
@@ -1601,23 +1618,27 @@ class Attention(nn.Module):
         elif self.gate == "sparse":  # y_h × σ(W_h·u[:12] / 2), half open at first
             self.gate_weight = nn.Parameter(torch.zeros(s.num_heads, min(12, D)))
 
-    def project(self, u_BTD, fake_quant):
+    def project(self, u_BTD, fake_quant, adapter=None):
         """q and k [B,T,H+K,E], v [B,T,K,E] and gate logits [B,T,H], of one product: u is read once,
         in the gradient too."""
         weights = [fake_quantize(w) if fake_quant else w for w in (self.q, self.k, self.v)]
         if self.gate == "head":  # padded to whole heads: one kernel then joins all gradients
             padding = self.gate_weight.new_zeros(-self.heads % self.head_dim, u_BTD.size(-1))
             weights += [self.gate_weight, padding]
-        heads = linear(u_BTD, torch.cat(weights)).unflatten(-1, (-1, self.head_dim))
+        heads = linear(u_BTD, torch.cat(weights))
+        if adapter:
+            added = low_rank(u_BTD, adapter)
+            heads = heads + F.pad(added, (0, heads.size(-1) - added.size(-1)))
+        heads = heads.unflatten(-1, (-1, self.head_dim))
         qk, v, gate = heads.tensor_split([self.heads + self.kv_heads,
                                           self.heads + 2 * self.kv_heads], dim=2)
         return qk, v, gate.flatten(2)[..., : self.heads]
 
     def forward(self, u_BTD, out_scale_D, rotary, xsa, value_embedding, mix_value, fake_quant,
-                window):
+                window, adapter=None):
         """Scaled output [B,T,D] and v [B,T,K,E] before the value residual, `mix_value`."""
         fake_quant = fake_quant and self.coded
-        qk, v, gate = self.project(u_BTD, fake_quant)
+        qk, v, gate = self.project(u_BTD, fake_quant, adapter)
         unmixed_v = v if value_embedding is None else v + value_embedding.view_as(v)
         v = mix_value(unmixed_v)
         gain = torch.cat((self.q_gain, self.q_gain.new_ones(self.kv_heads)))
@@ -1679,15 +1700,18 @@ class Block(nn.Module):
         m = self.resid_mix.to(x_BTD.dtype)
         return m[0] * x_BTD + m[1] * x0_BTD
 
-    def attention(self, z_BTD, core, first_v, *context):
+    def attention(self, z_BTD, core, first_v, adapters, *context):
         """a⊙Attn(s·RMS(z)), and v before the value residual; context: see Attention."""
         rotary, xsa, value_embedding, fake_quant, window = context
-        return core.attn(self.input_scale * rms_norm(z_BTD), self.attn_scale, rotary, xsa,
-                         value_embedding, lambda v: self.mix_value(v, first_v), fake_quant, window)
+        u = self.input_scale * rms_norm(z_BTD)
+        a, v = core.attn(u, self.attn_scale, rotary, xsa, value_embedding,
+                         lambda v: self.mix_value(v, first_v), fake_quant, window, adapters[0])
+        return a + low_rank(u, adapters[1]), v
 
-    def mlp(self, y_BTD, core, fake_quant):
+    def mlp(self, y_BTD, core, fake_quant, adapters):
         """b⊙MLP(s·RMS(y))."""
-        return core.mlp(self.input_scale * rms_norm(y_BTD), self.mlp_scale, fake_quant)
+        u = self.input_scale * rms_norm(y_BTD)
+        return core.mlp(u, self.mlp_scale, fake_quant) + low_rank(u, adapters[2])
 
 
 class HashEmbedding(nn.Module):
@@ -1783,45 +1807,54 @@ class GPT(nn.Module):
             return x_BTD + skip_BTD
         return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(self.skip_gates[row]).to(x_BTD.dtype))
 
-    def products(self, tokens_BT, fake_quant=False, window=0, late=True):
+    def adapter_shapes(self):
+        """(outputs R, inputs D) of the low-rank additions that `products` takes: q, k and v,
+        attention and MLP of each pass, and the logits."""
+        D, E = self.s.model_dim, self.s.head_dim
+        qkv = (self.s.num_heads + 2 * self.s.num_kv_heads) * E
+        return [(R, D) for _ in self.passes[True] for R in (qkv, D, D)] + [(self.s.vocab_size, D)]
+
+    def products(self, tokens_BT, fake_quant=False, window=0, late=True, adapters=()):
         """Next-token logits [B,T,V] before the softcap, compute type.
 
         Position t sees tokens 0..t, or in each layer the last `window` of them. `late`: the passes
-        are those after the switch to LATE_PASSES.
+        are those after the switch to LATE_PASSES. `adapters`: for each of adapter_shapes a pair
+        (A [B,r,D], B [B,R,r]), whose B·A·u is added to what the site makes of u.
         """
         x = x0 = self.embed(tokens_BT)
         values = self.ve(tokens_BT, x.dtype) if self.ve is not None else {}
         first_v, skips, lane, rotary = None, [], None, (self.cos, self.sin)
-        for p in self.passes[late]:
+        for i, p in enumerate(self.passes[late]):
             block, core = self.blocks[p.block], self.cores[p.core]
+            added = adapters[3 * i: 3 * i + 3] or (None, None, None)
             lane = x if p.form == "lanes" and lane is None else lane
             if p.skip is not None:
                 x = self.joined_skip(x, skips.pop(), p.skip)
             z = block.mix(x, x0)
-            a, v = block.attention(z, core, first_v, rotary, p.xsa, values.get(p.block),
+            a, v = block.attention(z, core, first_v, added, rotary, p.xsa, values.get(p.block),
                                    fake_quant, window)
             first_v = v if first_v is None else first_v
             if p.form == "lanes":
-                m = block.mlp(lane, core, fake_quant)
+                m = block.mlp(lane, core, fake_quant, added)
                 x, lane = (keep * old + to_attn * a + to_mlp * m for old, (keep, to_attn, to_mlp)
                            in zip((x, lane), self.lanes[p.block].to(x.dtype)))
             else:
                 y = z + a
-                x = y + block.mlp(z if p.form == "one" else y, core, fake_quant)
+                x = y + block.mlp(z if p.form == "one" else y, core, fake_quant, added)
             if p.push:
                 skips.append(x)
-        x = x if lane is None else (x + lane) / 2
-        return linear(rms_norm(x), self.tok_emb)
+        x = rms_norm(x if lane is None else (x + lane) / 2)
+        return linear(x, self.tok_emb) + low_rank(x, adapters[-1] if adapters else None)
 
-    def logits(self, tokens_BT, fake_quant=False, window=0, late=True):
+    def logits(self, tokens_BT, fake_quant=False, window=0, late=True, adapters=()):
         """Next-token logits [B,T,V], fp32."""
-        products = self.products(tokens_BT, fake_quant, window, late)
+        products = self.products(tokens_BT, fake_quant, window, late, adapters)
         return softcapped(products, self.s.logit_softcap)
 
-    def forward(self, tokens_BT, targets_BT, fake_quant=False, window=0, late=True):
+    def forward(self, tokens_BT, targets_BT, fake_quant=False, window=0, late=True, adapters=()):
         """nll of each target [B,T], nats, fp32. What changes during a run is an argument, so that
         a compiler cannot fold it away."""
-        products = self.products(tokens_BT, fake_quant, window, late).flatten(0, 1)
+        products = self.products(tokens_BT, fake_quant, window, late, adapters).flatten(0, 1)
         nll = self.kernels.now().nll(products, targets_BT.flatten(), self.s.logit_softcap)
         return nll.view_as(targets_BT)
 
@@ -2796,38 +2829,37 @@ def size_forecast(s):
 # ---- 11. Evaluation: one loop for plain, full-context and test-time training --------------------
 
 class LedgerError(RuntimeError):
-    """A score that would break the rules: twice, out of order, missing, or tokens handed out before
+    """A score that would break the rules: twice, missing, no number, or tokens handed out before
     they were scored."""
 
 
 class ScoreLedger:
-    """The only way to a score: the nll of every target, once, from left to right. It hands out
-    tokens for adapting only behind that."""
+    """The only way to a score: the nll of every target, once. It hands out tokens for adapting
+    only where they are scored."""
 
     def __init__(self, tokens):
         self.tokens, self.scored = tokens, 0
         self.nll = np.full(len(tokens) - 1, np.nan, np.float32)
 
     def record(self, first, nll):
-        """Append the scores of targets [first, first + len(nll)). Raises LedgerError."""
-        if first != self.scored:
-            raise LedgerError(f"targets from {first} on offered where {self.scored} are scored: "
-                              "each once, in order")
-        if first + len(nll) > len(self.nll):
-            raise LedgerError(f"{len(nll)} scores from target {first} on, past the end at "
-                              f"{len(self.nll)}")
+        """Take the scores of targets [first, first + len(nll)). Raises LedgerError."""
+        place = self.nll[max(first, 0): first + len(nll)]
+        if len(place) != len(nll):
+            raise LedgerError(f"{len(nll)} scores from target {first} on, of {len(self.nll)}")
+        if not np.isnan(place).all():
+            raise LedgerError(f"targets from {first} on offered where they are scored: each once")
         bad = ~np.isfinite(nll)
         if bad.any():
             raise LedgerError(f"target {first + int(bad.argmax())} scored {nll[bad][0]}")
-        self.nll[first: first + len(nll)] = nll
+        place[:] = nll
         self.scored += len(nll)
 
     def rows_for_adapting(self, first, last, length):
         """Non-overlapping rows [n, length + 1] whose targets are [first, ...) up to `last`. Raises
         LedgerError."""
-        if not 0 <= first <= last <= self.scored:
-            raise LedgerError(f"tokens of targets {first} to {last} asked for where {self.scored} "
-                              "are scored")
+        if not 0 <= first <= last <= len(self.nll) or np.isnan(self.nll[first:last]).any():
+            raise LedgerError(f"tokens of targets {first} to {last} asked for where not all of "
+                              "them are scored")
         n = (last - first) // length
         index = first + np.arange(n)[:, None] * length + np.arange(length + 1)
         return torch.from_numpy(self.tokens[index].astype(np.int64))
@@ -2843,17 +2875,25 @@ class ScoreLedger:
                     sha256=hashlib.sha256(self.nll.tobytes()).hexdigest())
 
 
-def window_plan(targets, length, stride):
-    """(start [W], first [W]): pass w reads tokens start..start+length and scores targets
-    first..start+length.
+# A plan is (start, first, last), int64 [W] each: pass w reads tokens start..start+length and scores
+# targets first..last. Every target is in exactly one pass.
 
-    The first pass scores all its targets, each later one the `stride` after those scored before,
-    the last one what is left: every target is in exactly one pass.
-    """
+def window_plan(targets, length, stride):
+    """The plan from left to right: the first pass scores all its targets, each later one the
+    `stride` after those scored before, the last one what is left."""
     if targets < length:
         raise ValueError(f"{targets} targets do not fill a window of {length}")
-    ends = np.append(np.arange(length, targets, stride, dtype=np.int64), targets)
-    return ends - length, np.concatenate(([0], ends[:-1]))
+    last = np.append(np.arange(length, targets, stride, dtype=np.int64), targets)
+    return last - length, np.concatenate(([0], last[:-1])), last
+
+
+def lane_plan(targets, length, stride, lanes):
+    """The plan in lanes, equal stretches of the targets side by side: pass n·lanes + l scores the
+    n-th `stride` of lane l. Passes beyond the end score nothing."""
+    steps = -(-targets // (lanes * stride))
+    begin = (np.arange(lanes) * steps + np.arange(steps)[:, None]).ravel() * stride
+    first, last = (np.minimum(begin + n, targets) for n in (0, stride))
+    return np.maximum(last - length, 0), first, last
 
 
 def chunk_plan(first, targets, chunk):
@@ -2868,53 +2908,69 @@ class Scorer:
 
     plan = (length, stride, band): a pass reads `length` tokens and scores the last `stride`; with
     a band each layer sees so many keys, and the tokens before the scored ones are their prefix.
+    `chunks` are what is scored before an adapter's turn: stretches of chunk_tokens, or with lanes
+    (see lane_plan) a pass of each.
     """
 
-    def __init__(self, model, tokens, plan, s, rt, kernels=PLAIN, chunk_tokens=1 << 22):
-        length, stride, band = plan
-        self.length, self.rt = min(length, len(tokens) - 1), rt
+    def __init__(self, model, tokens, plan, s, rt, kernels=PLAIN, chunk_tokens=1 << 22, lanes=0):
+        (length, stride, band), targets = plan, len(tokens) - 1
+        self.length, self.stride, self.rt, self.lanes = min(length, targets), stride, rt, lanes
         window = kernels.window(self.length, band, rt.device)
         self.model = functools.partial(model, window=window) if band else model
-        self.start, self.first = window_plan(len(tokens) - 1, self.length, stride)
-        self.tokens, self.starts, self.firsts = (torch.from_numpy(x).to(rt.device) for x in (
-            tokens.astype(np.int32), self.start, self.first))
+        self.start, self.first, self.last = (
+            lane_plan(targets, self.length, stride, lanes) if lanes
+            else window_plan(targets, self.length, stride))
+        self.chunks = ([(n, n + lanes) for n in range(0, len(self.first), lanes)] if lanes
+                       else chunk_plan(self.first, targets, chunk_tokens))
+        self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(rt.device)
         self.offsets = torch.arange(self.length + 1, device=rt.device)
-        self.chunks = chunk_plan(self.first, len(tokens) - 1, chunk_tokens)
         most = max(-(-(end - begin) // rt.world_size) for begin, end in self.chunks)
-        self.batch = min(max(1, s.eval_batch_seqs * s.window // self.length), most)
+        batches = -(-most // max(1, s.eval_batch_seqs * s.window // self.length))
+        self.batch = -(-most // batches)
         self.tokens_read = 0
 
     @torch.no_grad()
-    def warm_up(self, vocab_size):
+    def warm_up(self, vocab_size, **more):
         """Compile for the shape of a pass, on random tokens."""
         rows = torch.randint(vocab_size, (self.batch, self.length + 1), device=self.rt.device)
-        self.model(rows[:, :-1], rows[:, 1:])
+        self.model(rows[:, :-1], rows[:, 1:], **more)
         self.rt.synchronize()
 
     @torch.no_grad()
-    def score(self, begin, end, tick=lambda passes: None):
-        """nll [targets] of the targets of passes [begin, end), in order, on every rank."""
-        low, high = int(self.first[begin]), int(self.start[end - 1]) + self.length
+    def score(self, begin, end, tick=lambda passes: None, more_of=lambda passes: {}):
+        """nll of the targets of passes [begin, end), one pass after the other, on every rank.
+        more_of(passes): more arguments for the model."""
+        start, first, last = (torch.from_numpy(x[begin:end]).to(self.rt.device)
+                              for x in (self.start, self.first, self.last))
+        offset = (last - first).cumsum(0) - last  # of a pass's targets to their places in `out`
+        total = int((last - first).sum())
         # scores, and how often each target was scored; the last slot is discarded
-        out = torch.zeros(2, high - low + 1, device=self.rt.device)
-        mine_begin, mine_end = (begin + part for part in self.rt.share(end - begin))
-        for b in range(mine_begin, mine_end, self.batch):
+        out = torch.zeros(2, total + 1, device=self.rt.device)
+        low, high = self.rt.share(end - begin)
+        for b in range(low, high, self.batch):
             w = torch.arange(b, b + self.batch, device=self.rt.device)
-            mine, w = w < mine_end, w.clamp(max=mine_end - 1)  # a short batch repeats a pass
-            at = self.starts[w, None] + self.offsets
-            rows = self.tokens[at].long()
-            nll = self.model(rows[:, :-1], rows[:, 1:])
-            fresh = (at[:, :-1] >= self.firsts[w, None]) & mine[:, None]
-            place = torch.where(fresh, at[:, :-1] - low, high - low).flatten()
+            mine, w = (w < high)[:, None], w.clamp(max=high - 1)  # a short batch repeats a pass
+            at = start[w, None] + self.offsets
+            rows, at = self.tokens[at].long(), at[:, :-1]
+            nll = self.model(rows[:, :-1], rows[:, 1:], **more_of(w))
+            fresh = (at >= first[w, None]) & (at < last[w, None]) & mine
+            place = torch.where(fresh, at + offset[w, None], total).flatten()
             out[0].scatter_(0, place, nll.flatten())
             out[1].scatter_add_(0, place, torch.ones_like(nll).flatten())
-            tick((min(b + self.batch, mine_end) - mine_begin) * self.rt.world_size)
+            tick((min(b + self.batch, high) - low) * self.rt.world_size)
         self.tokens_read += (end - begin) * self.length
         scores, times = self.rt.sum_(out)[:, :-1].cpu().numpy()
         if not (times == 1).all():
-            raise LedgerError(f"target {low + int(np.argmax(times != 1))} scored "
-                              f"{int(times[times != 1][0])} times in one pass")
+            raise LedgerError(f"score number {int(np.argmax(times != 1))} of passes {begin} to "
+                              f"{end} made {int(times[times != 1][0])} times")
         return scores
+
+
+def stretches(first, last):
+    """[(first, last)] of consecutive ranges of targets, neighbours joined, empty ones left out."""
+    cut = np.flatnonzero(first[1:] != last[:-1]) + 1
+    ends = zip(first[np.append(0, cut)].tolist(), last[np.append(cut - 1, len(last) - 1)].tolist())
+    return [(a, b) for a, b in ends if a < b]
 
 
 def evaluate(model, tokens, byte_table, s, rt, label, plan, adapter=None, opened=None,
@@ -2926,27 +2982,31 @@ def evaluate(model, tokens, byte_table, s, rt, label, plan, adapter=None, opened
     for the scoring left. Returns the ledger's result with `seconds` and `tokens_read`, and the
     ledger.
     """
-    scorer = Scorer(model, tokens, plan, s, rt, kernels, s.ttt_chunk_tokens if adapter else 1 << 22)
+    how = adapter.chunks(len(tokens) - 1) if adapter else {}
+    scorer = Scorer(model, tokens, plan, s, rt, kernels, **how)
     ledger, chunks, scoring = ScoreLedger(tokens), scorer.chunks, []
     rt.any_rank(False)  # a barrier: no rank's clock counts what another does before
     started = time.perf_counter()
     if adapter:
-        adapter.begin(scorer)
+        adapter.begin(scorer, byte_table)
     deadline, passes = math.inf, len(scorer.first)
     if s.eval_wallclock_seconds:  # 2 % for what no forecast knows
         deadline = (opened or started) + 0.98 * s.eval_wallclock_seconds
     for c, (begin, end) in enumerate(chunks):
-        low, before = ledger.scored, time.perf_counter()
-        ledger.record(low, scorer.score(
-            begin, end, lambda n: rt.progress(label, (begin + n) / passes)))
+        before, low = time.perf_counter(), 0
+        scores = scorer.score(begin, end, lambda n: rt.progress(label, (begin + n) / passes),
+                              adapter.arguments if adapter else lambda passes: {})
+        parts = stretches(scorer.first[begin:end], scorer.last[begin:end])
+        for first, last in parts:
+            ledger.record(first, scores[low: low + last - first])
+            low += last - first
+        if low != len(scores):
+            raise LedgerError(f"{len(scores)} scores for {low} targets")
         scoring.append((time.perf_counter() - before) / (end - begin))
-        if adapter:
-            adapter.scored(byte_table.count(tokens[low: ledger.scored + 1], low),
-                           float(ledger.nll[low: ledger.scored].sum(dtype=np.float64)))
         if adapter and c + 1 < len(chunks):
             rest = statistics.median(scoring[-9:]) * (passes - end)
             left = rt.from_rank0(deadline - time.perf_counter() - rest)
-            adapter.adapt(ledger, low, ledger.scored, c, len(chunks), left)
+            adapter.adapt(ledger, parts, c, len(chunks), left)
     rt.synchronize()
     seconds = time.perf_counter() - started
     return dict(ledger.result(byte_table), seconds=seconds, tokens_read=scorer.tokens_read), ledger
@@ -2990,15 +3050,22 @@ class Adapter:
         self.trained = sum(p.numel() for p in self.params)
         self.frozen = sum(p.numel() for p in model.parameters()) - self.trained
         self.step_seconds, self.byte_count, self.loss = [], 0, 0.0
-        self.started = time.perf_counter()
         rows = min(s.ttt_batch_seqs, s.ttt_chunk_tokens // s.train_seq_len)
         self.pass_rows = max(1, min(-(-rows // rt.world_size),
                                     s.micro_batch_tokens // s.train_seq_len))
         rt.log(f"{self.label}:params unfrozen={self.trained} frozen={self.frozen}")
 
-    def begin(self, scorer):
+    def chunks(self, targets):
+        """What the Scorer scores between two turns."""
+        return dict(chunk_tokens=self.s.ttt_chunk_tokens)
+
+    def arguments(self, passes):
+        """What the model gets beside tokens."""
+        return {}
+
+    def begin(self, scorer, byte_table):
         """Log the plan."""
-        s, self.started = self.s, time.perf_counter()
+        s, self.started, self.byte_table = self.s, time.perf_counter(), byte_table
         self.rt.log(
             f"{self.label}:start chunks={len(scorer.chunks)} chunk_tokens={s.ttt_chunk_tokens} "
             f"total_windows={len(scorer.first)} stride={s.scoring_plan[1]} ttt_lr={s.ttt_lr} "
@@ -3011,18 +3078,18 @@ class Adapter:
         for p in self.params:
             p.grad = None
 
-    def scored(self, byte_count, loss):
-        """Note the score of a chunk, before it is trained on."""
-        self.byte_count, self.loss = self.byte_count + byte_count, self.loss + loss
-
-    def adapt(self, ledger, first, last, chunk, chunks, left=math.inf):
-        """Train on targets [first, last), scored before; `chunk` of `chunks` were adapted to.
+    def adapt(self, ledger, parts, chunk, chunks, left=math.inf):
+        """Train on `parts`, the stretch of targets [(first, last)] scored before, the chunk of that
+        number of `chunks`.
 
         Takes TTT_EPOCHS epochs (-1: up to 10), or what this chunk's part of the seconds `left`
         allows, or one epoch if that fits into `left` at all, or none: a late chunk is skipped and
         later ones are adapted to again. Returns the epochs. Steps run over the rows of all ranks.
         """
-        s, rows = self.s, ledger.rows_for_adapting(first, last, self.s.train_seq_len)
+        s, (first, last) = self.s, (parts[0][0], parts[-1][1])
+        rows = ledger.rows_for_adapting(first, last, s.train_seq_len)
+        self.byte_count += self.byte_table.count(ledger.tokens[first: last + 1], first)
+        self.loss += float(ledger.nll[first:last].sum(dtype=np.float64))
         batches = rows.split(s.ttt_batch_seqs) if len(rows) else ()
         epochs = s.ttt_epochs if s.ttt_epochs >= 0 else 10 if self.step_seconds else 1
         if self.step_seconds:
@@ -3064,6 +3131,118 @@ class Adapter:
             x = torch.cat((rows, rows[:1].expand(missing, -1)))
             nll = self.forward(x[:, :-1], x[:, 1:])[: len(rows)]
             (nll.sum() / batch[:, 1:].numel()).backward()
+
+
+class DocumentAdapters:
+    """Test-time training by low-rank adapters that follow the documents (#1530).
+
+    The targets are split into lanes, scored side by side, EVAL_STRIDE of each at a time. A lane has
+    a pair (A, B) for each of adapter_shapes, B zero at first, which takes one step of AdamW without
+    momentum on the mean nll of what was just scored; where a document ends it begins anew. The
+    learning rate follows its own gradient (hypergradient descent, Baydin et al. 2018): it rises
+    where the last step lowers the loss of the next targets, and falls where it does not.
+    """
+    BETA2, DECAY, HYPER = 0.999, 0.5, 0.1
+
+    def __init__(self, model, forward, s, rt):
+        self.s, self.rt, self.shapes, self.lr = s, rt, model.adapter_shapes(), s.ttt_lr
+        self.step_seconds, self.late = [], 0
+        model.requires_grad_(False)
+
+    def chunks(self, targets):
+        """What the Scorer scores between two turns: a pass of each lane. A lane is long, since its
+        first rows begin in another one and cannot be trained on."""
+        lanes = min(self.s.ttt_batch_seqs, targets // (16 * self.s.adapting_plan[0]))
+        return dict(lanes=max(1, lanes))
+
+    def begin(self, scorer, byte_table=None):
+        """The adapters of this rank's lanes, [n, r, D] and [n, R, r] of each site, and their
+        state."""
+        self.scorer, self.started = scorer, time.perf_counter()
+        self.low, self.high = self.rt.share(scorer.lanes)
+        rank, generator = self.s.ttt_lora_rank, torch.Generator().manual_seed(self.s.seed)
+        self.initial = [x.to(self.rt.device) for R, D in self.shapes for x in (
+            (2 * torch.rand(rank, D, generator=generator) - 1) / math.sqrt(D),
+            torch.zeros(R, rank))]
+        self.params = [x.repeat(self.high - self.low, 1, 1).requires_grad_() for x in self.initial]
+        self.squares, self.moved = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
+        self.steps = torch.zeros(self.high - self.low, 1, 1, device=self.rt.device)
+
+    def arguments(self, passes):
+        """The adapters of these passes of a chunk: pass n is that of lane n."""
+        parts = [p[passes - self.low] for p in self.params]
+        return dict(adapters=list(zip(parts[::2], parts[1::2])))
+
+    def warm_up(self):
+        """Compile for the one shape of a pass, on random tokens; no adapter changes."""
+        shape = self.high - self.low, self.scorer.length
+        rows = torch.randint(self.s.vocab_size, (shape[0], shape[1] + 1), device=self.rt.device)
+        self._backward(rows, torch.ones(shape, device=self.rt.device))
+        for p in self.params:
+            p.grad = None
+
+    def adapt(self, ledger, parts, chunk, chunks, left=math.inf):
+        """A step of every lane on its last pass, unless the seconds `left` are too few; later ones
+        go on. Begins anew where a document ended."""
+        rt, scorer, started = self.rt, self.scorer, time.perf_counter()
+        mine = slice(chunk * scorer.lanes + self.low, chunk * scorer.lanes + self.high)
+        first, last, length = scorer.first[mine], scorer.last[mine], scorer.length
+        late = left < (statistics.median(self.step_seconds[-9:]) if self.step_seconds else 0)
+        late, scored = rt.from_rank0(late), (chunk + 1) * scorer.stride >= length
+        self.late += late
+        if scored and len(last):  # else the rows hold targets of another lane, not scored yet
+            rows = torch.cat([ledger.rows_for_adapting(end - length, end, length)
+                              for end in last.tolist()]).to(rt.device)
+            new = torch.from_numpy(last - first).to(rt.device)[:, None]
+            new = torch.arange(length, 0, -1, device=rt.device) <= new
+            ends = new & (rows[:, 1:] == BOS)  # the target that ends a document
+            new &= ends.flip(1).cumsum(1).flip(1) == 0
+            self._begin_anew(ends.any(1)[:, None, None])
+            if not late:
+                self._backward(rows, new / new.sum(1, keepdim=True).clamp(min=1))
+        if scored and not late:
+            self._step(new.any(1)[:, None, None] if len(last) else self.steps > 0)
+            self.step_seconds.append(time.perf_counter() - started)
+        if chunk % max(1, chunks // 10) == 0 or chunk + 2 == chunks:
+            rt.log(f"  ttt_lora [{chunk + 1}/{chunks}] lanes={scorer.lanes} val_loss="
+                   f"{np.nanmean(ledger.nll, dtype=np.float64):.6f} lr={self.lr:.2e} late="
+                   f"{self.late} time={time.perf_counter() - self.started:.1f}s")
+
+    def _backward(self, rows, weights):
+        """Gradients of each lane's weighted nll, in passes of the Scorer's one shape."""
+        for begin in range(0, len(rows), self.scorer.batch):
+            lane = torch.arange(begin, begin + self.scorer.batch, device=rows.device)
+            inside, lane = (lane < len(rows))[:, None], lane.clamp(max=len(rows) - 1)
+            nll = self.scorer.model(rows[lane, :-1], rows[lane, 1:],
+                                    **self.arguments(lane + self.low))
+            (nll * weights[lane] * inside).sum().backward()
+
+    @torch.no_grad()
+    def _begin_anew(self, lanes_n11):
+        for p, square, moved, initial in zip(self.params, self.squares, self.moved, self.initial):
+            p.copy_(torch.where(lanes_n11, initial, p))
+            square.mul_(~lanes_n11)
+            moved.mul_(~lanes_n11)
+        self.steps.mul_(~lanes_n11)
+
+    @torch.no_grad()
+    def _step(self, active_n11):
+        """AdamW of the lanes that got a gradient, and of the rate."""
+        uphill = sum((p.grad * m).sum() for p, m in zip(self.params, self.moved)
+                     if p.grad is not None)
+        uphill = self.rt.sum_(torch.as_tensor(uphill, device=self.steps.device, dtype=torch.float32))
+        if uphill != 0:
+            self.lr *= 1 + self.HYPER if uphill < 0 else 1 / (1 + self.HYPER)
+        self.steps += active_n11
+        correction = 1 - self.BETA2 ** self.steps.clamp(min=1)
+        for p, square, moved in zip(self.params, self.squares, self.moved):
+            if p.grad is None:
+                continue
+            square.lerp_(p.grad.square(), (1 - self.BETA2) * active_n11)
+            direction = p.grad / ((square / correction).sqrt() + 1e-10) + self.DECAY * p
+            moved.copy_(-self.lr * direction * active_n11)
+            p.add_(moved)
+            p.grad = None
 
 
 # ---- 12. Training -------------------------------------------------------------------------------
@@ -3497,13 +3676,17 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
     """Compile what the evaluations run, on random tokens, before the artifact is opened."""
     if not rt.compile:
         return
-    started, plans = time.perf_counter(), [((s.window, s.window, 0),)]
-    plans += [(s.scoring_plan,)] if s.scoring_plan[1] else []
-    plans += [(s.scoring_plan, s.ttt_chunk_tokens)] if s.ttt_enabled else []
-    for plan, *chunk in plans:
-        Scorer(forward, tokens, plan, s, rt, model.kernels, *chunk).warm_up(s.vocab_size)
+    started, plans = time.perf_counter(), [(s.window, s.window, 0)]
+    for plan in plans + [s.scoring_plan] * bool(s.scoring_plan[1]):
+        Scorer(forward, tokens, plan, s, rt, model.kernels).warm_up(s.vocab_size)
     if s.ttt_enabled:
-        Adapter(model, forward, s, rt).warm_up()
+        adapter = (DocumentAdapters if s.ttt_lora_rank else Adapter)(model, forward, s, rt)
+        scorer = Scorer(forward, tokens, s.adapting_plan, s, rt, model.kernels,
+                        **adapter.chunks(len(tokens) - 1))
+        adapter.begin(scorer, byte_table=None)
+        passes = torch.zeros(scorer.batch, dtype=torch.long, device=rt.device) + adapter.low
+        scorer.warm_up(s.vocab_size, **adapter.arguments(passes))
+        adapter.warm_up()
         model.requires_grad_(True)
     rt.synchronize()
     rt.log(f"compile:evaluation {time.perf_counter() - started:.1f}s before the artifact is opened")
@@ -3536,8 +3719,8 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha
     elif stride:
         ledger = timed("sliding", f"final_{label}_sliding_window", plan, f"stride:{stride} ")
     if s.ttt_enabled:
-        adapter = Adapter(model, forward, s, rt)
-        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)
+        adapter = (DocumentAdapters if s.ttt_lora_rank else Adapter)(model, forward, s, rt)
+        ledger = timed("ttt", "legal_ttt", s.adapting_plan, adapter=adapter)
     return results, ledger
 
 

@@ -40,7 +40,7 @@ TINY = dict(
     ROPE_NTK_REFERENCE=16, BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=8, VE_DIM=8, VE_LAYERS="1,2",
     ITERATIONS=6, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, WARMDOWN_ITERS=3, VAL_LOSS_EVERY=0,
     MUON_MOMENTUM_WARMUP_STEPS=4, TRAIN_LOG_EVERY=5, EVAL_STRIDE=8, EVAL_BATCH_SEQS=8,
-    TTT_CHUNK_TOKENS=96, TTT_BATCH_SEQS=16, TTT_EPOCHS=2, TTT_LR=0.05)
+    TTT_LORA_RANK=0, TTT_CHUNK_TOKENS=96, TTT_BATCH_SEQS=16, TTT_EPOCHS=2, TTT_LR=0.05)
 WORDS = ("river stone quiet lamp orchard winter copper signal harbor meadow paper engine violet "
          "thunder basket garden mirror candle forest bridge window silver ocean timber castle "
          "rocket planet hollow ribbon marble café naïve 北京").split()

@@ -30,7 +30,7 @@ def plans(draw):
 def test_every_target_is_in_one_window_and_every_window_in_one_chunk(plan, chunk):
     targets, length, stride = plan
     times = np.zeros(targets, int)
-    starts, firsts = window_plan(*plan)
+    starts, firsts, _ = window_plan(*plan)
     for w, (start, first) in enumerate(zip(starts.tolist(), firsts.tolist())):
         assert 0 <= start <= first < start + length <= targets
         assert w == 0 or first - start >= length - stride, "enough context before what is scored"
@@ -52,16 +52,20 @@ def test_too_few_targets_are_refused(targets, length):
 class Onlooker:
     """Stands for an adapter: keeps what it is given and does act(ledger, first, last)."""
 
-    def __init__(self, act=lambda ledger, first, last: None):
-        self.act, self.given = act, []
+    def __init__(self, act=lambda ledger, first, last: None, chunk_tokens=96):
+        self.act, self.given, self.chunk_tokens = act, [], chunk_tokens
 
-    def begin(self, scorer):
+    def chunks(self, targets):
+        return dict(chunk_tokens=self.chunk_tokens)
+
+    def begin(self, scorer, byte_table):
         assert not self.given, "before the first score"
 
-    def scored(self, byte_count, loss):
-        assert byte_count > 0
+    def arguments(self, passes):
+        return {}
 
-    def adapt(self, ledger, first, last, chunk, chunks, left):
+    def adapt(self, ledger, parts, chunk, chunks, left):
+        (first, last), = parts
         assert last == ledger.scored
         self.given.append((first, last, chunk, chunks))
         self.act(ledger, first, last)
@@ -75,8 +79,8 @@ def test_every_target_gets_its_own_score_and_all_but_the_last_chunk_are_trained_
         targets, segment, prefix, chunk, batch, banded):
     """Tokens are their own numbers and a score is the number of its target."""
     s = replace(train_gpt.Settings(), device="cpu", eval_seq_len=30, eval_batch_seqs=batch,
-                ttt_chunk_tokens=segment + chunk, ttt_epochs=1, eval_wallclock_seconds=0.0)
-    rt, onlooker = train_gpt.Runtime(s), Onlooker()
+                eval_wallclock_seconds=0.0)
+    rt, onlooker = train_gpt.Runtime(s), Onlooker(chunk_tokens=segment + chunk)
     rt.log = lambda line: None
 
     def model(x, y, window=0):
@@ -104,8 +108,9 @@ def ledger(scored, targets=20):
 
 
 @pytest.mark.parametrize("scored, first, nll, says", [
-    (8, 0, [1] * 4, "each once"), (8, 7, [1] * 4, "each once"), (8, 9, [1] * 2, "in order"),
-    (8, 8, [1] * 13, "past the end"), (20, 20, [1], "past the end"),
+    (8, 0, [1] * 4, "each once"), (8, 7, [1] * 4, "each once"),
+    (8, 8, [1] * 13, "13 scores from target 8 on, of 20"), (20, 20, [1], "of 20"),
+    (8, -4, [1] * 4, "of 20"), (8, -4, [1] * 8, "of 20"),
     *((5, 5, [1, 1, 1, bad, 1], "target 8 ") for bad in (math.nan, math.inf, -math.inf))])
 def test_scores_that_break_a_rule_are_refused(scored, first, nll, says):
     book = ledger(scored)
@@ -521,9 +526,9 @@ class Late(train_gpt.Adapter):
         super().__init__(w.model, w.model, w.s, w.rt)
         self.late, self.epochs = late, []
 
-    def adapt(self, ledger, first, last, chunk, chunks, left):
+    def adapt(self, ledger, parts, chunk, chunks, left):
         left = -100.0 if chunk in self.late else left
-        self.epochs.append(super().adapt(ledger, first, last, chunk, chunks, left))
+        self.epochs.append(super().adapt(ledger, parts, chunk, chunks, left))
         return self.epochs[-1]
 
 
@@ -564,7 +569,7 @@ def places_of(w):
     """Tokens at and beside a border of rows, of segments in a chunk and of chunks, near both ends,
     and at two beginnings of documents."""
     targets = len(w.tokens) - 1
-    _, firsts = window_plan(targets, *w.s.scoring_plan[:2])
+    _, firsts, _ = window_plan(targets, *w.s.scoring_plan[:2])
     chunks = chunk_plan(firsts, targets, w.s.ttt_chunk_tokens)
     inner = [p for begin, end in chunks for p in range(begin + 1, end)]
     first = [int(firsts[i]) for i in (chunks[len(chunks) // 2][0], chunks[1][0],
@@ -663,8 +668,7 @@ def test_a_plan_that_scores_a_target_twice_is_stopped(tiny, monkeypatch):
     honest = train_gpt.window_plan
 
     def overlapping(targets, length, stride):
-        start, first = honest(targets, length, stride)
-        return np.append(start, start[-1]), np.append(first, first[-1])
+        return [np.append(x, x[-1]) for x in honest(targets, length, stride)]
     monkeypatch.setattr(train_gpt, "window_plan", overlapping)
     with pytest.raises(LedgerError):
         run(world(tiny, VAL_LIMIT_TOKENS=320))
