@@ -4,8 +4,8 @@
     python tests/bench/ablate.py --data data/datasets/holdout --out out/deep --equal-time \\
         --rows "beta2: BETA2=0.99; mlp: MLP_MULT=4 LEAKY_SLOPE=0.3" NUM_LAYERS=11 MODEL_DIM=64
 
-Protocol. Every row trains on the same number of tokens (8.2 M) with the same seeds, at 4 layers of
-128 channels unless NAME=value arguments change that. DATA holds training shards and, as
+Protocol. Every row trains on the same number of tokens (8.2 M) with the same seeds: the default at
+4 layers of 128 channels, 1,024 pieces and without TTT unless NAME=value arguments change that. DATA holds training shards and, as
 fineweb_val_*.bin, documents on which no run trains (`records/runs.py sweep --help` shows how). The
 official validation set is for one final score. The spread is the sample standard deviation over the
 seeds of the base row, which runs first. A change wins if its mean difference is -2 spreads or less;
@@ -35,11 +35,10 @@ sys.path.insert(0, str(ROOT / "records"))
 import runs  # noqa: E402
 
 PROTOCOL = """
-    DEVICE=cpu COMPILE=0 NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2
-    MLP_MULT=3 XSA_LAST_N=4 VE_LAYERS=2,3 TRAIN_SEQ_LEN=256 EVAL_SEQ_LEN=256 ROPE_NTK_REFERENCE=0
-    TRAIN_BATCH_TOKENS=8192 MICRO_BATCH_TOKENS=8192 ITERATIONS=1000 WARMDOWN_ITERS=400
-    WARMUP_STEPS=0 MAX_WALLCLOCK_SECONDS=0 EVAL_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0
-    VAL_LIMIT_TOKENS=98304""".split()
+    DEVICE=cpu COMPILE=0 VOCAB_SIZE=1024 NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2
+    TRAIN_SEQ_LEN=256 EVAL_SEQ_LEN=256 TRAIN_BATCH_TOKENS=8192 MICRO_BATCH_TOKENS=8192
+    ITERATIONS=1000 WARMUP_STEPS=0 MAX_WALLCLOCK_SECONDS=0 EVAL_WALLCLOCK_SECONDS=0
+    VAL_LOSS_EVERY=0 VAL_LIMIT_TOKENS=98304 TTT_ENABLED=0""".split()
 ON_PROCESSOR_TIME = ("import runpy, sys, time; time.perf_counter = time.process_time; "
                      "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')")
 NAMES = dict(quantized="from the file", banded="full context", sliding="full context")

@@ -25,10 +25,12 @@ part() {  # part <most seconds> <name> NAME=value... <command...>
 summary() { printf '== summary\n'; printf '%s\n' "${SUMMARY[@]}"; echo "logs: $OUT"; }
 trap summary EXIT
 
-[ -d data/datasets/demo ] || $PYTHON data/build_dataset.py --demo | tail -1
-DATA=(DATA_PATH=./data/datasets/demo TOKENIZER_PATH=./data/tokenizers/demo_1024_bpe.model MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0)
-if command -v nvidia-smi >/dev/null && nvidia-smi -L; then
-    SMALL=(NUM_LAYERS=3 VE_LAYERS=1,2 XSA_LAST_N=3 TRAIN_BATCH_TOKENS=98304) FULL=(TRAIN_BATCH_TOKENS=98304) SHAPE=(COMPILE=1)
+if command -v nvidia-smi >/dev/null && nvidia-smi -L; then PIECES=8192; else PIECES=1024; fi
+NAME=demo_$PIECES  # a corpus with as many pieces as the model that is timed
+[ -d data/datasets/$NAME ] || $PYTHON data/build_dataset.py --demo --name $NAME --vocab-size $PIECES | tail -1
+DATA=(DATA_PATH=./data/datasets/$NAME TOKENIZER_PATH=./data/tokenizers/${NAME}_${PIECES}_bpe.model MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0)
+if [ $PIECES = 8192 ]; then
+    SMALL=(NUM_LAYERS=3 TRAIN_BATCH_TOKENS=98304) FULL=(TRAIN_BATCH_TOKENS=98304) SHAPE=(COMPILE=1)
     STEPS=200 TARGETS=1000000
 else
     SMALL=(PRESET=demo) FULL=(PRESET=demo) SHAPE=(PRESET=demo) STEPS=6 TARGETS=16384
@@ -44,6 +46,8 @@ part 40 attention "${SHAPE[@]}" "$PYTHON" tests/bench/attention.py
 part 40 attention_banded "${SHAPE[@]}" "$PYTHON" tests/bench/attention.py --rows 10 --tokens 6144 --window 2048
 part 110 step "${SHAPE[@]}" "$PYTHON" tests/bench/step.py
 run 110 steps "${FULL[@]}" ITERATIONS=$STEPS TRAIN_LOG_EVERY=10 GPTQ=0 TTT_ENABLED=0 EVAL_STRIDE=0 VAL_LIMIT_TOKENS=16384
-part 90 evaluation "${DATA[@]}" RUN_ID=evaluation OUT_DIR="$OUT/evaluation" EVAL_ONLY="$OUT/steps/final_model.ptz" \
+mkdir -p "$OUT/targets"  # training text: validation has too little of it to time an evaluation
+ln -sf "$PWD/data/datasets/$NAME/fineweb_train_000000.bin" "$OUT/targets/fineweb_val_000000.bin"
+part 90 evaluation "${DATA[@]}" DATA_PATH="$OUT/targets" RUN_ID=evaluation OUT_DIR="$OUT/evaluation" EVAL_ONLY="$OUT/steps/final_model.ptz" \
     VAL_LIMIT_TOKENS=$TARGETS TTT_ENABLED=1 EVAL_STRIDE=64 "$PYTHON" train_gpt.py
 run 60 warm_start "${FULL[@]}" ITERATIONS=2 GPTQ=0 TTT_ENABLED=0 EVAL_STRIDE=0 VAL_LIMIT_TOKENS=16384
