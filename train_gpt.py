@@ -3566,9 +3566,15 @@ def dry_run(s, world_size):
     log_shape(s, say)
     code, model = len(SHIPPED), size_forecast(s)
     room = s.artifact_budget_bytes - code
-    fits = "" if model <= room else f"; coarser steps will fit the model into {room}"
+    weights = sum(parameter_counts(s).values())
+    fits = "" if model <= room else (f"; coarser steps will fit the model into {room}, "
+                                     f"{8 * room / weights:.2f} bits a weight")
     say(f"size: code {code} + model {model} at the finest steps (Gaussian weights) = "
         f"{code + model} of {s.artifact_budget_bytes} bytes{fits}")
+    try:
+        say(f"data: {len(shard_paths(s, 'train'))} training shards in {find_upward(s.data_path)}")
+    except UserError as missing:
+        say(f"data: missing: {missing}")
 
 
 def claim_places(s, rt, path, log_path):
@@ -3793,9 +3799,9 @@ def settings_of_artifact(path, environ, world_size=1):
 def run_job(s, rt, explicit):
     """The whole job, in the order the data flows."""
     tokens, byte_table = load_validation(s), ByteTable(s)
-    if not byte_table.count(tokens):
-        raise UserError(f"DATA_PATH={s.data_path}: the tokens of fineweb_val_* stand for no text "
-                        f"by TOKENIZER_PATH={s.tokenizer_path}")
+    if not byte_table.count(tokens[:1 << 20]):
+        raise UserError(f"DATA_PATH={s.data_path}: the first tokens of fineweb_val_* stand for no "
+                        f"text by TOKENIZER_PATH={s.tokenizer_path}")
     byte_table.check_text(tokens, s)
     s = replace(s, run_id=s.run_id or str(uuid.uuid4()))
     out = Path(s.out_dir).expanduser()

@@ -192,10 +192,10 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(MICRO_BATCH_TOKENS=2047), "MICRO_BATCH_TOKENS=2047 must hold a row of TRAIN_SEQ_LEN"),
     (dict(EVAL_STRIDE=2049, EVAL_ATTENTION="window"), "EVAL_STRIDE=2049 exceeds the scoring window"),
     (dict(EVAL_STRIDE=0), "TTT_ENABLED=1 scores with a full context"),
-    (dict(TTT_CHUNK_TOKENS=2047, EVAL_ATTENTION="window"),
+    (dict(TTT_LORA_RANK=0, TTT_CHUNK_TOKENS=2047, EVAL_ATTENTION="window"),
      "TTT_CHUNK_TOKENS=2047 must hold 2048"),
-    (dict(TTT_CHUNK_TOKENS=4095), "TTT_CHUNK_TOKENS=4095 must hold 4096"),  # twice the window
-    (dict(TTT_CHUNK_TOKENS=5999, EVAL_SEGMENT=6000), "TTT_CHUNK_TOKENS=5999 must hold 6000"),
+    (dict(TTT_LORA_RANK=0, TTT_CHUNK_TOKENS=4095), "TTT_CHUNK_TOKENS=4095 must hold 4096"),  # twice the window
+    (dict(TTT_LORA_RANK=0, TTT_CHUNK_TOKENS=5999, EVAL_SEGMENT=6000), "TTT_CHUNK_TOKENS=5999 must hold 6000"),
     (dict(ITERATIONS=0, MAX_WALLCLOCK_SECONDS=0), "nothing ends the training"),
     (dict(GPTQ_RESERVE_SECONDS=600), "GPTQ_RESERVE_SECONDS=600.0 leaves nothing"),
     (dict(RUN_ID="../elsewhere"), "RUN_ID=../elsewhere"), (dict(RUN_ID="é" * 101), "200 bytes"),
@@ -300,7 +300,7 @@ def test_a_misspelt_setting_is_reported_and_the_suggestion_is_good(name, how, pl
 
 
 def test_unknown_names_of_our_families_are_reported():
-    names = ("MUON_NESTEROV EMA_START_FRACTION SWA_FOREVER TTT_LRR QAT_AFTER_STEP TTT_LORA_RANK "
+    names = ("MUON_NESTEROV EMA_START_FRACTION SWA_FOREVER TTT_LRR QAT_AFTER_STEP TTT_LORA_ALPHA "
              "MATRX_LR NUM_LAYER").split()
     lines = problems(**dict.fromkeys(names, "1"))
     assert sorted(line.partition("=1: no such setting")[0] for line in lines) == sorted(names)
