@@ -2885,10 +2885,11 @@ def window_plan(targets, length, stride):
 
 def lane_plan(targets, length, stride, lanes):
     """The plan in lanes, equal stretches of the targets side by side: pass n·lanes + l scores the
-    n-th `stride` of lane l. Passes beyond the end score nothing."""
-    steps = -(-targets // (lanes * stride))
-    begin = (np.arange(lanes) * steps + np.arange(steps)[:, None]).ravel() * stride
-    first, last = (np.minimum(begin + n, targets) for n in (0, stride))
+    n-th `stride` of lane l. Passes beyond a lane's end score nothing."""
+    borders = np.arange(lanes + 1) * targets // lanes
+    steps = -(-int(np.diff(borders).max()) // stride)
+    begin = borders[:-1] + np.arange(steps)[:, None] * stride
+    first, last = (np.minimum(begin + n, borders[1:]).ravel() for n in (0, stride))
     return np.maximum(last - length, 0), first, last
 
 
@@ -3136,12 +3137,13 @@ class DocumentAdapters:
     a pair (A, B) for each of adapter_shapes, B zero at first, which takes one step of AdamW without
     momentum on the mean nll of what was just scored; where a document ends it begins anew. The
     learning rate follows its own gradient (hypergradient descent, Baydin et al. 2018): it rises
-    where the last step lowers the loss of the next targets, and falls where it does not.
+    where the last step lowers the loss of the next targets, and falls where it does not. That of
+    a lane looks at its own steps and those of the lanes before it, whose tokens are all earlier.
     """
     BETA2, DECAY, HYPER = 0.999, 0.5, 0.1
 
     def __init__(self, model, forward, s, rt):
-        self.s, self.rt, self.shapes, self.lr = s, rt, model.adapter_shapes(), s.ttt_lr
+        self.s, self.rt, self.shapes = s, rt, model.adapter_shapes()
         self.step_seconds, self.late = [], 0
         model.requires_grad_(False)
 
@@ -3153,16 +3155,18 @@ class DocumentAdapters:
 
     def begin(self, scorer, byte_table=None):
         """The adapters of this rank's lanes, [n, r, D] and [n, R, r] of each site, and their
-        state."""
+        state. A rank without a lane has adapters to compile with."""
         self.scorer, self.started = scorer, time.perf_counter()
         self.low, self.high = self.rt.share(scorer.lanes)
         rank, generator = self.s.ttt_lora_rank, torch.Generator().manual_seed(self.s.seed)
         self.initial = [x.to(self.rt.device) for R, D in self.shapes for x in (
             (2 * torch.rand(rank, D, generator=generator) - 1) / math.sqrt(D),
             torch.zeros(R, rank))]
-        self.params = [x.repeat(self.high - self.low, 1, 1).requires_grad_() for x in self.initial]
+        held = max(1, self.high - self.low)
+        self.params = [x.repeat(held, 1, 1).requires_grad_() for x in self.initial]
         self.squares, self.moved = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
-        self.steps = torch.zeros(self.high - self.low, 1, 1, device=self.rt.device)
+        self.steps = torch.zeros(held, 1, 1, device=self.rt.device)
+        self.lr = torch.full((scorer.lanes,), self.s.ttt_lr, device=self.rt.device)
 
     def arguments(self, passes):
         """The adapters of these passes of a chunk: pass n is that of lane n."""
@@ -3201,7 +3205,7 @@ class DocumentAdapters:
             self.step_seconds.append(time.perf_counter() - started)
         if chunk % max(1, chunks // 10) == 0 or chunk + 2 == chunks:
             rt.log(f"  ttt_lora [{chunk + 1}/{chunks}] lanes={scorer.lanes} val_loss="
-                   f"{np.nanmean(ledger.nll, dtype=np.float64):.6f} lr={self.lr:.2e} late="
+                   f"{np.nanmean(ledger.nll, dtype=np.float64):.6f} lr={self.lr[-1]:.2e} late="
                    f"{self.late} time={time.perf_counter() - self.started:.1f}s")
 
     def _backward(self, rows, weights):
@@ -3223,12 +3227,12 @@ class DocumentAdapters:
 
     @torch.no_grad()
     def _step(self, active_n11):
-        """AdamW of the lanes that got a gradient, and of the rate."""
-        uphill = sum((p.grad * m).sum() for p, m in zip(self.params, self.moved)
-                     if p.grad is not None)
-        uphill = self.rt.sum_(torch.as_tensor(uphill, device=self.steps.device, dtype=torch.float32))
-        if uphill != 0:
-            self.lr *= 1 + self.HYPER if uphill < 0 else 1 / (1 + self.HYPER)
+        """AdamW of the lanes that got a gradient, and of the rates of all."""
+        uphill, mine = torch.zeros_like(self.lr), slice(self.low, self.high)
+        for p, moved in zip(self.params, self.moved):
+            if p.grad is not None:
+                uphill[mine] += (p.grad * moved).sum((1, 2))
+        self.lr *= (1 + self.HYPER) ** -self.rt.sum_(uphill).cumsum(0).sign()
         self.steps += active_n11
         correction = 1 - self.BETA2 ** self.steps.clamp(min=1)
         for p, square, moved in zip(self.params, self.squares, self.moved):
@@ -3236,7 +3240,7 @@ class DocumentAdapters:
                 continue
             square.lerp_(p.grad.square(), (1 - self.BETA2) * active_n11)
             direction = p.grad / ((square / correction).sqrt() + 1e-10) + self.DECAY * p
-            moved.copy_(-self.lr * direction * active_n11)
+            moved.copy_(-self.lr[mine, None, None] * direction * active_n11)
             p.add_(moved)
             p.grad = None
 

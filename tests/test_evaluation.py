@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 import train_gpt
 from conftest import environment, on_ranks
-from train_gpt import LedgerError, ScoreLedger, chunk_plan, sdpa, window_plan
+from train_gpt import LedgerError, ScoreLedger, chunk_plan, lane_plan, sdpa, window_plan
 
 
 # -- plans ----------------------------------------------------------------------------------------
@@ -41,6 +41,20 @@ def test_every_target_is_in_one_window_and_every_window_in_one_chunk(plan, chunk
     assert [w for begin, end in chunks for w in range(begin, end)] == list(range(len(firsts)))
     stretches = [{int(f) // chunk for f in firsts[begin:end]} for begin, end in chunks]
     assert all(len(s) == 1 for s in stretches) and len(set.union(*stretches)) == len(chunks)
+
+
+@settings(max_examples=300)
+@given(plans(), st.integers(1, 40))
+def test_every_target_is_in_one_pass_of_its_lane_and_lanes_go_from_left_to_right(plan, lanes):
+    targets, length, stride = plan
+    start, first, last = (x.reshape(-1, lanes) for x in lane_plan(*plan, lanes))
+    assert (start >= 0).all() and (start <= first).all() and (start + length <= targets).all()
+    assert ((first <= last) & (last - start <= length) & (last - first <= stride)).all()
+    assert (first[1:] == last[:-1]).all() and (first[0, 1:] == last[-1, :-1]).all()
+    assert first[0, 0] == 0 and last[-1, -1] == targets and first[0].tolist() == sorted(first[0])
+    sizes = last[-1] - first[0]
+    assert sizes.max() - sizes.min() <= 1, "a lane shorter than a pass could not be trained on"
+    assert len(first) == -(-int(sizes.max()) // stride), "and no pass more than needed"
 
 
 @pytest.mark.parametrize("targets, length", [(0, 1), (31, 32)])
@@ -165,11 +179,13 @@ def world(tiny, rt=None, **variables):
 
 def run(w, tokens=None, adapter=None):
     return train_gpt.evaluate(w.model, w.tokens if tokens is None else tokens, w.byte_table, w.s,
-                              w.rt, "test", w.s.scoring_plan, adapter)
+                              w.rt, "test", w.s.adapting_plan if adapter else w.s.scoring_plan,
+                              adapter)
 
 
 def adapting(w):
-    return train_gpt.Adapter(w.model, w.model, w.s, w.rt)
+    kind = train_gpt.DocumentAdapters if w.s.ttt_lora_rank else train_gpt.Adapter
+    return kind(w.model, w.model, w.s, w.rt)
 
 
 def weights(w):
@@ -196,17 +212,17 @@ class Clock:
         train_gpt.time = self.real
 
 
-class SlowAdapter(train_gpt.Adapter):
-    """A real one whose step n takes seconds(n) by this clock."""
+def slow_adapter(w, clock, seconds):
+    """A real one whose step n takes seconds(n) by this clock; `taken` steps."""
+    adapter = adapting(w)
+    adapter.taken, backward = 0, adapter._backward
 
-    def __init__(self, w, clock, seconds):
-        super().__init__(w.model, w.model, w.s, w.rt)
-        self.clock, self.seconds, self.steps = clock, seconds, 0
-
-    def _backward(self, batch):
-        super()._backward(batch)
-        self.clock.now += self.seconds(self.steps)
-        self.steps += 1
+    def slow(*rows):
+        backward(*rows)
+        clock.now += seconds(adapter.taken)
+        adapter.taken += 1
+    adapter._backward = slow
+    return adapter
 
 
 def windows_of(targets, length, stride, band=0):
@@ -347,41 +363,49 @@ RANK_CASES = {
     "sliding": dict(TTT_EPOCHS=0), "banded": dict(BANDED, EVAL_BATCH_SEQS=3, TTT_EPOCHS=0),
     "sgd": dict(TTT_BATCH_SEQS=2), "adamw": dict(BANDED, TTT_OPTIMIZER="adamw", TTT_LR=0.001),
     "muon": dict(BANDED, **MUON), "odd clocks": dict(BANDED, EVAL_WALLCLOCK_SECONDS=8)}
+# A lane has 16 times the tokens of a pass: of 352 targets 5 or 2, and documents of some 80 tokens.
+LANES = dict(TTT_LORA_RANK=2, TTT_LR=0.01, EVAL_SEQ_LEN=4, EVAL_STRIDE=4)
+BANDED_LANES = dict(LANES, EVAL_ATTENTION="banded")
+RANK_CASES["lanes"] = LANES
+LANE_CASES = {"5 lanes": dict(LANES, EVAL_BATCH_SEQS=1),
+              "2 lanes": dict(BANDED_LANES, VAL_LIMIT_TOKENS=256),
+              "odd clocks, lanes": dict(LANES, EVAL_WALLCLOCK_SECONDS=8)}
 
 
-def scores_by_rank(make, rt):
-    """{case: nll} of RANK_CASES on these ranks; by odd clocks a step takes 1 s on rank 0 and 1,000
+def scores_by_rank(make, rt, cases):
+    """{case: nll} of the cases on these ranks; by odd clocks a step takes 1 s on rank 0 and 1,000
     on rank 1."""
     scores = {}
-    for case, variables in RANK_CASES.items():
-        w = world(make, rt, VAL_LIMIT_TOKENS=352, **variables)
-        if case == "odd clocks":
+    for case, variables in cases.items():
+        w = world(make, rt, **{"VAL_LIMIT_TOKENS": 352, **variables})
+        if "odd clocks" in case:
             with Clock() as clock:
-                slow = SlowAdapter(w, clock, lambda step: 1000.0 ** rt.rank)
+                slow = slow_adapter(w, clock, lambda step: 1000.0 ** rt.rank)
                 scores[case] = run(w, adapter=slow)[1].nll
         else:
             scores[case] = run(w, adapter=adapting(w))[1].nll
     return scores
 
 
-def save_scores(environ, folder):
+def save_scores(environ, folder, cases):
     def make(**variables):
         variables = {k: str(v) for k, v in variables.items()}
         return train_gpt.resolve_settings({**environ, **variables})[0]
     torch.set_num_threads(1)
     rt = train_gpt.Runtime(make(), train_gpt.launched_ranks(os.environ))
-    np.savez(folder / f"{rt.rank}.npz", **scores_by_rank(make, rt))
+    np.savez(folder / f"{rt.rank}.npz", **scores_by_rank(make, rt, cases))
     rt.close()
 
 
-def test_scores_do_not_depend_on_the_ranks(tiny, corpus, tmp_path):
-    on_ranks(2, tmp_path / "said", save_scores, environment(corpus), tmp_path)
-    ranks = [np.load(tmp_path / f"{rank}.npz") for rank in (0, 1)]
-    one = scores_by_rank(tiny, train_gpt.Runtime(tiny()))
+@pytest.mark.parametrize("count, cases", [(2, RANK_CASES), (3, LANE_CASES)], ids=["two", "three"])
+def test_scores_do_not_depend_on_the_ranks(tiny, corpus, tmp_path, count, cases):
+    on_ranks(count, tmp_path / "said", save_scores, environment(corpus), tmp_path, cases)
+    ranks = [np.load(tmp_path / f"{rank}.npz") for rank in range(count)]
+    one = scores_by_rank(tiny, train_gpt.Runtime(tiny()), cases)
     assert len({nll.tobytes() for nll in one.values()}) == len(one), "all cases differ"
     for case, nll in one.items():  # orthogonalizing enlarges the last bit of a gradient
         assert np.abs(ranks[0][case] - nll).max() < (2e-3 if case == "muon" else 1e-5), case
-        assert np.array_equal(ranks[0][case], ranks[1][case]), case
+        assert all(np.array_equal(ranks[0][case], other[case]) for other in ranks[1:]), case
 
 
 # -- test-time training ---------------------------------------------------------------------------
@@ -487,6 +511,88 @@ def test_ttt_equals_the_slow_reference(tiny, variables):
     assert (np.abs(book.nll - plain).max() > 1e-3) == adapts == bool(changed(w, before))
 
 
+def lora_reference(w, initial):
+    """nll, and the last learning rate of each lane: lane by lane, a row at a time, AdamW without
+    momentum in plain words. The rate of a lane rises where its and all earlier lanes' last moves
+    still go down the gradients of what came after, and falls where they go up."""
+    s, tokens, targets = w.s, torch.from_numpy(w.tokens.astype(np.int64)), len(w.tokens) - 1
+    length, stride, band = s.adapting_plan
+    count = max(1, min(s.ttt_batch_seqs, targets // (16 * length)))
+    ends = [targets * (n + 1) // count for n in range(count)]
+    lanes = [SimpleNamespace(at=begin, end=end, rate=s.ttt_lr, steps=0,
+                             state=[[x[None].clone(), 0, 0] for x in initial])
+             for begin, end in zip([0, *ends], ends)]
+    nll, turn = np.full(targets, np.nan), 0
+
+    def losses(lane, start):
+        for weight in lane.state:
+            weight[0] = weight[0].detach().requires_grad_()
+        weights, row = [weight[0] for weight in lane.state], tokens[start: start + length + 1]
+        return w.model(row[None, :-1], row[None, 1:], window=band,
+                       adapters=list(zip(weights[::2], weights[1::2])))[0]
+    while True:
+        turn, uphill = turn + 1, 0.0
+        for lane in lanes:
+            first, lane.at = lane.at, min(lane.at + stride, lane.end)
+            start = max(lane.at - length, 0)
+            nll[first:lane.at] = losses(lane, start)[first - start: lane.at - start].detach()
+            lane.new = list(range(first, lane.at)) if turn * stride >= length else []
+        if all(lane.at == lane.end for lane in lanes):
+            return nll, [lane.rate for lane in lanes]
+        for lane in lanes:
+            begun = [t for t in lane.new if tokens[t + 1] == train_gpt.BOS]
+            if begun:
+                lane.state, lane.steps = [[x[None].clone(), 0, 0] for x in initial], 0
+                lane.new = [t for t in lane.new if t > begun[-1]]
+            if lane.new:
+                start = lane.at - length
+                row = losses(lane, start)
+                loss = sum(row[t - start] for t in lane.new) / len(lane.new)
+                lane.grads = torch.autograd.grad(loss, [weight[0] for weight in lane.state])
+                uphill += sum(float((g * weight[2]).sum())
+                              for g, weight in zip(lane.grads, lane.state))
+            if turn * stride >= length:
+                lane.rate *= 1.1 if uphill < 0 else 1 / 1.1 if uphill > 0 else 1
+            lane.steps += bool(lane.new)
+            for n, (p, square, moved) in enumerate(lane.state):
+                if lane.new:
+                    square = 0.999 * square + 0.001 * lane.grads[n] ** 2
+                    size = (square / (1 - 0.999 ** lane.steps)).sqrt() + 1e-10
+                    moved = -lane.rate * (lane.grads[n] / size + 0.5 * p.detach())
+                lane.state[n] = ([p.detach() + moved, square, moved] if lane.new
+                                 else [p, square, 0])
+
+
+LORA_CASES = {
+    "one lane": dict(LANES, TTT_BATCH_SEQS=1, VAL_LIMIT_TOKENS=192), "banded": BANDED_LANES,
+    "few rows a pass": dict(LANES, EVAL_BATCH_SEQS=2, EVAL_SEQ_LEN=5, EVAL_STRIDE=3),
+    "windows side by side": LANES}
+
+
+@pytest.mark.parametrize("variables", LORA_CASES.values(), ids=LORA_CASES)
+def test_adapters_by_document_equal_the_slow_reference(tiny, variables):
+    w = world(tiny, **{"VAL_LIMIT_TOKENS": 352, **variables})
+    before, adapter = weights(w), adapting(w)
+    book = run(w, adapter=adapter)[1]
+    reference, rates = lora_reference(w, adapter.initial)
+    for a, b in zip(adapter.initial[::2], adapter.initial[1::2]):
+        assert 0.5 < a.abs().max() * math.sqrt(a.size(1)) <= 1 and not b.any()
+    assert np.abs(book.nll - reference).max() < 1e-4 and not changed(w, before)
+    assert (w.tokens == train_gpt.BOS).sum() > 1, "a document ends"
+    assert adapter.lr.tolist() == pytest.approx(rates, rel=1e-4)
+    assert all(b.abs().max() > w.s.ttt_lr for b in adapter.params[1::2]), "several steps"
+
+
+def test_adapting_to_documents_that_repeat_their_own_words_helps(tiny):
+    """By documents of four tokens each; what one teaches is of no use to the next."""
+    w, rng = world(tiny, **LANES | dict(TTT_LR=0.03, TTT_LORA_RANK=4)), np.random.default_rng(1)
+    documents = [[train_gpt.BOS, *rng.choice(rng.integers(4, 320, 4), 79)] for _ in range(12)]
+    tokens = np.array(documents, np.uint16).ravel()
+    plain, adapted = (run(w, tokens, adapter)[1].nll for adapter in (None, adapting(w)))
+    gain = np.append(plain - adapted, 0).reshape(12, 80)
+    assert gain[:, 40:].mean() > 1
+
+
 @pytest.mark.parametrize("variables", [
     dict(TTT_OPTIMIZER="muon", TTT_PARAMS="tail", TTT_FREEZE_BLOCKS=3),
     dict(TTT_OPTIMIZER="muon", TTT_FREEZE_BLOCKS=3, BIGRAM_VOCAB_SIZE=0, VE_LAYERS="")])
@@ -519,23 +625,23 @@ def test_warming_up_leaves_the_weights_of_the_artifact(tiny, variables):
     assert not changed(w, before) and all(p.grad is None for p in w.model.parameters())
 
 
-class Late(train_gpt.Adapter):
-    """A real one that is told for some chunks that time is over; keeps the epochs of each chunk."""
+def told_late(w, late):
+    """A real one that is told for some chunks that time is over; keeps the steps of each chunk."""
+    adapter = adapting(w)
+    adapter.epochs, adapt = [], adapter.adapt
 
-    def __init__(self, w, late):
-        super().__init__(w.model, w.model, w.s, w.rt)
-        self.late, self.epochs = late, []
-
-    def adapt(self, ledger, parts, chunk, chunks, left):
-        left = -100.0 if chunk in self.late else left
-        self.epochs.append(super().adapt(ledger, parts, chunk, chunks, left))
-        return self.epochs[-1]
+    def adapt_late(ledger, parts, chunk, chunks, left):
+        before = len(adapter.step_seconds)
+        adapt(ledger, parts, chunk, chunks, -100.0 if chunk in late else left)
+        adapter.epochs.append(len(adapter.step_seconds) - before)
+    adapter.adapt = adapt_late
+    return adapter
 
 
 @pytest.mark.parametrize("late", [{0}, {4}, {9, 19}, set(range(32))], ids=len)
 def test_a_late_chunk_costs_its_own_adaptation_alone(tiny, late):
     w, lines = world(tiny, TTT_CHUNK_TOKENS=32, TTT_EPOCHS=1, EVAL_WALLCLOCK_SECONDS=600), []
-    w.rt.log, adapter = lines.append, Late(w, late)
+    w.rt.log, adapter = lines.append, told_late(w, late)
     result, book = run(w, adapter=adapter)
     count = len(adapter.epochs)
     assert adapter.epochs == [int(chunk not in late) for chunk in range(count)] and count > 25
@@ -544,11 +650,22 @@ def test_a_late_chunk_costs_its_own_adaptation_alone(tiny, late):
     assert len(said) == len(late & set(range(count)))
 
 
+@pytest.mark.parametrize("late", [{3}, {9, 10, 13}, set(range(99))], ids=len)
+def test_a_late_step_of_adapters_costs_itself_alone(tiny, late):
+    w, lines = world(tiny, **LANES, VAL_LIMIT_TOKENS=352, EVAL_WALLCLOCK_SECONDS=600), []
+    w.rt.log, adapter = lines.append, told_late(w, late)
+    book = run(w, adapter=adapter)[1]
+    steps = len(adapter.epochs)
+    assert adapter.epochs == [int(n not in late) for n in range(steps)] and steps > 15
+    assert not np.isnan(book.nll).any() and f"late={len(late & set(range(steps)))} " in lines[-1]
+    assert bool(adapter.params[-1].any()) == (len(late) < 99)
+
+
 def test_scoring_that_starts_slowly_delays_adapting_and_does_not_end_it(tiny):
     """The first pass takes 100 s, as much as the limit, and each later one 0.1 s: while the
     forecast believes the first, chunks are skipped."""
     w = world(tiny, EVAL_WALLCLOCK_SECONDS=150, EVAL_BATCH_SEQS=1, TTT_EPOCHS=1)
-    model, adapter = w.model, Late(w, set())
+    model, adapter = w.model, told_late(w, set())
     with Clock() as clock:
         def slow(x, y, **kwargs):
             clock.now += 0.1 if clock.now else 100.0
@@ -562,18 +679,20 @@ def test_scoring_that_starts_slowly_delays_adapting_and_does_not_end_it(tiny):
 
 FLIPS = {"sgd": dict(), "small batches": dict(TTT_BATCH_SEQS=2, EVAL_BATCH_SEQS=3),
          "banded": dict(BANDED), "adamw": dict(BANDED, **WAYS["adamw"]),
-         "muon": dict(MUON), "banded muon": dict(BANDED, **MUON)}
+         "muon": dict(MUON), "banded muon": dict(BANDED, **MUON),
+         "lanes": dict(BANDED_LANES, VAL_LIMIT_TOKENS=256)}
 
 
 def places_of(w):
-    """Tokens at and beside a border of rows, of segments in a chunk and of chunks, near both ends,
-    and at two beginnings of documents."""
+    """Tokens at and beside a border of rows, of segments in a chunk and of chunks, inside of a lane
+    and between two, near both ends, and at two beginnings of documents."""
     targets = len(w.tokens) - 1
-    _, firsts, _ = window_plan(targets, *w.s.scoring_plan[:2])
-    chunks = chunk_plan(firsts, targets, w.s.ttt_chunk_tokens)
+    scorer = train_gpt.Scorer(w.model, w.tokens, w.s.adapting_plan, w.s, w.rt,
+                              **adapting(w).chunks(targets))
+    firsts, chunks = scorer.first, scorer.chunks
     inner = [p for begin, end in chunks for p in range(begin + 1, end)]
     first = [int(firsts[i]) for i in (chunks[len(chunks) // 2][0], chunks[1][0],
-                                      inner[len(inner) // 3])]
+                                      inner[0 if scorer.lanes else len(inner) // 3])]
     bos = np.flatnonzero(w.tokens == train_gpt.BOS)
     return [1, 33, targets - 1, *(f + by for f in first for by in (0, 1)),
             *bos[[len(bos) // 3, len(bos) // 2]].tolist()]
@@ -583,7 +702,7 @@ def places_of(w):
 def test_flipping_tokens_changes_no_earlier_score_bit_for_bit(tiny, variables):
     """Token t is target t − 1: scores [0, t) may depend on tokens 0..t alone, whatever was trained
     in between. Other tokens after t, and another token t + 1, change score t and none before."""
-    w = world(tiny, VAL_LIMIT_TOKENS=320, **variables)
+    w = world(tiny, **{"VAL_LIMIT_TOKENS": 320, **variables})
     origin = weights(w)
 
     def scores(tokens):

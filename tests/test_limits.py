@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import train_gpt
-from test_evaluation import BANDED, Clock, SlowAdapter, run, world
+from test_evaluation import BANDED, Clock, run, slow_adapter, world
 from train_gpt import Runtime, build_model
+
 
 def chunks_of(w):
     """How many chunks the plan makes; an epoch of each is one step."""
@@ -19,26 +20,26 @@ def chunks_of(w):
 
 
 def timed(tiny, seconds, pass_seconds=0.0, **variables):
-    """An evaluation of random weights by a clock that only steps, seconds(n), and passes move; the
-    first step is the warm-up.
+    """An evaluation of random weights by a clock that only steps, seconds(n), and passes move.
 
-    Returns the world (with the adapter, the clock, the log's lines and the epochs of each chunk),
-    the result and the ledger.
+    Returns the world (with the adapter, the clock, the log's lines and the steps of each chunk,
+    one an epoch), the result and the ledger.
     """
     w = world(tiny, EVAL_BATCH_SEQS=1, VAL_LIMIT_TOKENS=1024, **variables)
     w.lines, w.epochs, model = [], [], w.model
     w.rt.log = w.lines.append
     with Clock() as w.clock:
-        w.adapter = SlowAdapter(w, w.clock, seconds)
+        w.adapter = slow_adapter(w, w.clock, seconds)
         adapt = w.adapter.adapt
 
         def counted(*args):
-            w.epochs.append(adapt(*args))
-            return w.epochs[-1]
+            before = w.adapter.taken
+            adapt(*args)
+            w.epochs.append(w.adapter.taken - before)
 
-        def scored(x, y, window=0):
-            w.clock.now += pass_seconds
-            return model(x, y, window=window)
+        def scored(x, y, **more):
+            w.clock.now += pass_seconds * (not torch.is_grad_enabled())
+            return model(x, y, **more)
         w.adapter.adapt, w.model = counted, scored
         result, book = run(w, adapter=w.adapter)
     return w, result, book
@@ -50,7 +51,7 @@ def test_an_adapter_that_slows_down_drops_epochs_and_the_score_is_complete(tiny,
     than the 40 s."""
     w, result, book = timed(tiny, lambda n: 1.3 ** n, EVAL_WALLCLOCK_SECONDS=40, TTT_EPOCHS=3,
                             **plan)
-    assert w.epochs[0] == 3 and min(w.epochs) < 3 and w.clock.now <= 40 + 1.3 ** w.adapter.steps
+    assert w.epochs[0] == 3 and min(w.epochs) < 3 and w.clock.now <= 40 + 1.3 ** w.adapter.taken
     assert not np.isnan(book.nll).any() and result["targets"] == len(book.nll) == 1024
     late = [n + 1 for n, epochs in enumerate(w.epochs) if epochs < 3]
     assert [int(n) for line in w.lines for n in re.findall(r"^ttt_\w+:late chunk=(\d+)/",
@@ -83,12 +84,23 @@ def test_every_tenth_chunk_late_costs_a_tenth_of_the_adaptations(tiny):
     assert w.clock.now <= 12 and sum(w.epochs) >= 0.9 * len(w.epochs)
 
 
+@pytest.mark.parametrize("step, share", [(0.23, 0.9), (100.0, 0.0)])
+def test_adapters_with_every_tenth_step_late_end_in_time(tiny, step, share):
+    """128 passes of 0.2 s and 124 steps, some half a second late, in 60 s; a step of 100 s is the
+    only one and hinders no scoring."""
+    w, result, book = timed(tiny, lambda n: step + 0.5 * (n % 10 == 9), 0.2, TTT_LORA_RANK=2,
+                            TTT_BATCH_SEQS=1, EVAL_WALLCLOCK_SECONDS=60)
+    assert w.clock.now <= max(60, step + 128 * 0.2 + 1e-6) and len(w.epochs) == 127
+    assert share <= sum(w.epochs) / 124 < 1 and not np.isnan(book.nll).any()
+    assert result["seconds"] == pytest.approx(w.clock.now)
+
+
 def test_what_went_before_the_evaluation_counts(tiny):
     """Reading the file, plain and sliding scores: 30 of 40 s are gone when adapting begins."""
     w = world(tiny, EVAL_WALLCLOCK_SECONDS=40)
     with Clock() as clock:
         clock.now = 130.0
-        adapter = SlowAdapter(w, clock, lambda n: 0.6)  # two epochs of ten chunks would take 12 s
+        adapter = slow_adapter(w, clock, lambda n: 0.6)  # two epochs of ten chunks would take 12 s
         train_gpt.evaluate(w.model, w.tokens, w.byte_table, w.s, w.rt, "ttt", w.s.scoring_plan,
                            adapter, opened=100.0)
     assert 136 < clock.now <= 140

@@ -147,8 +147,11 @@ def attention(p, s, i, u, row, first, weight):
     return torch.cat(heads, 1) @ weight(core + "o", s.attn_bits).T, own
 
 
-def reference(p, s, row, targets, fake_quant=False):
-    """nll [T] of one row from parameters {name: float64}."""
+def reference(p, s, row, targets, fake_quant=False, added=None):
+    """nll [T] of one row from parameters {name: float64}, and what is `added` to attention and MLP of each pass, and to the
+    table for the logits, [R, D] each."""
+    added = added or [torch.zeros(shape, dtype=torch.float64) for shape in GPT(s).adapter_shapes()]
+
     def weight(name, bits):
         return rounded(p[name], 6) if fake_quant and bits < 16 else p[name]
 
@@ -174,11 +177,12 @@ def reference(p, s, row, targets, fake_quant=False):
         scale = 1 / math.sqrt(i + 1) if s.ln_scale else 1.0
         attn, own = attention(p, s, i, scale * rms(z), row, first, weight)
         first = own if n == 0 else first
-        attn = p[f"blocks.{i}.attn_scale"] * attn
+        attn = p[f"blocks.{i}.attn_scale"] * attn + scale * rms(z) @ added[2 * n].T
         read = {"0": z + attn, "one": z, "lanes": lane}[form]
         hidden = scale * rms(read) @ weight(f"cores.{i % s.cores}.mlp.up", s.mlp_bits).T
         hidden = torch.where(hidden >= 0, hidden, s.leaky_slope * hidden) ** 2
         mlp = p[f"blocks.{i}.mlp_scale"] * (hidden @ weight(f"cores.{i % s.cores}.mlp.down", s.mlp_bits).T)
+        mlp = mlp + scale * rms(read) @ added[2 * n + 1].T
         if form == "lanes":
             (r0, a0, m0), (r1, a1, m1) = p["lanes"][i]
             x, lane = r0 * x + a0 * attn + m0 * mlp, r1 * lane + a1 * attn + m1 * mlp
@@ -187,7 +191,7 @@ def reference(p, s, row, targets, fake_quant=False):
         if n < half:
             skips.append(x)
     x = x if lane is None else (x + lane) / 2
-    logits = rms(x) @ p["tok_emb"].T
+    logits = rms(x) @ (p["tok_emb"] + added[-1]).T
     if s.logit_softcap:
         logits = s.logit_softcap * torch.tanh(logits / s.logit_softcap)
     return torch.stack([torch.log(torch.exp(line - line.max()).sum()) + line.max() - line[y] for line, y in zip(logits, targets)])
@@ -204,7 +208,7 @@ VARIANTS = [
     dict(LOGIT_SOFTCAP=0), dict(LOGIT_SOFTCAP=2), dict(BIGRAM_VOCAB_SIZE=0), dict(BIGRAM_VOCAB_SIZE=2),
     dict(TRIGRAM_VOCAB_SIZE=50, BIGRAM_DIM=4),
     dict(UNET_SKIPS="gated"), dict(SMEAR_GATE="embed"), dict(GATED_ATTENTION="sparse"), dict(PARALLEL="one", PARALLEL_FROM=1),
-    dict(PARALLEL="lanes", PARALLEL_FROM=0, UNET_SKIPS="gated", NUM_LAYERS=4),
+    dict(PARALLEL="lanes", PARALLEL_FROM=1, UNET_SKIPS="gated", NUM_LAYERS=4),
     dict(NUM_LAYERS=4, LATE_PASSES="0-2,1-2,3", UNET_SKIPS="gated", VALUE_RESIDUAL=0),
     dict(NUM_LAYERS=4, LATE_PASSES="0-2,1-2,3", PARALLEL="lanes", PARALLEL_FROM=2, SMEAR_GATE="embed", VE_LAYERS=""),
     dict(LATE_PASSES="2,0,1,1,2", VALUE_RESIDUAL=0, PARALLEL="one", PARALLEL_FROM=2),
@@ -244,6 +248,28 @@ def test_nll_and_gradients_equal_the_reference(tiny, float64, variables):
 def test_fake_quant_equals_the_reference_of_rounded_weights(tiny, float64, variables):
     """Gradients too: straight through to the unrounded weights."""
     compare_with_reference(tiny(**variables), fake_quant=True)
+
+
+@pytest.mark.parametrize("variables", [
+    dict(), dict(NUM_LAYERS=4, LATE_PASSES="0-2,1-2,3", PARALLEL="lanes", PARALLEL_FROM=2, SMEAR_GATE="embed", VE_LAYERS="",
+                 UNET_SKIPS="gated", GATED_ATTENTION="sparse"), dict(PARALLEL="one", PARALLEL_FROM=1, NUM_KV_HEADS=1)])
+def test_adapters_add_to_each_row_its_own_matrices(tiny, float64, variables):
+    """B·A beside attention and MLP, and for the logits; gradients of both. Nothing where B is 0."""
+    s, generator = tiny(**variables), torch.Generator().manual_seed(5)
+    model, rows = randomized(s, dtype=torch.float64), random_rows(s)
+    params, given = {name: p.detach() for name, p in model.named_parameters()}, (rows[:, :-1], rows[:, 1:])
+    pairs = [tuple(0.3 * torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in ((3, D), (R, 3)))
+             for R, D in model.adapter_shapes()]
+    leaves = [x.requires_grad_() for pair in pairs for x in pair]
+    nll = model(*given, adapters=pairs)
+    expected = torch.stack([reference(params, s, row[:-1], row[1:], added=[b[n] @ a[n] for a, b in pairs])
+                            for n, row in enumerate(rows.tolist())])
+    torch.testing.assert_close(nll, expected, rtol=1e-10, atol=1e-10)
+    weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    for mine, slow in zip(*(torch.autograd.grad((x * weights).sum(), leaves) for x in (nll, expected))):
+        assert slow.flatten(1).norm(dim=1).min() > 0 and (mine - slow).norm() <= 1e-9 * slow.norm()
+    assert torch.equal(model(*given, adapters=[(a, 0 * b) for a, b in pairs]), model(*given))
+    assert (nll - model(*given)).abs().min() > 1e-6
 
 
 def test_fp32_agrees_with_float64(tiny):

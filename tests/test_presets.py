@@ -63,7 +63,9 @@ def test_preset_trains_packs_and_scores(preset, corpus, tmp_path):
     assert {t.bits for n, t in tensors.items()
             if train_gpt.kind_of(n).kind == "mlp"} == {s.mlp_bits}
     for words, on in (("swa:start", s.swa_enabled), ("late_qat:enabled", s.late_qat_threshold),
-                      ("late_passes:enabled", s.late_passes)):
+                      ("late_passes:enabled", s.late_passes),
+                      ("ttt_lora [", s.ttt_enabled and s.ttt_lora_rank),
+                      ("ttt_chunk [", s.ttt_enabled and not s.ttt_lora_rank)):
         assert (words in log) == bool(on), words
     assert f"Total submission size {s.quant_label}+{s.codec}:" in log
 

@@ -22,11 +22,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_gpt as T  # noqa: E402
 
-SGD = dict(ttt_optimizer="sgd", ttt_lr=0.002, ttt_epochs=3)  # over all weights
+SGD = dict(ttt_lora_rank=0, ttt_optimizer="sgd", ttt_lr=0.002, ttt_epochs=3)  # over all weights
 ADAMW = dict(SGD, ttt_optimizer="adamw")
-MUON = dict(ttt_optimizer="muon", ttt_epochs=1)
+MUON = dict(SGD, ttt_optimizer="muon", ttt_epochs=1)
 VARIANTS = {
     "none": dict(SGD, ttt_epochs=0),
+    "adapters of rank 8, 1e-3": dict(ttt_lora_rank=8, ttt_lr=1e-3),
+    "adapters of rank 8, 3e-4": dict(ttt_lora_rank=8, ttt_lr=3e-4),
+    "adapters of rank 2, 1e-3": dict(ttt_lora_rank=2, ttt_lr=1e-3),
+    "adapters of rank 80, 1.8e-4 (#1855)": dict(ttt_lora_rank=80, ttt_lr=1.8e-4),
     "SGD 0.002, 3 epochs (#549)": SGD,
     "SGD 0.01, 3 epochs": dict(SGD, ttt_lr=0.01),
     "SGD 0.03, 3 epochs (#1092)": dict(SGD, ttt_lr=0.03),
@@ -83,8 +87,9 @@ def adapted_score(arguments, changes, tokens, seconds):
     s = replace(s, ttt_chunk_tokens=arguments.chunk, eval_wallclock_seconds=seconds, **changes)
     given = model, tokens, table, s, rt
     before = T.evaluate(*given, "before", s.scoring_plan, kernels=model.kernels)[0]
-    adapter, started = T.Adapter(model, model, s, rt), time.perf_counter()
-    after = T.evaluate(*given, "ttt", s.scoring_plan, adapter, started, model.kernels)[0]
+    kind = T.DocumentAdapters if s.ttt_lora_rank else T.Adapter
+    adapter, started = kind(model, model, s, rt), time.perf_counter()
+    after = T.evaluate(*given, "ttt", s.adapting_plan, adapter, started, model.kernels)[0]
     return before["val_bpb"], after["val_bpb"], after["seconds"]
 
 
