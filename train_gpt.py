@@ -79,14 +79,14 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def explained(what, way_out, error=UserError):
-    """Turn an OSError of the block into a UserError: the one place that words them."""
+    """Turn an OSError of the block into a UserError that says what failed and what to do."""
     try:
         yield
     except OSError as problem:
         raise error(f"{what}: {problem.strerror or problem}; {way_out}") from problem
 
 
-# ---- 1. Settings: the only section that reads the environment -----------------------------------
+# ---- 1. Settings: only this section and main read the environment -------------------------------
 
 Flag = Literal[0, 1]
 Bits = Literal[4, 5, 6, 7, 8, 16]
@@ -98,13 +98,13 @@ Decay = Annotated[float, 0.0, 0.999999]
 
 
 def block_list(text, count):
-    """Numbers of blocks below `count` from text such as 0-5,3-5,6; None where it is no list."""
+    """Block numbers from text such as 0-5,3-5,6; None if it is no such list of numbers < count."""
     order = []
     for part in filter(None, map(str.strip, text.split(","))):
         if not re.fullmatch(r"\d{1,9}(-\d{1,9})?", part):
             return None
         first, last = int(part.split("-")[0]), int(part.split("-")[-1])
-        order += range(first, min(last, count) + 1) or [count]
+        order += range(first, min(last, count) + 1) or [count]  # empty range: invalid, as count is
     return order if max(order, default=0) < count else None
 
 
@@ -113,7 +113,7 @@ class Settings:
     """Every setting, resolved and checked; each is read from the variable of its name in capitals.
 
     The type holds the choices or the bounds, the comment is the help text. The defaults are the
-    record line's model (#1855) with what was measured to be better here. A figure such as −0.0020
+    model of record #1855, changed where our own measurements were better. A figure such as −0.0020
     is the published change in bits per byte (lower is better).
     """
     # == Run
@@ -123,7 +123,8 @@ class Settings:
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU where there is one
     compile: Literal["auto", "0", "1"] = "auto"  # torch.compile; auto: on a GPU only
     attention: Literal["auto", "fa3", "cudnn", "flash", "fa2", "fa4", "flex", "sdpa"] = "auto"
-        # kernel of attention; auto: the first in this order that gives the right result here
+        # kernel of attention; auto: the first of fa3 to fa4 that gives the right result here;
+        # flex, sdpa: PyTorch's choice
     kernels: Literal["auto", "plain", "triton"] = "auto"
         # MLP and loss; auto: Triton's in a compiled model on a GPU, where right
     out_dir: str = "."  # folder of the artifact, checkpoints/ and logs/
@@ -162,7 +163,7 @@ class Settings:
     late_passes: str = "auto"
         # such as 0-5,3-5,3-5,6-10, block numbers and ranges; auto: that of 11, scaled to
         # NUM_LAYERS; empty: the order stays
-    late_passes_from: Share = 0.35  # of the training clock, or of ITERATIONS without one
+    late_passes_from: Share = 0.35  # of the clock or of ITERATIONS, whichever is further
     parallel: Literal["0", "one", "lanes"] = "lanes"
         # blocks from PARALLEL_FROM on: one: attention and MLP read the same input (#1493); lanes:
         # two residual streams with learned routing (#1529)
@@ -171,7 +172,7 @@ class Settings:
         # add outputs of the first half of the passes in the second half; gated: blend them (#1218)
     # Mixing across documents is a known mistake: bos closes the gate at the start of a document.
     smear_gate: Literal["0", "1", "bos", "embed"] = "embed"
-        # mix in the previous token; bos: not at BOS; embed: so, on raw embeddings (#1667)
+        # mix in the previous token; bos: not at BOS; embed: as bos, before the norm (#1667)
     bigram_vocab_size: Count = 0  # buckets of the hashed bigram embedding; 0: off
     bigram_dim: Positive = 128  # channels of the bigram and trigram embeddings
     trigram_vocab_size: Count = 0  # buckets of a hashed trigram embedding; 0: off
@@ -206,7 +207,7 @@ class Settings:
     iterations: Count = 20000  # most optimizer steps; 0: the clock alone decides
     max_wallclock_seconds: Amount = 600.0  # training clock; 0: ITERATIONS alone decides
     warmup_steps: Count = 20  # on random tokens before the clock, then everything is restored
-    warmdown_iters: Count = 3500  # steps of linear decay of the learning rate, without the next
+    warmdown_iters: Count = 3500  # steps of linear decay of the learning rate, see WARMDOWN_FRAC
     warmdown_frac: Share = 0.85  # share of the run that decays instead; 0: WARMDOWN_ITERS
     lr_floor: Share = 0.1  # × lr, where the warmdown ends
     ema_enabled: Flag = 1  # average the weights exponentially (−0.0006)
@@ -226,15 +227,16 @@ class Settings:
     proj_bits: Bits = 8  # of gates and of the small embeddings' projections
     fp16_keep_name_patterns: str = ""  # parts of names of tensors kept as fp16, commas between
     quant_fit: Literal["level", "scale"] = "level"
-        # to fit the budget; level: no step below a common one; scale: all steps × one factor
+        # to fit the budget; level: a least step for all rows (× each row's tolerance with GPTQ);
+        # scale: all steps × one factor
     quant_clip: Literal["max", "row", "std"] = "max"
-        # clip of a row: its maximum, a searched quantile, or its root mean square times the next
-        # three (SDClip, #1394)
+        # clip of a row: its maximum, a searched quantile, or its root mean square times
+        # *_CLIP_SIGMAS (SDClip, #1394)
     attn_clip_sigmas: Amount = 12.85  # attention, gates and projections
     mlp_clip_sigmas: Amount = 12.85  # MLP
     embed_clip_sigmas: Amount = 20.0  # embedding tables
-    quant_step_floor: Amount = 0.0  # least step of int4 to int7 rows; 0.03226 (1/31): ancestors
-    prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # share of a matrix's smallest weights set to 0
+    quant_step_floor: Amount = 0.0  # least step of rows below 8 bits; #1218: 0.03226 (1/31)
+    prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # of each quantized tensor, smallest weights → 0
     gptq: Flag = 1  # calibrate: GPTQ, and steps by what errors cost
     gptq_batches: Positive = 8  # of TRAIN_BATCH_TOKENS, for calibration; fewer if time is short
     gptq_reserve_seconds: Amount = 0.0  # of the training clock for calibration; 0: as measured
@@ -244,7 +246,8 @@ class Settings:
 
     # == Evaluation
     eval_seq_len: Count = 0  # tokens of a scoring window; 0: TRAIN_SEQ_LEN
-    eval_stride: Count = 64  # tokens scored per sliding window; 0: no full-context evaluation
+    eval_stride: Count = 64
+        # tokens scored by a sliding window, or between steps of adapters; 0: plain scoring alone
     # Sliding windows read every token 32 times, banded scoring once or twice, for the same score.
     eval_attention: Literal["banded", "window"] = "banded"
         # window: EVAL_STRIDE tokens a pass; banded: long segments, EVAL_SEQ_LEN keys in each layer
@@ -254,16 +257,18 @@ class Settings:
     eval_batch_seqs: Positive = 32  # windows per rank and pass
     ttt_enabled: Flag = 1  # score-first test-time training
     # Adapters by document: −0.002 to −0.004 (#1530). Weights by chunks: −0.0021 to −0.0033 (#549).
-    ttt_lora_rank: Count = 8  # of adapters that follow each document; 0: chunks adapt the weights
+    ttt_lora_rank: Count = 8
+        # of adapters that follow each document; 0, or one of the settings from TTT_OPTIMIZER to
+        # TTT_FREEZE_BLOCKS: the weights are adapted, chunk by chunk
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices alone
     ttt_params: Literal["all", "tail"] = "all"
         # tail: blocks from TTT_FREEZE_BLOCKS on, scales, token table
-    ttt_lr: Amount = 0.001  # of adapters: at first; of weights: decays by a cosine over the chunks
+    ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
     ttt_intra_cosine: Flag = 0  # times a cosine inside each chunk
     ttt_proj_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's down matrices
     ttt_fc_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's up matrices
     ttt_momentum: Decay = 0.9  # of sgd and muon
-    ttt_epochs: Annotated[int, -1, 1000] = 3  # over each scored chunk; -1: what the clock allows
+    ttt_epochs: Annotated[int, -1, 1000] = 3  # over each chunk; -1: up to 10, as time allows
     ttt_chunk_tokens: Annotated[int, 0, 2**31] = 0
         # scored before weights are adapted; 0: a 64th of the validation set, at most 32768
     ttt_freeze_blocks: Count = 0  # the first so many blocks are not adapted
@@ -300,7 +305,7 @@ class Settings:
 
     @property
     def pass_tokens(self):
-        """Least tokens of a TTT chunk: a row to train on, and all that one pass scores."""
+        """Smallest TTT chunk: it holds a training row, a scoring window and one pass's targets."""
         return max(self.train_seq_len, self.window, self.scoring_plan[1])
 
     @property
@@ -334,7 +339,7 @@ class Settings:
 
 BOS = 1  # begins every document, with every tokenizer of the challenge and of data/
 
-# The best of the ancestors' family of 1,024 pieces and 27 M weights, with our own quantizer.
+# The best settings for a vocabulary of 1,024 pieces and 27 M weights, with our own quantizer.
 _SP1024 = dict(
     data_path="./data/datasets/fineweb10B_sp1024", vocab_size=1024,
     tokenizer_path="./data/tokenizers/fineweb_1024_bpe.model", mlp_mult=3.0, qk_gain_init=4.0,
@@ -357,8 +362,8 @@ _SMALL = dict(
     num_heads=4, num_kv_heads=2, rope_ntk_reference=0, bigram_dim=64, ve_dim=64, warmup_steps=2,
     warmdown_iters=1000, muon_momentum=0.95, muon_momentum_warmup_steps=300, val_loss_every=0,
     train_log_every=50)
-# The record line, from the last back to the first; each row says how it differs from the next one.
-# #1855 is without CaseOps and the low-rank correction of weights; rows end at their borders.
+# The record line, newest first: each row lists what differs from the newer record above it.
+# #1855 lacks its CaseOps and its low-rank correction of weights here.
 _PR1855 = dict(
     value_residual="0", ema_decay=0.9965, quant_fit="scale", quant_clip="std", attn_bits=6,
     mlp_bits=6, embed_bits=7, proj_bits=16, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0,
@@ -411,8 +416,8 @@ PRESETS = {  # a row holds only what differs from the defaults, or from the row 
         ttt_intra_cosine=1),
 }
 
-# Published names that are spelt otherwise here: our name, or what each value stands for. A value
-# that switches off wins over another variable's; one that switches on does not.
+# Published names for our settings: our name, or what each value stands for. Where two aliases set
+# the same setting, the value 0 wins. Our own name always wins over an alias.
 _VRL = {"0": {"VALUE_RESIDUAL": "0"}, "1": {"VALUE_RESIDUAL": "sigmoid"}}
 ALIASES = {
     "VRL_ENABLED": _VRL, "VRL": _VRL, "GA_ENABLED": "GATED_ATTENTION", "WEIGHT_DECAY": "MUON_WD",
@@ -444,6 +449,12 @@ REFUSED = {
     "CONTROL_TENSOR_NAME_PATTERNS": ("", "FP16_KEEP_NAME_PATTERNS"),
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": ("", "FP16_KEEP_NAME_PATTERNS"),
 }
+
+
+# These are about adapting the weights, chunk by chunk: who sets one means TTT_LORA_RANK=0.
+OF_CHUNKS = {f"TTT_{name}" for name in (
+    "CHUNK_TOKENS", "EPOCHS", "FC_LR_MULT", "FREEZE_BLOCKS", "GRAD_CLIP", "INTRA_COSINE",
+    "MOMENTUM", "OPTIMIZER", "PARAMS", "PROJ_LR_MULT")}
 
 
 def described_settings():
@@ -534,9 +545,12 @@ def model_rules(s):
         (max(s.unique_layers, s.ttt_freeze_blocks) <= s.num_layers,
          f"UNIQUE_LAYERS={s.unique_layers} or TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} exceeds "
          f"NUM_LAYERS={s.num_layers}"),
-        (s.late_order is not None,
+        (s.late_order and s.late_order[0] == 0 and len({*s.late_order}) == s.num_layers,
          f"LATE_PASSES={s.late_passes} must be blocks of 0..{s.num_layers - 1} and ranges of them, "
-         "commas between: 0-5,3-5,6-10; or auto, or empty"),
+         "commas between, 0 first and each at least once: 0-5,3-5,6-10; or auto, or empty"),
+        (not s.late_passes or s.late_passes_from < 1,
+         f"LATE_PASSES_FROM={s.late_passes_from}: LATE_PASSES={s.late_passes} would be scored and "
+         "never trained; lower it, or empty LATE_PASSES"),
         (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks),
          f"VE_LAYERS={s.ve_layers} must be different blocks of 0..{s.num_layers - 1}, commas "
          "between: 9,10; or empty"),
@@ -595,7 +609,7 @@ def contradictions(s, world_size):
 
 
 def foreign(module):
-    """An installed package, or None: whatever a broken one raises at import."""
+    """The imported module, or None if its import fails in any way."""
     try:
         return importlib.import_module(module)
     except Exception:
@@ -657,6 +671,8 @@ def resolve_settings(environ, stored=None, world_size=1):
             values[target.lower()] = parse_value(target.lower(), text)
         except ValueError as problem:
             problems.append(f"{name}={text.strip()}: {problem}")
+    if OF_CHUNKS & set(texts) and "TTT_LORA_RANK" not in texts:
+        values["ttt_lora_rank"] = 0
     for name, on in (("value_residual", "pair"), ("gated_attention", "head")):
         if values.get(name) == "1":  # the published way to switch on
             values[name] = on
@@ -703,7 +719,7 @@ def find_upward(path):
                 path)
 
 
-# ---- 2. Runtime: ranks, device, log, clock; only this section knows of several processes --------
+# ---- 2. Runtime: ranks, device, log, clock; only this section calls torch.distributed -----------
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -738,8 +754,8 @@ class Runtime:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    # -- collectives, the identity with one rank. sum_later, reduce_scatter and all_gather start at
-    # once and return a function that waits for the result, so that many can be in flight.
+    # -- collectives; with one rank they return their input. sum_later, reduce_scatter, all_gather
+    # return at once, with a function that waits for the result, so that many can be in flight.
 
     def sum_(self, x):
         """Sum of `x` over ranks, in place."""
@@ -792,7 +808,7 @@ class Runtime:
     # -- signals and device
 
     def on_signal(self, number=0, frame=None):
-        """While training, note the first signal for the end of the step; else end the run."""
+        """End the run. While training, only note the first signal: the run ends after the step."""
         if not self.training or self.signal:
             raise KeyboardInterrupt("interrupted; the same command with RESUME=auto goes on from "
                                     "what is saved")
@@ -875,12 +891,12 @@ class StepClock:
         self.go_on(spent_ms)
 
     def go_on(self, spent_ms):
-        """Count from here: what was done since the last reading was not training."""
+        """Restart at `spent_ms`: the time since the last reading does not count as training."""
         self.rt.synchronize()
         self.start = time.perf_counter() - spent_ms / 1000
 
     def read(self, exact=False):
-        """The host may be two steps ahead of the GPU; where `exact`, it waits."""
+        """Milliseconds, equal on all ranks. Unless `exact`, the GPU may be two steps behind."""
         if exact:
             self.rt.synchronize()
         elif self.rt.device.type == "cuda":
@@ -967,7 +983,7 @@ def check_content(tokens, path, every=1):
 
 
 def document_keys(tokens):
-    """The first 32 tokens of each whole document, as a set of bytes."""
+    """The first 32 tokens of each document that has as many, as a set of bytes."""
     starts = np.flatnonzero(tokens[:-32] == BOS)
     ends = np.append(starts[1:], len(tokens))
     return {tokens[a: a + 32].tobytes() for a, b in zip(starts, ends) if b - a >= 32}
@@ -1154,8 +1170,8 @@ class ByteTable:
 
     def check_text(self, tokens, s):
         """Refuse shards and a tokenizer that do not belong together: whole documents among the
-        first 2^15 tokens must encode to the same tokens again, more than half of them by length;
-        unknown pieces cannot be counted. Raises UserError."""
+        first 2^15 tokens are decoded and encoded again; at least half of their tokens must be in
+        documents that come back equal. Refuse unknown pieces. Raises UserError."""
         if self.source == "pieces" and self.unknown >= 0 and (tokens == self.unknown).any():
             raise UserError(f"DATA_PATH={s.data_path}: validation holds unknown pieces, whose "
                             "bytes no table knows; build the dataset with byte fallback or with "
@@ -1193,15 +1209,15 @@ def rms_norm(x):
 
 
 def scaled_rms_norm(x_BTHE, gain_H):
-    """gain·rms_norm(x). The gain is a part of the norm's factor, so that its gradient is summed
-    from [N, H] numbers, not from [N, H, E]."""
+    """gain·rms_norm(x). The gain multiplies the norm's factor, not the result, so that its gradient
+    is a sum over [N, H] numbers, not over [N, H, E]."""
     x32 = x_BTHE.to(torch.promote_types(x_BTHE.dtype, torch.float32))
     factor = gain_H * (x32.square().mean(-1) + torch.finfo(torch.float32).eps).rsqrt()
     return (x32 * factor.unsqueeze(-1)).to(x_BTHE.dtype)
 
 
 def fake_quantize(w_RC, bits=6):
-    """w rounded to `bits` by the maximum of each row; gradients pass straight through."""
+    """w rounded to `bits`, one step for each row, from its maximum; straight-through gradient."""
     limit = 2 ** (bits - 1) - 1
     w32 = w_RC.detach().float()
     step = (w32.abs().amax(dim=1, keepdim=True) / limit).clamp_min(torch.finfo(torch.float32).tiny)
@@ -1210,8 +1226,8 @@ def fake_quantize(w_RC, bits=6):
 
 
 def weight_of(w_RC, dtype, fake_quant=False, scale_R=None):
-    """w as a product takes it. A scale of the outputs multiplies its rows: a block of activations
-    less to read and write."""
+    """w as F.linear takes it: fake-quantized, scaled, cast. An output scale multiplies the rows of
+    w, which is cheaper than to read and write the activations once more."""
     w_RC = fake_quantize(w_RC) if fake_quant else w_RC
     return (w_RC if scale_R is None else w_RC * scale_R[:, None]).to(dtype)
 
@@ -1241,10 +1257,10 @@ def softcap_nll(logits_NV, targets_N, softcap):
     return F.cross_entropy(softcapped(logits_NV, softcap), targets_N, reduction="none")
 
 
-# The last two in Triton, for compiled models on a GPU. The MLP kernel writes the hidden layer and
-# its activation from the product that makes it, and multiplies by the activation's slope in the
-# product that needs it: a quarter of the MLP's memory traffic less. The loss kernel holds fp32
-# logits of one row at a time.
+# leaky_square_mlp and softcap_nll as Triton kernels, for compiled models on a GPU. The MLP kernel
+# fuses the activation into the first matrix product, and its derivative into the backward product:
+# a quarter less memory traffic in the MLP. The loss kernel holds the fp32 logits of one row at a
+# time.
 jit = triton.jit if triton else lambda kernel: kernel
 MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
@@ -1419,9 +1435,9 @@ ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
 
 
 def attention_kernel(name, strict=False):
-    """attend() by a row of ATTENTION, None where its package is missing; other names leave the
-    choice to PyTorch. What a kernel of PyTorch's refuses (masks, rows of one token) goes to the
-    next unless strict, at last to MATH, which holds all scores."""
+    """attend() of a row of ATTENTION; None if its package is missing. For other names PyTorch
+    chooses. If a PyTorch kernel refuses an input (masks, rows of one token), the next one takes
+    it, the last is MATH, which stores all scores; strict: no other kernel is tried."""
     kernel = ATTENTION.get(name)
     if kernel is None:
         return sdpa
@@ -1471,8 +1487,8 @@ PLAIN = Kernels()
 
 
 def failure(function, reference, inputs, rt):
-    """Why the compiled function is unusable here, or "": it must match the reference to rounding,
-    gradients included. Whatever a kernel or a foreign package raises is a reason."""
+    """Why the compiled function is unusable here, or "". Its result and gradients must differ from
+    the reference by at most 2 % of the norm. Any exception is a reason, too."""
     wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
 
     def outcome(f):
@@ -1505,8 +1521,9 @@ def random_inputs(rt, *shapes):
 
 
 def choose_attention(s, rt):
-    """({part: name}, Kernels): the first right row of ATTENTION, or the one that is asked for; for
-    windows its own where it is a package, FlexAttention's or blocks. Raises UserError."""
+    """({part: name}, Kernels). Whole rows: the kernel asked for, or the first of ATTENTION that is
+    right. Windows: the first that is right of the same kernel (if a package), FlexAttention
+    (compiled on a GPU) and sdpa's blocks. Raises UserError."""
     inputs = random_inputs(rt, *((1, 256, heads, s.head_dim) for heads in (
         s.num_heads, s.num_kv_heads, s.num_kv_heads)))
     name, cuda = "sdpa", rt.device.type == "cuda"
@@ -1619,8 +1636,8 @@ class Attention(nn.Module):
             self.gate_weight = nn.Parameter(torch.zeros(s.num_heads, min(12, D)))
 
     def project(self, u_BTD, fake_quant):
-        """q and k [B,T,H+K,E], v [B,T,K,E] and gate logits [B,T,H], of one product: u is read once,
-        in the gradient too."""
+        """q and k [B,T,H+K,E], v [B,T,K,E] and the logits of a "head" gate [B,T,H] (else empty), by
+        one product: it reads u once, forward and backward."""
         weights = [fake_quantize(w) if fake_quant else w for w in (self.q, self.k, self.v)]
         if self.gate == "head":  # padded to whole heads: one kernel then joins all gradients
             padding = self.gate_weight.new_zeros(-self.heads % self.head_dim, u_BTD.size(-1))
@@ -1684,8 +1701,8 @@ class Block(nn.Module):
         self.value_residual = vector(*initial) if initial else None
 
     def mix_value(self, v, first_v):
-        """The value residual a·V₀ + b·V, V₀ from block 0: (a, b) learned (#413, #490), or
-        (σ(λ), 1 − σ(λ)) (VRL, #657)."""
+        """The value residual a·V₀ + b·V, V₀ from the first pass: (a, b) learned (#413, #490), or
+        (σ(λ), 1 − σ(λ)) (VRL, #657). Block 0 has none, so it must run first."""
         if self.value_residual is None:
             return v
         p = self.value_residual.to(v.dtype)
@@ -1697,8 +1714,8 @@ class Block(nn.Module):
         return m[0] * x_BTD + m[1] * x0_BTD
 
     def attention(self, z_BTD, core, first_v, adapter, *context):
-        """a⊙Attn(u) + B·A·u with u = s·RMS(z), and v before the value residual; context: see
-        Attention."""
+        """a⊙Attn(u) + B·A·u with u = s·rms_norm(z), and v before the value residual; context: the
+        other arguments of Attention.forward."""
         rotary, xsa, value_embedding, fake_quant, window = context
         u = self.input_scale * rms_norm(z_BTD)
         a, v = core.attn(u, self.attn_scale, rotary, xsa, value_embedding,
@@ -1773,15 +1790,16 @@ class GPT(nn.Module):
         self.skip_gates = nn.Parameter(torch.zeros(skip_rows, D)) if gated else None
         if s.parallel == "lanes":  # of each block and lane: factors of lane, attention, MLP
             self.lanes = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(s.num_layers, 2, 1))
-        for name, p in self.named_parameters():  # the mean over the blocks of a core, as in #537
+        for name, p in self.named_parameters():  # gradient: mean over a core's blocks, as in #537
             if name.startswith("cores.") and (uses := core_uses(name, s)) > 1:
                 p.register_hook(lambda grad, uses=uses: grad / uses)
-        longest = max(s.train_seq_len, s.window, s.scoring_plan[0])
+        longest = max(s.train_seq_len, s.window, s.scoring_plan[0], s.adapting_plan[0])
         for name, table in zip(("cos", "sin"), rotary_tables(s, longest)):
             self.register_buffer(name, table, persistent=False)
 
     def embed(self, tokens_BT):
-        """RMS of token + hashed embeddings, smeared with the token before: [B,T,D]."""
+        """Normalized sum of token and hashed embeddings [B,T,D]; the smear gate mixes in the token
+        before, "embed": before the hashed embeddings and the norm, else after."""
         e = F.embedding(tokens_BT, self.tok_emb).to(self.dtype)
         inside = (tokens_BT != BOS).unsqueeze(-1)  # not the first token of a document
         if self.s.smear_gate == "embed":
@@ -1855,7 +1873,7 @@ class GPT(nn.Module):
         return nll.view_as(targets_BT)
 
 
-# -- kinds of parameters: one table, which everything that treats parameters apart reads
+# -- kinds of parameters: one table says how each parameter is initialized, trained and stored
 
 def orthogonal(p, s):
     nn.init.orthogonal_(p)
@@ -1881,7 +1899,8 @@ def constructed(p, s):
 
 @dataclass(frozen=True)
 class Kind:
-    """How parameters whose names match are trained, stored and adapted. Text names a setting."""
+    """How parameters whose names match are initialized, trained, stored, adapted. The text fields
+    are names of settings; `optimizer` may also be a name of OPTIMIZERS."""
     kind: str
     pattern: str
     init: object
@@ -2318,11 +2337,12 @@ def finest_steps(w_RC, bits, s, deviations=0.0):
 
 
 def tolerances(row_energy, column_energy):
-    """Relative size of the steps that rows [R] and columns [C] may have: 1/√energy of the tensor,
-    times energy^(−1/4) of row and column.
+    """Relative steps of rows [R] and columns [C]: energy^(−1/2) of the tensor, times energy^(−1/4)
+    of the row and the column relative to their mean. Energy: see Calibration.
 
-    Equal cost everywhere would be 1/√energy of rows and columns too. Their fourth root lost least
-    on a model of 2 M weights. Values are powers of 2^(1/4): few, hence cheap in the file.
+    An exponent of −1/2 for rows and columns would make the cost of errors equal everywhere; −1/4
+    had the lowest loss on a model of 2 M weights. All values are powers of 2^(1/4): few distinct
+    ones are cheap in the file.
     """
     mean = row_energy.mean().clamp_min(1e-30)  # of the tensor, as is that of the columns
     quarters = [-(energy / mean + 1e-3).log2() for energy in (row_energy, column_energy)]
@@ -2436,11 +2456,11 @@ class Quantized:
 
 
 class Quantizer:
-    """Every tensor as a function of one number, the level; 0: all steps are the finest.
+    """Quantizes all tensors at a level, one number; level 0 gives every row its finest step.
 
-    A row's step is the level times its tolerance, but not below its finest step. QUANT_FIT=level:
-    tolerances are equal, or by what errors cost where there is a Calibration; scale: they are the
-    finest steps. Raises UserError where a weight is not finite or too large for fp16.
+    step of a row = max(finest step, level × tolerance). QUANT_FIT=level: tolerances are 1, or those
+    of tolerances() where there is a Calibration; scale: they are the finest steps.
+    Raises UserError where a weight is not finite or too large for fp16.
     """
 
     def __init__(self, state, s, calibration=None):
@@ -2529,8 +2549,8 @@ RANS_LANES, RANS_BITS, CONTEXTS, SYMBOLS = 512, 15, 48, 256
 
 
 def magnitudes(codes_RC):
-    """Quarter octaves of each row's root mean square, then of each column's of codes over rows':
-    uint8 [R], [C]."""
+    """4·log₂ + 16 of the root mean square of each row of codes, uint8 [R]; the same of each column,
+    after the rows are divided by theirs, uint8 [C]."""
     q, least = codes_RC.astype(np.float32), 2.0 ** -4
     rows = np.maximum(np.sqrt(np.square(q).sum(1) / max(q.shape[1], 1)), least)
     columns = np.sqrt(np.square(q / rows[:, None]).sum(0) / max(q.shape[0], 1))
@@ -2602,8 +2622,8 @@ def rans_decode(data, contexts, frequency):
     return symbols
 
 
-# Codecs: (symbols, uint8 [n]; the blocks [R, C] they come from) → bytes, and (bytes, n, shapes of
-# the blocks) → n symbols, or n + 1 where there are more; an exception on other bytes.
+# A codec is a pair. Encode: (symbols uint8 [n], the blocks [R, C] they come from) → bytes. Decode:
+# (bytes, n, shapes of the blocks) → n symbols, n + 1 if the bytes hold more; raises on bad bytes.
 
 def squeeze(data, blocks=()):
     return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
@@ -2653,7 +2673,7 @@ def compact_json(**values):
 def encode_artifact(tensors, s, note=""):
     """The file's bytes from {name: Quantized}; `note` says how the steps were fitted.
 
-    Steps and column factors are ranks among their distinct values, of which few occur.
+    Steps and column factors are stored as indices into the table of their distinct values.
     """
     order = sorted(tensors, key=lambda name: tensors[name].bits)
     coded = [tensors[name] for name in order if tensors[name].bits < 16]
@@ -2746,9 +2766,10 @@ def read_artifact(path, sha256=""):
 
 
 def fitted(encoded, budget_bytes, coded, level, start):
-    """(content, level): encoded(level) where the level is 0 and that fits the budget; else the
-    largest found within it, at levels in start · 2^±24; the smallest where none fits. An octave
-    takes at most a bit from each of the `coded` codes: the next guess is 8·Δbytes/coded away."""
+    """(content, level): level 0 if its content fits the budget. Else search levels in start · 2^±24
+    for the largest content that fits, at most 30 tries or until at most 0.05 % of the budget is
+    left. If none fits: the coarsest. Doubling the level saves at most one bit for each of `coded`
+    codes, so the next guess is 8·Δbytes/coded octaves away."""
     guess, best = math.log2(start), None
     low, high = guess - 24, guess + 24
     for _ in range(30):
@@ -2767,8 +2788,8 @@ def fitted(encoded, budget_bytes, coded, level, start):
 
 
 def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
-    """The artifact's bytes, at most `budget_bytes`: with the finest steps, or at the level at which
-    it just fits, with at most 0.2 % left. Raises UserError where even the coarsest do not fit."""
+    """The artifact's bytes, at most `budget_bytes`: with the finest steps, or at the lowest level
+    that `fitted` finds within the budget. Raises UserError where even the coarsest do not fit."""
     quantizer, level = Quantizer(state, s, calibration), 0.0
     coded = sum(w.numel() for _, w, *_ in quantizer.parts.values())
     coarsening = [float((finest / rows).nanmedian())  # where half of a tensor's rows begin to
@@ -2871,8 +2892,8 @@ class ScoreLedger:
                     sha256=hashlib.sha256(self.nll.tobytes()).hexdigest())
 
 
-# A plan is (start, first, last), int64 [W] each: pass w reads tokens start..start+length and scores
-# targets first..last. Every target is in exactly one pass.
+# window_plan and lane_plan return (start, first, last), int64 [W] each: pass w reads the tokens
+# [start, start + length] and scores targets [first, last). Each target is in exactly one pass.
 
 def window_plan(targets, length, stride):
     """The plan from left to right: the first pass scores all its targets, each later one the
@@ -2903,10 +2924,10 @@ def chunk_plan(first, targets, chunk):
 class Scorer:
     """Scores the validation tokens pass by pass, split over ranks in batches of one fixed shape.
 
-    plan = (length, stride, band): a pass reads `length` tokens and scores the last `stride`; with
-    a band each layer sees so many keys, and the tokens before the scored ones are their prefix.
-    `chunks` are what is scored before an adapter's turn: stretches of chunk_tokens, or with lanes
-    (see lane_plan) a pass of each.
+    plan = (length, stride, band): a pass reads `length` tokens and scores the last `stride` (the
+    first pass: all). With a band, each query attends to the last `band` keys. `chunks` are the
+    ranges of passes scored between two calls of adapt(): chunk_tokens targets, or with lanes (see
+    lane_plan) one pass of each lane.
     """
 
     def __init__(self, model, tokens, plan, s, rt, kernels=PLAIN, chunk_tokens=1 << 22, lanes=0):
@@ -2935,7 +2956,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, begin, end, tick=lambda passes: None, more_of=lambda passes: {}):
-        """nll of the targets of passes [begin, end), one pass after the other, on every rank.
+        """nll of the targets of passes [begin, end), in the order of the passes, on every rank.
         more_of(passes): more arguments for the model."""
         start, first, last = (torch.from_numpy(x[begin:end]).to(self.rt.device)
                               for x in (self.start, self.first, self.last))
@@ -2975,9 +2996,9 @@ def evaluate(model, tokens, byte_table, s, rt, label, plan, adapter=None, opened
     """Score every target of `tokens` once, by the plan (see Scorer); an adapter trains after each
     chunk but the last.
 
-    The adapter is told the seconds until EVAL_WALLCLOCK_SECONDS after `opened`, less a forecast
-    for the scoring left. Returns the ledger's result with `seconds` and `tokens_read`, and the
-    ledger.
+    The adapter gets the seconds that remain for it: 98 % of EVAL_WALLCLOCK_SECONDS, less the time
+    since `opened`, less a forecast of the scoring that is left. Returns the
+    ledger's result with `seconds` and `tokens_read`, and the ledger.
     """
     how = adapter.chunks(len(tokens) - 1) if adapter else {}
     scorer = Scorer(model, tokens, plan, s, rt, kernels, **how)
@@ -3079,9 +3100,9 @@ class Adapter:
         """Train on `parts`, the stretch of targets [(first, last)] scored before, the chunk of that
         number of `chunks`.
 
-        Takes TTT_EPOCHS epochs (-1: up to 10), or what this chunk's part of the seconds `left`
-        allows, or one epoch if that fits into `left` at all, or none: a late chunk is skipped and
-        later ones are adapted to again. Returns the epochs. Steps run over the rows of all ranks.
+        At most TTT_EPOCHS epochs (-1: 10, but 1 before a step was timed). Fewer if this chunk's
+        share of the seconds `left` is too short; one if `left` holds one; else none, and the next
+        chunk is tried again. A step reads rows of all ranks. Returns the epochs.
         """
         s, (first, last) = self.s, (parts[0][0], parts[-1][1])
         rows = ledger.rows_for_adapting(first, last, s.train_seq_len)
@@ -3135,10 +3156,10 @@ class DocumentAdapters:
 
     The targets are split into lanes, scored side by side, EVAL_STRIDE of each at a time. A lane has
     a pair (A, B) for each of adapter_shapes, B zero at first, which takes one step of AdamW without
-    momentum on the mean nll of what was just scored; where a document ends it begins anew. The
-    learning rate follows its own gradient (hypergradient descent, Baydin et al. 2018): it rises
-    where the last step lowers the loss of the next targets, and falls where it does not. That of
-    a lane looks at its own steps and those of the lanes before it, whose tokens are all earlier.
+    momentum on the mean nll of the targets just scored; where a document ends, the pair is reset.
+    Each lane has a learning rate, multiplied or divided by 1 + HYPER at each step: up if the last
+    step lowered the loss of the next targets, else down (the sign of the hypergradient, Baydin et
+    al. 2018), summed over this lane and those before it, whose tokens are all earlier.
     """
     BETA2, DECAY, HYPER = 0.999, 0.5, 0.1
 
@@ -3182,8 +3203,8 @@ class DocumentAdapters:
             p.grad = None
 
     def adapt(self, ledger, parts, chunk, chunks, left=math.inf):
-        """A step of every lane on its last pass, unless the seconds `left` are too few; later ones
-        go on. Begins anew where a document ended."""
+        """Reset the adapters of lanes where a document ended, then take a step of every lane on the
+        targets it just scored. The step is skipped if the seconds `left` are too few for it."""
         rt, scorer, started = self.rt, self.scorer, time.perf_counter()
         mine = slice(chunk * scorer.lanes + self.low, chunk * scorer.lanes + self.high)
         first, last, length = scorer.first[mine], scorer.last[mine], scorer.length
@@ -3347,7 +3368,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.rows_per_step = s.train_batch_tokens // s.train_seq_len
         mine, most = self.rows_per_step // rt.world_size, s.micro_batch_tokens // s.train_seq_len
-        # Of a pass: as many as MICRO_BATCH_TOKENS holds, in equal passes.
+        # Rows of a pass: the most that MICRO_BATCH_TOKENS holds in equal passes.
         self.micro_rows = max(n for n in range(1, min(mine, most) + 1) if mine % n == 0)
         # Of an eager pass; few, since the gradients of each pass are what calibration counts.
         self.calibration_rows = min(self.micro_rows, 8)
@@ -3627,8 +3648,9 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
         rt.log(f"resume:{path} is finished, on to its evaluation")
         return trained, {}
 
-    def plain(label):
-        return evaluate(forward, tokens, byte_table, s, rt, label, (s.window, s.window, 0))[0]
+    def plain(label, late=True):
+        scored = functools.partial(forward, late=late)
+        return evaluate(scored, tokens, byte_table, s, rt, label, (s.window, s.window, 0))[0]
 
     rt.training = True
     trainer = Trainer(model, forward, s, rt, checkpoints)
@@ -3636,7 +3658,7 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     checkpoints.resume(trainer)
     batches = Batches(stream, rt, trainer.rows_per_step, trainer.step)
     with contextlib.closing(batches):
-        trainer.train(batches, lambda: plain("validation"))
+        trainer.train(batches, lambda: plain("validation", trainer.late))
         calibration = trainer.calibration(batches) if s.gptq else None
     floating = plain("float")
     rt.log(f"DIAGNOSTIC post_ema val_loss:{floating['val_loss']:.4f} "
@@ -3824,7 +3846,7 @@ def run_job(s, rt, explicit):
         trained, results = dict(UNTRAINED, artifact_sha256=sha256), {}
     else:
         trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
-    # Only now, so that the artifact keeps 0, and another validation set gets its own length.
+    # Resolved after packing: the artifact stores 0 = automatic, right for any validation set.
     chunk = s.ttt_chunk_tokens or max(s.pass_tokens, min(32768, len(tokens) // 64))
     s = replace(s, ttt_chunk_tokens=chunk)
     warm_up_evaluations(model, forward, s, rt, tokens)
@@ -3836,7 +3858,7 @@ def run_job(s, rt, explicit):
 
 
 def main(argv, environ):
-    """Exit status: 0 done; 2 an error that the user can mend; 130 interrupted, the state saved."""
+    """Exit status: 0 done; 2 an explained error; 130 interrupted (training saves its state)."""
     unknown = [a for a in argv if a not in ("--help", "-h", "--dry-run")]
     if unknown or "--help" in argv or "-h" in argv:
         text = (f"{' '.join(unknown)}: settings are environment variables; the only flags are "
@@ -3870,8 +3892,8 @@ def main(argv, environ):
             time.sleep(5)
         if isinstance(problem, torch.OutOfMemoryError):
             problem = ("GPU memory ran out; lower MICRO_BATCH_TOKENS="
-                       f"{s.micro_batch_tokens} (training and TTT; 32768 should suit 24 GB) or "
-                       f"EVAL_BATCH_SEQS={s.eval_batch_seqs} (scoring): {problem}")
+                       f"{s.micro_batch_tokens} (training; 32768 should suit 24 GB) or "
+                       f"EVAL_BATCH_SEQS={s.eval_batch_seqs} (scoring and TTT): {problem}")
         printed(f"error{f' on rank {rank}' if rank else ''}: {problem}", sys.stderr)
         return 2
     finally:

@@ -68,7 +68,8 @@ def test_every_variable_reaches_its_field_alone():
         else:
             other = default + "x"
         row = PRESETS["demo"] if name == "preset" else {}
-        expected = {**DEFAULTS, **row, name: other}, {name.upper()}
+        weights = {"ttt_lora_rank": 0} if name.upper() in train_gpt.OF_CHUNKS else {}
+        expected = {**DEFAULTS, **row, name: other, **weights}, {name.upper()}
         assert resolved(**{name.upper(): other}) == expected, name
 
 
@@ -106,7 +107,7 @@ def test_a_file_with_foreign_line_ends_is_read():
     (dict(GPTQ_LITE=1), "quant_clip", "row"),
     (dict(VAL_BATCH_SIZE=65536), "eval_batch_seqs", 4),
     (dict(VAL_BATCH_SIZE=65536, EVAL_BATCH_SEQS=8), "eval_batch_seqs", 8),
-    (dict(TTT_PERLAYER_LR=0), "ttt_fc_lr_mult", 1.0)])
+    (dict(TTT_PERLAYER_LR=0, TTT_LORA_RANK=8), "ttt_fc_lr_mult", 1.0)])
 def test_published_names_stand_for_ours(environ, name, value):
     assert resolved(**environ)[0] == {**DEFAULTS, name: value}
 
@@ -192,10 +193,10 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(MICRO_BATCH_TOKENS=2047), "MICRO_BATCH_TOKENS=2047 must hold a row of TRAIN_SEQ_LEN"),
     (dict(EVAL_STRIDE=2049, EVAL_ATTENTION="window"), "EVAL_STRIDE=2049 exceeds the scoring window"),
     (dict(EVAL_STRIDE=0), "TTT_ENABLED=1 scores with a full context"),
-    (dict(TTT_LORA_RANK=0, TTT_CHUNK_TOKENS=2047, EVAL_ATTENTION="window"),
+    (dict(TTT_CHUNK_TOKENS=2047, EVAL_ATTENTION="window"),
      "TTT_CHUNK_TOKENS=2047 must hold 2048"),
-    (dict(TTT_LORA_RANK=0, TTT_CHUNK_TOKENS=4095), "TTT_CHUNK_TOKENS=4095 must hold 4096"),  # twice the window
-    (dict(TTT_LORA_RANK=0, TTT_CHUNK_TOKENS=5999, EVAL_SEGMENT=6000), "TTT_CHUNK_TOKENS=5999 must hold 6000"),
+    (dict(TTT_CHUNK_TOKENS=4095), "TTT_CHUNK_TOKENS=4095 must hold 4096"),  # twice the window
+    (dict(TTT_CHUNK_TOKENS=5999, EVAL_SEGMENT=6000), "TTT_CHUNK_TOKENS=5999 must hold 6000"),
     (dict(ITERATIONS=0, MAX_WALLCLOCK_SECONDS=0), "nothing ends the training"),
     (dict(GPTQ_RESERVE_SECONDS=600), "GPTQ_RESERVE_SECONDS=600.0 leaves nothing"),
     (dict(RUN_ID="../elsewhere"), "RUN_ID=../elsewhere"), (dict(RUN_ID="é" * 101), "200 bytes"),
@@ -205,7 +206,8 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
       for text in ("9,11", "9,-1", "9,9")),
     (dict(VE_LAYERS="9;10"), "VE_LAYERS=9;10 must be different blocks of 0..10"),
     *((dict(LATE_PASSES=text), f"LATE_PASSES={text} must be blocks of 0..10")
-      for text in ("0-11", "11", "5-3", "-1", "a", "0-99999999999999"))]
+      for text in ("0-11", "11", "5-3", "-1", "a", ",", "0-9", "1-10,0", "0-99999999999999")),
+    (dict(LATE_PASSES_FROM=1), "LATE_PASSES_FROM=1.0: LATE_PASSES=auto would be scored")]
 
 
 def test_contradictions_are_named():

@@ -1,7 +1,7 @@
 """Seconds of the evaluation on 8×H100 by arithmetic: counted work over assumed rates. No measurement.
 
     python tests/bench/forecast.py                  # the default; PRESET=... and other settings work
-    TTT_EPOCHS=10 python tests/bench/forecast.py
+    TTT_LORA_RANK=0 python tests/bench/forecast.py  # weights adapted chunk by chunk instead
 
 Counted from the settings: tokens that each part reads, FLOPs of products and attention, passes.
 Launches and bytes of a pass outside of products and attention come from results/traffic_sm90.md.
@@ -22,7 +22,8 @@ ATTENTION = 0.35 * 989e12  # FLOP/s of causal attention
 MEMORY = 0.80 * 3.35e12    # bytes/s
 LAUNCH = 6e-6              # s of the host for a kernel of a compiled graph
 LINKS = 350e9              # bytes/s of a sum over ranks
-# Of forward and backward for 48 × 2,048 tokens (traffic_sm90.md); a forward pass is taken as a third.
+# Of forward and backward for 48 × 2,048 tokens of the default, looped (sp8192 in traffic_sm90.md); a
+# forward pass is taken as a third. Gradients of weights are counted also where adapters need none.
 LAUNCHES, BYTES = 471, 96.12e9 / (48 * 2048)
 
 
@@ -54,7 +55,13 @@ def parts(s):
     yield "full context", *scored(length, stride, band or s.window / 2)
     if not s.ttt_enabled:
         return
+    length, stride, band = s.adapting_plan
     yield "scoring of TTT", *scored(length, stride, band or s.window / 2)
+    if s.ttt_lora_rank:  # forward again, and the gradients of activations and adapters alone
+        tokens = mine * length / stride
+        busy, work = seconds_of(s, tokens, tokens / (batch * s.window), band or s.window / 2, True)
+        yield "adapting of TTT", tokens * RANKS, busy, work
+        return
     chunk = s.ttt_chunk_tokens or 32768
     epochs = s.ttt_epochs if s.ttt_epochs >= 0 else 10
     steps = targets / chunk * epochs

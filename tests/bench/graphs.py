@@ -28,7 +28,7 @@ def counted(script, blocks):
     spec = importlib.util.spec_from_file_location("counted_script", script)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    settings = dict(NUM_LAYERS=blocks, XSA_LAST_N=blocks, VE_LAYERS=blocks - 1, DEVICE="cpu",
+    settings = dict(NUM_LAYERS=blocks, LATE_PASSES="", DEVICE="cpu",
                     COMPILE=1, TRAIN_SEQ_LEN=T, TRAIN_BATCH_TOKENS=ROWS * T,
                     MICRO_BATCH_TOKENS=ROWS * T)
     s = module.resolve_settings({k: str(v) for k, v in settings.items()})[0]

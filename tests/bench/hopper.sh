@@ -31,7 +31,7 @@ NAME=demo_$PIECES  # a corpus with as many pieces as the model that is timed
 DATA=(DATA_PATH=./data/datasets/$NAME TOKENIZER_PATH=./data/tokenizers/${NAME}_${PIECES}_bpe.model MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0)
 if [ $PIECES = 8192 ]; then
     SMALL=(NUM_LAYERS=3 TRAIN_BATCH_TOKENS=98304) FULL=(TRAIN_BATCH_TOKENS=98304) SHAPE=(COMPILE=1)
-    STEPS=200 TARGETS=1000000
+    STEPS=200 TARGETS=500000
 else
     SMALL=(PRESET=demo) FULL=(PRESET=demo) SHAPE=(PRESET=demo) STEPS=6 TARGETS=16384
 fi
@@ -41,7 +41,7 @@ run() {  # run <most seconds> <name> NAME=value...: train_gpt.py with its files 
     part "$most" "$name" "${DATA[@]}" RUN_ID="$name" OUT_DIR="$OUT/$name" "$@" "$PYTHON" train_gpt.py
 }
 
-run 90 everything_small "${SMALL[@]}" ITERATIONS=6 WARMUP_STEPS=2 GPTQ_BATCHES=1 VAL_LIMIT_TOKENS=65536 TTT_EPOCHS=1
+run 90 everything_small "${SMALL[@]}" ITERATIONS=6 WARMUP_STEPS=2 GPTQ_BATCHES=1 VAL_LIMIT_TOKENS=65536
 part 40 attention "${SHAPE[@]}" "$PYTHON" tests/bench/attention.py
 part 40 attention_banded "${SHAPE[@]}" "$PYTHON" tests/bench/attention.py --rows 10 --tokens 6144 --window 2048
 part 110 step "${SHAPE[@]}" "$PYTHON" tests/bench/step.py
