@@ -1618,27 +1618,23 @@ class Attention(nn.Module):
         elif self.gate == "sparse":  # y_h × σ(W_h·u[:12] / 2), half open at first
             self.gate_weight = nn.Parameter(torch.zeros(s.num_heads, min(12, D)))
 
-    def project(self, u_BTD, fake_quant, adapter=None):
+    def project(self, u_BTD, fake_quant):
         """q and k [B,T,H+K,E], v [B,T,K,E] and gate logits [B,T,H], of one product: u is read once,
         in the gradient too."""
         weights = [fake_quantize(w) if fake_quant else w for w in (self.q, self.k, self.v)]
         if self.gate == "head":  # padded to whole heads: one kernel then joins all gradients
             padding = self.gate_weight.new_zeros(-self.heads % self.head_dim, u_BTD.size(-1))
             weights += [self.gate_weight, padding]
-        heads = linear(u_BTD, torch.cat(weights))
-        if adapter:
-            added = low_rank(u_BTD, adapter)
-            heads = heads + F.pad(added, (0, heads.size(-1) - added.size(-1)))
-        heads = heads.unflatten(-1, (-1, self.head_dim))
+        heads = linear(u_BTD, torch.cat(weights)).unflatten(-1, (-1, self.head_dim))
         qk, v, gate = heads.tensor_split([self.heads + self.kv_heads,
                                           self.heads + 2 * self.kv_heads], dim=2)
         return qk, v, gate.flatten(2)[..., : self.heads]
 
     def forward(self, u_BTD, out_scale_D, rotary, xsa, value_embedding, mix_value, fake_quant,
-                window, adapter=None):
+                window):
         """Scaled output [B,T,D] and v [B,T,K,E] before the value residual, `mix_value`."""
         fake_quant = fake_quant and self.coded
-        qk, v, gate = self.project(u_BTD, fake_quant, adapter)
+        qk, v, gate = self.project(u_BTD, fake_quant)
         unmixed_v = v if value_embedding is None else v + value_embedding.view_as(v)
         v = mix_value(unmixed_v)
         gain = torch.cat((self.q_gain, self.q_gain.new_ones(self.kv_heads)))
@@ -1700,18 +1696,19 @@ class Block(nn.Module):
         m = self.resid_mix.to(x_BTD.dtype)
         return m[0] * x_BTD + m[1] * x0_BTD
 
-    def attention(self, z_BTD, core, first_v, adapters, *context):
-        """a⊙Attn(s·RMS(z)), and v before the value residual; context: see Attention."""
+    def attention(self, z_BTD, core, first_v, adapter, *context):
+        """a⊙Attn(u) + B·A·u with u = s·RMS(z), and v before the value residual; context: see
+        Attention."""
         rotary, xsa, value_embedding, fake_quant, window = context
         u = self.input_scale * rms_norm(z_BTD)
         a, v = core.attn(u, self.attn_scale, rotary, xsa, value_embedding,
-                         lambda v: self.mix_value(v, first_v), fake_quant, window, adapters[0])
-        return a + low_rank(u, adapters[1]), v
+                         lambda v: self.mix_value(v, first_v), fake_quant, window)
+        return a + low_rank(u, adapter), v
 
-    def mlp(self, y_BTD, core, fake_quant, adapters):
-        """b⊙MLP(s·RMS(y))."""
+    def mlp(self, y_BTD, core, fake_quant, adapter):
+        """b⊙MLP(u) + B·A·u with u = s·RMS(y)."""
         u = self.input_scale * rms_norm(y_BTD)
-        return core.mlp(u, self.mlp_scale, fake_quant) + low_rank(u, adapters[2])
+        return core.mlp(u, self.mlp_scale, fake_quant) + low_rank(u, adapter)
 
 
 class HashEmbedding(nn.Module):
@@ -1808,11 +1805,10 @@ class GPT(nn.Module):
         return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(self.skip_gates[row]).to(x_BTD.dtype))
 
     def adapter_shapes(self):
-        """(outputs R, inputs D) of the low-rank additions that `products` takes: q, k and v,
-        attention and MLP of each pass, and the logits."""
-        D, E = self.s.model_dim, self.s.head_dim
-        qkv = (self.s.num_heads + 2 * self.s.num_kv_heads) * E
-        return [(R, D) for _ in self.passes[True] for R in (qkv, D, D)] + [(self.s.vocab_size, D)]
+        """(outputs R, inputs D) of the low-rank additions that `products` takes: attention and MLP
+        of each pass, and the logits."""
+        D = self.s.model_dim
+        return [(D, D)] * 2 * len(self.passes[True]) + [(self.s.vocab_size, D)]
 
     def products(self, tokens_BT, fake_quant=False, window=0, late=True, adapters=()):
         """Next-token logits [B,T,V] before the softcap, compute type.
@@ -1826,21 +1822,21 @@ class GPT(nn.Module):
         first_v, skips, lane, rotary = None, [], None, (self.cos, self.sin)
         for i, p in enumerate(self.passes[late]):
             block, core = self.blocks[p.block], self.cores[p.core]
-            added = adapters[3 * i: 3 * i + 3] or (None, None, None)
+            to_attention, to_mlp = adapters[2 * i: 2 * i + 2] or (None, None)
             lane = x if p.form == "lanes" and lane is None else lane
             if p.skip is not None:
                 x = self.joined_skip(x, skips.pop(), p.skip)
             z = block.mix(x, x0)
-            a, v = block.attention(z, core, first_v, added, rotary, p.xsa, values.get(p.block),
-                                   fake_quant, window)
+            a, v = block.attention(z, core, first_v, to_attention, rotary, p.xsa,
+                                   values.get(p.block), fake_quant, window)
             first_v = v if first_v is None else first_v
             if p.form == "lanes":
-                m = block.mlp(lane, core, fake_quant, added)
-                x, lane = (keep * old + to_attn * a + to_mlp * m for old, (keep, to_attn, to_mlp)
+                m = block.mlp(lane, core, fake_quant, to_mlp)
+                x, lane = (keep * old + of_a * a + of_m * m for old, (keep, of_a, of_m)
                            in zip((x, lane), self.lanes[p.block].to(x.dtype)))
             else:
                 y = z + a
-                x = y + block.mlp(z if p.form == "one" else y, core, fake_quant, added)
+                x = y + block.mlp(z if p.form == "one" else y, core, fake_quant, to_mlp)
             if p.push:
                 skips.append(x)
         x = rms_norm(x if lane is None else (x + lane) / 2)
