@@ -235,7 +235,7 @@ class Witness:
         return nll
 
     def training_pass(self, starts, length):
-        """Every row that gradients come from must hold scored targets alone."""
+        """Every row that gradients come from must hold scored tokens alone: its targets and the token before them."""
         now = self.now
         self.trained, now.training_rows = True, now.training_rows + len(starts)
         for at in starts:
@@ -244,6 +244,8 @@ class Witness:
             elif not any(now.is_scored(a, length) for a in at):
                 now.fault("update", f"trained on targets {at[0]} to {at[0] + length - 1}, not all of which are among the "
                           f"{now.scored} scored")
+            elif not any(now.is_scored(max(a - 1, 0), length) for a in at):
+                now.fault("update", f"trained after target {at[0] - 1}, which is an input there and not yet scored")
         if self.scoring:
             now.fault("update", f"trained between the scoring and the recording of targets, when {now.scored} were scored")
 
@@ -501,7 +503,7 @@ def changed_at(tokens, targets, vocab_size):
 
 def causal(audit, scout, base, names, places, progress):
     """Condition 1, by a run for each place."""
-    early, own, unfelt, base.moved = [], [], [], []
+    early, own, unfelt, base.moved, back = [], [], [], [], False
     for t, why in places.items():
         others = behind(base.evaluations[-1], t)
         witness, _ = audit.run(changed_at(audit.tokens, others, audit.s.vocab_size), [t])
@@ -509,7 +511,8 @@ def causal(audit, scout, base, names, places, progress):
         for name, a, b in zip(names, base.evaluations, witness.evaluations):
             where = f"tokens after {t} changed ({why}): "
             may_not_feel = a.turn_of[:t] <= a.turn_of[others].min()  # nothing that changed is before it or scored before it
-            before = np.flatnonzero(may_not_feel & (a.kept[:t] != b.kept[:t]))
+            other = a.kept[:t] != b.kept[:t]
+            before, back = np.flatnonzero(other & may_not_feel), back or other.any()
             if len(before):
                 target = int(before[-1])
                 early.append(f"{where}{name} scores target {target} {b.kept[target]:.6f} instead of {a.kept[target]:.6f} "
@@ -527,7 +530,9 @@ def causal(audit, scout, base, names, places, progress):
     yield CAUSAL, same, "the same tokens give the same scores, bit for bit" if same else (
         "the same tokens give other scores in a second run, so that nothing can be proven: DEVICE=cpu, or ATTENTION=sdpa")
     said = f"{len(places)} places × {len(names)} evaluations: {', '.join(sorted(set(places.values())))}"
-    yield CAUSAL, not early, early[0] if early else f"later tokens change no earlier score by a bit; {said}"
+    yield CAUSAL, not early, early[0] if early else (
+        ("what is scored later changes no score before it by a bit, but what is scored earlier does, from further on in the "
+         if back else "later tokens change no earlier score by a bit, of the whole ") + f"text; {said}")
     yield CAUSAL, not own, own[0] if own else "its own token leaves the distribution of a target alone, bit for bit, there"
     yield CAUSAL, not unfelt, unfelt[0] if unfelt else "the changes were felt after each place, in every evaluation"
 
@@ -596,7 +601,8 @@ def one_pass(audit, base, results, names):
         "a score that is no number": lambda b: b.record(8, ones(3) * np.nan),
         "a result with targets missing": lambda b: b.result(audit.byte_table),
         "training on a target not yet scored": lambda b: b.rows_for_adapting(0, 9, 3),
-        "training across a gap": lambda b: b.record(12, ones(8)) or b.rows_for_adapting(0, 20, 4),
+        "training across a gap": lambda b: b.record(12, ones(8)) or b.rows_for_adapting(0, 16, 4),
+        "training after a gap, with its last token": lambda b: b.record(12, ones(8)) or b.rows_for_adapting(12, 20, 4),
         "training from the far end": lambda b: b.rows_for_adapting(-9, 8, 4)}
     broken = [law for law, act in laws.items() if not refuses(audit.script.ScoreLedger, act)]
     yield ONCE, not broken, f"the ledger {'accepts ' + ', '.join(broken) if broken else 'refuses ' + ', '.join(laws)}"
