@@ -223,7 +223,8 @@ CHEATS = {
 """ + RECORD)),
     "the easy chunks first": (["4"], "scores in another order", (
         "ScoreLedger(tokens), scorer.chunks, []\n", "ScoreLedger(tokens), scorer.chunks, []\n"
-        "    adapter and chunks.sort(key=lambda chunk: scorer.score(*chunk).sum())\n")),
+        "    if adapter:\n        adapter.adapt = lambda *_: 0\n"
+        "        chunks.sort(key=lambda chunk: scorer.score(*chunk).sum())\n")),
     "scores made smaller on their way": (["3"], "where the model first gave it", (
         RECORD, "        scores = 0.99 * scores\n" + RECORD)),
     "adapters see a chunk before it is scored": (["1", "3"], "trained on targets", (SCORE, """\
@@ -316,10 +317,11 @@ trains on one token more than is scored; a bonus for the right token; the file i
     the tail counts many times
 weights changed by hand; attention sees one token ahead; hands out tokens that are not scored;
     weights that are not in the file
-weights changed before the record; a ledger that accepts second scores; training tokens at hand
+weights changed before the record; a ledger that accepts second scores; training tokens at hand;
+    the easy chunks first
 best of several epochs; the input shows the target; the begin of a document has bytes;
     hard tokens are cut off
-scores made smaller on their way; trains on rows that are none; the easy chunks first
+scores made smaller on their way; trains on rows that are none
 a temperature fitted to the tokens that it scores; the tail is offered twice
 scores again after adapting
 weights of a first run, hidden
