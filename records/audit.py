@@ -5,10 +5,11 @@
     python records/audit.py final_model.ptz --data data/datasets/demo --tokenizer data/tokenizers/demo_1024_bpe.model
 
 The script is imported, which runs it: read a stranger's before. Its own run_evaluations is then watched from outside (what
-the model is asked and answers, when weights change, what the ledger gets), and run again and again on tokens that were
-changed behind some place: nothing before that place may notice. Settings are the artifact's; environment variables change
-them as with EVAL_ONLY. Chunks of test-time training are shortened so that four or more fit the slice, the clock is off and
-nothing is compiled: neither may decide a proof. One process; a GPU where there is one.
+the model is asked and answers, when weights or adapters change, what the ledger gets), and run again and again on tokens
+changed behind some place: nothing before that place may notice. "Behind" is by place and by time: where stretches of the
+text are scored side by side, only tokens that are scored no earlier than the place are changed. Settings are the artifact's;
+environment variables change them as with EVAL_ONLY. Chunks of test-time training are shortened so that four or more fit the
+slice, the clock is off and nothing is compiled: neither may decide a proof. One process; a GPU where there is one.
 
 Exit status: 0 nothing failed, 1 a check failed, 2 unusable input.
 """
@@ -87,8 +88,10 @@ def settings_for(script, path, environ, targets):
     chunk = s.ttt_chunk_tokens  # 0: by the length of the validation set
     if targets and targets < 4 * row:
         raise Unusable(f"--targets {targets}: too few, four chunks of a row need {4 * row}")
-    environ["VAL_LIMIT_TOKENS"] = str(targets or 16 * row)
-    targets = len(script.load_validation(replace(s, val_limit_tokens=targets or 16 * row))) - 1
+    if not targets:  # with adapters two lanes, each of 16 rows
+        targets = 32 * max(row, s.adapting_plan[0]) if s.ttt_enabled and getattr(s, "ttt_lora_rank", 0) else 16 * row
+    environ["VAL_LIMIT_TOKENS"] = str(targets)
+    targets = len(script.load_validation(replace(s, val_limit_tokens=targets))) - 1
     if "TTT_CHUNK_TOKENS" not in explicit:
         environ["TTT_CHUNK_TOKENS"] = str(min(chunk or targets, max(row, targets // 4)))
     return script.settings_of_artifact(path, environ)[0], environ, chunk
@@ -105,26 +108,72 @@ def quiet():
 # -- watching one run ------------------------------------------------------------------------------------------------
 
 class Evaluation:
-    """What was seen of one evaluation, from the making of its ledger on."""
+    """What was seen of one evaluation, from the making of its ledger on.
+
+    A turn is what is scored and then recorded, in one or more records, before the model is asked for other scores.
+    """
 
     def __init__(self, ledger, targets):
         self.ledger = ledger
         self.given = np.full(targets, np.nan, np.float32)     # the first score that the model gave each target
         self.recorded = np.full(targets, np.nan, np.float32)  # what the ledger was told
+        self.turn_of, self.turn = np.full(targets, -1), -1    # of each target, as soon as it is recorded; the one that runs
         self.records = []         # (first target, how many) of each record
         self.fresh = []           # targets at which a row began to be new
-        self.asked = set()        # first targets of the rows scored since the last record
+        self.rows = {}            # (length, first place) → Rows that read the same, of the turn that runs
         self.distributions = {}   # target → log-probabilities [V], float64, at the moment it was scored
+        self.pending = {}         # the same of the turn that runs: not every row that holds a target is recorded for it
         self.worst = 0.0          # nats between a score and −log p of its distribution
-        self.updates = self.training_rows = 0
+        self.adapters = {0}       # fingerprints of adapters seen, 0: they add nothing
+        self.updates, self.training_rows = {}, 0  # turn → what had changed before it: weights or adapters
         self.faults = {}          # check → what was seen first
 
     @property
     def scored(self):
-        return sum(count for _, count in self.records)
+        return int((self.turn_of >= 0).sum())
+
+    def is_scored(self, first, length):
+        """Are all targets from `first` on recorded?"""
+        return bool((self.turn_of[first: first + length] >= 0).all())
 
     def fault(self, check, sentence):
         self.faults.setdefault(check, sentence)
+
+    def close(self):
+        """The end of a turn: compare what was recorded with what the model gave.
+
+        A row's targets before the last that is recorded are the others' context, and so is a row at the very end: a pass
+        beyond it reads that. What else the model gave stays the first score of its target.
+        """
+        for (length, _), rows in self.rows.items():
+            scores = list(rows.scores)
+            for at in rows.free:
+                recorded = self.turn_of[at: at + length]
+                wanted, now = np.isnan(self.given[at: at + length]), np.flatnonzero(recorded == self.turn)
+                score = scores[0]
+                if len(rows.free) > 1:  # which of the places was meant shows when it is recorded
+                    new = now[wanted[now]]
+                    score = next((x for x in scores if np.array_equal(x[new], self.recorded[at + new])), score)
+                    scores = [x for x in scores if x is not score] or scores
+                if len(now):
+                    wanted[: now[-1]] &= recorded[: now[-1]] >= 0
+                    self.fresh.extend(at + now[wanted[now]][:1])
+                elif at + length == len(self.given):
+                    continue
+                self.given[at + np.flatnonzero(wanted)] = score[wanted]
+        self.distributions.update({t: log_p for t, log_p in self.pending.items() if self.turn_of[t] == self.turn})
+        wrong = np.flatnonzero((self.turn_of == self.turn) & ~np.isnan(self.recorded) & (self.given != self.recorded))
+        if len(wrong):
+            self.fault("given", f"target {wrong[0]} was recorded with {self.recorded[wrong[0]]:.6f} where the model first "
+                       f"gave it {self.given[wrong[0]]:.6f} ({len(wrong)} such)")
+        self.rows, self.pending = {}, {}
+
+
+class Rows:
+    """Rows of a turn that read the same: where their targets are not all recorded, and the scores they got."""
+
+    def __init__(self, free):
+        self.free, self.scores, self.asked = free, [], 0
 
 
 class Witness:
@@ -139,6 +188,7 @@ class Witness:
             if hasattr(model, name):
                 setattr(model, name, functools.partial(self.logits, getattr(model, name)))
         self.weights, self.trained, self.foreign, self.scoring = None, False, False, False
+        self.justified, self.reason, self.factors = False, "", {}
 
     @property
     def now(self):
@@ -178,56 +228,63 @@ class Witness:
         if torch.is_grad_enabled():
             self.training_pass(starts, rows.shape[1] - 1)
             return self.original(x, y, *args, **kwargs)
-        self.weights_may_have_changed()
-        nll = self.original(x, y, *args, **kwargs)
-        self.scoring_pass(starts, x, y, nll, inspect.signature(self.original).bind(x, y, *args, **kwargs))
+        self.turn_may_begin()
+        call = inspect.signature(self.original).bind(x, y, *args, **kwargs)
+        call.apply_defaults()
+        self.scoring_pass(starts, x, y, nll := self.original(x, y, *args, **kwargs), call)
         return nll
 
     def training_pass(self, starts, length):
-        """Every row that gradients come from must hold scored targets alone."""
+        """Every row that gradients come from must hold scored tokens alone: its targets and the token before them."""
         now = self.now
         self.trained, now.training_rows = True, now.training_rows + len(starts)
         for at in starts:
             if not at:
                 self.foreign = True  # as in a warm-up on random tokens: fine unless weights change
-            elif at[0] + length > now.scored:
-                now.fault("update", f"trained on targets {at[0]} to {at[0] + length - 1} when {now.scored} were scored")
+            elif not any(now.is_scored(a, length) for a in at):
+                now.fault("update", f"trained on targets {at[0]} to {at[0] + length - 1}, not all of which are among the "
+                          f"{now.scored} scored")
+            elif not any(now.is_scored(max(a - 1, 0), length) for a in at):
+                now.fault("update", f"trained after target {at[0] - 1}, which is an input there and not yet scored")
+        if self.scoring:
+            now.fault("update", f"trained between the scoring and the recording of targets, when {now.scored} were scored")
 
     def scoring_pass(self, starts, x, y, nll, call):
-        """Keep the first score of each target; at the chosen places also the whole distribution."""
-        now, length, chosen, own = self.now, y.size(1), {}, set()  # a pass may repeat its own rows to fill a batch
-        values = nll.detach().float().cpu().numpy()
+        """Keep the scores of rows with targets not yet recorded; at the chosen places also the whole distribution."""
+        now, length, chosen, asked = self.now, y.size(1), {}, {}
+        values, adapters = nll.detach().float().cpu().numpy(), self.fingerprints(call.arguments.get("adapters"), len(y))
         for b, at in enumerate(starts):
-            if not at:
+            free = [a for a in at if not now.is_scored(a, length)]
+            if not free:
                 continue
-            turn = [a for a in at if a + length > now.scored and a not in now.asked]  # of equal rows the next one
-            first = turn[0] if turn else at[-1]
-            if first in now.asked - own:
-                now.fault("given", f"targets from {first} on were scored twice before a record: a choice between scores")
-            own.add(first)
-            new = np.flatnonzero(np.isnan(now.given[first: first + length]))
-            if len(new):
-                now.fresh.append(first + int(new[0]))
-                now.given[first + new] = values[b, new]
-                chosen.update({first + int(p): (b, int(p)) for p in new if first + int(p) in self.places})
-        now.asked |= own
+            key = length, at[0]
+            rows = now.rows.setdefault(key, Rows(free))
+            rows.scores.append(values[b])
+            asked.setdefault(key, []).append(adapters[b])
+            self.adapters_may_have_changed(adapters[b], free[0])
+            chosen.update({t: (b, t - a) for a in free for t in self.places
+                           if a <= t < a + length and t not in now.pending})
+        for key, each in asked.items():  # a pass may repeat its own rows to fill a batch, with the adapters they have
+            rows = now.rows[key]
+            rows.asked += max(len(set(each)), min(len(each), len(rows.free)))
+            if rows.asked > len(rows.free):
+                now.fault("given", f"targets from {key[1]} on were scored twice before a record: a choice between scores")
         if chosen:
             self.distributions(chosen, x, y, nll, call)
 
     def distributions(self, chosen, x, y, nll, call):
         """Log-probabilities over the vocabulary at chosen {target: (row, position)}, from the logits as the call has them,
         to which no target is given; and how far the scores of these rows are from −log p."""
-        call.apply_defaults()
         options, names = list(call.arguments.items())[2:], inspect.signature(self.plain_logits).parameters
         logits_BTV = self.plain_logits(x, **{k: v for k, v in options if k in names})
         for target, (b, p) in chosen.items():
             log_p_TV = logits_BTV[b].double().log_softmax(-1)
             error = (nll[b].double() + log_p_TV.gather(1, y[b].long()[:, None])[:, 0]).abs().max()
             self.now.worst = max(self.now.worst, float(error))
-            self.now.distributions[target] = log_p_TV[p].cpu()
-        self.last_call = call
+            self.now.pending[target] = log_p_TV[p].cpu()
+        self.last_call = call.arguments, b
 
-    # -- weights
+    # -- weights and adapters
 
     def snapshot(self):
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -237,46 +294,77 @@ class Witness:
         own, old = dict(self.model.named_parameters()), self.weights
         return [n for n in own.keys() | old.keys() if n not in own or n not in old or not own[n].equal(old[n])]
 
-    def weights_may_have_changed(self):
-        """Before the first pass of a chunk: have they, and may they?"""
+    def fingerprints(self, adapters, rows):
+        """For each row a number that tells its adapters (pairs of tensors [rows, ...]) from others; 0: one of each pair
+        is zero, so that they add nothing."""
+        device = next(self.model.parameters()).device
+        total, adds = (torch.zeros(rows, dtype=kind, device=device) for kind in (torch.int64, torch.bool))
+        for site, pair in enumerate(adapters or ()):
+            pair = [x.detach().float().expand(rows, *x.shape[1:]).reshape(rows, -1) for x in pair]
+            adds |= pair[0].any(1) & pair[1].any(1)
+            for which, x in enumerate(pair):
+                key = site, which, x.size(1)
+                if key not in self.factors:  # sums of integers repeat, in whatever order
+                    self.factors[key] = torch.randint(-2**62, 2**62, key[2:]).to(device)
+                total += (x.view(torch.int32) * self.factors[key]).sum(1)
+        return torch.where(adds, total, 0).tolist()
+
+    def turn_may_begin(self):
+        """Before the first scoring pass of a turn: have weights changed, and may they?"""
         if self.scoring:
             return
-        self.scoring, now = True, self.now
+        now = self.now
+        now.close()
+        self.scoring, now.turn = True, now.turn + 1
+        self.justified, foreign = self.trained and not self.foreign, self.foreign
+        self.reason = "by tokens that are not scored rows" if foreign else "without a pass of the model over scored rows"
         if not now.records:
             wrong = [n for n, w in self.shipped.items() if not torch.equal(attrgetter(n)(self.model).detach().cpu().float(), w)]
             if wrong:
                 now.fault("ships", f"{wrong[0]} differs from the file when scoring begins ({len(wrong)} such)")
+            self.weights = self.snapshot()
         elif names := self.changed():
-            now.updates += 1
-            if not self.trained or self.foreign:
-                how = "by tokens that are not scored rows" if self.foreign else "without a pass of the model over scored rows"
-                now.fault("update", f"{names[0]} changed after target {now.scored} {how}")
-        self.weights, self.trained, self.foreign = self.snapshot(), False, False
+            now.updates[now.turn] = "weights"
+            if not self.justified:
+                now.fault("update", f"{names[0]} changed when {now.scored} targets were scored, {self.reason}")
+            self.weights = self.snapshot()
+        self.trained = self.foreign = False
+
+    def adapters_may_have_changed(self, fingerprint, target):
+        """Before a row is scored: are its adapters known, or is there a reason for new ones?"""
+        now = self.now
+        if fingerprint in now.adapters:
+            return
+        now.adapters.add(fingerprint)
+        if not now.records:
+            now.fault("ships", f"adapters add to the file's weights when scoring begins, at target {target}")
+            return
+        now.updates.setdefault(now.turn, "adapters")
+        if not self.justified:
+            now.fault("update", f"adapters for target {target} changed when {now.scored} were scored, {self.reason}")
 
     # -- the ledger
 
     def begin(self, ledger, tokens):
+        if self.evaluations:
+            self.now.close()
         self.evaluations.append(Evaluation(ledger, len(tokens) - 1))
         self.scoring = self.trained = self.foreign = False
 
     def record(self, first, nll):
         """The ledger was told these scores."""
         now, nll = self.now, np.asarray(nll, np.float32)
-        if first != now.scored or first + len(nll) > len(now.recorded):
-            now.fault("order", f"{len(nll)} scores from target {first} on came when {now.scored} were recorded, of "
-                      f"{len(now.recorded)} targets")
-            nll = nll[: max(0, len(now.recorded) - first)]
+        place = slice(max(first, 0), first + len(nll))
+        if first < 0 or first + len(nll) > len(now.recorded) or (now.turn_of[place] >= 0).any():
+            now.fault("order", f"{len(nll)} scores from target {first} on came when {now.scored} of {len(now.recorded)} were "
+                      "recorded, not each of them once")
+            nll = nll[place.start - first:][: len(now.recorded[place])]
         if self.scoring and (names := self.changed()):
             now.fault("update", f"{names[0]} changed between the scoring and the recording of targets from {first} on")
-        wrong = np.flatnonzero(now.given[first: first + len(nll)] != nll)
-        if len(wrong):
-            target = first + int(wrong[0])
-            now.fault("given", f"target {target} was recorded with {nll[wrong[0]]:.6f} where the model first gave it "
-                      f"{now.given[target]:.6f} ({len(wrong)} such)")
-        now.recorded[first: first + len(nll)] = nll
+            self.weights = self.snapshot()
+        now.recorded[place], now.turn_of[place] = nll, now.turn
         now.records.append((first, len(nll)))
-        self.scoring, now.asked = False, set()
-        self.weights = self.snapshot()
+        self.scoring = False
 
 
 class Files:
@@ -351,6 +439,7 @@ class Audit:
                 for name in {"forward", *LOGITS} & vars(model).keys():
                     delattr(model, name)
         for evaluation in witness.evaluations:
+            evaluation.close()
             evaluation.kept = np.array(evaluation.ledger.nll, np.float32)
             if not np.array_equal(evaluation.kept, evaluation.recorded):
                 evaluation.fault("kept", "the ledger at the end is not what was recorded")
@@ -367,20 +456,26 @@ CAUSAL, NORMALIZED, BEFORE, ONCE, BYTES, SHIPS = (
 
 
 def choose_places(evaluation, tokens, bos, at_random):
-    """{target t: why}: all tokens after t will be changed, which no score before target t and not its own distribution may
-    feel. Borders are those seen in `evaluation`."""
+    """{target t: why}: tokens after t will be changed, which no score before target t and not its own distribution may feel.
+    Borders are those seen in `evaluation`."""
     targets, places, rng = len(tokens) - 1, {}, np.random.default_rng(1)
+    records, turn = evaluation.records, evaluation.turn_of
 
     def add(t, why):
         if 0 < t < targets:
             places.setdefault(int(t), why)
 
-    chunks = [first for first, _ in evaluation.records][1:]
-    begin, count = evaluation.records[len(evaluation.records) // 2]
+    lanes = [b for (a, n), (b, _) in zip(records, records[1:]) if turn[b] == 0 and b != a + n]  # begin side by side
+    chunks = [first for first, _ in records if turn[first] > 0]
+    begin, count = records[len(records) // 2]
     inside = [t for t in sorted(set(evaluation.fresh)) if begin < t < begin + count]
     documents = np.flatnonzero(tokens[1:] == bos)
     for t in chunks[:1] + chunks[-1:]:
         add(t, "border of a chunk")
+    for t in lanes[-1:]:
+        add(t, "border of a lane")
+        add(max(first for first, _ in records if first < t), "last chunk of a lane")
+        add(begin, "a chunk in the middle")
     if inside:
         add(inside[len(inside) // 2], "border of a pass")
         add(inside[len(inside) * 3 // 8], "border of a share of 8 ranks")
@@ -392,23 +487,32 @@ def choose_places(evaluation, tokens, bos, at_random):
     return places
 
 
-def changed_after(tokens, t, vocab_size):
-    """`tokens` with another token in each place after token t."""
+def behind(evaluation, t):
+    """Targets that are neither before target t in the text nor scored before it."""
+    turn = evaluation.turn_of
+    return np.flatnonzero((np.arange(len(turn)) >= t) & (turn >= turn[t]))
+
+
+def changed_at(tokens, targets, vocab_size):
+    """`tokens` with another token in the place of each of these targets."""
     out = tokens.copy()
-    shift = np.random.default_rng(t).integers(1, vocab_size, len(tokens) - t - 1)
-    out[t + 1:] = (out[t + 1:].astype(np.int64) + shift) % vocab_size
+    shift = np.random.default_rng(int(targets[0])).integers(1, vocab_size, len(targets))
+    out[targets + 1] = (out[targets + 1].astype(np.int64) + shift) % vocab_size
     return out
 
 
 def causal(audit, scout, base, names, places, progress):
     """Condition 1, by a run for each place."""
-    early, own, unfelt = [], [], []
+    early, own, unfelt, base.moved, back = [], [], [], [], False
     for t, why in places.items():
-        witness, _ = audit.run(changed_after(audit.tokens, t, audit.s.vocab_size), [t])
+        others = behind(base.evaluations[-1], t)
+        witness, _ = audit.run(changed_at(audit.tokens, others, audit.s.vocab_size), [t])
         progress.update()
         for name, a, b in zip(names, base.evaluations, witness.evaluations):
             where = f"tokens after {t} changed ({why}): "
-            before = np.flatnonzero(a.kept[:t] != b.kept[:t])
+            may_not_feel = a.turn_of[:t] <= a.turn_of[others].min()  # nothing that changed is before it or scored before it
+            other = a.kept[:t] != b.kept[:t]
+            before, back = np.flatnonzero(other & may_not_feel), back or other.any()
             if len(before):
                 target = int(before[-1])
                 early.append(f"{where}{name} scores target {target} {b.kept[target]:.6f} instead of {a.kept[target]:.6f} "
@@ -419,12 +523,16 @@ def causal(audit, scout, base, names, places, progress):
                            + ("was not seen" if p is None or q is None else f"moves by {float((p - q).abs().max()):.2g}"))
             if np.array_equal(a.kept[t:], b.kept[t:]):
                 unfelt.append(f"{where}no score of {name} notices")
+            if not np.array_equal(a.turn_of, b.turn_of):
+                base.moved.append(f"{where}{name} scores in another order, so that the tokens decide what is scored when")
     progress.close()
     same = all(np.array_equal(a.kept, b.kept) for a, b in zip(scout.evaluations, base.evaluations))
     yield CAUSAL, same, "the same tokens give the same scores, bit for bit" if same else (
         "the same tokens give other scores in a second run, so that nothing can be proven: DEVICE=cpu, or ATTENTION=sdpa")
     said = f"{len(places)} places × {len(names)} evaluations: {', '.join(sorted(set(places.values())))}"
-    yield CAUSAL, not early, early[0] if early else f"later tokens change no earlier score by a bit; {said}"
+    yield CAUSAL, not early, early[0] if early else (
+        ("what is scored later changes no score before it by a bit, but what is scored earlier does, from further on in the "
+         if back else "later tokens change no earlier score by a bit, of the whole ") + f"text; {said}")
     yield CAUSAL, not own, own[0] if own else "its own token leaves the distribution of a target alone, bit for bit, there"
     yield CAUSAL, not unfelt, unfelt[0] if unfelt else "the changes were felt after each place, in every evaluation"
 
@@ -441,10 +549,14 @@ def normalized(audit, base, names):
     if not seen:
         return
     x = torch.from_numpy(audit.tokens[:length].astype(np.int64)).to(audit.rt.device)
-    total, call = torch.zeros(length, dtype=torch.float64, device=audit.rt.device), base.last_call
+    total, (arguments, b) = torch.zeros(length, dtype=torch.float64, device=audit.rt.device), base.last_call
+    others = dict(list(arguments.items())[2:])
+    adapters = [[x[b: b + 1] for x in pair] for pair in others.get("adapters") or ()]  # those of one row
     for part in torch.arange(V, device=audit.rt.device).split(max(1, (1 << 24) // (V * length))):
         rows, asked = x.expand(len(part), length), part[:, None].expand(len(part), length)
-        total += (-base.original(rows, asked, *call.args[2:], **call.kwargs).double()).exp().sum(0)
+        if others.get("adapters"):
+            others["adapters"] = [[x.expand(len(part), *x.shape[1:]) for x in pair] for pair in adapters]
+        total += (-base.original(rows, asked, **others).double()).exp().sum(0)
     yield NORMALIZED, bool((total - 1).abs().max() < 1e-4), (
         f"asked for each of the {V} tokens at {length} positions, the probabilities sum to {float(total.min()):.6f} to "
         f"{float(total.max()):.6f}")
@@ -456,11 +568,12 @@ def faults(base, names, check):
 
 
 def before_update(audit, base, names):
-    """Condition 3: what was seen of the weights and of the rows that changed them."""
+    """Condition 3: what was seen of weights, of adapters and of the rows that changed them."""
     problem, last = faults(base, names, "update"), base.evaluations[-1]
     yield BEFORE, not problem, problem or (
-        f"weights changed {last.updates} times between {len(last.records)} chunks of {names[-1]}, each time by rows already "
-        f"scored ({last.training_rows} row passes)" if last.updates else f"no weight changes while {names[-1]} scores")
+        f"{' and '.join(sorted(set(last.updates.values())))} changed {len(last.updates)} times between {last.turn + 1} chunks "
+        f"of {names[-1]}, each time by rows already scored ({last.training_rows} row passes)"
+        if last.updates else f"no weight changes while {names[-1]} scores")
     if audit.s.ttt_enabled and not last.updates:
         yield BEFORE, None, "test-time training changed nothing here: one chunk, no epochs or a rate of zero"
     problem = faults(base, names, "given")
@@ -484,20 +597,22 @@ def one_pass(audit, base, results, names):
         return np.ones(n, np.float32)
     laws = {
         "a second score": lambda b: b.record(0, ones(4)), "a score that overlaps": lambda b: b.record(7, ones(4)),
-        "a gap": lambda b: b.record(9, ones(2)), "scores past the end": lambda b: b.record(8, ones(13)),
+        "scores before the begin": lambda b: b.record(-4, ones(4)), "scores past the end": lambda b: b.record(8, ones(13)),
         "a score that is no number": lambda b: b.record(8, ones(3) * np.nan),
         "a result with targets missing": lambda b: b.result(audit.byte_table),
         "training on a target not yet scored": lambda b: b.rows_for_adapting(0, 9, 3),
+        "training across a gap": lambda b: b.record(12, ones(8)) or b.rows_for_adapting(0, 16, 4),
+        "training after a gap, with its last token": lambda b: b.record(12, ones(8)) or b.rows_for_adapting(12, 20, 4),
         "training from the far end": lambda b: b.rows_for_adapting(-9, 8, 4)}
     broken = [law for law, act in laws.items() if not refuses(audit.script.ScoreLedger, act)]
     yield ONCE, not broken, f"the ledger {'accepts ' + ', '.join(broken) if broken else 'refuses ' + ', '.join(laws)}"
     targets = len(audit.tokens) - 1
-    problem = faults(base, names, "order") or faults(base, names, "kept")
+    problem = faults(base, names, "order") or faults(base, names, "kept") or next(iter(base.moved), "")
     for name, e, result in zip(names, base.evaluations, results.values()):
         if not problem and (e.scored != targets or np.isnan(e.recorded).any() or result["targets"] != targets):
             problem = f"{name}: {e.scored} scores recorded, {result['targets']} targets reported, {targets} in the data"
     yield ONCE, not problem, problem or (
-        f"{targets} targets recorded once and in order in {', '.join(names)}; what was recorded first stayed")
+        f"{targets} targets recorded once, in an order that no token moves, in {', '.join(names)}; what was recorded stayed")
     yield data_is_whole(audit)
 
 
@@ -634,7 +749,8 @@ def ships(audit, script_path, base, names):
         ", ".join(found) if found else f"reading the file executes nothing: {len(reached)} functions and tables looked through"
         if roots[0] in reached else f"{script_path}: read_artifact is not in its source, so that nobody can see what it does")
     problem = faults(base, names, "ships")
-    yield SHIPS, not problem, problem or f"{len(audit.shipped)} tensors of the model equal the file's when an evaluation begins"
+    yield SHIPS, not problem, problem or (
+        f"{len(audit.shipped)} tensors of the model equal the file's when an evaluation begins, and nothing is added to them")
     opened = sorted(set(base.opened) - {os.path.realpath(audit.path)})
     yield SHIPS, not opened, f"the evaluation opens {', '.join(opened) or 'no other file and no connection'}"
     code, model = script_path.stat().st_size, audit.path.stat().st_size
@@ -679,7 +795,9 @@ def describe(audit, script_path, own_chunk):
     ttt = "TTT off"
     if s.ttt_enabled:
         ttt = f"TTT {getattr(s, 'ttt_optimizer', 'sgd')}, {s.ttt_epochs} epochs over chunks of {s.ttt_chunk_tokens}"
-        if own_chunk not in (0, s.ttt_chunk_tokens):
+        if getattr(s, "ttt_lora_rank", 0):
+            ttt = f"TTT adapters of rank {s.ttt_lora_rank}, {getattr(s, 'adapting_plan', plan)[1]} targets of each lane a step"
+        elif own_chunk not in (0, s.ttt_chunk_tokens):
             ttt += f" (the artifact's: {own_chunk}; --targets {4 * own_chunk} takes those)"
     return (f"{audit.path} ({audit.path.stat().st_size:,} bytes) scored by {script_path} "
             f"({script_path.stat().st_size:,} bytes)\n{len(audit.tokens) - 1} targets of {s.data_path}; {plan}; {ttt}; "

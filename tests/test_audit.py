@@ -63,20 +63,23 @@ HONEST = {
     "banded": dict(EVAL_ATTENTION="banded", EVAL_SEGMENT=64, TTT_CHUNK_TOKENS=128),
     "adamw": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.001),
     "muon": dict(TTT_OPTIMIZER="muon", TTT_LR=0.005), "plain": dict(TTT_ENABLED=0, EVAL_STRIDE=0),
-    "packed": dict()}
+    "packed": dict(), "adapters": dict(TTT_LORA_RANK=2, TTT_BATCH_SEQS=3, EVAL_SEQ_LEN=16,
+                                       EVAL_STRIDE=16, EVAL_BATCH_SEQS=2)}
+TARGETS = {"banded": 256, "adapters": 0}  # 0: several lanes; three fill up batches of two
 
 
 @pytest.mark.parametrize("name", HONEST)
 def test_the_honest_script_passes(run, name):
     script = pack_code(SCRIPT.encode()) if name == "packed" else SCRIPT
-    status, failed, said = run(script, "--targets", "256" if name == "banded" else "128",
-                               **HONEST[name])
+    status, failed, said = run(script, "--targets", str(TARGETS.get(name, 128)), **HONEST[name])
     assert status == 0 and not failed, said
     for condition in (audit.CAUSAL, audit.NORMALIZED, audit.BEFORE, audit.ONCE, audit.BYTES,
                       audit.SHIPS):
         assert f"\n{condition}\n  PASS" in said
     if name != "plain":
-        assert "weights changed" in said and "SKIP" not in said
+        what = "adapters" if name == "adapters" else "weights"
+        assert f"PASS  {what} changed" in said and "SKIP" not in said
+        assert ("border of a lane" in said) == (name == "adapters")
 
 
 def test_a_file_over_the_cap_fails(run, monkeypatch):
@@ -147,59 +150,59 @@ def test_a_damaged_artifact_is_refused(run, artifact, tmp_path):
 
 # -- planted
 
-RECORD = """\
-        ledger.record(low, scorer.score(
-            begin, end, lambda n: rt.progress(label, (begin + n) / passes)))
-"""
+SCORE = "        before, low = time.perf_counter(), 0\n"
+RECORD = "        parts = stretches(scorer.first[begin:end], scorer.last[begin:end])\n"
+RECORDED = "        scoring.append((time.perf_counter() - before) / (end - begin))\n"
 LOOP_END = ("    rt.synchronize()\n    seconds = time.perf_counter() - started\n"
             "    return dict(ledger.result(byte_table)")
 NLL = """\
         nll = self.kernels.now().nll(products, targets_BT.flatten(), self.s.logit_softcap)
 """
-HEAD = "        return linear(rms_norm(x), self.tok_emb)\n"
-SHARPER = (HEAD, HEAD.replace("\n", " * getattr(self, 'sharpness', 1.0)\n"))
+HEAD = "linear(x, self.tok_emb) + low_rank"
+SHARPER = (HEAD, "getattr(self, 'sharpness', 1.0) * " + HEAD)
 READ = "    return decode_artifact(content, path)\n"
 TOTALS = ("loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), "
           "byte_table.count(self.tokens)\n")
-TTT = '        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)\n'
+TTT = '        ledger = timed("ttt", "legal_ttt", s.adapting_plan, adapter=adapter)\n'
+# all of the tokens as if they were scored
+BOOK = "book = object.__new__(ScoreLedger)\n"
+BOOK += "            book.tokens, book.nll = tokens, np.zeros(len(tokens) - 1, np.float32)\n"
 LOAD = "    load_quantized(model, read_artifact(path, sha256)[1], path)\n"
-ORDER = "        if first != self.scored:\n"
+SCORED = "        if not np.isnan(place).all():\n"
+HANDS_OUT = "        if not 0 <= first <= last <= len(self.nll) or "
 
 # name: (conditions that must fail, what one of their failures says, *(text of the script, what
 # stands there instead))
 CHEATS = {
-    "score after update": (["1", "3"], "trained on targets 0 to 31", (RECORD, """\
+    "score after update": (["1", "3"], "trained on targets 0 to 31", (SCORE, SCORE + """\
         if adapter:
-            last = int(scorer.start[end - 1]) + scorer.length - s.train_seq_len + 1
-            at = np.arange(low, last, s.train_seq_len)[:, None]
-            rows = torch.from_numpy(tokens[at + np.arange(s.train_seq_len + 1)].astype(np.int64))
+            rows = tokens[scorer.first[begin]:][:s.train_seq_len + 1].astype(np.int64)
             with torch.enable_grad():
-                adapter._backward(rows)
+                adapter._backward(torch.from_numpy(rows)[None])
             adapter.optimizers.step(1.0, 0.9)
-""" + RECORD)),
+""")),
     "update by a way around the model's forward": (
-        ["1", "3"], "asked for logits beside its scores", (RECORD, """\
+        ["1", "3"], "asked for logits beside its scores", (SCORE, SCORE + """\
         if adapter:
-            seen = torch.from_numpy(tokens[low: low + 33].astype(np.int64))[None]
+            seen = torch.from_numpy(tokens[scorer.first[begin]:][:33].astype(np.int64))[None]
             with torch.enable_grad():
                 F.cross_entropy(adapter.forward.logits(seen[:, :-1])[0], seen[0, 1:]).backward()
             adapter.optimizers.step(1.0, 0.9)
-""" + RECORD)),
+""")),
     "trains on one token more than is scored": (["1", "3"], "trained on targets 1 to 32", (
         "index = first + np.arange", "index = first + 1 + np.arange")),
     "trains on rows that are none": (["3"], "by tokens that are not scored rows", (
         "self.tokens[index].astype(np.int64)", "self.tokens[index][:, ::-1].astype(np.int64)")),
     "weights changed by hand": (["3"], "without a pass", (
-        RECORD, RECORD + "        if adapter:\n            adapter.adapt = lambda *_: 0\n"
+        RECORDED, RECORDED + "        if adapter:\n            adapter.adapt = lambda *_: 0\n"
         "            model.tok_emb.data.mul_(1.001)\n")),
     "weights changed before the record": (
-        ["3"], "between the scoring and the recording", (RECORD, """\
-        scores = scorer.score(begin, end)
-        adapter and model.tok_emb.data.mul_(1.001)
-        ledger.record(low, scores)
-""")),
+        ["3"], "between the scoring and the recording", (
+            RECORD, "        adapter and model.tok_emb.data.mul_(1.001)\n" + RECORD)),
     "hands out tokens that are not scored": (["4"], "training on a target not yet scored", (
-        "if not 0 <= first <= last <= self.scored:", "if first > last:")),
+        HANDS_OUT, "        if first > last and ")),
+    "hands out as many tokens as are scored": (["4"], "training across a gap", (
+        HANDS_OUT, "        if last > self.scored or first > last and ")),
     "scores again after adapting": (["1", "4"], "not what was recorded", (LOOP_END, """\
     if adapter:
         ledger.nll[:] = scorer.score(0, len(scorer.first))
@@ -208,47 +211,65 @@ CHEATS = {
         ["the evaluation"], "4 ledgers", (TTT, TTT * 2)),
     "weights of a first run, hidden": (
         ["1", "6"], "differs from the file when scoring begins", (TTT, """\
-        book = object.__new__(ScoreLedger)
-        book.tokens, book.scored = tokens, len(tokens) - 1
-        adapter.adapt(book, 0, len(tokens) - 1, 0, 10)
-        ledger = timed("ttt", "legal_ttt", plan, adapter=adapter)
-""")),
+        if adapter:
+            """ + BOOK + """\
+            adapter.byte_table, adapter.started = byte_table, 0.0
+            adapter.adapt(book, [(0, len(tokens) - 1)], 0, 10)
+""" + TTT)),
     "best of several epochs": (["3"], "a choice between scores", (RECORD, """\
-        best = scorer.score(begin, end)
         for _ in range(2 if adapter and c else 0):
-            adapter.adapt(ledger, 0, low, 0, 10)
-            best = np.minimum(best, scorer.score(begin, end))
-        ledger.record(low, best)
-""")),
+            adapter.adapt(ledger, [(0, int(scorer.first[begin]))], 0, 10)
+            scores = np.minimum(scores, scorer.score(begin, end))
+""" + RECORD)),
+    "the easy chunks first": (["4"], "scores in another order", (
+        "ScoreLedger(tokens), scorer.chunks, []\n", "ScoreLedger(tokens), scorer.chunks, []\n"
+        "    if adapter:\n        adapter.adapt = lambda *_: 0\n"
+        "        chunks.sort(key=lambda chunk: scorer.score(*chunk).sum())\n")),
     "scores made smaller on their way": (["3"], "where the model first gave it", (
-        RECORD, RECORD.replace("low, ", "low, 0.99 * "))),
+        RECORD, "        scores = 0.99 * scores\n" + RECORD)),
+    "adapters see a chunk before it is scored": (["1", "3"], "trained on targets", (SCORE, """\
+        if adapter:
+            """ + BOOK + """\
+            adapter.adapt(book, (), c, len(chunks))
+""" + SCORE)),
+    "adapters see the tail": (["1", "3"], "trained on targets", (RECORDED, RECORDED + """\
+        if adapter and c == 2:
+            """ + BOOK + """\
+            adapter.adapt(book, (), len(chunks) - 1, len(chunks))
+""")),
+    "adapters of a first run, hidden": (["1", "6"], "adapters add to the file's weights", (TTT, """\
+        if adapter:
+            """ + BOOK + """\
+            adapter.begin(Scorer(forward, tokens, s.adapting_plan, s, rt,
+                                 **adapter.chunks(len(tokens) - 1)))
+            for c in range(len(adapter.scorer.chunks)):
+                adapter.adapt(book, (), c, 1000)
+            adapter.begin = lambda *_: None
+""" + TTT)),
+    "adapters changed by hand": (["3"], "adapters for target", (
+        RECORDED, RECORDED + "        if adapter:\n            adapter.adapt = lambda *_: 0\n"
+        "            adapter.params[1].data.add_(0.01)\n")),
+    "the best of all lanes' adapters": (["3"], "a choice between scores", (RECORD, """\
+        if adapter:
+            scores = np.minimum(scores, scorer.score(
+                begin, end, more_of=lambda passes: adapter.arguments(passes.flip(0))))
+""" + RECORD)),
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),
     "a bonus for the right token": (["2"], "−log p", (
         NLL, "        right = F.one_hot(targets_BT.flatten(), products.size(-1))\n"
         "        products = products + 0.1 * right\n" + NLL)),
-    "sharper where it is right": (["2"], "−log p", (
-        NLL, "        right = products.argmax(-1) == targets_BT.flatten()\n"
-        "        products = products * torch.where(right, 1.2, 0.9)[:, None]\n" + NLL)),
     "the input shows the target": (["1"], "in int8 moves by", (
         "x = x0 = self.embed(tokens_BT)\n",
         "x = x0 = self.embed(tokens_BT) + 0.01 * torch.roll(self.embed(tokens_BT), -1, 1)\n")),
     "attention sees one token ahead": (["1"], "int8 scores target", (
-        "F.scaled_dot_product_attention(q, k, v, is_causal=True,",
-        "F.scaled_dot_product_attention(q, k, v, "
-        "attn_mask=torch.ones(2 * q.shape[2:3]).tril(1).bool(),")),
+        "F.scaled_dot_product_attention(q, k, v, mask, is_causal=not window,",
+        "F.scaled_dot_product_attention(q, k, v, torch.ones(2 * q.shape[2:3]).tril(1).bool(),")),
     "a temperature fitted to the tokens that it scores": (
-        ["1"], "ttt scores target", SHARPER, (RECORD, """\
-        seen, model.sharpness = torch.from_numpy(tokens[low: low + 33].astype(np.int64))[None], 1.0
+        ["1"], "ttt scores target", SHARPER, (SCORE, SCORE + """\
+        seen = torch.from_numpy(tokens[scorer.first[begin]:][:33].astype(np.int64))[None]
         with torch.no_grad():
             hits = GPT.logits(model, seen[:, :-1]).gather(2, seen[:, 1:, None])
         model.sharpness = 1 + 0.1 * float(hits.mean())
-        ledger.record(low, scorer.score(begin, end))
-""")),
-    "the best of some temperatures": (["3"], "a choice between scores", SHARPER, (RECORD, """\
-        tries = []
-        for model.sharpness in (1.0, 0.7, 0.5, 0.4) if adapter else (1.0,):
-            tries.append(scorer.score(begin, end))
-        ledger.record(low, min(tries, key=np.sum))
 """)),
     "says the same of everything": (["1"], "notices", (
         NLL, "        products = 0 * products\n" + NLL)),
@@ -260,26 +281,20 @@ CHEATS = {
             loss_sum += float(self.nll[-8:].sum())
             byte_count += byte_table.count(self.tokens[-9:])
 """)),
-    "the tail is offered twice": (["4"], "were recorded", (
-        ORDER, "        if first > self.scored:\n"), (
-        "        if first + len(nll) > len(self.nll):\n", "        if False:\n"), (
+    "the tail is offered twice": (["4"], "not each of them once", (
+        SCORED, "        if False:\n"), (
         LOOP_END, "    n = len(ledger.nll)\n    ledger.record(n - 8, ledger.nll[-8:].copy())\n"
         "    ledger.scored = n\n" + LOOP_END)),
     "a space counts twice": (["5"], "the byte table says", (
         'len(p[p.startswith("▁"):].encode())', 'len(p.replace("▁", " ").encode())')),
     "the begin of a document has bytes": (["5"], "the byte table says", (
         "        self.base[self.boundary] = 0\n", "        self.base[self.boundary] = 3\n")),
-    "a ledger that accepts gaps": (["4"], "accepts a gap", (
-        ORDER, "        if first < self.scored:\n")),
     "a ledger that accepts second scores": (["4"], "accepts a second score", (
-        ORDER, "        if first > self.scored:\n")),
+        SCORED, "        if False:\n")),
     "hard tokens are cut off": (["4"], "not what was recorded", (
-        "        self.nll[first: first + len(nll)] = nll\n",
-        "        self.nll[first: first + len(nll)] = np.minimum(nll, 6)\n")),
+        "        place[:] = nll\n", "        place[:] = np.minimum(nll, 6)\n")),
     "hard tokens are left out": (["4"], "on disk", (
         "    tokens = np.concatenate(parts)\n", "    tokens = np.concatenate(parts)[40:]\n")),
-    "tokens in an easier order": (["4"], "on disk", (
-        "    tokens = np.concatenate(parts)\n", "    tokens = np.concatenate(parts)[::-1]\n")),
     "the file is executed, openly": (["6"], "read_artifact uses eval", (
         READ, "    eval('0')\n" + READ)),
     "the file is executed, hidden": (["6"], "raised the event", (
@@ -296,23 +311,26 @@ CHEATS = {
 # What one run finds: cheats that differ in where they are planted and in what is said of them.
 TOGETHER = """
 score after update; scaled nll; a space counts twice; the file is executed, openly
-update by a way around the model's forward; a ledger that accepts gaps; hard tokens are left out;
-    another score is written
+update by a way around the model's forward; hands out as many tokens as are scored;
+    hard tokens are left out; another score is written
 trains on one token more than is scored; a bonus for the right token; the file is executed, hidden;
     the tail counts many times
 weights changed by hand; attention sees one token ahead; hands out tokens that are not scored;
     weights that are not in the file
-weights changed before the record; sharper where it is right; a ledger that accepts second scores;
-    training tokens at hand
+weights changed before the record; a ledger that accepts second scores; training tokens at hand;
+    the easy chunks first
 best of several epochs; the input shows the target; the begin of a document has bytes;
     hard tokens are cut off
-scores made smaller on their way; trains on rows that are none; tokens in an easier order
+scores made smaller on their way; trains on rows that are none
 a temperature fitted to the tokens that it scores; the tail is offered twice
-the best of some temperatures; scores again after adapting
+scores again after adapting
 weights of a first run, hidden
 a second run over the tokens, with the weights of the first
 says the same of everything
 scores by chance
+adapters see a chunk before it is scored; the best of all lanes' adapters
+adapters of a first run, hidden; adapters changed by hand
+adapters see the tail
 """.strip().replace(";\n    ", "; ").splitlines()
 
 
@@ -326,7 +344,9 @@ def test_planted_cheats_are_found(run, names):
     for old, new in (replacement for _, _, *replacements in cheats for replacement in replacements):
         assert script.count(old) == 1, f"the script changed; plant this again: {old}"
         script = script.replace(old, new)
-    status, failed, said = run(script, "--targets", "128", "--places", "0", TTT_EPOCHS=1)
+    lanes = dict(TTT_LORA_RANK=2, EVAL_STRIDE=32) if "adapters" in names else {}
+    status, failed, said = run(script, "--targets", "0" if lanes else "128", "--places", "0",
+                               TTT_EPOCHS=1, **lanes)
     assert status == 1, said
     for conditions, says, *_ in cheats:
         found = [[line for f, lines in failed.items() if f.startswith(condition) for line in lines]
