@@ -2873,8 +2873,9 @@ class ScoreLedger:
 
     def rows_for_adapting(self, first, last, length):
         """Non-overlapping rows [n, length + 1] whose targets are [first, ...) up to `last`. Raises
-        LedgerError."""
-        if not 0 <= first <= last <= len(self.nll) or np.isnan(self.nll[first:last]).any():
+        LedgerError unless these and the one before, the first token of the rows, are scored."""
+        seen = self.nll[max(first - 1, 0): last]
+        if not 0 <= first <= last <= len(self.nll) or np.isnan(seen).any():
             raise LedgerError(f"tokens of targets {first} to {last} asked for where not all of "
                               "them are scored")
         n = (last - first) // length
@@ -3209,7 +3210,7 @@ class DocumentAdapters:
         mine = slice(chunk * scorer.lanes + self.low, chunk * scorer.lanes + self.high)
         first, last, length = scorer.first[mine], scorer.last[mine], scorer.length
         late = left < (statistics.median(self.step_seconds[-9:]) if self.step_seconds else 0)
-        late, scored = rt.from_rank0(late), (chunk + 1) * scorer.stride >= length
+        late, scored = rt.from_rank0(late), (chunk + 1) * scorer.stride > length
         self.late += late
         if scored and len(last):  # else the rows hold targets of another lane, not scored yet
             rows = torch.cat([ledger.rows_for_adapting(end - length, end, length)
