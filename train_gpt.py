@@ -1237,9 +1237,12 @@ def linear(x, w_RC, fake_quant=False, scale_R=None):
     return F.linear(x, weight_of(w_RC, x.dtype, fake_quant, scale_R))
 
 
-def low_rank(u_BTD, pair):
-    """B·A·u with a pair (A [B,r,D], B [B,R,r]) for each row; 0 without."""
-    return (u_BTD @ pair[0].mT.to(u_BTD.dtype)) @ pair[1].mT.to(u_BTD.dtype) if pair else 0
+def adapted(y_BTR, u_BTD, pair):
+    """y + B·A·u with a pair (A [B,r,D], B [B,R,r]) for each row; without one, y."""
+    if not pair:
+        return y_BTR
+    a, b = (x.to(u_BTD.dtype) for x in pair)
+    return y_BTR + (u_BTD @ a.mT) @ b.mT
 
 
 def leaky_square_mlp(u_ND, up_RD, down_DR, slope):
@@ -1720,12 +1723,12 @@ class Block(nn.Module):
         u = self.input_scale * rms_norm(z_BTD)
         a, v = core.attn(u, self.attn_scale, rotary, xsa, value_embedding,
                          lambda v: self.mix_value(v, first_v), fake_quant, window)
-        return a + low_rank(u, adapter), v
+        return adapted(a, u, adapter), v
 
     def mlp(self, y_BTD, core, fake_quant, adapter):
         """b⊙MLP(u) + B·A·u with u = s·RMS(y)."""
         u = self.input_scale * rms_norm(y_BTD)
-        return core.mlp(u, self.mlp_scale, fake_quant) + low_rank(u, adapter)
+        return adapted(core.mlp(u, self.mlp_scale, fake_quant), u, adapter)
 
 
 class HashEmbedding(nn.Module):
@@ -1858,7 +1861,7 @@ class GPT(nn.Module):
             if p.push:
                 skips.append(x)
         x = rms_norm(x if lane is None else (x + lane) / 2)
-        return linear(x, self.tok_emb) + low_rank(x, adapters[-1] if adapters else None)
+        return adapted(linear(x, self.tok_emb), x, adapters[-1] if adapters else None)
 
     def logits(self, tokens_BT, fake_quant=False, window=0, late=True, adapters=()):
         """Next-token logits [B,T,V], fp32."""

@@ -158,7 +158,7 @@ LOOP_END = ("    rt.synchronize()\n    seconds = time.perf_counter() - started\n
 NLL = """\
         nll = self.kernels.now().nll(products, targets_BT.flatten(), self.s.logit_softcap)
 """
-HEAD = "linear(x, self.tok_emb) + low_rank"
+HEAD = "adapted(linear(x, self.tok_emb), x,"
 SHARPER = (HEAD, "getattr(self, 'sharpness', 1.0) * " + HEAD)
 READ = "    return decode_artifact(content, path)\n"
 TOTALS = ("loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), "
