@@ -158,7 +158,7 @@ def reference(p, s, row, targets, fake_quant=False, added=None):
     x0 = x = embedded(p, s, row)
     order = range(s.num_layers)
     if s.late_passes:
-        order = {"0-2,1-2,3": [0, 1, 2, 1, 2, 3], "2,0,1,1,2": [2, 0, 1, 1, 2]}[s.late_passes]
+        order = {"0-2,1-2,3": [0, 1, 2, 1, 2, 3], "0,2,1,1,2": [0, 2, 1, 1, 2]}[s.late_passes]
     skips, first, half, lane = [], None, len(order) // 2, None
     for n, i in enumerate(order):
         form = s.parallel if i >= s.parallel_from else "0"
@@ -211,7 +211,7 @@ VARIANTS = [
     dict(PARALLEL="lanes", PARALLEL_FROM=1, UNET_SKIPS="gated", NUM_LAYERS=4),
     dict(NUM_LAYERS=4, LATE_PASSES="0-2,1-2,3", UNET_SKIPS="gated", VALUE_RESIDUAL=0),
     dict(NUM_LAYERS=4, LATE_PASSES="0-2,1-2,3", PARALLEL="lanes", PARALLEL_FROM=2, SMEAR_GATE="embed", VE_LAYERS=""),
-    dict(LATE_PASSES="2,0,1,1,2", VALUE_RESIDUAL=0, PARALLEL="one", PARALLEL_FROM=2),
+    dict(LATE_PASSES="0,2,1,1,2", VALUE_RESIDUAL=0, PARALLEL="one", PARALLEL_FROM=2),
     dict(UNET_SKIPS=0, LN_SCALE=0, SMEAR_GATE=0, BIGRAM_VOCAB_SIZE=0, VE_LAYERS="", VALUE_RESIDUAL=0, GATED_ATTENTION=0,
          XSA_LAST_N=0, LOGIT_SOFTCAP=0, LEAKY_SLOPE=0, ROPE_DIMS=0, ROPE_NTK_REFERENCE=0)]
 
@@ -293,7 +293,7 @@ def test_probabilities_sum_to_one(tiny):
 
 def test_rotary_base_of_the_published_shape():
     """NTK at T = 2,048 against a reference of 1,024 and 16 channels: base ≈ 22,082."""
-    cos, sin = train_gpt.rotary_tables(Settings(), 2048)
+    cos, sin = train_gpt.rotary_tables(Settings(rope_ntk_reference=1024), 2048)
     assert cos.shape == sin.shape == (2048, 8) and cos.dtype == torch.float32
     for t in (0, 1, 100, 2047):
         for j in range(8):

@@ -22,7 +22,8 @@ def settings_of(preset, **more):
 def run_preset(preset, corpus, folder, **more):
     """main() of the shrunk preset, in this process; the result file and the log."""
     environ = dict(SHRINK, PRESET=preset, DATA_PATH=corpus.folder, TOKENIZER_PATH=corpus.model,
-                   OUT_DIR=folder, RUN_ID="run", **({} if preset == "pr490" else {"ROPE_DIMS": 4}))
+                   OUT_DIR=folder, RUN_ID="run", TTT_LORA_RANK=settings_of(preset).ttt_lora_rank,
+                   **({} if preset == "pr490" else {"ROPE_DIMS": 4}))
     assert train_gpt.main([], {k: str(v) for k, v in {**environ, **more}.items()}) == 0
     done = left(folder)
     return done.result, done.log.split("=" * 100)[-1]  # what follows the source

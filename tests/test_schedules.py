@@ -11,6 +11,7 @@ from torch import nn
 import train_gpt
 from train_gpt import Settings
 
+PUBLISHED = Settings(warmdown_frac=0.0)  # the warmdown is WARMDOWN_ITERS
 quick = settings(deadline=None, database=None, max_examples=300)
 floors = st.floats(0, 1)
 warmdowns = st.integers(0, 10**5)
@@ -23,7 +24,7 @@ caps = st.floats(0.1, 10**5)
 def runs(draw):
     """Settings that end by iterations, by the clock, or by whichever is first."""
     ends = draw(st.sampled_from(["iterations", "clock", "both"]))
-    return replace(Settings(), lr_floor=draw(floors), warmdown_iters=draw(warmdowns),
+    return replace(PUBLISHED, lr_floor=draw(floors), warmdown_iters=draw(warmdowns),
                    iterations=0 if ends == "clock" else draw(iterations),
                    max_wallclock_seconds=0.0 if ends == "iterations" else draw(caps))
 
@@ -50,7 +51,7 @@ def test_lr_scale_never_rises_at_a_steady_pace(s, step, more, pace):
 @given(st.integers(1, 10**4), st.integers(1, 10**4), st.integers(1, 10**4))
 def test_by_iterations_it_is_the_published_line(total, warmdown, step):
     assume(warmdown <= total and step <= total)
-    s = replace(Settings(), lr_floor=0.0, warmdown_iters=warmdown, iterations=total, max_wallclock_seconds=0.0)
+    s = replace(PUBLISHED, lr_floor=0.0, warmdown_iters=warmdown, iterations=total, max_wallclock_seconds=0.0)
     remaining = total - step
     assert train_gpt.lr_scale(s, step, 1.0) == pytest.approx(remaining / warmdown if remaining <= warmdown else 1.0, abs=1e-12)
 
@@ -59,7 +60,7 @@ def test_by_iterations_it_is_the_published_line(total, warmdown, step):
 @given(caps, st.integers(1, 10**4), st.integers(1, 10**4), paces_ms)
 def test_by_the_clock_it_is_the_published_line(cap, warmdown, step, pace):
     """scale = remaining / (warmdown · elapsed/step) once that is below one."""
-    s = replace(Settings(), lr_floor=0.0, warmdown_iters=warmdown, iterations=0, max_wallclock_seconds=cap)
+    s = replace(PUBLISHED, lr_floor=0.0, warmdown_iters=warmdown, iterations=0, max_wallclock_seconds=cap)
     elapsed, length = step * pace, warmdown * pace
     assume(length <= 1000 * cap)
     expected = min(max((1000 * cap - elapsed) / length, 0.0), 1.0)
@@ -69,25 +70,25 @@ def test_by_the_clock_it_is_the_published_line(cap, warmdown, step, pace):
 @pytest.mark.parametrize("by_clock", [False, True])
 @pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
 def test_a_warmdown_longer_than_the_run_spans_the_run(by_clock, floor):
-    s = replace(Settings(), lr_floor=floor, warmdown_iters=10**6, iterations=0 if by_clock else 200,
+    s = replace(PUBLISHED, lr_floor=floor, warmdown_iters=10**6, iterations=0 if by_clock else 200,
                 max_wallclock_seconds=20.0 if by_clock else 0.0)  # 200 steps of 100 ms
     for step in range(201):
         assert train_gpt.lr_scale(s, step, step * 100.0) == pytest.approx(floor + (1 - floor) * (1 - step / 200), abs=1e-9)
 
 
 def test_without_warmdown_the_rate_stays_full():
-    s = replace(Settings(), warmdown_iters=0, iterations=10, max_wallclock_seconds=1.0)
+    s = replace(PUBLISHED, warmdown_iters=0, iterations=10, max_wallclock_seconds=1.0)
     assert [train_gpt.lr_scale(s, i, 99.0 * i) for i in range(11)] == [1.0] * 11
 
 
 def test_the_nearer_end_rules():
-    s = replace(Settings(), lr_floor=0.0, warmdown_iters=100, iterations=1000, max_wallclock_seconds=100.0)
+    s = replace(PUBLISHED, lr_floor=0.0, warmdown_iters=100, iterations=1000, max_wallclock_seconds=100.0)
     assert train_gpt.lr_scale(s, 950, 950.0) == pytest.approx(0.5)        # 1 ms a step: the iterations end it
     assert train_gpt.lr_scale(s, 190, 95_000.0) == pytest.approx(0.1)     # 500 ms a step: the clock ends it
 
 
 def test_muon_momentum_is_a_line_then_constant():
-    s = replace(Settings(), muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500)
+    s = replace(PUBLISHED, muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500)
     for step, expected in ((0, 0.92), (750, 0.955), (1500, 0.99), (9000, 0.99)):
         assert train_gpt.muon_momentum(s, step) == pytest.approx(expected, abs=1e-12)
     assert train_gpt.muon_momentum(replace(s, muon_momentum_warmup_steps=0), 0) == 0.99
@@ -97,7 +98,7 @@ def test_muon_momentum_is_a_line_then_constant():
 @given(caps, st.floats(0.001, 0.5))
 def test_no_step_is_begun_that_would_pass_the_cap_and_none_is_wasted(cap, share):
     """At a steady pace the run takes the most steps that fit, up to rounding of the clock."""
-    s, pace, step = replace(Settings(), max_wallclock_seconds=cap, gptq=0), 1000 * cap * share, 0
+    s, pace, step = replace(PUBLISHED, max_wallclock_seconds=cap, gptq=0), 1000 * cap * share, 0
     while not train_gpt.out_of_time(s, step, step * pace):
         step += 1
     assert step * pace <= 1000 * cap * (1 + 1e-9)
@@ -105,18 +106,18 @@ def test_no_step_is_begun_that_would_pass_the_cap_and_none_is_wasted(cap, share)
 
 
 def test_without_a_cap_time_never_runs_out():
-    assert not train_gpt.out_of_time(replace(Settings(), max_wallclock_seconds=0.0), 10, 1e12)
+    assert not train_gpt.out_of_time(replace(PUBLISHED, max_wallclock_seconds=0.0), 10, 1e12)
 
 
 def test_warmdown_of_a_share_of_the_run():
-    s = replace(Settings(), warmdown_frac=0.5, iterations=100, max_wallclock_seconds=10.0, lr_floor=0.0)
+    s = replace(PUBLISHED, warmdown_frac=0.5, iterations=100, max_wallclock_seconds=10.0, lr_floor=0.0)
     assert [train_gpt.lr_scale(s, step, 0.0) for step in (0, 50, 75, 100)] == [1, 1, 0.5, 0]
     assert train_gpt.lr_scale(s, 10, 7500.0) == 0.5, "the nearer end counts"
 
 
 def test_a_slow_step_is_foreseen():
     """After the switch to more passes a step takes longer than the mean so far."""
-    s = replace(Settings(), max_wallclock_seconds=10.0)
+    s = replace(PUBLISHED, max_wallclock_seconds=10.0)
     assert not train_gpt.out_of_time(s, 9, 9000.0) and train_gpt.out_of_time(s, 9, 9000.0, step_ms=1500.0)
     assert train_gpt.out_of_time(s, 9, 9000.0, reserve_ms=1.0) and train_gpt.out_of_time(s, 8, 8000.0, steps=3)
 
@@ -157,7 +158,7 @@ def ema_of(history, decay):
 @pytest.mark.parametrize("steps", [1, 2, 50, 700])
 @pytest.mark.parametrize("decay", [0.9, 0.997])
 def test_ema_is_the_bias_corrected_weighted_sum(steps, decay):
-    model, history, average, _ = trained(replace(Settings(), ema_decay=decay), steps)
+    model, history, average, _ = trained(replace(PUBLISHED, ema_decay=decay), steps)
     assert average.apply() == "EMA"
     np.testing.assert_allclose(flat(model), ema_of(history, decay), atol=1e-5)
 
@@ -183,7 +184,7 @@ def late(step):
 
 
 def test_swa_mean_is_applied():
-    s = replace(Settings(), ema_enabled=0, swa_enabled=1, swa_every=7)
+    s = replace(PUBLISHED, ema_enabled=0, swa_enabled=1, swa_every=7)
     model, history, average, firsts = trained(s, 80, late)
     snapshots = [step for step in range(31, 81) if step % 7 == 0]
     assert firsts == [35] and average.apply() == "SWA"
@@ -191,15 +192,15 @@ def test_swa_mean_is_applied():
 
 
 def test_ema_and_swa_give_the_mean_of_both():
-    s = replace(Settings(), ema_decay=0.9, swa_enabled=1, swa_every=7)
+    s = replace(PUBLISHED, ema_decay=0.9, swa_enabled=1, swa_every=7)
     model, history, average, _ = trained(s, 80, late)
     swa = history[[i - 1 for i in range(31, 81) if i % 7 == 0]].mean(0)
     assert average.apply() == "EMA and SWA"
     np.testing.assert_allclose(flat(model), (ema_of(history, 0.9) + swa) / 2, atol=1e-5)
 
 
-@pytest.mark.parametrize("s", [replace(Settings(), ema_enabled=0),
-                               replace(Settings(), ema_enabled=0, swa_enabled=1, swa_every=1000)])
+@pytest.mark.parametrize("s", [replace(PUBLISHED, ema_enabled=0),
+                               replace(PUBLISHED, ema_enabled=0, swa_enabled=1, swa_every=1000)])
 def test_without_an_average_weights_stay_as_trained(s):
     model, history, average, _ = trained(s, 40, late)
     assert average.apply() == ""
@@ -217,7 +218,7 @@ def test_no_step_at_all_leaves_the_initial_weights():
 def test_averages_do_not_alias_the_weights():
     """The average of n equal weights stays itself when the weights go on."""
     model = Toy()
-    average = train_gpt.WeightAverage(model, replace(Settings(), swa_enabled=1, swa_every=1))
+    average = train_gpt.WeightAverage(model, replace(PUBLISHED, swa_enabled=1, swa_every=1))
     before = flat(model)
     average.update(1, 0.0)
     with torch.no_grad():
