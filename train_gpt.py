@@ -258,12 +258,13 @@ class Settings:
     ttt_enabled: Flag = 1  # score-first test-time training
     # Adapters by document: −0.002 to −0.004 (#1530). Weights by chunks: −0.0021 to −0.0033 (#549).
     ttt_lora_rank: Count = 8
-        # of adapters that follow each document; 0, or one of the settings from TTT_OPTIMIZER to
-        # TTT_FREEZE_BLOCKS: the weights are adapted, chunk by chunk
+        # of adapters that follow each document; 0, or any of the settings from TTT_OPTIMIZER to
+        # TTT_GRAD_CLIP: the weights are adapted, chunk by chunk
+    ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
+    ttt_batch_seqs: Positive = 256  # rows per TTT step, or lanes of adapters, over all ranks
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices alone
     ttt_params: Literal["all", "tail"] = "all"
         # tail: blocks from TTT_FREEZE_BLOCKS on, scales, token table
-    ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
     ttt_intra_cosine: Flag = 0  # times a cosine inside each chunk
     ttt_proj_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's down matrices
     ttt_fc_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's up matrices
@@ -272,7 +273,6 @@ class Settings:
     ttt_chunk_tokens: Annotated[int, 0, 2**31] = 0
         # scored before weights are adapted; 0: a 64th of the validation set, at most 32768
     ttt_freeze_blocks: Count = 0  # the first so many blocks are not adapted
-    ttt_batch_seqs: Positive = 256  # rows per TTT step, or lanes of adapters, over all ranks
     ttt_grad_clip: Amount = 1.0  # norm, after the reduction over ranks; 0: off
 
     @property
@@ -451,10 +451,9 @@ REFUSED = {
 }
 
 
-# These are about adapting the weights, chunk by chunk: who sets one means TTT_LORA_RANK=0.
-OF_CHUNKS = {f"TTT_{name}" for name in (
-    "CHUNK_TOKENS", "EPOCHS", "FC_LR_MULT", "FREEZE_BLOCKS", "GRAD_CLIP", "INTRA_COSINE",
-    "MOMENTUM", "OPTIMIZER", "PARAMS", "PROJ_LR_MULT")}
+# About adapting the weights, chunk by chunk: who sets one of these means TTT_LORA_RANK=0.
+_NAMES = [f.name.upper() for f in fields(Settings)]
+OF_CHUNKS = set(_NAMES[_NAMES.index("TTT_OPTIMIZER"):])
 
 
 def described_settings():
@@ -1216,9 +1215,13 @@ def scaled_rms_norm(x_BTHE, gain_H):
     return (x32 * factor.unsqueeze(-1)).to(x_BTHE.dtype)
 
 
+def code_limit(bits):
+    return 2 ** (bits - 1) - 1
+
+
 def fake_quantize(w_RC, bits=6):
     """w rounded to `bits`, one step for each row, from its maximum; straight-through gradient."""
-    limit = 2 ** (bits - 1) - 1
+    limit = code_limit(bits)
     w32 = w_RC.detach().float()
     step = (w32.abs().amax(dim=1, keepdim=True) / limit).clamp_min(torch.finfo(torch.float32).tiny)
     rounded = (w32 / step).round().clamp(-limit, limit) * step
@@ -2298,10 +2301,6 @@ class WeightAverage:
 
 # ---- 9. Quantizer: weights → finest steps → steps at a level → codes, and back ------------------
 
-def code_limit(bits):
-    return 2 ** (bits - 1) - 1
-
-
 def bits_of(name, s):
     """Bits of a parameter in the artifact: its kind's, unless its name is kept as fp16."""
     keep = filter(None, map(str.strip, s.fp16_keep_name_patterns.split(",")))
@@ -3001,8 +3000,8 @@ def evaluate(model, tokens, byte_table, s, rt, label, plan, adapter=None, opened
     chunk but the last.
 
     The adapter gets the seconds that remain for it: 98 % of EVAL_WALLCLOCK_SECONDS, less the time
-    since `opened`, less a forecast of the scoring that is left. Returns the
-    ledger's result with `seconds` and `tokens_read`, and the ledger.
+    since `opened`, less a forecast of the scoring that is left. Returns the ledger's result with
+    `seconds` and `tokens_read`, and the ledger.
     """
     how = adapter.chunks(len(tokens) - 1) if adapter else {}
     scorer = Scorer(model, tokens, plan, s, rt, kernels, **how)
@@ -3093,8 +3092,9 @@ class Adapter:
             f"total_windows={len(scorer.first)} stride={s.scoring_plan[1]} ttt_lr={s.ttt_lr} "
             f"ttt_epochs={s.ttt_epochs} freeze_blocks={s.ttt_freeze_blocks}")
 
-    def warm_up(self):
+    def warm_up(self, scorer):
         """Compile for the one shape of a pass, on random tokens; no weight changes."""
+        scorer.warm_up(self.s.vocab_size)
         self._backward(torch.randint(self.s.vocab_size, (self.pass_rows * self.rt.world_size,
                                                          self.s.train_seq_len + 1)))
         for p in self.params:
@@ -3167,7 +3167,7 @@ class DocumentAdapters:
     """
     BETA2, DECAY, HYPER = 0.999, 0.5, 0.1
 
-    def __init__(self, model, forward, s, rt):
+    def __init__(self, model, s, rt):
         self.s, self.rt, self.shapes = s, rt, model.adapter_shapes()
         self.step_seconds, self.late = [], 0
         model.requires_grad_(False)
@@ -3198,8 +3198,11 @@ class DocumentAdapters:
         parts = [p[passes - self.low] for p in self.params]
         return dict(adapters=list(zip(parts[::2], parts[1::2])))
 
-    def warm_up(self):
+    def warm_up(self, scorer):
         """Compile for the one shape of a pass, on random tokens; no adapter changes."""
+        self.begin(scorer)
+        passes = torch.full((scorer.batch,), self.low, device=self.rt.device)
+        scorer.warm_up(self.s.vocab_size, **self.arguments(passes))
         shape = self.high - self.low, self.scorer.length
         rows = torch.randint(self.s.vocab_size, (shape[0], shape[1] + 1), device=self.rt.device)
         self._backward(rows, torch.ones(shape, device=self.rt.device))
@@ -3268,6 +3271,11 @@ class DocumentAdapters:
             moved.copy_(-self.lr[mine, None, None] * direction * active_n11)
             p.add_(moved)
             p.grad = None
+
+
+def adapter_of(model, forward, s, rt):
+    """The test-time training that the settings ask for."""
+    return DocumentAdapters(model, s, rt) if s.ttt_lora_rank else Adapter(model, forward, s, rt)
 
 
 # ---- 12. Training -------------------------------------------------------------------------------
@@ -3712,13 +3720,9 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
     for plan in plans + [s.scoring_plan] * bool(s.scoring_plan[1]):
         Scorer(forward, tokens, plan, s, rt, model.kernels).warm_up(s.vocab_size)
     if s.ttt_enabled:
-        adapter = (DocumentAdapters if s.ttt_lora_rank else Adapter)(model, forward, s, rt)
-        scorer = Scorer(forward, tokens, s.adapting_plan, s, rt, model.kernels,
-                        **adapter.chunks(len(tokens) - 1))
-        adapter.begin(scorer, byte_table=None)
-        passes = torch.zeros(scorer.batch, dtype=torch.long, device=rt.device) + adapter.low
-        scorer.warm_up(s.vocab_size, **adapter.arguments(passes))
-        adapter.warm_up()
+        adapter = adapter_of(model, forward, s, rt)
+        adapter.warm_up(Scorer(forward, tokens, s.adapting_plan, s, rt, model.kernels,
+                               **adapter.chunks(len(tokens) - 1)))
         model.requires_grad_(True)
     rt.synchronize()
     rt.log(f"compile:evaluation {time.perf_counter() - started:.1f}s before the artifact is opened")
@@ -3751,8 +3755,8 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha
     elif stride:
         ledger = timed("sliding", f"final_{label}_sliding_window", plan, f"stride:{stride} ")
     if s.ttt_enabled:
-        adapter = (DocumentAdapters if s.ttt_lora_rank else Adapter)(model, forward, s, rt)
-        ledger = timed("ttt", "legal_ttt", s.adapting_plan, adapter=adapter)
+        ledger = timed("ttt", "legal_ttt", s.adapting_plan,
+                       adapter=adapter_of(model, forward, s, rt))
     return results, ledger
 
 

@@ -593,7 +593,7 @@ def test_compression_and_json_are_told_by_content(tmp_path, suffix, name):
 def test_damaged_compression_is_named(tmp_path, suffix):
     content = PACK[suffix](JSONL)
     for bad in (content[:-30], content[:len(content) // 2]):
-        with pytest.raises(DataError, match=rf"t\.jsonl, (after line \d+|at its beginning): damaged"):
+        with pytest.raises(DataError, match=r"t\.jsonl, (after line \d+|at its beginning): damaged"):
             read(file_of(tmp_path / "t.jsonl", bad), "body")
     for rest in (b"garbage", b"\0\0\0\0garbage", JSONL):
         with pytest.raises(DataError, match="damaged"):

@@ -184,8 +184,7 @@ def run(w, tokens=None, adapter=None):
 
 
 def adapting(w):
-    kind = train_gpt.DocumentAdapters if w.s.ttt_lora_rank else train_gpt.Adapter
-    return kind(w.model, w.model, w.s, w.rt)
+    return train_gpt.adapter_of(w.model, w.model, w.s, w.rt)
 
 
 def weights(w):
@@ -617,12 +616,17 @@ def test_tail_and_muon_choose_their_parameters(tiny):
 WAYS = {"sgd": dict(), "adamw": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.001), "muon": MUON}
 
 
-@pytest.mark.parametrize("variables", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("variables", [*WAYS.values(), BANDED_LANES], ids=[*WAYS, "lanes"])
 def test_warming_up_leaves_the_weights_of_the_artifact(tiny, variables):
     w = world(tiny, VAL_LIMIT_TOKENS=352, **variables)
-    before = weights(w)
-    adapting(w).warm_up()
-    assert not changed(w, before) and all(p.grad is None for p in w.model.parameters())
+    before, adapter = weights(w), adapting(w)
+    scorer = train_gpt.Scorer(w.model, w.tokens, w.s.adapting_plan, w.s, w.rt,
+                              **adapter.chunks(len(w.tokens) - 1))
+    adapter.warm_up(scorer)
+    assert not changed(w, before)
+    assert all(p.grad is None for p in [*w.model.parameters(), *adapter.params])
+    if w.s.ttt_lora_rank:
+        assert all((p == x).all() for p, x in zip(adapter.params, adapter.initial, strict=True))
 
 
 def told_late(w, late):

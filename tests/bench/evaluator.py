@@ -87,8 +87,7 @@ def adapted_score(arguments, changes, tokens, seconds):
     s = replace(s, ttt_chunk_tokens=arguments.chunk, eval_wallclock_seconds=seconds, **changes)
     given = model, tokens, table, s, rt
     before = T.evaluate(*given, "before", s.scoring_plan, kernels=model.kernels)[0]
-    kind = T.DocumentAdapters if s.ttt_lora_rank else T.Adapter
-    adapter, started = kind(model, model, s, rt), time.perf_counter()
+    adapter, started = T.adapter_of(model, model, s, rt), time.perf_counter()
     after = T.evaluate(*given, "ttt", s.adapting_plan, adapter, started, model.kernels)[0]
     return before["val_bpb"], after["val_bpb"], after["seconds"]
 

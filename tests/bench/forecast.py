@@ -73,6 +73,9 @@ def parts(s):
 
 def main():
     s = train_gpt.resolve_settings(dict(os.environ))[0]
+    if s.vocab_size not in TARGETS:
+        sys.exit(f"VOCAB_SIZE={s.vocab_size}: the official targets are known for "
+                 f"{', '.join(map(str, TARGETS))} alone; choose such a preset")
     print(f"assumed: products {PRODUCTS / 1e12:.0f} TFLOP/s, attention {ATTENTION / 1e12:.0f}, "
           f"memory {MEMORY / 1e12:.2f} TB/s, {LAUNCH * 1e6:.0f} us a launch, links "
           f"{LINKS / 1e9:.0f} GB/s; {LAUNCHES} launches and {BYTES / 1e3:.0f} kB a token forward "
