@@ -3755,8 +3755,8 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha
     elif stride:
         ledger = timed("sliding", f"final_{label}_sliding_window", plan, f"stride:{stride} ")
     if s.ttt_enabled:
-        ledger = timed("ttt", "legal_ttt", s.adapting_plan,
-                       adapter=adapter_of(model, forward, s, rt))
+        adapter = adapter_of(model, forward, s, rt)
+        ledger = timed("ttt", "legal_ttt", s.adapting_plan, adapter=adapter)
     return results, ledger
 
 
