@@ -154,7 +154,6 @@ class Settings:
     leaky_slope: Share = 0.5  # the MLP activation is LeakyReLU(slope)²; 0: relu²
     logit_softcap: Amount = 30.0  # c of c·tanh(logits/c); 0: off
     qk_gain_init: Amount = 5.0  # initial gain of each query head; 1.5 → 4: −0.0039 (#1218)
-    rope_base: Annotated[float, 1.0, 1e18] = 10000.0  # of the rotary frequencies
     rope_dims: Count = 16  # channels of a head that rotate (16: −0.0023 with LN_SCALE); 0: all
     rope_ntk_reference: Count = 0  # tokens; longer rows stretch the rotary base; 0: off
     ln_scale: Flag = 1  # block i reads its input times 1/√(i+1)
@@ -199,8 +198,7 @@ class Settings:
     muon_momentum_warmup_steps: Count = 1500  # of linear growth; 0: none
     # Polar Express with LR_FLOOR=0.1 and a fused loss: −0.0017 together.
     muon_coefficients: Literal["classic", "polar"] = "polar"  # of Newton–Schulz
-    beta1: Decay = 0.9  # AdamW
-    beta2: Decay = 0.99  # AdamW
+    beta2: Decay = 0.99  # AdamW; β₁ is 0.9
     grad_clip_norm: Amount = 0.3  # norm of all gradients, after their reduction; 0: off
 
     # == Schedule
@@ -239,7 +237,6 @@ class Settings:
     prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # of each quantized tensor, smallest weights → 0
     gptq: Flag = 1  # calibrate: GPTQ, and steps by what errors cost
     gptq_batches: Positive = 8  # of TRAIN_BATCH_TOKENS, for calibration; fewer if time is short
-    gptq_reserve_seconds: Amount = 0.0  # of the training clock for calibration; 0: as measured
     gptq_act_order: Flag = 0  # columns in descending order of the Hessian's diagonal
     codec: Literal["rans", "lzma", "zstd"] = "rans"  # of the codes; zstd needs zstandard
     artifact_budget_bytes: Positive = 16_000_000  # for code + model
@@ -259,7 +256,7 @@ class Settings:
     # Adapters by document: −0.002 to −0.004 (#1530). Weights by chunks: −0.0021 to −0.0033 (#549).
     ttt_lora_rank: Count = 8
         # of adapters that follow each document; 0, or any of the settings from TTT_OPTIMIZER to
-        # TTT_GRAD_CLIP: the weights are adapted, chunk by chunk
+        # TTT_FREEZE_BLOCKS: the weights are adapted, chunk by chunk
     ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
     ttt_batch_seqs: Positive = 256  # rows per TTT step, or streams of adapters, over all ranks
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices alone
@@ -268,12 +265,10 @@ class Settings:
     ttt_intra_cosine: Flag = 0  # times a cosine inside each chunk
     ttt_proj_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's down matrices
     ttt_fc_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's up matrices
-    ttt_momentum: Decay = 0.9  # of sgd and muon
     ttt_epochs: Annotated[int, -1, 1000] = 3  # over each chunk; -1: up to 10, as time allows
     ttt_chunk_tokens: Annotated[int, 0, 2**31] = 0
         # scored before weights are adapted; 0: a 64th of the validation set, at most 32768
     ttt_freeze_blocks: Count = 0  # the first so many blocks are not adapted
-    ttt_grad_clip: Amount = 1.0  # norm, after the reduction over ranks; 0: off
 
     @property
     def head_dim(self):
@@ -367,13 +362,13 @@ _SMALL = dict(
 _PR1855 = dict(
     value_residual="0", ema_decay=0.9965, quant_fit="scale", quant_clip="std", attn_bits=6,
     mlp_bits=6, embed_bits=7, proj_bits=16, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0,
-    embed_clip_sigmas=14.0, gptq_act_order=1, gptq_batches=2, gptq_reserve_seconds=4.0,
+    embed_clip_sigmas=14.0, gptq_act_order=1, gptq_batches=2,
     eval_attention="window", eval_stride=48, ttt_lora_rank=80, ttt_lr=1.8e-4)
 _PR1493 = dict(
     _PR1855, parallel="one", parallel_from=7, smear_gate="0", gated_attention="0",
     muon_coefficients="classic", qk_gain_init=5.25, matrix_lr=0.022, muon_momentum=0.99,
     beta2=0.95, warmdown_frac=0.72, lr_floor=0.0, mlp_clip_sigmas=12.85, attn_clip_sigmas=12.85,
-    embed_bits=8, embed_clip_sigmas=20.0, gptq_batches=8, gptq_reserve_seconds=12.0,
+    embed_bits=8, embed_clip_sigmas=20.0, gptq_batches=8,
     eval_stride=64, ttt_lora_rank=0, ttt_lr=0.005, ttt_chunk_tokens=32768)
 _PR1394 = dict(
     _PR1493, late_passes="0-5,4-5,4-5,6-10", late_passes_from=0.5, parallel="0", qk_gain_init=4.0,
@@ -381,7 +376,7 @@ _PR1394 = dict(
 _PR1218 = dict(
     _PR1394, data_path="./data/datasets/fineweb10B_sp4096", vocab_size=4096,
     tokenizer_path="./data/tokenizers/fineweb_4096_bpe.model", ve_layers="9,10", late_passes="",
-    muon_row_norm=0, quant_clip="row", quant_step_floor=0.03226, gptq_reserve_seconds=10.0)
+    muon_row_norm=0, quant_clip="row", quant_step_floor=0.03226)
 PRESETS = {  # a row holds only what differs from the defaults, or from the row it begins with
     "demo": dict(
         _SMALL, data_path="./data/datasets/demo", run_id="demo",
@@ -441,6 +436,8 @@ REFUSED = {
     "TIE_EMBEDDINGS": ("1", "TIED_EMBED_LR"), "EMBED_LR": ("0.6", "TIED_EMBED_LR"),
     "HEAD_LR": ("0.008", "TIED_EMBED_LR"), "GRAD_QUANT": ("0", ""), "MUON_BETA2": ("0.95", ""),
     "MUON_BACKEND_STEPS": ("5", ""), "ADAM_EPS": ("1e-8", ""), "SWA_START_FRAC": ("0.2", ""),
+    "BETA1": ("0.9", ""), "ROPE_BASE": ("10000", ""), "TTT_MOMENTUM": ("0.9", ""),
+    "TTT_GRAD_CLIP": ("1", ""), "GPTQ_RESERVE_SECONDS": ("", "GPTQ_BATCHES"),
     "TIED_EMBED_INIT_STD": ("0.005", ""), "CROWNQ_LAMBDA": ("0", ""),
     "CROWNQ_WARMDOWN_ONLY": ("1", ""),
     "TRIGRAM_DIM": ("128", "BIGRAM_DIM"), "TTT_UNFREEZE_BLOCKS": ("2", "TTT_FREEZE_BLOCKS"),
@@ -561,8 +558,7 @@ def model_rules(s):
 
 def run_rules(s, world_size):
     """(condition that must hold, message) of settings of the run, its ranks and packages."""
-    T, rows, reserve = (s.train_seq_len, s.train_batch_tokens // s.train_seq_len,
-                        s.gptq_reserve_seconds)
+    T, rows = s.train_seq_len, s.train_batch_tokens // s.train_seq_len
     return [
         (s.train_batch_tokens % T == 0 and (s.eval_only or rows % world_size == 0),
          f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} must be rows of TRAIN_SEQ_LEN={T}, as many on "
@@ -585,9 +581,6 @@ def run_rules(s, world_size):
          f"EMBED_WD={s.embed_wd} must be at least 0, or -1 for ADAM_WD"),
         (s.iterations or s.max_wallclock_seconds or s.eval_only,
          "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: nothing ends the training"),
-        (not s.gptq or not s.max_wallclock_seconds or reserve < s.max_wallclock_seconds,
-         f"GPTQ_RESERVE_SECONDS={reserve} leaves nothing of MAX_WALLCLOCK_SECONDS="
-         f"{s.max_wallclock_seconds}"),
         (s.artifact_budget_bytes > len(SHIPPED), f"ARTIFACT_BUDGET_BYTES="
          f"{s.artifact_budget_bytes}: the code alone has {len(SHIPPED)} bytes; raise it"),
         (s.codec != "zstd" or zstandard,
@@ -1383,7 +1376,7 @@ class SoftcapNLL(torch.autograd.Function):
 
 def rotary_tables(s, length):
     """cos and sin [length, rotated/2] fp32; NTK stretches the base for rows over the reference."""
-    rotated, base = s.rope_dims or s.head_dim, s.rope_base
+    rotated, base = s.rope_dims or s.head_dim, 10000.0
     if s.rope_ntk_reference and s.train_seq_len > s.rope_ntk_reference:
         base *= (s.train_seq_len / s.rope_ntk_reference) ** (rotated / (rotated - 2))
     float64 = dict(dtype=torch.float64, device="cpu")
@@ -2133,14 +2126,17 @@ class TorchGroup:
         self.optimizer.load_state_dict(state)
 
 
-def adamw(params, lr, decay, s, rt, betas=None):
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=betas or (s.beta1, s.beta2), eps=1e-8,
+def adamw(params, lr, decay, s, rt, beta2=None):
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, beta2 or s.beta2), eps=1e-8,
                                   weight_decay=decay, fused=True)
     return TorchGroup(optimizer, params, lr, rt)
 
 
+TTT_MOMENTUM = 0.9  # of SGD, and of Muon at test time
+
+
 def sgd(params, lr, decay, s, rt):
-    optimizer = torch.optim.SGD(params, lr=lr, momentum=s.ttt_momentum, weight_decay=decay)
+    optimizer = torch.optim.SGD(params, lr=lr, momentum=TTT_MOMENTUM, weight_decay=decay)
     return TorchGroup(optimizer, params, lr, rt)
 
 
@@ -3064,9 +3060,9 @@ class WeightTTT:
             if factor:
                 groups.setdefault(factor, []).append(p)
         make = {"sgd": sgd, "muon": Muon,
-                "adamw": functools.partial(adamw, betas=(0.9, 0.999))}[s.ttt_optimizer]
+                "adamw": functools.partial(adamw, beta2=0.999)}[s.ttt_optimizer]
         self.optimizers = Optimizers([make(params, factor * s.ttt_lr, 0.0, s, rt)
-                                      for factor, params in groups.items()], s.ttt_grad_clip, rt)
+                                      for factor, params in groups.items()], 1.0, rt)
         self.params = self.optimizers.params
         self.trained = sum(p.numel() for p in self.params)
         self.frozen = sum(p.numel() for p in model.parameters()) - self.trained
@@ -3125,7 +3121,7 @@ class WeightTTT:
             started = time.perf_counter()
             inside = 0.5 * (1 + math.cos(math.pi * k / steps)) if s.ttt_intra_cosine else 1.0
             self._backward(batches[k % len(batches)])
-            self.optimizers.step(across * inside, s.ttt_momentum)
+            self.optimizers.step(across * inside, TTT_MOMENTUM)
             if k + 1 in (1, steps):
                 self.rt.synchronize()
             self.step_seconds.append(time.perf_counter() - started)
@@ -3508,7 +3504,7 @@ class Trainer:
             if i + 1 in (1, steps) or (i + 1) % 10 == 0:
                 rt.log(f"warmup_step:{i + 1}/{steps}")
         if s.gptq and s.max_wallclock_seconds:
-            self.reserve_ms = 1000 * s.gptq_reserve_seconds or self.measured_reserve(rows)
+            self.reserve_ms = self.measured_reserve(rows)
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), kept)
         self.optimizers = training_optimizers(self.model, s, rt)

@@ -421,7 +421,7 @@ class SlowMuon:
             p, = group["params"]
             if train_gpt.kind_of(group["name"]).kind not in ("attn", "mlp", "proj"):
                 continue
-            grad, beta = p.grad.double(), self.s.ttt_momentum
+            grad, beta = p.grad.double(), 0.9
             self.buffers[p] = beta * self.buffers.get(p, 0) + grad
             direction = grad + beta * self.buffers[p]
             if self.s.muon_row_norm:
@@ -438,7 +438,7 @@ def slow_optimizer(groups, s):
     if s.ttt_optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=s.ttt_lr, betas=(0.9, 0.999), weight_decay=0)
     if s.ttt_optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=s.ttt_lr, momentum=s.ttt_momentum)
+        return torch.optim.SGD(groups, lr=s.ttt_lr, momentum=0.9)
     return SlowMuon(groups, s)
 
 
@@ -471,16 +471,15 @@ def ttt_reference(w):
             w.model.zero_grad()
             logits = w.model.logits(batch[:, :-1]).flatten(0, 1)
             torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten()).backward()
-            if s.ttt_grad_clip:
-                torch.nn.utils.clip_grad_norm_(params.values(), s.ttt_grad_clip)
+            torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
             optimizer.step()
     return np.array([nll[t] for t in range(targets)])
 
 
 TTT_CASES = {
     "batches": dict(TTT_BATCH_SEQS=2, TTT_CHUNK_TOKENS=160),
-    "no clip": dict(TTT_GRAD_CLIP=0, TTT_LR=0.01), "micro batches": dict(MICRO_BATCH_TOKENS=32),
-    "no momentum": dict(TTT_MOMENTUM=0, TTT_EPOCHS=1), "frozen": dict(TTT_FREEZE_BLOCKS=2),
+    "micro batches": dict(MICRO_BATCH_TOKENS=32),
+    "frozen": dict(TTT_FREEZE_BLOCKS=2),
     "all blocks frozen": dict(TTT_FREEZE_BLOCKS=3),
     "longer windows": dict(EVAL_SEQ_LEN=64, EVAL_STRIDE=16, TTT_CHUNK_TOKENS=100),
     "banded": BANDED,
@@ -488,7 +487,7 @@ TTT_CASES = {
     "rates": dict(TTT_PROJ_LR_MULT=3, TTT_FC_LR_MULT=0.5),
     "cosine inside": dict(TTT_INTRA_COSINE=1, TTT_BATCH_SEQS=2),
     "adamw": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.001),
-    "muon": dict(MUON, TTT_GRAD_CLIP=0), "muon, momentum alone": dict(MUON, MUON_ROW_NORM=0),
+    "muon": MUON, "muon, momentum alone": dict(MUON, MUON_ROW_NORM=0),
     "no epochs": dict(TTT_EPOCHS=0), "one chunk": dict(TTT_CHUNK_TOKENS=5000),
     # Windows of 32 every 24 in chunks of 32: a chunk that scores 24 targets has no row.
     "chunks without a row": dict(EVAL_STRIDE=24, TTT_CHUNK_TOKENS=32),

@@ -109,10 +109,10 @@ class Reference:
                 w -= s.matrix_lr * lr_scale * math.sqrt(max(1, w.shape[0] / w.shape[1])) * update
             else:
                 lr = lr_scale * (s.tied_embed_lr if name.endswith(TABLES) else s.scalar_lr)
-                self.m[name] = s.beta1 * self.m[name] + (1 - s.beta1) * g
+                self.m[name] = 0.9 * self.m[name] + (1 - 0.9) * g
                 self.v[name] = s.beta2 * self.v[name] + (1 - s.beta2) * g**2
                 w *= 1 - lr * (s.embed_wd if name.endswith(TABLES) and s.embed_wd >= 0 else s.adam_wd)
-                w -= lr * (self.m[name] / (1 - s.beta1**self.t)) / (np.sqrt(self.v[name] / (1 - s.beta2**self.t)) + 1e-8)
+                w -= lr * (self.m[name] / (1 - 0.9**self.t)) / (np.sqrt(self.v[name] / (1 - s.beta2**self.t)) + 1e-8)
         return norm
 
 
@@ -250,7 +250,7 @@ def test_gradients_are_clipped_by_the_norm_of_all_together(tiny):
         if group.sharded:
             seen += [m.double().square().sum() for m in group.momenta]
         else:
-            seen += [(state["exp_avg"].double() / (1 - s.beta1)).square().sum() for state in group.optimizer.state.values()]
+            seen += [(state["exp_avg"].double() / (1 - 0.9)).square().sum() for state in group.optimizer.state.values()]
     assert math.sqrt(sum(seen)) == pytest.approx(0.25, rel=1e-4)
 
 

@@ -198,7 +198,6 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(TTT_CHUNK_TOKENS=4095), "TTT_CHUNK_TOKENS=4095 must hold 4096"),  # twice the window
     (dict(TTT_CHUNK_TOKENS=5999, EVAL_SEGMENT=6000), "TTT_CHUNK_TOKENS=5999 must hold 6000"),
     (dict(ITERATIONS=0, MAX_WALLCLOCK_SECONDS=0), "nothing ends the training"),
-    (dict(GPTQ_RESERVE_SECONDS=600), "GPTQ_RESERVE_SECONDS=600.0 leaves nothing"),
     (dict(RUN_ID="../elsewhere"), "RUN_ID=../elsewhere"), (dict(RUN_ID="é" * 101), "200 bytes"),
     (dict(SCORES_PATH="scores.txt"), "SCORES_PATH=scores.txt must name a file .npy"),
     (dict(ARTIFACT_BUDGET_BYTES=100), "the code alone has"),
@@ -230,8 +229,7 @@ def test_borders_of_the_contradictions_are_allowed():
             dict(MAX_WALLCLOCK_SECONDS=0), dict(EVAL_STRIDE=2048), dict(BIGRAM_VOCAB_SIZE=2),
             dict(XSA_LAST_N=12, UNIQUE_LAYERS=11, TTT_FREEZE_BLOCKS=11),
             *(dict(NUM_LAYERS=layers) for layers in range(1, 13)),
-            dict(LATE_PASSES="0-10, 3,3-5"), dict(EVAL_SEQ_LEN=1024, EVAL_STRIDE=1024),
-            dict(GPTQ=0, GPTQ_RESERVE_SECONDS=600)):
+            dict(LATE_PASSES="0-10, 3,3-5"), dict(EVAL_SEQ_LEN=1024, EVAL_STRIDE=1024)):
         resolved(**variables)
 
 
