@@ -156,6 +156,8 @@ class Settings:
     qk_gain_init: Amount = 5.0  # initial gain of each query head; 1.5 → 4: −0.0039 (#1218)
     rope_dims: Count = 16  # channels of a head that rotate (16: −0.0023 with LN_SCALE); 0: all
     rope_ntk_reference: Count = 0  # tokens; longer rows stretch the rotary base; 0: off
+    # −0.043 at 400 steps of 4 × 128, one seed; not in the records.
+    key_offset: Flag = 1  # channels of a key that do not rotate are those of the token before
     ln_scale: Flag = 1  # block i reads its input times 1/√(i+1)
     xsa_last_n: Count = 11  # of the last blocks with exclusive self-attention: −0.0017; 0: off
     # Depth recurrence (#1394, #1493): once training is so far, blocks run in another order.
@@ -209,7 +211,7 @@ class Settings:
     warmdown_frac: Share = 0.85  # share of the run that decays instead; 0: WARMDOWN_ITERS
     lr_floor: Share = 0.1  # × lr, where the warmdown ends
     ema_enabled: Flag = 1  # average the weights exponentially (−0.0006)
-    ema_decay: Decay = 0.0  # per step; 0: the average reaches back over 1/21 of the steps so far
+    ema_decay: Decay = 0.0  # per step; 0: over 1/21 of the run, with 0.4 of the last weights
     swa_enabled: Flag = 0  # average snapshots late in the warmdown; with EMA: the mean of both
     swa_every: Positive = 50  # steps between snapshots
     late_qat_threshold: Amount = 0.0
@@ -344,8 +346,9 @@ _SP1024 = dict(
     muon_momentum=0.99, beta2=0.95, warmdown_frac=0.0, late_qat_threshold=0.15)
 # The common base of the ancestors (#414). The README says what ours does differently.
 _PR414 = dict(
-    _SP1024, train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, xsa_last_n=4,
-    smear_gate="1", value_residual="0", gated_attention="0", muon_coefficients="classic",
+    _SP1024, train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, key_offset=0,
+    xsa_last_n=4, smear_gate="1", value_residual="0", gated_attention="0",
+    muon_coefficients="classic",
     lr_floor=0.0, ema_decay=0.997, swa_enabled=1, quant_fit="scale", quant_clip="row",
     codec="lzma", gptq=0, attn_bits=6, mlp_bits=6, proj_bits=16, eval_attention="window",
     ttt_enabled=0, muon_row_norm=0, ttt_lora_rank=0, ttt_lr=0.002, ttt_chunk_tokens=32768)
@@ -360,9 +363,9 @@ _SMALL = dict(
 # The record line, newest first: each row lists what differs from the newer record above it.
 # #1855 lacks its CaseOps and its low-rank correction of weights here.
 _PR1855 = dict(
-    value_residual="0", ema_decay=0.9965, quant_fit="scale", quant_clip="std", attn_bits=6,
-    mlp_bits=6, embed_bits=7, proj_bits=16, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0,
-    embed_clip_sigmas=14.0, gptq_act_order=1, gptq_batches=2,
+    key_offset=0, value_residual="0", ema_decay=0.9965, quant_fit="scale", quant_clip="std",
+    attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=16, mlp_clip_sigmas=11.5,
+    attn_clip_sigmas=13.0, embed_clip_sigmas=14.0, gptq_act_order=1, gptq_batches=2,
     eval_attention="window", eval_stride=48, ttt_lora_rank=80, ttt_lr=1.8e-4)
 _PR1493 = dict(
     _PR1855, parallel="one", parallel_from=7, smear_gate="0", gated_attention="0",
@@ -1393,6 +1396,15 @@ def rotate(x_BTHE, cos, sin):
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
+def offset_keys(k_BTKE, rotated):
+    """The channels from `rotated` on of the position before; the first position keeps its own. A
+    query that matches a token then reads the value of the one that followed it, in one layer
+    (partial key offset, nanogpt speedrun #49)."""
+    fixed = k_BTKE[..., rotated:]
+    moved = torch.cat((fixed[:, :1], fixed[:, :-1]), dim=1)
+    return torch.cat((k_BTKE[..., :rotated], moved), dim=-1)
+
+
 def exclusive(y_BTHE, v_BTKE):
     """XSA: the attention output less its projection on the position's v (of its group)."""
     B, T, H, E = y_BTHE.shape
@@ -1626,6 +1638,7 @@ class Attention(nn.Module):
         D, kv_dim = s.model_dim, s.num_kv_heads * s.head_dim
         self.heads, self.kv_heads, self.head_dim = s.num_heads, s.num_kv_heads, s.head_dim
         self.attend, self.gate, self.coded = kernels.attend, s.gated_attention, s.attn_bits < 16
+        self.key_offset = s.key_offset
         self.q, self.k, self.v, self.o = (matrix(rows, D) for rows in (D, kv_dim, kv_dim, D))
         self.q_gain = nn.Parameter(torch.full((s.num_heads,), s.qk_gain_init))
         if self.gate == "head":  # y_h × σ(W_h·u + b_h), nearly open at first
@@ -1655,6 +1668,7 @@ class Attention(nn.Module):
         v = mix_value(unmixed_v)
         gain = torch.cat((self.q_gain, self.q_gain.new_ones(self.kv_heads)))
         q, k = rotate(scaled_rms_norm(qk, gain), *rotary).split([self.heads, self.kv_heads], dim=2)
+        k = offset_keys(k, 2 * rotary[0].size(-1)) if self.key_offset else k
         y = self.attend(q, k, v, window)
         y = exclusive(y, v) if xsa else y
         if self.gate == "head":
@@ -1822,8 +1836,8 @@ class GPT(nn.Module):
         return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(self.skip_gates[row]).to(x_BTD.dtype))
 
     def adapter_shapes(self):
-        """(outputs R, inputs D) of the low-rank additions that `raw_logits` takes: attention and MLP
-        of each pass, and the logits."""
+        """(outputs R, inputs D) of the adapters that `raw_logits` takes: of attention and MLP of
+        each pass, and of the logits."""
         D = self.s.model_dim
         return [(D, D)] * 2 * len(self.passes[True]) + [(self.s.vocab_size, D)]
 
@@ -2255,6 +2269,8 @@ class WeightAverage:
     An EMA of fixed decay d is bias-corrected: Σ d^(n−i)·wᵢ / Σ d^(n−i). With EMA_DECAY=0 the
     average gets a fraction 21/(n + 20) of the newest weights at update n, so that it reaches back
     over 1/21 of the run whatever its length (0.997 is that at the 7,000 steps it was tuned for).
+    The model then gets 0.6 of it and 0.4 of the last weights, since an average lags behind
+    (nanogpt speedrun, track 3; −0.0013 at 400 steps of 4 × 128, alike in five runs).
     """
 
     def __init__(self, model, s):
@@ -2289,9 +2305,10 @@ class WeightAverage:
         """Give the model its averaged weights; returns "EMA", "SWA", "EMA and SWA", or ""."""
         averages = {"EMA": self.ema if self.updates else None, "SWA": self.swa}
         averages = {name: tensors for name, tensors in averages.items() if tensors}
+        part = 0.6 if self.ema and not self.s.ema_decay else 1.0
         for p, *values in zip(self.params, *averages.values()):
             if values:
-                p.copy_(torch.stack(values).mean(0))
+                p.lerp_(torch.stack(values).mean(0), part)
         return " and ".join(averages)
 
 
@@ -2904,8 +2921,8 @@ def window_plan(targets, length, stride):
 
 
 def stream_plan(targets, length, stride, streams):
-    """The plan in streams, equal stretches of the targets side by side: pass n·streams + l scores the
-    n-th `stride` of stream l. Passes beyond a stream's end score nothing."""
+    """The plan in streams, equal stretches of the targets side by side: pass n·streams + i scores
+    the n-th `stride` of stream i. Passes beyond a stream's end score nothing."""
     borders = np.arange(streams + 1) * targets // streams
     steps = -(-int(np.diff(borders).max()) // stride)
     begin = borders[:-1] + np.arange(steps)[:, None] * stride
@@ -3154,9 +3171,10 @@ class WeightTTT:
 class LoraTTT:
     """Test-time training by low-rank adapters that follow the documents (#1530).
 
-    The targets are split into streams, scored side by side, EVAL_STRIDE of each at a time. A stream has
-    a pair (A, B) for each of adapter_shapes, B zero at first, which takes one step of AdamW without
-    momentum on the mean nll of the targets just scored; where a document ends, the pair is reset.
+    The targets are split into streams, scored side by side, EVAL_STRIDE of each at a time. A stream
+    has a pair (A, B) for each of adapter_shapes, B zero at first, which takes one step of AdamW
+    without momentum on the mean nll of the targets just scored; where a document ends, the pair is
+    reset.
     Each stream has a learning rate, multiplied or divided by 1 + HYPER at each step: up if the last
     step lowered the loss of the next targets, else down (the sign of the hypergradient, Baydin et
     al. 2018), summed over this stream and those before it, whose tokens are all earlier.
@@ -3169,8 +3187,8 @@ class LoraTTT:
         model.requires_grad_(False)
 
     def chunks(self, targets):
-        """What the Scorer scores between two turns: a pass of each stream. A stream is long, since its
-        first rows begin in another one and cannot be trained on."""
+        """What the Scorer scores between two turns: a pass of each stream. A stream is long, since
+        its first rows begin in another one and cannot be trained on."""
         streams = min(self.s.ttt_batch_seqs, targets // (16 * self.s.ttt_shape[0]))
         return dict(streams=max(1, streams))
 
@@ -3206,8 +3224,8 @@ class LoraTTT:
             p.grad = None
 
     def adapt(self, ledger, parts, chunk, chunks, left=math.inf):
-        """Reset the adapters of streams where a document ended, then take a step of every stream on the
-        targets it just scored. The step is skipped if the seconds `left` are too few for it."""
+        """Reset the adapters of streams where a document ended, then take a step of every stream on
+        the targets it just scored. The step is skipped if the seconds `left` are too few for it."""
         rt, scorer, started = self.rt, self.scorer, time.perf_counter()
         mine = slice(chunk * scorer.streams + self.low, chunk * scorer.streams + self.high)
         first, last, length = scorer.first[mine], scorer.last[mine], scorer.length

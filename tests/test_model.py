@@ -131,6 +131,9 @@ def attention(p, s, i, u, row, first, weight):
         g = h // (H // K)  # consecutive query heads share a key/value head
         qh = rotated(rms(q[:, h * E:(h + 1) * E]), s) * p[core + "q_gain"][h]
         kh = rotated(rms(k[:, g * E:(g + 1) * E]), s)
+        if s.key_offset:
+            r = s.rope_dims or E
+            kh = torch.stack([torch.cat((kh[t, :r], kh[max(t - 1, 0), r:])) for t in range(T)])
         rows = []
         for t in range(T):
             share = torch.softmax(qh[t] @ kh[: t + 1].T / math.sqrt(E), 0)
@@ -201,7 +204,7 @@ VARIANTS = [
     dict(), dict(VALUE_RESIDUAL="sigmoid"),
     dict(VALUE_RESIDUAL=0), dict(VE_LAYERS="0,2"), dict(VE_LAYERS="0,1,2", VALUE_RESIDUAL="sigmoid"), dict(VE_LAYERS=""),
     dict(GATED_ATTENTION=0), dict(SMEAR_GATE=1), dict(SMEAR_GATE=0), dict(XSA_LAST_N=0),
-    dict(XSA_LAST_N=1), dict(NUM_KV_HEADS=4), dict(NUM_KV_HEADS=1), dict(ROPE_DIMS=0), dict(ROPE_DIMS=6),
+    dict(XSA_LAST_N=1), dict(KEY_OFFSET=0), dict(NUM_KV_HEADS=4), dict(NUM_KV_HEADS=1), dict(ROPE_DIMS=0), dict(ROPE_DIMS=6),
     dict(ROPE_DIMS=2, ROPE_NTK_REFERENCE=0), dict(ROPE_NTK_REFERENCE=32), dict(LEAKY_SLOPE=0), dict(LEAKY_SLOPE=0.75, MLP_MULT=1.5),
     dict(UNET_SKIPS=0), dict(NUM_LAYERS=4), dict(NUM_LAYERS=5, VE_LAYERS="3"), dict(NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS=""),
     dict(NUM_LAYERS=4, UNIQUE_LAYERS=3, XSA_LAST_N=2), dict(UNIQUE_LAYERS=1, XSA_LAST_N=1), dict(LN_SCALE=0),

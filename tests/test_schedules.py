@@ -165,7 +165,7 @@ def test_ema_is_the_bias_corrected_weighted_sum(steps, decay):
 
 @pytest.mark.parametrize("steps", [1, 30, 700])
 def test_without_a_decay_the_ema_reaches_back_over_a_21st_of_the_run(steps):
-    """Update n takes 21/(n + 20) of the newest weights; their mean age is n/22, whatever the length."""
+    """And 0.4 of the last weights. Update n takes 21/(n + 20) of the newest weights; their mean age is n/22, whatever the length."""
     model, history, average, _ = trained(Settings(), steps)
     expected, weights = np.zeros(history.shape[1]), np.zeros(steps)
     for n, w in enumerate(history, 1):
@@ -174,7 +174,7 @@ def test_without_a_decay_the_ema_reaches_back_over_a_21st_of_the_run(steps):
         weights *= 1 - fraction
         weights[n - 1] = fraction
     average.apply()
-    np.testing.assert_allclose(flat(model), expected, atol=1e-5)
+    np.testing.assert_allclose(flat(model), 0.6 * expected + 0.4 * history[-1], atol=1e-5)
     assert weights.sum() == pytest.approx(1)
     assert steps == 1 or (weights * np.arange(steps, 0, -1)).sum() == pytest.approx(steps / 22, abs=1.1)
 
@@ -218,7 +218,7 @@ def test_no_step_at_all_leaves_the_initial_weights():
 def test_averages_do_not_alias_the_weights():
     """The average of n equal weights stays itself when the weights go on."""
     model = Toy()
-    average = train_gpt.WeightAverage(model, replace(PUBLISHED, swa_enabled=1, swa_every=1))
+    average = train_gpt.WeightAverage(model, replace(PUBLISHED, ema_decay=0.9, swa_enabled=1, swa_every=1))
     before = flat(model)
     average.update(1, 0.0)
     with torch.no_grad():
