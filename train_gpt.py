@@ -2312,15 +2312,10 @@ def as_fp16(x):
     return x.clamp(max=65504.0).half().float()
 
 
-def in_steps(w_RC, steps_R):
-    """w in units of its rows' steps; step 0: all zero."""
-    return w_RC * steps_R.reciprocal().nan_to_num(posinf=0.0)[:, None]
-
-
 def to_codes(w_RC, steps_R, bits):
-    """Integer codes of w at these steps, clamped to ±(2^(bits−1)−1)."""
-    limit = code_limit(bits)
-    return in_steps(w_RC, steps_R).round().clamp(-limit, limit).to(torch.int8)
+    """Integer codes of w at these steps, clamped to ±(2^(bits−1)−1); step 0: all zero."""
+    inverse, limit = steps_R.reciprocal().nan_to_num(posinf=0.0), code_limit(bits)
+    return (w_RC * inverse[:, None]).round().clamp(-limit, limit).to(torch.int8)
 
 
 def finest_steps(w_RC, bits, s, deviations=0.0):
@@ -2359,18 +2354,16 @@ def tolerances(row_energy, column_energy):
 
 
 def compensation(hessian_CC, s):
-    """(order of the columns, unit lower triangular factor fp32 [C, C]) for gptq_codes.
+    """(order of the columns, their factors fp32 [C, C]) for gptq_codes; hessian: Σ xxᵀ of inputs.
 
-    With the Hessian H = VVᵀ, V upper triangular, an error e of a row costs |eV|²: the best shift of
-    column j for the errors before it is Σ_i<j e_i V_ij / V_jj (LDLQ, Chee et al. 2023: the same
-    codes as GPTQ's inverse Hessian). Hessian = Σ xxᵀ over the inputs of the matrix.
+    With H = VVᵀ, V upper triangular, errors e cost |eV|²: the best shift of column j for those
+    before it is Σ e_i V_ij / V_jj (LDLQ, Chee et al. 2023; the codes are those of GPTQ).
     """
-    hessian, order = hessian_CC.double(), torch.arange(len(hessian_CC), device=hessian_CC.device)
-    if s.gptq_act_order:
-        order = hessian.diagonal().argsort(descending=True)
-    hessian, damp = hessian[order][:, order], 0.01 * hessian.diagonal().mean()
-    diagonal = hessian.diagonal()
-    diagonal += (diagonal == 0).double()  # inputs never there
+    ranked = s.gptq_act_order * hessian_CC.diagonal()  # all equal: the order stays
+    order = ranked.argsort(descending=True, stable=True)
+    hessian = hessian_CC.double()[order][:, order]
+    diagonal, damp = hessian.diagonal(), 0.01 * hessian.diagonal().mean()
+    diagonal += diagonal == 0  # inputs never there
     while True:
         diagonal += damp
         try:
@@ -2383,20 +2376,18 @@ def compensation(hessian_CC, s):
 
 
 def gptq_codes(w_RC, steps_R, bits, order, factor_CC, block=64):
-    """Codes with error compensation: later columns make up for the errors of earlier ones.
-
-    GPTQ (Frantar et al. 2022); order and factor are those of compensation().
-    """
-    w_CR, limit = in_steps(w_RC, steps_R).T[order], code_limit(bits)
-    codes = torch.empty_like(w_CR, dtype=torch.int8)
+    """Codes with error compensation: later columns make up for the errors of earlier ones (GPTQ,
+    Frantar et al. 2022)."""
+    w_CR = (w_RC / steps_R[:, None]).nan_to_num(0.0, 0.0, 0.0).T[order]  # in steps; step 0: zero
+    codes, limit = torch.empty_like(w_CR, dtype=torch.int8), code_limit(bits)
     for begin in range(0, len(w_CR), block):
-        end = min(begin + block, len(w_CR))
-        shifted = w_CR[begin:end] + factor_CC[begin:end, :begin] @ w_CR[:begin]
-        for j in range(begin, end):
-            wanted = shifted[j - begin] + factor_CC[j, begin:j] @ w_CR[begin:j]
+        part = slice(begin, begin + block)
+        shifted = w_CR[part] + factor_CC[part, :begin] @ w_CR[:begin]
+        for j, column in enumerate(shifted, begin):
+            wanted = column + factor_CC[j, begin:j] @ w_CR[begin:j]
             codes[j] = wanted.round().clamp(-limit, limit)
-            w_CR[j] -= codes[j]  # from here on the error, which later columns make up for
-    return codes[order.argsort()].T.contiguous()
+            w_CR[j] -= codes[j]  # from here on the error
+    return codes[order.argsort()].T
 
 
 class HessianRecorder(torch.overrides.TorchFunctionMode):
@@ -2493,21 +2484,18 @@ class Quantizer:
             w = w / columns
             finest = finest_steps(w, bits, s, getattr(s, kind_of(name).clip))
             rows = finest if s.quant_fit == "scale" else rows
-            compensated = None
-            if calibration and name in calibration.hessians:
-                hessian = calibration.hessians[name] * columns * columns[:, None]
-                compensated = compensation(hessian, s)
-            self.parts[name] = bits, w, finest, rows, columns, compensated
+            factor = hessian = calibration and calibration.hessians.get(name)
+            if hessian is not None:
+                factor = compensation(hessian * columns * columns[:, None], s)
+            self.parts[name] = bits, w, finest, rows, columns, factor
 
     def at(self, level, compensate=True):
         """{name: Quantized} at a level; `compensate`: GPTQ where a Hessian was recorded."""
         tensors = dict(self.halves)
-        for name, (bits, w, finest, rows, columns, compensated) in self.parts.items():
+        for name, (bits, w, finest, rows, columns, factor) in self.parts.items():
             steps = as_fp16(torch.maximum(finest, level * rows))
-            if compensate and compensated:
-                codes = gptq_codes(w, steps, bits, *compensated) * (w != 0)  # zero stays zero
-            else:
-                codes = to_codes(w, steps, bits)
+            codes = (gptq_codes(w, steps, bits, *factor) * (w != 0)  # zero stays zero
+                     if compensate and factor else to_codes(w, steps, bits))
             tensors[name] = Quantized(bits, codes.cpu(), steps.cpu(), columns.cpu())
         return tensors
 
@@ -2583,8 +2571,7 @@ def contexts_of(levels):
 def frequencies(counts):
     """Counts [CONTEXTS, SYMBOLS] as uint16 that sum to 2¹⁵ by row, at least 1 for what occurs."""
     total = np.maximum(counts.sum(1, keepdims=True), 1)
-    scaled = np.rint(counts * (1 << RANS_BITS) / total)
-    out = np.maximum(scaled, counts > 0).astype(np.int64)
+    out = np.maximum(np.rint(counts * (1 << RANS_BITS) / total), counts > 0).astype(np.int64)
     most = out.argmax(1)
     out[np.arange(len(out)), most] += (1 << RANS_BITS) - out.sum(1)
     return out.astype(np.uint16)
