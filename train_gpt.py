@@ -2366,40 +2366,41 @@ def tolerances(row_energy, column_energy):
     return rows, as_fp16(torch.exp2(columns.round() / 4))
 
 
-def inverse_factor(hessian_CC):
-    """Upper Cholesky factor of the damped Hessian's inverse, float64."""
-    mean, damp = hessian_CC.diagonal().mean(), 0.01
-    hessian = hessian_CC + torch.diag((hessian_CC.diagonal() == 0).double())  # inputs never there
+def compensation(hessian_CC, s):
+    """(order of the columns, their factors fp32 [C, C]) for gptq_codes; hessian: Σ xxᵀ of inputs.
+
+    With H = VVᵀ, V upper triangular, errors e cost |eV|²: the best shift of column j for those
+    before it is Σ e_i V_ij / V_jj (LDLQ, Chee et al. 2023; the codes are those of GPTQ).
+    """
+    ranked = s.gptq_act_order * hessian_CC.diagonal()  # all equal: the order stays
+    order = ranked.argsort(descending=True, stable=True)
+    hessian = hessian_CC.double()[order][:, order]
+    diagonal, damp = hessian.diagonal(), 0.01 * hessian.diagonal().mean()
+    diagonal += diagonal == 0  # inputs never there
     while True:
+        diagonal += damp
         try:
-            damped = hessian + damp * mean * torch.eye(len(hessian)).to(hessian)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-            return torch.linalg.cholesky(inverse, upper=True)
+            factor = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1).mT  # Vᵀ
+            return order, (factor / factor.diagonal()[:, None]).float()
         except torch.linalg.LinAlgError:  # few calibration rows; damping means less compensation
             damp *= 10
-            if not damp < 1e6:
+            if not torch.isfinite(damp):
                 raise
 
 
-def gptq_codes(w_RC, steps_R, bits, hessian_CC, s, block=128):
-    """Codes with error compensation: a column's rounding error is spread over later columns.
-
-    GPTQ (Frantar et al. 2022); hessian = Σ xxᵀ over the inputs of the matrix.
-    """
-    hessian, order = hessian_CC.double(), torch.arange(w_RC.size(1), device=w_RC.device)
-    if s.gptq_act_order:
-        order = hessian.diagonal().argsort(descending=True)
-    factor, w = inverse_factor(hessian[order][:, order]), w_RC.double()[:, order]
-    codes = torch.empty_like(w, dtype=torch.int8)
-    for begin in range(0, len(order), block):
-        end = min(begin + block, len(order))
-        for j in range(begin, end):
-            codes[:, j] = to_codes(w[:, j: j + 1].float(), steps_R, bits)[:, 0]
-            error = (w[:, j] - codes[:, j] * steps_R) / factor[j, j]
-            w[:, j:end] -= error[:, None] * factor[j, j:end]
-            w[:, j] = error  # what the columns after this block have still to compensate
-        w[:, end:] -= w[:, begin:end] @ factor[begin:end, end:]
-    return codes.index_select(1, order.argsort())
+def gptq_codes(w_RC, steps_R, bits, order, factor_CC, block=64):
+    """Codes with error compensation: later columns make up for the errors of earlier ones (GPTQ,
+    Frantar et al. 2022)."""
+    w_CR = (w_RC / steps_R[:, None]).nan_to_num(0.0, 0.0, 0.0).T[order]  # in steps; step 0: zero
+    codes, limit = torch.empty_like(w_CR, dtype=torch.int8), code_limit(bits)
+    for begin in range(0, len(w_CR), block):
+        part = slice(begin, begin + block)
+        shifted = w_CR[part] + factor_CC[part, :begin] @ w_CR[:begin]
+        for j, column in enumerate(shifted, begin):
+            wanted = column + factor_CC[j, begin:j] @ w_CR[begin:j]
+            codes[j] = wanted.round().clamp(-limit, limit)
+            w_CR[j] -= codes[j]  # from here on the error
+    return codes[order.argsort()].T
 
 
 class HessianRecorder(torch.overrides.TorchFunctionMode):
@@ -2496,19 +2497,18 @@ class Quantizer:
             w = w / columns
             finest = finest_steps(w, bits, s, getattr(s, kind_of(name).clip))
             rows = finest if s.quant_fit == "scale" else rows
-            hessian = calibration and calibration.hessians.get(name)
-            self.parts[name] = bits, w, finest, rows, columns, hessian
+            factor = hessian = calibration and calibration.hessians.get(name)
+            if hessian is not None:
+                factor = compensation(hessian * columns * columns[:, None], s)
+            self.parts[name] = bits, w, finest, rows, columns, factor
 
     def at(self, level, compensate=True):
         """{name: Quantized} at a level; `compensate`: GPTQ where a Hessian was recorded."""
         tensors = dict(self.halves)
-        for name, (bits, w, finest, rows, columns, hessian) in self.parts.items():
+        for name, (bits, w, finest, rows, columns, factor) in self.parts.items():
             steps = as_fp16(torch.maximum(finest, level * rows))
-            if compensate and hessian is not None:
-                hessian = hessian * columns * columns[:, None]
-                codes = gptq_codes(w, steps, bits, hessian, self.s) * (w != 0)  # zero stays zero
-            else:
-                codes = to_codes(w, steps, bits)
+            codes = (gptq_codes(w, steps, bits, *factor) * (w != 0)  # zero stays zero
+                     if compensate and factor else to_codes(w, steps, bits))
             tensors[name] = Quantized(bits, codes.cpu(), steps.cpu(), columns.cpu())
         return tensors
 
@@ -2584,8 +2584,7 @@ def contexts_of(levels):
 def frequencies(counts):
     """Counts [CONTEXTS, SYMBOLS] as uint16 that sum to 2¹⁵ by row, at least 1 for what occurs."""
     total = np.maximum(counts.sum(1, keepdims=True), 1)
-    scaled = np.rint(counts * (1 << RANS_BITS) / total)
-    out = np.maximum(scaled, counts > 0).astype(np.int64)
+    out = np.maximum(np.rint(counts * (1 << RANS_BITS) / total), counts > 0).astype(np.int64)
     most = out.argmax(1)
     out[np.arange(len(out)), most] += (1 << RANS_BITS) - out.sum(1)
     return out.astype(np.uint16)
@@ -2601,17 +2600,17 @@ def rans_tables(frequency):
 
 def rans_encode(symbols, contexts, frequency):
     """Bytes of symbols (uint8 [n]) under contexts (uint8 [n]); symbol i goes to state i mod 512."""
-    flat_frequency, flat_start = rans_tables(frequency)
+    entries = contexts.astype(np.uint16) * SYMBOLS + symbols
+    frequency, start = (table[entries] for table in rans_tables(frequency))
     state, words = np.full(RANS_STATES, 1 << 16, np.uint32), []
     last = (len(symbols) - 1) // RANS_STATES * RANS_STATES
     for at in range(last, -1, -RANS_STATES):  # backwards, for a reader that goes forwards
         part = slice(at, at + RANS_STATES)
-        entry = contexts[part] * np.int32(SYMBOLS) + symbols[part]
-        f, x = flat_frequency[entry], state[: len(entry)]
-        full = x >> np.uint32(32 - RANS_BITS) >= f
-        words.append((x[full] & np.uint32(0xFFFF)).astype("<u2"))
+        f, x = frequency[part], state[: len(symbols) - at]
+        full = np.flatnonzero(x >> np.uint32(32 - RANS_BITS) >= f)
+        words.append(x[full].astype("<u2"))  # the low 16 bits
         x[full] >>= np.uint32(16)
-        x += x // f * (np.uint32(1 << RANS_BITS) - f) + flat_start[entry]
+        x += x // f * (np.uint32(1 << RANS_BITS) - f) + start[part]
     return state.astype("<u4").tobytes() + b"".join(w.tobytes() for w in reversed(words))
 
 
@@ -2782,7 +2781,7 @@ def read_artifact(path, sha256=""):
 
 def fitted(encoded, budget_bytes, coded, level, start):
     """(content, level): level 0 if its content fits the budget. Else search levels in start · 2^±24
-    for the largest content that fits, at most 30 tries or until at most 0.05 % of the budget is
+    for the largest content that fits, at most 30 tries or until at most 0.1 % of the budget is
     left. If none fits: the coarsest. Doubling the level saves at most one bit for each of `coded`
     codes, so the next guess is 8·Δbytes/coded octaves away."""
     guess, best = math.log2(start), None
@@ -2792,11 +2791,11 @@ def fitted(encoded, budget_bytes, coded, level, start):
         left = budget_bytes - len(content)
         if left >= 0:
             high, best = guess, (content, level)
-            if level == 0 or left <= 0.0005 * budget_bytes:
+            if level == 0 or left <= 0.001 * budget_bytes:
                 break
         elif level:
             low = guess
-        guess -= 8 * (left - 0.0002 * budget_bytes) / max(coded, 1)
+        guess -= 8 * (left - 0.0005 * budget_bytes) / max(coded, 1)
         guess = guess if low < guess < high else (low + high) / 2
         level = 2.0 ** guess
     return best or (encoded(2.0 ** high), 2.0 ** high)

@@ -265,7 +265,7 @@ def test_gptq_across_blocks_of_columns_equals_the_slow_definition(tiny, act_orde
     order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(300)
     expected = torch.zeros(6, 300)
     expected[:, order] = slow_gptq(w[:, order], steps, hessian[order][:, order])
-    codes = train_gpt.gptq_codes(w, steps, 6, hessian, s)
+    codes = train_gpt.gptq_codes(w, steps, 6, *train_gpt.compensation(hessian, s))
     assert (codes != expected).float().mean() < 0.005  # ties at half a step may fall either way
 
 
@@ -279,7 +279,8 @@ def test_gptq_with_column_factors_is_gptq_of_the_rescaled_problem(tiny, act_orde
     quantizer = Quantizer({MATRIX: w}, s, calibration)
     t, plain = (quantizer.at(0.1, compensate)[MATRIX] for compensate in (True, False))
     scaled = x * t.columns
-    codes = train_gpt.gptq_codes(w / t.columns, t.steps, t.bits, scaled.T @ scaled, s)
+    prepared = train_gpt.compensation(scaled.T @ scaled, s)
+    codes = train_gpt.gptq_codes(w / t.columns, t.steps, t.bits, *prepared)
     assert (t.codes != codes).float().mean() < 0.002
     error, rounded = ((x @ (w - q.weights()).T).norm() for q in (t, plain))
     assert torch.equal(plain.steps, t.steps) and error < 0.8 * rounded

@@ -8,6 +8,10 @@ The weights come from an artifact whose tensors are all fp16, as a run leaves it
 FP16_KEEP_NAME_PATTERNS=cores,emb,table,proj,blocks,gram and a large ARTIFACT_BUDGET_BYTES.
 Calibration uses training rows; scores are taken on the first --targets validation tokens, rows of
 the training length, and choose nothing.
+
+    [SCRIPT_DIR=<folder of another train_gpt.py>] python tests/bench/artifact.py synthetic
+
+times the packing and reading of the default model with drawn weights and inputs; no data is needed.
 """
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ import argparse
 import io
 import lzma
 import math
+import os
 import resource
 import sys
 import time
@@ -25,7 +30,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "records")]
+sys.path[:0] = [os.environ.get("SCRIPT_DIR", str(ROOT)), str(ROOT / "records")]
 import train_gpt as T  # noqa: E402
 from artifact import entropy_bits, pack_code  # noqa: E402
 
@@ -43,9 +48,31 @@ SCHEMES = {  # name: (settings, calibrated)
     "level by what errors cost, int6 range": (SIX, True),
     "level by what errors cost (default)": ({}, True),
 }
+
+
+def sdclip(k, k_table, calibrated=True, act_order=0):
+    """SDClip as on the record line: matrices of 6 bits, tables of 7, steps of k deviations ÷ 31 and
+    k_table deviations ÷ 63, all times one number that fits the bytes: it starts at a third."""
+    return dict(attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=8, quant_fit="scale",
+                quant_clip="std", attn_clip_sigmas=k / 3, mlp_clip_sigmas=k / 3,
+                embed_clip_sigmas=k_table / 3, gptq_act_order=act_order), calibrated
+
+
+LOW_SCHEMES = {
+    "SDClip 12.85, table 20, no GPTQ": sdclip(12.85, 20, False),
+    "GPTQ + SDClip 12.85, table 20": sdclip(12.85, 20),
+    "GPTQ + SDClip 12.85, table 20, act order": sdclip(12.85, 20, act_order=1),
+    "GPTQ + SDClip 13, table 14": sdclip(13, 14),
+    "GPTQ + SDClip 12, table 17": sdclip(12, 17),
+    "GPTQ + SDClip 11.5, table 20": sdclip(11.5, 20),
+    "level by squared error, no GPTQ": ({}, False),
+    "level by what errors cost, no GPTQ": (dict(gptq=0), True),
+    "level by what errors cost (default)": ({}, True),
+}
 # Settings of the exporter, at their defaults whatever the run had.
 EXPORT = ("attn_bits", "mlp_bits", "proj_bits", "quant_fit", "codec", "artifact_budget_bytes",
-          "gptq", "quant_clip", "prune_frac", "fp16_keep_name_patterns")
+          "gptq", "quant_clip", "prune_frac", "fp16_keep_name_patterns", "embed_bits",
+          "bigram_bits", "gptq_act_order")
 
 
 def quantiles(values):
@@ -63,6 +90,91 @@ def ancestors_bytes(tensors):
     buffer = io.BytesIO()
     torch.save({"w": saved, "m": {name: t.bits for name, t in tensors.items()}}, buffer)
     return len(lzma.compress(buffer.getvalue(), preset=6))
+
+
+def drawn(s):
+    """(weights, calibration) of a model of these settings: Gaussian rows of unequal scale, inputs
+    that hang together, energies that differ by row and column."""
+    generator = torch.Generator().manual_seed(0)
+    weights, hessians, energies, inputs = {}, {}, {}, {}
+
+    def spread(count, deviation):
+        return (deviation * torch.randn(count, generator=generator)).exp()
+
+    for name, shape in T.parameter_shapes(s).items():
+        weights[name], kind = torch.randn(shape, generator=generator), T.kind_of(name)
+        if kind.bits:
+            rows, columns = shape
+            weights[name] *= 0.02 * spread(rows, 0.3)[:, None] * spread(columns, 0.2)
+            energies[name] = spread(rows, 1.5), spread(columns, 1.0)
+            if kind.calibrated:
+                if columns not in inputs:
+                    mixed = torch.randn(columns, columns, generator=generator) / columns**0.5
+                    x = torch.randn(3 * columns, columns, generator=generator)
+                    inputs[columns] = x + 2 * (x * spread(columns, 1.0)) @ mixed
+                x = inputs[columns] * spread(columns, 0.5)
+                hessians[name] = x.T @ x
+    return weights, T.Calibration(hessians, energies)
+
+
+def packing(say):
+    """Seconds of wall time and of processor time that packing and reading the default model take,
+    and what every try of it cost."""
+    s = T.Settings()
+    weights, calibration = drawn(s)
+    count, budget = sum(w.numel() for w in weights.values()), 16_000_000 - 48_000
+    say(f"{count} weights, {8 * budget / count:.2f} bits each; torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads")
+    tries, encode = [], T.encode_artifact
+
+    def counted(*arguments):
+        content = encode(*arguments)
+        tries.append((time.perf_counter(), len(content)))
+        return content
+
+    T.encode_artifact = counted
+
+    def timed(label, function, *arguments):
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = function(*arguments)
+        say(f"{label:<12} wall {time.perf_counter() - wall:6.1f} s  processor "
+            f"{time.process_time() - cpu:6.1f} s" + "".join(
+                f"\n    {budget - size:>9} bytes left after {at - wall:.1f} s" for at, size in tries))
+        tries.clear()
+        return result
+
+    timed("pack, plain", T.pack, weights, s, budget)
+    content = timed("pack, GPTQ", T.pack, weights, s, budget, lambda line: None, calibration)
+    tensors = timed("read", T.decode_artifact, content)[1]
+    for inner in ("attn.q", "mlp.up", "mlp.down", "tok_emb"):
+        lost = total = 0.0
+        for name, hessian in calibration.hessians.items():
+            if inner in name:
+                w = weights[name].double()
+                error = w - tensors[name].weights()
+                lost += float(((error @ hessian.double()) * error).sum())
+                total += float(((w @ hessian.double()) * w).sum())
+        say(f"{inner:<12} error of the outputs ÷ outputs {math.sqrt(lost / total):.5f}")
+    say(f"{100 * (1 - len(content) / budget):.3f} % of {budget} bytes left")
+
+
+def low_bits(bits, s, weights, calibration, scored, exact, say):
+    """A table for each size of the file: what LOW_SCHEMES lose, and the multiples of the deviation
+    at which SDClip came to clip."""
+    bare = T.Calibration({}, calibration.energies)
+    for each in bits:
+        budget = int(each * sum(w.numel() for w in weights.values()) / 8)
+        say(f"\nat most {budget} bytes, {each:.2f} bits a weight")
+        say(f"{'steps':<42} {'bytes':>9} {'bpb':>9} {'− float':>9}  {'k, table':>12}")
+        for name, (changes, calibrated) in LOW_SCHEMES.items():
+            rule = replace(s, **changes)
+            content = T.pack(weights, rule, budget, calibration=(
+                None if not calibrated else calibration if rule.gptq else bare))
+            _, tensors, note = T.decode_artifact(content)
+            level, bpb = max(float(note.split()[-1]), 1.0), scored(tensors, name)
+            fitted = (f"{level * rule.attn_clip_sigmas:.1f} {level * rule.embed_clip_sigmas:.1f}"
+                      if rule.quant_clip == "std" else "")
+            say(f"{name:<42} {len(content):>9} {bpb:>9.6f} {bpb - exact:>+9.6f}  {fitted:>12}")
 
 
 def load(arguments):
@@ -89,13 +201,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--tokenizer", type=Path,
                         default=ROOT / "data/tokenizers/fineweb_1024_bpe.model")
     parser.add_argument("--targets", type=int, default=65536)
     parser.add_argument("--calibration-rows", type=int, default=128)
     parser.add_argument("--share", type=float, default=1.0,
                         help="of the bytes that 4.75 bits a weight take")
+    parser.add_argument("--bits", type=float, nargs="+",
+                        help="bits of the file for each weight: instead of --share, the rules of "
+                             "the record line beside ours at each of these")
     parser.add_argument("--spread-seeds", type=int, default=10)
     parser.add_argument("--log", type=Path)
     arguments = parser.parse_args()
@@ -107,6 +222,8 @@ def main():
         if arguments.log:
             arguments.log.write_text("\n".join(lines) + "\n")
 
+    if str(arguments.artifact) == "synthetic":
+        return packing(say)
     s, rt, model, weights, tokens, byte_table, calibration, seconds = load(arguments)
     count = sum(w.numel() for w in weights.values())
     say(f"{count} weights; calibration on {arguments.calibration_rows} rows of "
@@ -126,6 +243,9 @@ def main():
     exact = scored({name: T.Quantized(16, w) for name, w in weights.items()}, "float")
     code = len(pack_code((ROOT / "train_gpt.py").read_bytes()))
     budget = 16_000_000 - code if s.model_dim >= 512 else count * 4.75 / 8
+    if arguments.bits:
+        say(f"float: {exact:.6f} bpb on {len(tokens) - 1} targets")
+        return low_bits(arguments.bits, s, weights, calibration, scored, exact, say)
     budget = int(arguments.share * budget)
     say(f"float: {exact:.6f} bpb on {len(tokens) - 1} targets; every file at most {budget} bytes "
         f"(packed code: {code})")
