@@ -3645,10 +3645,6 @@ def claim_places(s, rt, path, log_path):
     rt.log_path = log_path
 
 
-UNTRAINED = dict(steps=0, train_tokens=0, train_seconds=0.0, pack_seconds=0.0,
-                 validation_documents_in_training=0)
-
-
 def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     """Train, average, quantize, write. Returns (facts of training, {kind: result})."""
     stream = TrainStream(s)
@@ -3676,40 +3672,45 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     rt.log(f"DIAGNOSTIC post_ema val_loss:{floating['val_loss']:.4f} "
            f"val_bpb:{floating['val_bpb']:.4f} eval_time:{1000 * floating['seconds']:.0f}ms")
     started = time.perf_counter()
-    sha256 = write_artifact(dict(model.named_parameters()), s, rt, calibration, path)
+    written = write_artifact(dict(model.named_parameters()), s, rt, calibration, path)
     trained = dict(steps=trainer.step, train_tokens=trainer.step * s.train_batch_tokens,
                    train_seconds=trainer.elapsed / 1000,
                    pack_seconds=time.perf_counter() - started,
-                   validation_documents_in_training=shared, artifact_sha256=sha256)
+                   validation_documents_in_training=shared, **written)
     if rt.rank == 0:
         checkpoints.export(trained)
     rt.training_is_over()
     return trained, {"float": floating}
 
 
+def facts_of(content):
+    """Hash and size of an artifact's bytes, as the result says them."""
+    return dict(artifact_sha256=hashlib.sha256(content).hexdigest(), model_bytes=len(content))
+
+
 def write_artifact(state, s, rt, calibration, path):
     """Rank 0 packs, reads back and writes; to the folder for temporary files if there is no room.
-    Returns the file's SHA-256 or raises UserError, on every rank."""
-    sha256 = problem = ""
+    Returns facts_of the file or raises UserError, on every rank."""
+    facts = problem = None
     if rt.rank == 0:
         try:
             content = pack(state, s, s.artifact_budget_bytes - len(SHIPPED), rt.log, calibration)
             tensors = decode_artifact(content)[1]  # what cannot be read is not written
-            sha256 = hashlib.sha256(content).hexdigest()
+            facts = facts_of(content)
             write_whole(path, content)
             for line in error_report(state, tensors):
                 rt.log(line)
         except UserError as error:
             problem = str(error)
-            if sha256:
+            if facts:
                 rescue = Path(tempfile.gettempdir()) / f"{path.stem}.{os.getpid()}{path.suffix}"
                 with contextlib.suppress(UserError):
                     write_whole(rescue, content)
                     problem += f"; the artifact is in {rescue}: EVAL_ONLY={rescue} scores it"
-    sha256, problem = rt.from_rank0((sha256, problem))
+    facts, problem = rt.from_rank0((facts, problem))
     if problem:
         raise UserError(problem)
-    return sha256
+    return facts
 
 
 def warm_up_evaluations(model, forward, s, rt, tokens):
@@ -3762,11 +3763,11 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha
 
 def report(s, rt, path, trained, results, ledger, eval_seconds):
     """Write the result file and the log's last lines: what a reviewer checks."""
-    last, content, code = list(results.values())[-1], path.read_bytes(), len(SHIPPED)
+    last, code, model = list(results.values())[-1], len(SHIPPED), trained["model_bytes"]
     peak = (torch.cuda.max_memory_allocated() if rt.device.type == "cuda" else
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             * (1 if sys.platform == "darwin" else 1024))
-    shared, total = trained["validation_documents_in_training"], code + len(content)
+    shared, total = trained["validation_documents_in_training"], code + model
     violations = [f"{name} {value:g} exceeds {limit:,}" for name, value, limit in (
         ("total_bytes", total, 16_000_000), ("eval_seconds", eval_seconds, 600),
         ("train_seconds", trained["train_seconds"], 600)) if value > limit]
@@ -3779,16 +3780,15 @@ def report(s, rt, path, trained, results, ledger, eval_seconds):
         preset=s.preset, settings=vars(s), seed=s.seed,
         world_size=rt.world_size, device=device_name(rt), versions=versions(rt),
         code_sha256=hashlib.sha256(SHIPPED).hexdigest(), code_bytes=code,
-        model_bytes=len(content), total_bytes=total,
-        model_params=sum(parameter_counts(s).values()), **trained,
+        total_bytes=total, model_params=sum(parameter_counts(s).values()), **trained,
         eval_seconds=eval_seconds, scored_targets=last["targets"], scored_bytes=last["bytes"],
         bytes_from=last["bytes_from"], peak_memory_bytes=peak,
         val_loss={kind: r["val_loss"] for kind, r in results.items()},
         val_bpb={kind: r["val_bpb"] for kind, r in results.items()},
         ledger_sha256=last["sha256"], artifact=str(path), violations=violations)
-    label = f"{s.quant_label}+{open_artifact(content)[0]['codec']}"
+    label = f"{s.quant_label}+{s.codec}"
     for line in (f"peak memory allocated: {peak // 2**20} MiB",
-                 f"Serialized model {label}: {len(content)} bytes",
+                 f"Serialized model {label}: {model} bytes",
                  f"Code size: {code} bytes",
                  f"Total submission size {label}: {total} bytes of {s.artifact_budget_bytes}",
                  f"code_sha256:{result['code_sha256']}",
@@ -3819,7 +3819,7 @@ def settings_of_artifact(path, environ, world_size=1):
         except ValueError as problem:
             raise ArtifactError(f"{path}: holds {name}={value}, which {problem}") from problem
     s, explicit = resolve_settings(environ, stored, world_size)
-    fixed = ("vocab_size", "train_seq_len", "attn_bits", "mlp_bits")
+    fixed = ("vocab_size", "train_seq_len", "attn_bits", "mlp_bits", "codec")
     other = [f"{name.upper()}={stored[name]}, not {getattr(s, name)}" for name in stored
              if getattr(s, name) != stored[name]
              and (DESCRIBED[name][0] == "Model" or name in fixed)]
@@ -3850,8 +3850,9 @@ def run_job(s, rt, explicit):
            + f" validation_targets:{len(tokens) - 1} bytes_from:{byte_table.source}")
     forward = rt.compiled(model)
     if s.eval_only:
-        sha256 = rt.from_rank0(hashlib.sha256(path.read_bytes()).hexdigest())
-        trained, results = dict(UNTRAINED, artifact_sha256=sha256), {}
+        trained, results = dict(steps=0, train_tokens=0, train_seconds=0.0, pack_seconds=0.0,
+                                validation_documents_in_training=0,
+                                **rt.from_rank0(facts_of(path.read_bytes()))), {}
     else:
         trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
     # Resolved after packing: the artifact stores 0 = automatic, right for any validation set.
