@@ -1146,7 +1146,10 @@ class ByteTable:
         paths = sorted(find_upward(s.data_path).glob("fineweb_val_bytes_*.bin"))
         if not paths:
             return None
-        side = np.concatenate([np.asarray(open_shard(p)) for p in paths])
+        parts = [np.asarray(open_shard(p)) for p in paths]
+        for path, part in zip(paths, parts):
+            check_content(part, path)
+        side = np.concatenate(parts)
         tokens = sum(len(open_shard(p)) for p in shard_paths(s, "val"))
         text = ((manifest_of(s).get("splits") or {}).get("val") or {}).get("utf8_bytes")
         total = int(side.sum(dtype=np.int64))
@@ -1156,8 +1159,8 @@ class ByteTable:
         return side
 
     def _check_pieces(self, path, pieces):
-        inside = [p for p, edge in zip(pieces, self.boundary)
-                  if not edge and ("▁" in p[1:] or " " in p)]
+        pieces = [p for p, edge in zip(pieces, self.boundary) if not edge]
+        inside = [p for p in pieces if "▁" in p[1:] or " " in p]
         way_out = ("build the dataset with data/build_dataset.py, which counts the bytes of the "
                    "text (fineweb_val_bytes_*.bin)")
         if inside:
@@ -1171,10 +1174,10 @@ class ByteTable:
         """Refuse shards and a tokenizer that do not belong together: whole documents among the
         first 2^15 tokens are decoded and encoded again; at least half of their tokens must be in
         documents that come back equal. Refuse unknown pieces. Raises UserError."""
-        if self.source == "pieces" and self.unknown >= 0 and (tokens == self.unknown).any():
-            raise UserError(f"DATA_PATH={s.data_path}: validation holds unknown pieces, whose "
-                            "bytes no table knows; build the dataset with byte fallback or with "
-                            "data/build_dataset.py")
+        if unknown := np.count_nonzero(tokens == self.unknown):
+            raise UserError(f"DATA_PATH={s.data_path}: {unknown} validation tokens are unknown "
+                            "pieces, which stand for any text: no fair score; build the dataset "
+                            "with a tokenizer with byte fallback, as data/build_dataset.py makes")
         starts = np.flatnonzero(tokens[: 1 << 15] == BOS)
         documents = [tokens[a + 1: b].tolist() for a, b in zip(starts, starts[1:])]
         again = self.sp.encode([self.sp.decode(ids) for ids in documents])

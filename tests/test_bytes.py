@@ -172,6 +172,9 @@ def test_side_files_must_fit_the_tokens_and_the_text(tiny, tmp_path):
             ByteTable(tiny(DATA_PATH=tmp_path))
     manifest(6)
     assert ByteTable(tiny(DATA_PATH=tmp_path)).count(tokens) == 6
+    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", [0, 1, 2, 3] + [0] * 2048)
+    with pytest.raises(UserError, match="val_bytes_000000.bin: tokens 1024 to 2048 are all 0"):
+        ByteTable(tiny(DATA_PATH=tmp_path))
 
 
 def test_shards_of_another_tokenizer_are_refused(tiny, tmp_path, corpus):
@@ -189,11 +192,17 @@ def test_shards_of_another_tokenizer_are_refused(tiny, tmp_path, corpus):
         ByteTable(tiny(DATA_PATH=tmp_path))
 
 
-def test_unknown_pieces_are_refused_where_only_the_table_counts(tiny, corpus):
+def test_unknown_pieces_are_refused_whatever_their_bytes(tiny, tmp_path, corpus):
+    """A model that says "something unknown" has not said the text, also where its bytes count."""
     tokens = np.array(corpus.tokens[:200])
     tokens[50] = corpus.tokenizer.unk_id()
-    with pytest.raises(UserError, match="unknown pieces"):
-        ByteTable(tiny()).check_text(tokens, tiny())
+    write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
+    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", np.full(200, 2))
+    for s, source in ((tiny(), "pieces"), (tiny(DATA_PATH=tmp_path), "text")):
+        table = ByteTable(s)
+        with pytest.raises(UserError, match="1 validation tokens are unknown pieces, .*fallback"):
+            table.check_text(tokens, s)
+        assert table.source == source
 
 
 # -- what is refused, and the score
