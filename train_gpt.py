@@ -981,6 +981,11 @@ def check_content(tokens, path, every=1):
                         f"damaged; delete it and fetch it again: {GET_DATA}")
 
 
+def sample_parts(tokens):
+    """4,096 tokens and 32 more from 64 places, evenly spaced; all tokens where they are fewer."""
+    return [tokens[a: a + 4128] for a in range(0, len(tokens), max(4096, len(tokens) >> 6))]
+
+
 def document_keys(tokens):
     """The first 32 tokens of each document that has as many, as a set of bytes."""
     starts = np.flatnonzero(tokens[:-32] == BOS)
@@ -989,8 +994,9 @@ def document_keys(tokens):
 
 
 def contamination(stream, validation):
-    """(documents, those of them in validation) of the first 2^18 tokens of each training shard."""
-    known, seen = document_keys(validation), [document_keys(t[: 1 << 18]) for t in stream.shards]
+    """(documents, those of them in validation) of the sample of each training shard."""
+    known = document_keys(validation)
+    seen = [document_keys(part) for tokens in stream.shards for part in sample_parts(tokens)]
     return sum(map(len, seen)), sum(len(keys & known) for keys in seen)
 
 
@@ -1093,12 +1099,14 @@ def load_validation(s):
 
 # ---- 4. Bits per byte: the only road from a sum of losses to a score ----------------------------
 
-def manifest_of(s):
-    """manifest.json of the data folder, or {} where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
+def manifest_of(s, *keys):
+    """What the data folder's manifest.json has under these keys; None where it has nothing."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         found = json.loads((find_upward(s.data_path) / "manifest.json").read_bytes())
-        return found if isinstance(found, dict) else {}
-    return {}
+        for key in keys:
+            found = found[key]
+        return found
+    return None
 
 
 class ByteTable:
@@ -1111,7 +1119,7 @@ class ByteTable:
     """
 
     def __init__(self, s):
-        path = find_upward(s.tokenizer_path)
+        path = self.path = find_upward(s.tokenizer_path)
         if not path.is_file():
             raise UserError(f"TOKENIZER_PATH={s.tokenizer_path}: no such file; {get_data(s)}")
         try:
@@ -1124,10 +1132,11 @@ class ByteTable:
             raise UserError(f"TOKENIZER_PATH={path}: has {V} pieces where VOCAB_SIZE="
                             f"{s.vocab_size}; set VOCAB_SIZE={V} with shards made by this "
                             "tokenizer, or name the shards' own")
-        made_by = (manifest_of(s).get("tokenizer") or {}).get("sha256")
+        made_by = manifest_of(s, "tokenizer", "sha256")
         if made_by not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
             raise UserError(f"TOKENIZER_PATH={path}: not the tokenizer that made the shards of "
-                            f"DATA_PATH={s.data_path}, whose manifest has sha256 {made_by}")
+                            f"DATA_PATH={s.data_path}; name the one of sha256 {made_by}, which "
+                            "the manifest has")
         self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
                                   for i in range(V)])
         self.unknown = sp.unk_id()
@@ -1151,7 +1160,7 @@ class ByteTable:
             check_content(part, path)
         side = np.concatenate(parts)
         tokens = sum(len(open_shard(p)) for p in shard_paths(s, "val"))
-        text = ((manifest_of(s).get("splits") or {}).get("val") or {}).get("utf8_bytes")
+        text = manifest_of(s, "splits", "val", "utf8_bytes")
         total = int(side.sum(dtype=np.int64))
         if len(side) != tokens or text not in (None, total):
             raise UserError(f"{paths[0]}: {len(side)} entries, {total} bytes in all, for {tokens} "
@@ -1170,23 +1179,25 @@ class ByteTable:
             raise UserError(f"TOKENIZER_PATH={path}: no piece is a single space, so that runs of "
                             f"spaces are lost: {way_out}")
 
-    def check_text(self, tokens, s):
-        """Refuse shards and a tokenizer that do not belong together: whole documents among the
-        first 2^15 tokens are decoded and encoded again; at least half of their tokens must be in
-        documents that come back equal. Refuse unknown pieces. Raises UserError."""
-        if unknown := np.count_nonzero(tokens == self.unknown):
-            raise UserError(f"DATA_PATH={s.data_path}: {unknown} validation tokens are unknown "
-                            "pieces, which stand for any text: no fair score; build the dataset "
-                            "with a tokenizer with byte fallback, as data/build_dataset.py makes")
-        starts = np.flatnonzero(tokens[: 1 << 15] == BOS)
-        documents = [tokens[a + 1: b].tolist() for a, b in zip(starts, starts[1:])]
+    def check_text(self, tokens, path, scored=True):
+        """Refuse tokens and a tokenizer that do not belong together: whole documents in a sample
+        of the tokens are decoded and encoded again; at least half of their tokens must be in
+        documents that come back equal. Refuse to score unknown pieces. Raises UserError."""
+        if scored and (unknown := np.count_nonzero(tokens == self.unknown)):
+            raise UserError(f"{path}: {unknown} tokens are unknown pieces, which stand for any "
+                            "text: no fair score; build the dataset with a tokenizer with byte "
+                            "fallback, as data/build_dataset.py makes")
+        documents = []
+        for part in sample_parts(tokens):
+            starts = np.flatnonzero(part == BOS)
+            documents += [part[a + 1: b].tolist() for a, b in zip(starts, starts[1:])]
         again = self.sp.encode([self.sp.decode(ids) for ids in documents])
         same = sum(len(ids) for ids, new in zip(documents, again) if ids == new)
         total = sum(map(len, documents))
         if same < 0.5 * total:
-            raise UserError(f"DATA_PATH={s.data_path}, TOKENIZER_PATH={s.tokenizer_path} do not "
-                            f"belong together: of the first {total} validation tokens {same} are "
-                            "what this tokenizer makes of the text that they decode to")
+            raise UserError(f"{path} and TOKENIZER_PATH={self.path} do not belong together, or "
+                            f"the shard is damaged: of {total} tokens {same} are what this "
+                            f"tokenizer makes of the text that they decode to; {GET_DATA}")
 
     def count(self, tokens, first=0):
         """Bytes of targets tokens[1:], each after its predecessor; `first`: number of the first
@@ -3626,10 +3637,17 @@ def claim_places(s, rt, path, log_path):
         with explained(f"OUT_DIR={s.out_dir} cannot be used", "set OUT_DIR to another folder"):
             path.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(path.parent).free
-            rt.lock = open(path.parent / ".lock", "ab")
-        with explained(f"OUT_DIR={s.out_dir}: another run is at work there",
-                       "set another OUT_DIR, or wait for it"):
-            fcntl.flock(rt.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            rt.lock = open(path.parent / ".lock", "a+", encoding="utf-8", errors="replace")
+        with contextlib.suppress(OSError):  # not every file system has locks
+            try:
+                fcntl.flock(rt.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                rt.lock.seek(0)
+                raise UserError(f"OUT_DIR={s.out_dir}: another run is at work there: "
+                                f"{rt.lock.read()}; set another OUT_DIR, or wait for it") from None
+            rt.lock.truncate(0)
+            print(f"process {os.getpid()} on {platform.node()}, RUN_ID={s.run_id}", end="",
+                  file=rt.lock, flush=True)
         if path.is_dir() or free < s.artifact_budget_bytes:
             raise UserError(f"OUT_DIR={s.out_dir}: {path.name} is a folder, or {free} bytes free "
                             f"are less than ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}; make "
@@ -3651,6 +3669,8 @@ def claim_places(s, rt, path, log_path):
 def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     """Train, average, quantize, write. Returns (facts of training, {kind: result})."""
     stream = TrainStream(s)
+    for shard, start in zip(stream.paths, stream.shards):  # 2^18 tokens in all: half a second
+        byte_table.check_text(start[: (1 << 18) // len(stream.paths)], shard, scored=False)
     documents, shared = contamination(stream, tokens)
     rt.log(f"contamination:{shared} of {documents} sampled training documents begin like documents "
            "of the validation set")
@@ -3839,7 +3859,7 @@ def run_job(s, rt, explicit):
     if not byte_table.count(tokens[:1 << 20]):
         raise UserError(f"DATA_PATH={s.data_path}: the first tokens of fineweb_val_* stand for no "
                         f"text by TOKENIZER_PATH={s.tokenizer_path}")
-    byte_table.check_text(tokens, s)
+    byte_table.check_text(tokens, f"DATA_PATH={s.data_path}: validation")
     s = replace(s, run_id=s.run_id or str(uuid.uuid4()))
     out = Path(s.out_dir).expanduser()
     path = Path(s.eval_only).expanduser() if s.eval_only else out / "final_model.ptz"

@@ -150,6 +150,8 @@ DATA = [
         case(f"{split}: a folder", folder_for_shard(split), (f"fineweb_{split}_000000.bin",)),
         case(f"{split}: no permission", unreadable(split),
              (f"fineweb_{split}_000000.bin", "Permission denied")))),
+    case("train: damaged", shard("train", np.random.default_rng(0).integers(1, 320, 5000)), (
+        "fineweb_train_000000.bin and TOKENIZER_PATH=", "do not belong together", MEND)),
     case("dangling link", dangling, ("fineweb_val_000000.bin cannot be read: No such file", MEND)),
     case("validation shorter than a row", shard("val", [5] * 32),
          ("32 validation tokens", "TRAIN_SEQ_LEN")),
@@ -363,6 +365,20 @@ def test_an_artifact_without_room_in_its_place_is_kept_elsewhere(world):
     error = failed(world, {})
     rescue = re.search(r"EVAL_ONLY=(\S+) scores it", error)[1]
     assert "No space left" in error and train_gpt.read_artifact(rescue)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(world):
+    """It is told whose folder it is, and leaves no log; the first run goes on."""
+    said, log_start = [], train_gpt.log_start
+
+    def start_another(*arguments):
+        said.append(failed(world, dict(RUN_ID="second")))
+        log_start(*arguments)
+    world.patch.setattr(train_gpt, "log_start", start_another)
+    done = run_main(world.corpus, world.out, **LEAN)
+    assert done.returncode == 0 and not list(world.out.rglob("second*"))
+    assert re.search(f"OUT_DIR={world.out}: another run is at work there: process {os.getpid()} on "
+                     r"\S+, RUN_ID=run; set another OUT_DIR", said[0]), said
 
 
 def limited(bytes_, *command):
