@@ -871,7 +871,7 @@ class Runtime:
 
 def printed(line, stream):
     """Print a line in any encoding; False where nobody reads the stream any more."""
-    encoding = stream.encoding or "utf-8"
+    encoding = getattr(stream, "encoding", None) or "utf-8"  # None where it was closed before
     try:
         print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
         return True
@@ -3648,10 +3648,14 @@ def claim_places(s, rt, path, log_path):
             rt.lock.truncate(0)
             print(f"process {os.getpid()} on {platform.node()}, RUN_ID={s.run_id}", end="",
                   file=rt.lock, flush=True)
-        if path.is_dir() or free < s.artifact_budget_bytes:
-            raise UserError(f"OUT_DIR={s.out_dir}: {path.name} is a folder, or {free} bytes free "
-                            f"are less than ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}; make "
-                            "room, or set another OUT_DIR")
+        if free < s.artifact_budget_bytes:
+            raise UserError(f"OUT_DIR={s.out_dir}: {free} bytes free are less than "
+                            f"ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}; make room, or set "
+                            "another OUT_DIR")
+    for place in path, log_path.with_suffix(".json"):
+        if place.is_dir():
+            raise UserError(f"OUT_DIR={s.out_dir}: {place} is a folder; move it, or set another "
+                            "OUT_DIR")
     if s.scores_path:
         with explained(f"SCORES_PATH={s.scores_path} cannot be written", "name another file"):
             target = Path(s.scores_path).expanduser()
@@ -3673,7 +3677,7 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
         byte_table.check_text(start[: (1 << 18) // len(stream.paths)], shard, scored=False)
     documents, shared = contamination(stream, tokens)
     rt.log(f"contamination:{shared} of {documents} sampled training documents begin like documents "
-           "of the validation set")
+           "of the validation set" + "; no token there is BOS=1" * (not documents))
     checkpoints = Checkpoints(s, rt, stream)
     if trained := rt.from_rank0(checkpoints.exported(path)):
         rt.log(f"resume:{path} is finished, on to its evaluation")

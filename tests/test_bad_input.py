@@ -5,6 +5,7 @@ have test_settings.py, shards alone test_data.py.
 """
 
 import builtins
+import contextlib
 import errno
 import hashlib
 import io
@@ -342,7 +343,7 @@ PLACES = [
     case("the artifact's name is a folder's", taken_by_folder("final_model.ptz"),
          ("OUT_DIR={w.tmp}/new", "final_model.ptz is a folder")),
     case("the result's name is a folder's", taken_by_folder("logs/run.json"),
-         ("run.json cannot be written",)),
+         ("{w.tmp}/new/logs/run.json is a folder",)),
     case("the scores' place", words=("SCORES_PATH=/proc/nobody/s.npy cannot be written",),
          SCORES_PATH="/proc/nobody/s.npy"),
     case("disk too small", lambda w: w.patch.setattr(
@@ -399,6 +400,8 @@ def test_a_log_and_a_console_that_fail_do_not_end_training(corpus, tmp_path):
     assert process.returncode == 0 and not error and "run.txt: no more lines are written" in said
     assert json.loads((tmp_path / "logs" / "run.json").read_text())["steps"] == 2
     assert train_gpt.read_artifact(tmp_path / "final_model.ptz")
+    with contextlib.redirect_stdout(None):  # closed before the start, as by `>&-`
+        assert train_gpt.main(["--help"], {}) == 0
 
 
 # -- launching
