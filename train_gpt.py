@@ -62,7 +62,7 @@ try:  # optional packages; a broken installation is as good as none
     import triton
     import triton.language as tl
 except Exception:
-    triton = tl = None
+    triton = tl = sys.modules["triton"] = None  # nor does PyTorch try it again
 try:
     import zstandard
 except Exception:
@@ -3911,7 +3911,9 @@ def main(argv, environ):
         if "--dry-run" in argv:
             dry_run(s, world_size)
             return 0
-        torch._dynamo.config.cache_size_limit = 64
+        with explained("PyTorch's compiler cannot make its cache",
+                       "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"):
+            torch._dynamo.config.cache_size_limit = 64
         rt = Runtime(s, ranks)
         for number in SIGNALS:
             if handlers[number] != signal.SIG_IGN:  # as nohup does

@@ -191,7 +191,10 @@ TOO_MUCH = [
     case("a budget below the coarsest model", words=("ARTIFACT_BUDGET_BYTES=", "shrink the model"),
          ARTIFACT_BUDGET_BYTES=len(train_gpt.SHIPPED) + 100),
     case("a table too large for the machine", words=("memory", "BIGRAM_VOCAB_SIZE"),
-         BIGRAM_VOCAB_SIZE=10**15)]
+         BIGRAM_VOCAB_SIZE=10**15),
+    case("a compiler that fails", lambda w: w.patch.setattr(
+        train_gpt.Runtime, "compiled", lambda *_: (lambda x: 1 / 0)),
+         ("COMPILE=1 does not work here: ZeroDivisionError", "COMPILE=0 goes on"), COMPILE=1)]
 
 
 # -- artifacts
@@ -402,6 +405,17 @@ def test_a_log_and_a_console_that_fail_do_not_end_training(corpus, tmp_path):
     assert train_gpt.read_artifact(tmp_path / "final_model.ptz")
     with contextlib.redirect_stdout(None):  # closed before the start, as by `>&-`
         assert train_gpt.main(["--help"], {}) == 0
+
+
+def test_a_broken_triton_and_a_cache_that_cannot_be_made_are_borne(corpus, tmp_path):
+    (tmp_path / "triton.py").write_text("raise OSError('a broken triton')")
+    for status, words, variables in (
+            (0, "", dict(PYTHONPATH=tmp_path)),
+            (2, "cannot make its cache: No such", dict(TORCHINDUCTOR_CACHE_DIR="/proc/none"))):
+        done = subprocess.run(launched(), capture_output=True, text=True, env=environment(
+            corpus, OUT_DIR=tmp_path, **LEAN, **variables))
+        assert done.returncode == status and words in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
 
 
 # -- launching
