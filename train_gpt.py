@@ -261,7 +261,7 @@ class Settings:
         # of adapters that follow each document; 0, or any of the settings from TTT_OPTIMIZER to
         # TTT_GRAD_CLIP: the weights are adapted, chunk by chunk
     ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
-    ttt_batch_seqs: Positive = 256  # rows per TTT step, or lanes of adapters, over all ranks
+    ttt_batch_seqs: Positive = 256  # rows per TTT step, or streams of adapters, over all ranks
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices alone
     ttt_params: Literal["all", "tail"] = "all"
         # tail: blocks from TTT_FREEZE_BLOCKS on, scales, token table
@@ -289,7 +289,7 @@ class Settings:
         return self.eval_seq_len or self.train_seq_len
 
     @property
-    def scoring_plan(self):
+    def scoring_shape(self):
         """(tokens read, tokens scored, keys of each layer or 0 for all) of a full-context pass."""
         if self.eval_attention == "banded" and self.eval_stride:
             segment = self.eval_segment or 2 * self.window
@@ -297,16 +297,16 @@ class Settings:
         return self.window, self.eval_stride, 0
 
     @property
-    def adapting_plan(self):
+    def ttt_shape(self):
         """The scoring plan of test-time training."""
-        if not self.ttt_lora_rank or not self.scoring_plan[2]:
-            return self.scoring_plan
+        if not self.ttt_lora_rank or not self.scoring_shape[2]:
+            return self.scoring_shape
         return self.window + self.eval_stride, self.eval_stride, self.window
 
     @property
     def pass_tokens(self):
         """Smallest TTT chunk: it holds a training row, a scoring window and one pass's targets."""
-        return max(self.train_seq_len, self.window, self.scoring_plan[1])
+        return max(self.train_seq_len, self.window, self.scoring_shape[1])
 
     @property
     def cores(self):
@@ -569,7 +569,7 @@ def run_rules(s, world_size):
          f"each of {world_size} ranks: start a number of processes that divides the rows"),
         (s.micro_batch_tokens >= T,
          f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} must hold a row of TRAIN_SEQ_LEN={T}"),
-        (s.scoring_plan[2] or s.eval_stride <= s.window,
+        (s.scoring_shape[2] or s.eval_stride <= s.window,
          f"EVAL_STRIDE={s.eval_stride} exceeds the scoring window of {s.window} tokens"),
         (not s.ttt_enabled or s.eval_stride,
          "TTT_ENABLED=1 scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
@@ -607,7 +607,7 @@ def contradictions(s, world_size):
     return problems
 
 
-def foreign(module):
+def import_or_none(module):
     """The imported module, or None if its import fails in any way."""
     try:
         return importlib.import_module(module)
@@ -1462,7 +1462,7 @@ def attention_kernel(name, strict=False):
     if kernel is None:
         return sdpa
     if isinstance(kernel, str):
-        flash = getattr(foreign(kernel), "flash_attn_func", None)
+        flash = getattr(import_or_none(kernel), "flash_attn_func", None)
 
         def attend(q, k, v, window=0):
             band = {"window_size": (window - 1, 0)} if window else {}
@@ -1506,7 +1506,7 @@ class Kernels:
 PLAIN = Kernels()
 
 
-def failure(function, reference, inputs, rt):
+def why_unusable(function, reference, inputs, rt):
     """Why the compiled function is unusable here, or "". Its result and gradients must differ from
     the reference by at most 2 % of the norm. Any exception is a reason, too."""
     wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
@@ -1527,7 +1527,7 @@ def failure(function, reference, inputs, rt):
 def first_right(part, candidates, reference, inputs, rt):
     """Name of the first candidate that is right on every rank, or ""; the log says why not."""
     for name, function in candidates.items():
-        why = failure(function, reference, inputs, rt) if function else "not installed"
+        why = why_unusable(function, reference, inputs, rt) if function else "not installed"
         if not rt.any_rank(why):
             return name
         rt.log(f"{part}: not {name}: {why or 'unusable on another rank'}")
@@ -1555,7 +1555,7 @@ def choose_attention(s, rt):
         raise UserError(f"ATTENTION={s.attention}: not installed, or not right on {rt.device} with "
                         f"{rt.dtype}; ATTENTION=auto takes the first that works")
     names, whole = dict(attention=name), attention_kernel(name)
-    if not s.scoring_plan[2]:
+    if not s.scoring_shape[2]:
         return names, Kernels(whole)
     own = isinstance(ATTENTION.get(name), str)
     windows = {name: functools.partial(whole, window=128)} if own else {}
@@ -1813,7 +1813,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():  # gradient: mean over a core's blocks, as in #537
             if name.startswith("cores.") and (uses := core_uses(name, s)) > 1:
                 p.register_hook(lambda grad, uses=uses: grad / uses)
-        longest = max(s.train_seq_len, s.window, s.scoring_plan[0], s.adapting_plan[0])
+        longest = max(s.train_seq_len, s.window, s.scoring_shape[0], s.ttt_shape[0])
         for name, table in zip(("cos", "sin"), rotary_tables(s, longest)):
             self.register_buffer(name, table, persistent=False)
 
@@ -1843,12 +1843,12 @@ class GPT(nn.Module):
         return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(self.skip_gates[row]).to(x_BTD.dtype))
 
     def adapter_shapes(self):
-        """(outputs R, inputs D) of the low-rank additions that `products` takes: attention and MLP
+        """(outputs R, inputs D) of the low-rank additions that `raw_logits` takes: attention and MLP
         of each pass, and the logits."""
         D = self.s.model_dim
         return [(D, D)] * 2 * len(self.passes[True]) + [(self.s.vocab_size, D)]
 
-    def products(self, tokens_BT, fake_quant=False, window=0, late=True, adapters=()):
+    def raw_logits(self, tokens_BT, fake_quant=False, window=0, late=True, adapters=()):
         """Next-token logits [B,T,V] before the softcap, compute type.
 
         Position t sees tokens 0..t, or in each layer the last `window` of them. `late`: the passes
@@ -1882,14 +1882,14 @@ class GPT(nn.Module):
 
     def logits(self, tokens_BT, fake_quant=False, window=0, late=True, adapters=()):
         """Next-token logits [B,T,V], fp32."""
-        products = self.products(tokens_BT, fake_quant, window, late, adapters)
-        return softcapped(products, self.s.logit_softcap)
+        raw = self.raw_logits(tokens_BT, fake_quant, window, late, adapters)
+        return softcapped(raw, self.s.logit_softcap)
 
     def forward(self, tokens_BT, targets_BT, fake_quant=False, window=0, late=True, adapters=()):
         """nll of each target [B,T], nats, fp32. What changes during a run is an argument, so that
         a compiler cannot fold it away."""
-        products = self.products(tokens_BT, fake_quant, window, late, adapters).flatten(0, 1)
-        nll = self.kernels.now().nll(products, targets_BT.flatten(), self.s.logit_softcap)
+        raw = self.raw_logits(tokens_BT, fake_quant, window, late, adapters).flatten(0, 1)
+        nll = self.kernels.now().nll(raw, targets_BT.flatten(), self.s.logit_softcap)
         return nll.view_as(targets_BT)
 
 
@@ -2561,7 +2561,7 @@ class ArtifactError(UserError):
 # work. Frequencies are counted by context: the magnitude of the code's row plus that of its column,
 # in quarter octaves. Rows and columns of trained weights differ so much that this takes 5 % less
 # than the order-0 entropy of the tensors. 48 contexts span 12 octaves, more than codes of 8 bits.
-RANS_LANES, RANS_BITS, CONTEXTS, SYMBOLS = 512, 15, 48, 256
+RANS_STATES, RANS_BITS, CONTEXTS, SYMBOLS = 512, 15, 48, 256
 
 
 def magnitudes(codes_RC):
@@ -2603,10 +2603,10 @@ def rans_tables(frequency):
 def rans_encode(symbols, contexts, frequency):
     """Bytes of symbols (uint8 [n]) under contexts (uint8 [n]); symbol i is in lane i mod 512."""
     flat_frequency, flat_start = rans_tables(frequency)
-    state, words = np.full(RANS_LANES, 1 << 16, np.uint32), []
-    last = (len(symbols) - 1) // RANS_LANES * RANS_LANES
-    for at in range(last, -1, -RANS_LANES):  # backwards, for a reader that goes forwards
-        part = slice(at, at + RANS_LANES)
+    state, words = np.full(RANS_STATES, 1 << 16, np.uint32), []
+    last = (len(symbols) - 1) // RANS_STATES * RANS_STATES
+    for at in range(last, -1, -RANS_STATES):  # backwards, for a reader that goes forwards
+        part = slice(at, at + RANS_STATES)
         entry = contexts[part] * np.int32(SYMBOLS) + symbols[part]
         f, x = flat_frequency[entry], state[: len(entry)]
         full = x >> np.uint32(32 - RANS_BITS) >= f
@@ -2620,14 +2620,14 @@ def rans_decode(data, contexts, frequency):
     """The symbols, uint8 [n]. Raises ValueError on anything that rans_encode did not write."""
     flat_frequency, flat_start = rans_tables(frequency)
     symbol_at = np.repeat(np.tile(np.arange(SYMBOLS, dtype=np.uint8), CONTEXTS), flat_frequency)
-    state = np.frombuffer(data, "<u4", RANS_LANES).copy()
-    words, used = np.frombuffer(data, "<u2", offset=4 * RANS_LANES), 0
+    state = np.frombuffer(data, "<u4", RANS_STATES).copy()
+    words, used = np.frombuffer(data, "<u2", offset=4 * RANS_STATES), 0
     symbols = np.empty(len(contexts), np.uint8)
-    for at in range(0, len(contexts), RANS_LANES):
-        context = contexts[at: at + RANS_LANES].astype(np.int32)
+    for at in range(0, len(contexts), RANS_STATES):
+        context = contexts[at: at + RANS_STATES].astype(np.int32)
         x = state[: len(context)]
         slot = x & np.uint32((1 << RANS_BITS) - 1)
-        found = symbols[at: at + RANS_LANES] = symbol_at[(context << RANS_BITS) + slot]
+        found = symbols[at: at + RANS_STATES] = symbol_at[(context << RANS_BITS) + slot]
         entry = context * SYMBOLS + found
         x[:] = flat_frequency[entry] * (x >> np.uint32(RANS_BITS)) + slot - flat_start[entry]
         low = np.flatnonzero(x < 1 << 16)
@@ -2909,7 +2909,7 @@ class ScoreLedger:
                     sha256=hashlib.sha256(self.nll.tobytes()).hexdigest())
 
 
-# window_plan and lane_plan return (start, first, last), int64 [W] each: pass w reads the tokens
+# window_plan and stream_plan return (start, first, last), int64 [W] each: pass w reads the tokens
 # [start, start + length] and scores targets [first, last). Each target is in exactly one pass.
 
 def window_plan(targets, length, stride):
@@ -2921,10 +2921,10 @@ def window_plan(targets, length, stride):
     return last - length, np.concatenate(([0], last[:-1])), last
 
 
-def lane_plan(targets, length, stride, lanes):
-    """The plan in lanes, equal stretches of the targets side by side: pass n·lanes + l scores the
-    n-th `stride` of lane l. Passes beyond a lane's end score nothing."""
-    borders = np.arange(lanes + 1) * targets // lanes
+def stream_plan(targets, length, stride, streams):
+    """The plan in streams, equal stretches of the targets side by side: pass n·streams + l scores the
+    n-th `stride` of stream l. Passes beyond a stream's end score nothing."""
+    borders = np.arange(streams + 1) * targets // streams
     steps = -(-int(np.diff(borders).max()) // stride)
     begin = borders[:-1] + np.arange(steps)[:, None] * stride
     first, last = (np.minimum(begin + n, borders[1:]).ravel() for n in (0, stride))
@@ -2943,19 +2943,19 @@ class Scorer:
 
     plan = (length, stride, band): a pass reads `length` tokens and scores the last `stride` (the
     first pass: all). With a band, each query attends to the last `band` keys. `chunks` are the
-    ranges of passes scored between two calls of adapt(): chunk_tokens targets, or with lanes (see
-    lane_plan) one pass of each lane.
+    ranges of passes scored between two calls of adapt(): chunk_tokens targets, or with streams (see
+    stream_plan) one pass of each stream.
     """
 
-    def __init__(self, model, tokens, plan, s, rt, kernels=PLAIN, chunk_tokens=1 << 22, lanes=0):
+    def __init__(self, model, tokens, plan, s, rt, kernels=PLAIN, chunk_tokens=1 << 22, streams=0):
         (length, stride, band), targets = plan, len(tokens) - 1
-        self.length, self.stride, self.rt, self.lanes = min(length, targets), stride, rt, lanes
+        self.length, self.stride, self.rt, self.streams = min(length, targets), stride, rt, streams
         window = kernels.window(self.length, band, rt.device)
         self.model = functools.partial(model, window=window) if band else model
         self.start, self.first, self.last = (
-            lane_plan(targets, self.length, stride, lanes) if lanes
+            stream_plan(targets, self.length, stride, streams) if streams
             else window_plan(targets, self.length, stride))
-        self.chunks = ([(n, n + lanes) for n in range(0, len(self.first), lanes)] if lanes
+        self.chunks = ([(n, n + streams) for n in range(0, len(self.first), streams)] if streams
                        else chunk_plan(self.first, targets, chunk_tokens))
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(rt.device)
         self.offsets = torch.arange(self.length + 1, device=rt.device)
@@ -3064,13 +3064,13 @@ def ttt_factor(name, s):
     return setting_or(s, row.ttt_lr, 1.0)
 
 
-class Adapter:
+class WeightTTT:
     """Test-time training: scored tokens in, weights changed. It owns optimizer, schedule, budget
     and log; the optimizer's state lasts for the evaluation."""
 
     def __init__(self, model, forward, s, rt):
         self.s, self.rt, self.forward = s, rt, forward
-        self.label = "ttt_banded" if s.scoring_plan[2] else "ttt_sliding"
+        self.label = "ttt_banded" if s.scoring_shape[2] else "ttt_sliding"
         groups = {}
         for name, p in model.named_parameters():
             factor = ttt_factor(name, s)
@@ -3103,7 +3103,7 @@ class Adapter:
         s, self.started, self.byte_table = self.s, time.perf_counter(), byte_table
         self.rt.log(
             f"{self.label}:start chunks={len(scorer.chunks)} chunk_tokens={s.ttt_chunk_tokens} "
-            f"total_windows={len(scorer.first)} stride={s.scoring_plan[1]} ttt_lr={s.ttt_lr} "
+            f"total_windows={len(scorer.first)} stride={s.scoring_shape[1]} ttt_lr={s.ttt_lr} "
             f"ttt_epochs={s.ttt_epochs} freeze_blocks={s.ttt_freeze_blocks}")
 
     def warm_up(self, scorer):
@@ -3169,15 +3169,15 @@ class Adapter:
             (nll.sum() / batch[:, 1:].numel()).backward()
 
 
-class DocumentAdapters:
+class LoraTTT:
     """Test-time training by low-rank adapters that follow the documents (#1530).
 
-    The targets are split into lanes, scored side by side, EVAL_STRIDE of each at a time. A lane has
+    The targets are split into streams, scored side by side, EVAL_STRIDE of each at a time. A stream has
     a pair (A, B) for each of adapter_shapes, B zero at first, which takes one step of AdamW without
     momentum on the mean nll of the targets just scored; where a document ends, the pair is reset.
-    Each lane has a learning rate, multiplied or divided by 1 + HYPER at each step: up if the last
+    Each stream has a learning rate, multiplied or divided by 1 + HYPER at each step: up if the last
     step lowered the loss of the next targets, else down (the sign of the hypergradient, Baydin et
-    al. 2018), summed over this lane and those before it, whose tokens are all earlier.
+    al. 2018), summed over this stream and those before it, whose tokens are all earlier.
     """
     BETA2, DECAY, HYPER = 0.999, 0.5, 0.1
 
@@ -3187,16 +3187,16 @@ class DocumentAdapters:
         model.requires_grad_(False)
 
     def chunks(self, targets):
-        """What the Scorer scores between two turns: a pass of each lane. A lane is long, since its
+        """What the Scorer scores between two turns: a pass of each stream. A stream is long, since its
         first rows begin in another one and cannot be trained on."""
-        lanes = min(self.s.ttt_batch_seqs, targets // (16 * self.s.adapting_plan[0]))
-        return dict(lanes=max(1, lanes))
+        streams = min(self.s.ttt_batch_seqs, targets // (16 * self.s.ttt_shape[0]))
+        return dict(streams=max(1, streams))
 
     def begin(self, scorer, byte_table=None):
-        """The adapters of this rank's lanes, [n, r, D] and [n, R, r] of each site, and their
-        state. A rank without a lane has adapters to compile with."""
+        """The adapters of this rank's streams, [n, r, D] and [n, R, r] of each site, and their
+        state. A rank without a stream has adapters to compile with."""
         self.scorer, self.started = scorer, time.perf_counter()
-        self.low, self.high = self.rt.share(scorer.lanes)
+        self.low, self.high = self.rt.share(scorer.streams)
         rank, generator = self.s.ttt_lora_rank, torch.Generator().manual_seed(self.s.seed)
         self.initial = [x.to(self.rt.device) for R, D in self.shapes for x in (
             (2 * torch.rand(rank, D, generator=generator) - 1) / math.sqrt(D),
@@ -3205,10 +3205,10 @@ class DocumentAdapters:
         self.params = [x.repeat(held, 1, 1).requires_grad_() for x in self.initial]
         self.squares, self.moved = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
         self.steps = torch.zeros(held, 1, 1, device=self.rt.device)
-        self.lr = torch.full((scorer.lanes,), self.s.ttt_lr, device=self.rt.device)
+        self.lr = torch.full((scorer.streams,), self.s.ttt_lr, device=self.rt.device)
 
     def arguments(self, passes):
-        """The adapters of these passes of a chunk: pass n is that of lane n."""
+        """The adapters of these passes of a chunk: pass n is that of stream n."""
         parts = [p[passes - self.low] for p in self.params]
         return dict(adapters=list(zip(parts[::2], parts[1::2])))
 
@@ -3224,15 +3224,15 @@ class DocumentAdapters:
             p.grad = None
 
     def adapt(self, ledger, parts, chunk, chunks, left=math.inf):
-        """Reset the adapters of lanes where a document ended, then take a step of every lane on the
+        """Reset the adapters of streams where a document ended, then take a step of every stream on the
         targets it just scored. The step is skipped if the seconds `left` are too few for it."""
         rt, scorer, started = self.rt, self.scorer, time.perf_counter()
-        mine = slice(chunk * scorer.lanes + self.low, chunk * scorer.lanes + self.high)
+        mine = slice(chunk * scorer.streams + self.low, chunk * scorer.streams + self.high)
         first, last, length = scorer.first[mine], scorer.last[mine], scorer.length
         late = left < (statistics.median(self.step_seconds[-9:]) if self.step_seconds else 0)
         late, scored = rt.from_rank0(late), (chunk + 1) * scorer.stride > length
         self.late += late
-        if scored and len(last):  # else the rows hold targets of another lane, not scored yet
+        if scored and len(last):  # else the rows hold targets of another stream, not scored yet
             rows = torch.cat([ledger.rows_for_adapting(end - length, end, length)
                               for end in last.tolist()]).to(rt.device)
             new = torch.from_numpy(last - first).to(rt.device)[:, None]
@@ -3246,30 +3246,30 @@ class DocumentAdapters:
             self._step(new.any(1)[:, None, None] if len(last) else self.steps > 0)
             self.step_seconds.append(time.perf_counter() - started)
         if chunk % max(1, chunks // 10) == 0 or chunk + 2 == chunks:
-            rt.log(f"  ttt_lora [{chunk + 1}/{chunks}] lanes={scorer.lanes} val_loss="
+            rt.log(f"  ttt_lora [{chunk + 1}/{chunks}] streams={scorer.streams} val_loss="
                    f"{np.nanmean(ledger.nll, dtype=np.float64):.6f} lr={self.lr[-1]:.2e} late="
                    f"{self.late} time={time.perf_counter() - self.started:.1f}s")
 
     def _backward(self, rows, weights):
-        """Gradients of each lane's weighted nll, in passes of the Scorer's one shape."""
+        """Gradients of each stream's weighted nll, in passes of the Scorer's one shape."""
         for begin in range(0, len(rows), self.scorer.batch):
-            lane = torch.arange(begin, begin + self.scorer.batch, device=rows.device)
-            inside, lane = (lane < len(rows))[:, None], lane.clamp(max=len(rows) - 1)
-            nll = self.scorer.model(rows[lane, :-1], rows[lane, 1:],
-                                    **self.arguments(lane + self.low))
-            (nll * weights[lane] * inside).sum().backward()
+            stream = torch.arange(begin, begin + self.scorer.batch, device=rows.device)
+            inside, stream = (stream < len(rows))[:, None], stream.clamp(max=len(rows) - 1)
+            nll = self.scorer.model(rows[stream, :-1], rows[stream, 1:],
+                                    **self.arguments(stream + self.low))
+            (nll * weights[stream] * inside).sum().backward()
 
     @torch.no_grad()
-    def _begin_anew(self, lanes_n11):
+    def _begin_anew(self, streams_n11):
         for p, square, moved, initial in zip(self.params, self.squares, self.moved, self.initial):
-            p.copy_(torch.where(lanes_n11, initial, p))
-            square.mul_(~lanes_n11)
-            moved.mul_(~lanes_n11)
-        self.steps.mul_(~lanes_n11)
+            p.copy_(torch.where(streams_n11, initial, p))
+            square.mul_(~streams_n11)
+            moved.mul_(~streams_n11)
+        self.steps.mul_(~streams_n11)
 
     @torch.no_grad()
     def _step(self, active_n11):
-        """AdamW of the lanes that got a gradient, and of the rates of all."""
+        """AdamW of the streams that got a gradient, and of the rates of all."""
         uphill, mine = torch.zeros_like(self.lr), slice(self.low, self.high)
         for p, moved in zip(self.params, self.moved):
             if p.grad is not None:
@@ -3287,9 +3287,9 @@ class DocumentAdapters:
             p.grad = None
 
 
-def adapter_of(model, forward, s, rt):
+def chosen_ttt(model, forward, s, rt):
     """The test-time training that the settings ask for."""
-    return DocumentAdapters(model, s, rt) if s.ttt_lora_rank else Adapter(model, forward, s, rt)
+    return LoraTTT(model, s, rt) if s.ttt_lora_rank else WeightTTT(model, forward, s, rt)
 
 
 # ---- 12. Training -------------------------------------------------------------------------------
@@ -3435,7 +3435,7 @@ class Trainer:
             if self.over(steps=4):  # the GPU may be two steps behind that reading
                 self.elapsed = clock.read(exact=True)
             self.step_ms = 0.9 * self.step_ms + 0.1 * (self.elapsed - before)
-            self.look(loss, norm, scale)
+            self.check_and_log(loss, norm, scale)
             rt.progress("train", progress_of(s, self.step, self.elapsed))
         if s.max_wallclock_seconds and (self.step < s.iterations or not s.iterations):
             rt.log(f"stopping_early: wallclock_cap train_time:{self.elapsed:.0f}ms "
@@ -3480,7 +3480,7 @@ class Trainer:
             loss += nll.detach()
         return loss * self.rt.world_size, self.optimizers.step(scale, momentum)
 
-    def look(self, loss, norm, scale):
+    def check_and_log(self, loss, norm, scale):
         """Log the step where it is due. UserError if it is not finite: of a GPU, which would have
         to wait, only the first ten, every hundredth and logged steps are looked at."""
         rt, logged = self.rt, self.step <= 10 or self.step % self.s.train_log_every == 0
@@ -3745,11 +3745,11 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
     if not rt.compile:
         return
     started, plans = time.perf_counter(), [(s.window, s.window, 0)]
-    for plan in plans + [s.scoring_plan] * bool(s.scoring_plan[1]):
+    for plan in plans + [s.scoring_shape] * bool(s.scoring_shape[1]):
         Scorer(forward, tokens, plan, s, rt, model.kernels).warm_up(s.vocab_size)
     if s.ttt_enabled:
-        adapter = adapter_of(model, forward, s, rt)
-        adapter.warm_up(Scorer(forward, tokens, s.adapting_plan, s, rt, model.kernels,
+        adapter = chosen_ttt(model, forward, s, rt)
+        adapter.warm_up(Scorer(forward, tokens, s.ttt_shape, s, rt, model.kernels,
                                **adapter.chunks(len(tokens) - 1)))
         model.requires_grad_(True)
     rt.synchronize()
@@ -3759,7 +3759,7 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
 def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha256=""):
     """Read the artifact from disk and score it: plain, full context, TTT. Returns {kind: result}
     and the last ledger. Raises UserError if the file has another SHA-256, LedgerError."""
-    label, results, plan = s.quant_label, {}, s.scoring_plan
+    label, results, plan = s.quant_label, {}, s.scoring_shape
 
     def timed(kind, key, plan, note="", adapter=None):
         try:
@@ -3783,8 +3783,8 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha
     elif stride:
         ledger = timed("sliding", f"final_{label}_sliding_window", plan, f"stride:{stride} ")
     if s.ttt_enabled:
-        adapter = adapter_of(model, forward, s, rt)
-        ledger = timed("ttt", "legal_ttt", s.adapting_plan, adapter=adapter)
+        adapter = chosen_ttt(model, forward, s, rt)
+        ledger = timed("ttt", "legal_ttt", s.ttt_shape, adapter=adapter)
     return results, ledger
 
 

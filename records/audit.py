@@ -46,7 +46,7 @@ from shards import exit_code_of, user_path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CAP_BYTES = 16_000_000
-LOGITS = ("logits", "products")  # methods of the model that answer for a whole vocabulary
+LOGITS = ("logits", "raw_logits")  # methods of the model that answer for a whole vocabulary
 NEEDED = ("Settings UserError Runtime ByteTable ScoreLedger load_validation settings_of_artifact build_model run_evaluations "
           "read_artifact find_upward main").split()
 
@@ -83,13 +83,13 @@ def settings_for(script, path, environ, targets):
     known = {f.name.upper() for f in fields(script.Settings)}
     environ = {**environ, **{k: v for k, v in (("COMPILE", "0"), ("EVAL_WALLCLOCK_SECONDS", "0")) if k in known}}
     s, explicit = script.settings_of_artifact(path, environ)
-    plan = getattr(s, "scoring_plan", (s.window, s.eval_stride, 0))
+    plan = getattr(s, "scoring_shape", (s.window, s.eval_stride, 0))
     row = max(s.train_seq_len, s.window, plan[1])
     chunk = s.ttt_chunk_tokens  # 0: by the length of the validation set
     if targets and targets < 4 * row:
         raise Unusable(f"--targets {targets}: too few, four chunks of a row need {4 * row}")
-    if not targets:  # with adapters two lanes, each of 16 rows
-        targets = 32 * max(row, s.adapting_plan[0]) if s.ttt_enabled and getattr(s, "ttt_lora_rank", 0) else 16 * row
+    if not targets:  # with adapters two streams, each of 16 rows
+        targets = 32 * max(row, s.ttt_shape[0]) if s.ttt_enabled and getattr(s, "ttt_lora_rank", 0) else 16 * row
     environ["VAL_LIMIT_TOKENS"] = str(targets)
     targets = len(script.load_validation(replace(s, val_limit_tokens=targets))) - 1
     if "TTT_CHUNK_TOKENS" not in explicit:
@@ -465,16 +465,16 @@ def choose_places(evaluation, tokens, bos, at_random):
         if 0 < t < targets:
             places.setdefault(int(t), why)
 
-    lanes = [b for (a, n), (b, _) in zip(records, records[1:]) if turn[b] == 0 and b != a + n]  # begin side by side
+    streams = [b for (a, n), (b, _) in zip(records, records[1:]) if turn[b] == 0 and b != a + n]  # begin side by side
     chunks = [first for first, _ in records if turn[first] > 0]
     begin, count = records[len(records) // 2]
     inside = [t for t in sorted(set(evaluation.fresh)) if begin < t < begin + count]
     documents = np.flatnonzero(tokens[1:] == bos)
     for t in chunks[:1] + chunks[-1:]:
         add(t, "border of a chunk")
-    for t in lanes[-1:]:
-        add(t, "border of a lane")
-        add(max(first for first, _ in records if first < t), "last chunk of a lane")
+    for t in streams[-1:]:
+        add(t, "border of a stream")
+        add(max(first for first, _ in records if first < t), "last chunk of a stream")
         add(begin, "a chunk in the middle")
     if inside:
         add(inside[len(inside) // 2], "border of a pass")
@@ -788,7 +788,7 @@ def checks(audit, script_path, at_random):
 def describe(audit, script_path, own_chunk):
     """What is audited, in two lines."""
     s = audit.s
-    length, stride, band = getattr(s, "scoring_plan", (s.window, s.eval_stride, 0))
+    length, stride, band = getattr(s, "scoring_shape", (s.window, s.eval_stride, 0))
     plan = f"windows of {length}, stride {stride}"
     if band:
         plan = f"banded segments of {stride} after {length - stride}, {band} keys"
@@ -796,7 +796,7 @@ def describe(audit, script_path, own_chunk):
     if s.ttt_enabled:
         ttt = f"TTT {getattr(s, 'ttt_optimizer', 'sgd')}, {s.ttt_epochs} epochs over chunks of {s.ttt_chunk_tokens}"
         if getattr(s, "ttt_lora_rank", 0):
-            ttt = f"TTT adapters of rank {s.ttt_lora_rank}, {getattr(s, 'adapting_plan', plan)[1]} targets of each lane a step"
+            ttt = f"TTT adapters of rank {s.ttt_lora_rank}, {getattr(s, 'ttt_shape', plan)[1]} targets of each stream a step"
         elif own_chunk not in (0, s.ttt_chunk_tokens):
             ttt += f" (the artifact's: {own_chunk}; --targets {4 * own_chunk} takes those)"
     return (f"{audit.path} ({audit.path.stat().st_size:,} bytes) scored by {script_path} "

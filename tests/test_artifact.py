@@ -22,7 +22,7 @@ from bench.fuzz import CODECS, START, put_together, sealed, taken_apart
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import train_gpt
-from train_gpt import (ARTIFACT_MAGIC, CONTEXTS, RANS_BITS, RANS_LANES, SYMBOLS, ArtifactError,
+from train_gpt import (ARTIFACT_MAGIC, CONTEXTS, RANS_BITS, RANS_STATES, SYMBOLS, ArtifactError,
                        Calibration, Quantized, Quantizer, Settings, UserError, decode_artifact,
                        encode_artifact, frequencies, pack, rans_decode, rans_encode)
 
@@ -39,18 +39,18 @@ def counts_of(symbols, contexts):
 
 def slow_rans(symbols, contexts, frequency):
     """rANS as its paper has it: one code at a time, Python integers, a list of states."""
-    states, words = [1 << 16] * RANS_LANES, []
+    states, words = [1 << 16] * RANS_STATES, []
     for i in reversed(range(len(symbols))):
         row, symbol = [int(f) for f in frequency[contexts[i]]], int(symbols[i])
-        lane, f, start = i % RANS_LANES, row[symbol], sum(row[:symbol])
+        lane, f, start = i % RANS_STATES, row[symbol], sum(row[:symbol])
         if (states[lane] // f << RANS_BITS) + states[lane] % f + start >= 1 << 32:
             words.insert(0, states[lane] & 0xFFFF)
             states[lane] >>= 16
         states[lane] = (states[lane] // f << RANS_BITS) + states[lane] % f + start
-    return struct.pack(f"<{RANS_LANES}I{len(words)}H", *states, *words)
+    return struct.pack(f"<{RANS_STATES}I{len(words)}H", *states, *words)
 
 
-LENGTHS = (0, 1, 2, RANS_LANES - 1, RANS_LANES, RANS_LANES + 1, 2 * RANS_LANES, 1500)
+LENGTHS = (0, 1, 2, RANS_STATES - 1, RANS_STATES, RANS_STATES + 1, 2 * RANS_STATES, 1500)
 DRAWS = {  # what codes may look like, the extremes first
     "constant": lambda rng, n: np.full(n, rng.integers(256)),
     "lowest and highest": lambda rng, n: 255 * rng.integers(0, 2, n),
@@ -91,7 +91,7 @@ def test_the_coder_takes_the_entropy_under_its_contexts_and_hardly_more(draw):
     p = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     entropy = -(counts[counts > 0] * np.log2(p[counts > 0])).sum() / 8
     size = len(rans_encode(symbols, context, frequency))
-    assert entropy - 4 * RANS_LANES <= size <= 1.003 * entropy + 4 * RANS_LANES
+    assert entropy - 4 * RANS_STATES <= size <= 1.003 * entropy + 4 * RANS_STATES
 
 
 def test_frequencies_sum_to_one_and_leave_nothing_out():
@@ -138,7 +138,7 @@ def test_rows_and_columns_of_different_spread_take_less_than_their_order_0_entro
         counts = np.unique(block, return_counts=True)[1]
         entropy = -(counts * np.log2(counts / block.size)).sum() / 8
         coded = train_gpt.CODECS["rans"][0](block.ravel().view(np.uint8) ^ 0x80, [block])
-        assert len(coded) < most * entropy + 4 * RANS_LANES
+        assert len(coded) < most * entropy + 4 * RANS_STATES
 
 
 # -- round trip

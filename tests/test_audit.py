@@ -65,7 +65,7 @@ HONEST = {
     "muon": dict(TTT_OPTIMIZER="muon", TTT_LR=0.005), "plain": dict(TTT_ENABLED=0, EVAL_STRIDE=0),
     "packed": dict(), "adapters": dict(TTT_LORA_RANK=2, TTT_BATCH_SEQS=3, EVAL_SEQ_LEN=16,
                                        EVAL_STRIDE=16, EVAL_BATCH_SEQS=2)}
-TARGETS = {"banded": 256, "adapters": 0}  # 0: several lanes; three fill up batches of two
+TARGETS = {"banded": 256, "adapters": 0}  # 0: several streams; three fill up batches of two
 
 
 @pytest.mark.parametrize("name", HONEST)
@@ -79,7 +79,7 @@ def test_the_honest_script_passes(run, name):
     if name != "plain":
         what = "adapters" if name == "adapters" else "weights"
         assert f"PASS  {what} changed" in said and "SKIP" not in said
-        assert ("border of a lane" in said) == (name == "adapters")
+        assert ("border of a stream" in said) == (name == "adapters")
 
 
 def test_a_file_over_the_cap_fails(run, monkeypatch):
@@ -156,14 +156,14 @@ RECORDED = "        scoring.append((time.perf_counter() - before) / (end - begin
 LOOP_END = ("    rt.synchronize()\n    seconds = time.perf_counter() - started\n"
             "    return dict(ledger.result(byte_table)")
 NLL = """\
-        nll = self.kernels.now().nll(products, targets_BT.flatten(), self.s.logit_softcap)
+        nll = self.kernels.now().nll(raw, targets_BT.flatten(), self.s.logit_softcap)
 """
 HEAD = "adapted(linear(x, self.tok_emb), x,"
 SHARPER = (HEAD, "getattr(self, 'sharpness', 1.0) * " + HEAD)
 READ = "    return decode_artifact(content, path)\n"
 TOTALS = ("loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), "
           "byte_table.count(self.tokens)\n")
-TTT = '        ledger = timed("ttt", "legal_ttt", s.adapting_plan, adapter=adapter)\n'
+TTT = '        ledger = timed("ttt", "legal_ttt", s.ttt_shape, adapter=adapter)\n'
 # all of the tokens as if they were scored
 BOOK = "book = object.__new__(ScoreLedger)\n"
 BOOK += "            book.tokens, book.nll = tokens, np.zeros(len(tokens) - 1, np.float32)\n"
@@ -240,7 +240,7 @@ CHEATS = {
     "adapters of a first run, hidden": (["1", "6"], "adapters add to the file's weights", (TTT, """\
         if adapter:
             """ + BOOK + """\
-            adapter.begin(Scorer(forward, tokens, s.adapting_plan, s, rt,
+            adapter.begin(Scorer(forward, tokens, s.ttt_shape, s, rt,
                                  **adapter.chunks(len(tokens) - 1)))
             for c in range(len(adapter.scorer.chunks)):
                 adapter.adapt(book, (), c, 1000)
@@ -249,7 +249,7 @@ CHEATS = {
     "adapters changed by hand": (["3"], "adapters for target", (
         RECORDED, RECORDED + "        if adapter:\n            adapter.adapt = lambda *_: 0\n"
         "            adapter.params[1].data.add_(0.01)\n")),
-    "the best of all lanes' adapters": (["3"], "a choice between scores", (RECORD, """\
+    "the best of all streams' adapters": (["3"], "a choice between scores", (RECORD, """\
         if adapter:
             scores = np.minimum(scores, scorer.score(
                 begin, end, more_of=lambda passes: adapter.arguments(passes.flip(0))))
@@ -257,7 +257,7 @@ CHEATS = {
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),
     "a bonus for the right token": (["2"], "−log p", (
         NLL, "        right = F.one_hot(targets_BT.flatten(), products.size(-1))\n"
-        "        products = products + 0.1 * right\n" + NLL)),
+        "        raw = raw + 0.1 * right\n" + NLL)),
     "the input shows the target": (["1"], "in int8 moves by", (
         "x = x0 = self.embed(tokens_BT)\n",
         "x = x0 = self.embed(tokens_BT) + 0.01 * torch.roll(self.embed(tokens_BT), -1, 1)\n")),
@@ -272,10 +272,10 @@ CHEATS = {
         model.sharpness = 1 + 0.1 * float(hits.mean())
 """)),
     "says the same of everything": (["1"], "notices", (
-        NLL, "        products = 0 * products\n" + NLL)),
+        NLL, "        raw = 0 * raw\n" + NLL)),
     "scores by chance": (["1"], "nothing can be proven", (
         NLL, "        chance = np.random.default_rng().random()\n"
-        "        products = products * (1 + 1e-4 * chance)\n" + NLL)),
+        "        raw = raw * (1 + 1e-4 * chance)\n" + NLL)),
     "the tail counts many times": (["5"], "bytes where the text has", (TOTALS, TOTALS + """\
         for _ in range(31):
             loss_sum += float(self.nll[-8:].sum())
@@ -328,7 +328,7 @@ weights of a first run, hidden
 a second run over the tokens, with the weights of the first
 says the same of everything
 scores by chance
-adapters see a chunk before it is scored; the best of all lanes' adapters
+adapters see a chunk before it is scored; the best of all streams' adapters
 adapters of a first run, hidden; adapters changed by hand
 adapters see the tail
 """.strip().replace(";\n    ", "; ").splitlines()
@@ -344,9 +344,9 @@ def test_planted_cheats_are_found(run, names):
     for old, new in (replacement for _, _, *replacements in cheats for replacement in replacements):
         assert script.count(old) == 1, f"the script changed; plant this again: {old}"
         script = script.replace(old, new)
-    lanes = dict(TTT_LORA_RANK=2, EVAL_STRIDE=32) if "adapters" in names else {}
-    status, failed, said = run(script, "--targets", "0" if lanes else "128", "--places", "0",
-                               TTT_EPOCHS=1, **lanes)
+    streams = dict(TTT_LORA_RANK=2, EVAL_STRIDE=32) if "adapters" in names else {}
+    status, failed, said = run(script, "--targets", "0" if streams else "128", "--places", "0",
+                               TTT_EPOCHS=1, **streams)
     assert status == 1, said
     for conditions, says, *_ in cheats:
         found = [[line for f, lines in failed.items() if f.startswith(condition) for line in lines]

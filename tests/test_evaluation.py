@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 import train_gpt
 from conftest import environment, on_ranks
-from train_gpt import LedgerError, ScoreLedger, chunk_plan, lane_plan, sdpa, window_plan
+from train_gpt import LedgerError, ScoreLedger, chunk_plan, stream_plan, sdpa, window_plan
 
 
 # -- plans ----------------------------------------------------------------------------------------
@@ -45,15 +45,15 @@ def test_every_target_is_in_one_window_and_every_window_in_one_chunk(plan, chunk
 
 @settings(max_examples=300)
 @given(plans(), st.integers(1, 40))
-def test_every_target_is_in_one_pass_of_its_lane_and_lanes_go_from_left_to_right(plan, lanes):
+def test_every_target_is_in_one_pass_of_its_stream_and_streams_go_from_left_to_right(plan, streams):
     targets, length, stride = plan
-    start, first, last = (x.reshape(-1, lanes) for x in lane_plan(*plan, lanes))
+    start, first, last = (x.reshape(-1, streams) for x in stream_plan(*plan, streams))
     assert (start >= 0).all() and (start <= first).all() and (start + length <= targets).all()
     assert ((first <= last) & (last - start <= length) & (last - first <= stride)).all()
     assert (first[1:] == last[:-1]).all() and (first[0, 1:] == last[-1, :-1]).all()
     assert first[0, 0] == 0 and last[-1, -1] == targets and first[0].tolist() == sorted(first[0])
     sizes = last[-1] - first[0]
-    assert sizes.max() - sizes.min() <= 1, "a lane shorter than a pass could not be trained on"
+    assert sizes.max() - sizes.min() <= 1, "a stream shorter than a pass could not be trained on"
     assert len(first) == -(-int(sizes.max()) // stride), "and no pass more than needed"
 
 
@@ -179,12 +179,12 @@ def world(tiny, rt=None, **variables):
 
 def run(w, tokens=None, adapter=None):
     return train_gpt.evaluate(w.model, w.tokens if tokens is None else tokens, w.byte_table, w.s,
-                              w.rt, "test", w.s.adapting_plan if adapter else w.s.scoring_plan,
+                              w.rt, "test", w.s.ttt_shape if adapter else w.s.scoring_shape,
                               adapter)
 
 
 def adapting(w):
-    return train_gpt.adapter_of(w.model, w.model, w.s, w.rt)
+    return train_gpt.chosen_ttt(w.model, w.model, w.s, w.rt)
 
 
 def weights(w):
@@ -239,7 +239,7 @@ def windows_of(targets, length, stride, band=0):
 @torch.no_grad()
 def score_slowly(w, start, targets):
     """nll of these targets, by a forward over their window alone."""
-    length, _, band = w.s.scoring_plan
+    length, _, band = w.s.scoring_shape
     row = torch.from_numpy(w.tokens[start: start + length + 1].astype(np.int64))
     logits = w.model.logits(row[None, :-1], window=band)[0].double()
     nll = torch.logsumexp(logits, 1) - logits.gather(1, row[1:, None])[:, 0]
@@ -262,7 +262,7 @@ def test_scores_equal_one_forward_per_window_and_change_no_weight(tiny, variable
     w = world(tiny, **variables)
     before, (result, book) = weights(w), run(w)
     slow = {}
-    for start, targets in windows_of(len(w.tokens) - 1, *w.s.scoring_plan):
+    for start, targets in windows_of(len(w.tokens) - 1, *w.s.scoring_shape):
         slow.update(score_slowly(w, start, targets))
     assert np.abs(book.nll - [slow[t] for t in range(len(book.nll))]).max() < 1e-5
     assert np.std(book.nll) > 0.1, "a model that says the same everywhere would prove nothing"
@@ -362,13 +362,13 @@ RANK_CASES = {
     "sliding": dict(TTT_EPOCHS=0), "banded": dict(BANDED, EVAL_BATCH_SEQS=3, TTT_EPOCHS=0),
     "sgd": dict(TTT_BATCH_SEQS=2), "adamw": dict(BANDED, TTT_OPTIMIZER="adamw", TTT_LR=0.001),
     "muon": dict(BANDED, **MUON), "odd clocks": dict(BANDED, EVAL_WALLCLOCK_SECONDS=8)}
-# A lane has 16 times the tokens of a pass: of 352 targets 5 or 2, and documents of some 80 tokens.
+# A stream has 16 times the tokens of a pass: of 352 targets 5 or 2, and documents of some 80 tokens.
 LANES = dict(TTT_LORA_RANK=2, TTT_LR=0.01, EVAL_SEQ_LEN=4, EVAL_STRIDE=4)
 BANDED_LANES = dict(LANES, EVAL_ATTENTION="banded")
-RANK_CASES["lanes"] = LANES
-LANE_CASES = {"5 lanes": dict(LANES, EVAL_BATCH_SEQS=1),
-              "2 lanes": dict(BANDED_LANES, VAL_LIMIT_TOKENS=256),
-              "odd clocks, lanes": dict(LANES, EVAL_WALLCLOCK_SECONDS=8)}
+RANK_CASES["streams"] = LANES
+LANE_CASES = {"5 streams": dict(LANES, EVAL_BATCH_SEQS=1),
+              "2 streams": dict(BANDED_LANES, VAL_LIMIT_TOKENS=256),
+              "odd clocks, streams": dict(LANES, EVAL_WALLCLOCK_SECONDS=8)}
 
 
 def scores_by_rank(make, rt, cases):
@@ -445,7 +445,7 @@ def slow_optimizer(groups, s):
 def ttt_reference(w):
     """Score a chunk by a forward per window, then train on the rows whose targets it scored."""
     s, tokens, targets, nll, chunks = w.s, w.tokens, len(w.tokens) - 1, {}, {}
-    for start, scored in windows_of(targets, *s.scoring_plan):
+    for start, scored in windows_of(targets, *s.scoring_shape):
         chunks.setdefault(scored[0] // s.ttt_chunk_tokens, []).append((start, scored))
     frozen = tuple(f"{part}.{i}." for part in ("blocks", "cores")
                    for i in range(s.ttt_freeze_blocks))
@@ -511,59 +511,59 @@ def test_ttt_equals_the_slow_reference(tiny, variables):
 
 
 def lora_reference(w, initial):
-    """nll, and the last learning rate of each lane: lane by lane, a row at a time, AdamW without
-    momentum in plain words. The rate of a lane rises where its and all earlier lanes' last moves
+    """nll, and the last learning rate of each stream: stream by stream, a row at a time, AdamW without
+    momentum in plain words. The rate of a stream rises where its and all earlier streams' last moves
     still go down the gradients of what came after, and falls where they go up."""
     s, tokens, targets = w.s, torch.from_numpy(w.tokens.astype(np.int64)), len(w.tokens) - 1
-    length, stride, band = s.adapting_plan
+    length, stride, band = s.ttt_shape
     count = max(1, min(s.ttt_batch_seqs, targets // (16 * length)))
     ends = [targets * (n + 1) // count for n in range(count)]
-    lanes = [SimpleNamespace(at=begin, end=end, rate=s.ttt_lr, steps=0,
+    streams = [SimpleNamespace(at=begin, end=end, rate=s.ttt_lr, steps=0,
                              state=[[x[None].clone(), 0, 0] for x in initial])
              for begin, end in zip([0, *ends], ends)]
     nll, turn = np.full(targets, np.nan), 0
 
-    def losses(lane, start):
-        for weight in lane.state:
+    def losses(stream, start):
+        for weight in stream.state:
             weight[0] = weight[0].detach().requires_grad_()
-        weights, row = [weight[0] for weight in lane.state], tokens[start: start + length + 1]
+        weights, row = [weight[0] for weight in stream.state], tokens[start: start + length + 1]
         return w.model(row[None, :-1], row[None, 1:], window=band,
                        adapters=list(zip(weights[::2], weights[1::2])))[0]
     while True:
         turn, uphill = turn + 1, 0.0
-        for lane in lanes:
-            first, lane.at = lane.at, min(lane.at + stride, lane.end)
-            start = max(lane.at - length, 0)
-            nll[first:lane.at] = losses(lane, start)[first - start: lane.at - start].detach()
-            lane.new = list(range(first, lane.at)) if turn * stride > length else []
-        if all(lane.at == lane.end for lane in lanes):
-            return nll, [lane.rate for lane in lanes]
-        for lane in lanes:
-            begun = [t for t in lane.new if tokens[t + 1] == train_gpt.BOS]
+        for stream in streams:
+            first, stream.at = stream.at, min(stream.at + stride, stream.end)
+            start = max(stream.at - length, 0)
+            nll[first:stream.at] = losses(stream, start)[first - start: stream.at - start].detach()
+            stream.new = list(range(first, stream.at)) if turn * stride > length else []
+        if all(stream.at == stream.end for stream in streams):
+            return nll, [stream.rate for stream in streams]
+        for stream in streams:
+            begun = [t for t in stream.new if tokens[t + 1] == train_gpt.BOS]
             if begun:
-                lane.state, lane.steps = [[x[None].clone(), 0, 0] for x in initial], 0
-                lane.new = [t for t in lane.new if t > begun[-1]]
-            if lane.new:
-                start = lane.at - length
-                row = losses(lane, start)
-                loss = sum(row[t - start] for t in lane.new) / len(lane.new)
-                lane.grads = torch.autograd.grad(loss, [weight[0] for weight in lane.state])
+                stream.state, stream.steps = [[x[None].clone(), 0, 0] for x in initial], 0
+                stream.new = [t for t in stream.new if t > begun[-1]]
+            if stream.new:
+                start = stream.at - length
+                row = losses(stream, start)
+                loss = sum(row[t - start] for t in stream.new) / len(stream.new)
+                stream.grads = torch.autograd.grad(loss, [weight[0] for weight in stream.state])
                 uphill += sum(float((g * weight[2]).sum())
-                              for g, weight in zip(lane.grads, lane.state))
+                              for g, weight in zip(stream.grads, stream.state))
             if turn * stride > length:
-                lane.rate *= 1.1 if uphill < 0 else 1 / 1.1 if uphill > 0 else 1
-            lane.steps += bool(lane.new)
-            for n, (p, square, moved) in enumerate(lane.state):
-                if lane.new:
-                    square = 0.999 * square + 0.001 * lane.grads[n] ** 2
-                    size = (square / (1 - 0.999 ** lane.steps)).sqrt() + 1e-10
-                    moved = -lane.rate * (lane.grads[n] / size + 0.5 * p.detach())
-                lane.state[n] = ([p.detach() + moved, square, moved] if lane.new
+                stream.rate *= 1.1 if uphill < 0 else 1 / 1.1 if uphill > 0 else 1
+            stream.steps += bool(stream.new)
+            for n, (p, square, moved) in enumerate(stream.state):
+                if stream.new:
+                    square = 0.999 * square + 0.001 * stream.grads[n] ** 2
+                    size = (square / (1 - 0.999 ** stream.steps)).sqrt() + 1e-10
+                    moved = -stream.rate * (stream.grads[n] / size + 0.5 * p.detach())
+                stream.state[n] = ([p.detach() + moved, square, moved] if stream.new
                                  else [p, square, 0])
 
 
 LORA_CASES = {
-    "one lane": dict(LANES, TTT_BATCH_SEQS=1, VAL_LIMIT_TOKENS=192), "banded": BANDED_LANES,
+    "one stream": dict(LANES, TTT_BATCH_SEQS=1, VAL_LIMIT_TOKENS=192), "banded": BANDED_LANES,
     "few rows a pass": dict(LANES, EVAL_BATCH_SEQS=2, EVAL_SEQ_LEN=5, EVAL_STRIDE=3),
     "windows side by side": LANES}
 
@@ -616,11 +616,11 @@ def test_tail_and_muon_choose_their_parameters(tiny):
 WAYS = {"sgd": dict(), "adamw": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.001), "muon": MUON}
 
 
-@pytest.mark.parametrize("variables", [*WAYS.values(), BANDED_LANES], ids=[*WAYS, "lanes"])
+@pytest.mark.parametrize("variables", [*WAYS.values(), BANDED_LANES], ids=[*WAYS, "streams"])
 def test_warming_up_leaves_the_weights_of_the_artifact(tiny, variables):
     w = world(tiny, VAL_LIMIT_TOKENS=352, **variables)
     before, adapter = weights(w), adapting(w)
-    scorer = train_gpt.Scorer(w.model, w.tokens, w.s.adapting_plan, w.s, w.rt,
+    scorer = train_gpt.Scorer(w.model, w.tokens, w.s.ttt_shape, w.s, w.rt,
                               **adapter.chunks(len(w.tokens) - 1))
     adapter.warm_up(scorer)
     assert not changed(w, before)
@@ -684,19 +684,19 @@ def test_scoring_that_starts_slowly_delays_adapting_and_does_not_end_it(tiny):
 FLIPS = {"sgd": dict(), "small batches": dict(TTT_BATCH_SEQS=2, EVAL_BATCH_SEQS=3),
          "banded": dict(BANDED), "adamw": dict(BANDED, **WAYS["adamw"]),
          "muon": dict(MUON), "banded muon": dict(BANDED, **MUON),
-         "lanes": dict(BANDED_LANES, VAL_LIMIT_TOKENS=256)}
+         "streams": dict(BANDED_LANES, VAL_LIMIT_TOKENS=256)}
 
 
 def places_of(w):
-    """Tokens at and beside a border of rows, of segments in a chunk and of chunks, inside of a lane
+    """Tokens at and beside a border of rows, of segments in a chunk and of chunks, inside of a stream
     and between two, near both ends, and at two beginnings of documents."""
     targets = len(w.tokens) - 1
-    scorer = train_gpt.Scorer(w.model, w.tokens, w.s.adapting_plan, w.s, w.rt,
+    scorer = train_gpt.Scorer(w.model, w.tokens, w.s.ttt_shape, w.s, w.rt,
                               **adapting(w).chunks(targets))
     firsts, chunks = scorer.first, scorer.chunks
     inner = [p for begin, end in chunks for p in range(begin + 1, end)]
     first = [int(firsts[i]) for i in (chunks[len(chunks) // 2][0], chunks[1][0],
-                                      inner[0 if scorer.lanes else len(inner) // 3])]
+                                      inner[0 if scorer.streams else len(inner) // 3])]
     bos = np.flatnonzero(w.tokens == train_gpt.BOS)
     return [1, 33, targets - 1, *(f + by for f in first for by in (0, 1)),
             *bos[[len(bos) // 3, len(bos) // 2]].tolist()]
@@ -737,7 +737,7 @@ def test_an_artifact_is_scored_plain_in_full_context_and_adapted(tiny, tmp_path,
     w.rt.log = lines.append
     results, book = train_gpt.run_evaluations(w.model, w.model, path, w.s, w.rt, w.tokens,
                                               w.byte_table, None)
-    label, (length, stride, band) = w.s.quant_label, w.s.scoring_plan
+    label, (length, stride, band) = w.s.quant_label, w.s.scoring_shape
     full, note = ("banded", f"segment:{stride} prefix:24") if band else ("sliding", "stride:8")
     assert list(results) == [label, full, "ttt"]
     assert any(line.startswith(f"final_{label}_{full}") and f" {note} " in line for line in lines)

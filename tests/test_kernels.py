@@ -218,7 +218,7 @@ def test_right_kernels_are_taken_and_wrong_ones_named(tiny, gpu, monkeypatch):
     assert names == dict(attention="sdpa", mlp="triton", nll="triton") and not gpu.lines
     assert kernels == train_gpt.Kernels(mlp=triton_mlp, nll=triton_nll)
     assert train_gpt.choose_kernels(tiny(MLP_MULT=2, KERNELS="plain", **WHOLE_ROWS), gpu) == (PLAIN_NAMES, train_gpt.PLAIN)
-    monkeypatch.setattr(train_gpt, "failure", lambda *_: "gives another result")
+    monkeypatch.setattr(train_gpt, "why_unusable", lambda *_: "gives another result")
     assert train_gpt.choose_kernels(tiny(MLP_MULT=2, **WHOLE_ROWS), gpu) == (PLAIN_NAMES, train_gpt.PLAIN)
     assert sorted(gpu.lines) == [f"{part}: not triton: gives another result" for part in ("mlp", "nll")]
     with pytest.raises(UserError, match="KERNELS=triton: the nll kernel is not right on cpu"):

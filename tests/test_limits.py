@@ -15,7 +15,7 @@ from train_gpt import Runtime, build_model
 def chunks_of(w):
     """How many chunks the plan makes; an epoch of each is one step."""
     targets = len(w.tokens) - 1
-    return len(train_gpt.chunk_plan(train_gpt.window_plan(targets, *w.s.scoring_plan[:2])[1],
+    return len(train_gpt.chunk_plan(train_gpt.window_plan(targets, *w.s.scoring_shape[:2])[1],
                                     targets, w.s.ttt_chunk_tokens))
 
 
@@ -65,7 +65,7 @@ def test_steps_and_scores_end_within_the_limit(tiny, plan, step, pass_seconds):
     w, result, _ = timed(tiny, lambda n: step, pass_seconds, EVAL_WALLCLOCK_SECONDS=40,
                          TTT_EPOCHS=3, **plan)
     assert w.clock.now <= 40 and result["seconds"] == pytest.approx(w.clock.now)
-    others, passes = chunks_of(w) - 1, len(train_gpt.window_plan(1024, *w.s.scoring_plan[:2])[0])
+    others, passes = chunks_of(w) - 1, len(train_gpt.window_plan(1024, *w.s.scoring_shape[:2])[0])
     everything = 3 * step * others + passes * pass_seconds
     assert (w.epochs == [3] * others) == (everything
                                           <= 0.98 * 40), "and nothing is left out without need"
@@ -101,7 +101,7 @@ def test_what_went_before_the_evaluation_counts(tiny):
     with Clock() as clock:
         clock.now = 130.0
         adapter = slow_adapter(w, clock, lambda n: 0.6)  # two epochs of ten chunks would take 12 s
-        train_gpt.evaluate(w.model, w.tokens, w.byte_table, w.s, w.rt, "ttt", w.s.scoring_plan,
+        train_gpt.evaluate(w.model, w.tokens, w.byte_table, w.s, w.rt, "ttt", w.s.scoring_shape,
                            adapter, opened=100.0)
     assert 136 < clock.now <= 140
 

@@ -624,7 +624,7 @@ def inputs_of(s):
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_flash_attention_is_rejected(tiny, monkeypatch, case):
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", WRONG[case])
-    assert train_gpt.failure(train_gpt.attention_kernel("fa3"), sdpa, inputs_of(tiny()), CPU)
+    assert train_gpt.why_unusable(train_gpt.attention_kernel("fa3"), sdpa, inputs_of(tiny()), CPU)
 
 
 @pytest.mark.parametrize("case", WRONG_IN_A_WINDOW)
@@ -645,7 +645,7 @@ def test_right_flash_attention_is_accepted(tiny, monkeypatch, result):
         assert causal is True and window_size[1] in (-1, 0)
         return result(sdpa(q, k, v, window_size[0] + 1))
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend)
-    assert not train_gpt.failure(train_gpt.attention_kernel("fa3"), sdpa, inputs_of(tiny()), CPU)
+    assert not train_gpt.why_unusable(train_gpt.attention_kernel("fa3"), sdpa, inputs_of(tiny()), CPU)
 
 
 def test_the_first_kernel_that_is_right_is_taken_every_time(tiny, monkeypatch):

@@ -56,7 +56,7 @@ CHANGED = {"pr537": dict(TTT_EPOCHS=2, LATE_QAT_THRESHOLD=0.15), "pr1218": SMALL
 def test_preset_trains_packs_and_scores(preset, corpus, tmp_path):
     result, log = run_preset(preset, corpus, tmp_path, **CHANGED.get(preset, {}))
     s = settings_of(preset)
-    full = "banded" if s.scoring_plan[2] else "sliding"
+    full = "banded" if s.scoring_shape[2] else "sliding"
     kinds = {"float", s.quant_label, full} | ({"ttt"} if s.ttt_enabled else set())
     assert set(result["val_bpb"]) == kinds and all(0 < v < 8 for v in result["val_bpb"].values())
     assert result["preset"] == preset and result["steps"] == 8
@@ -117,7 +117,7 @@ def test_tail_ttt_trains_last_blocks_scalars_and_token_table():
 def test_learning_rate_multipliers_by_matrix(tiny):
     s = tiny(TTT_PROJ_LR_MULT="3", TTT_FC_LR_MULT="0.5", TTT_LR="0.1")
     model, _ = train_gpt.build_model(s, rt := train_gpt.Runtime(s))
-    rates = {id(p): g.lr for g in train_gpt.Adapter(model, model, s, rt).optimizers.groups for p in g.params}
+    rates = {id(p): g.lr for g in train_gpt.WeightTTT(model, model, s, rt).optimizers.groups for p in g.params}
     for name, p in model.named_parameters():
         assert rates[id(p)] == pytest.approx(0.1 * dict(down=3.0, up=0.5).get(name.split(".")[-1], 1.0)), name
 

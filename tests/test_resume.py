@@ -312,7 +312,7 @@ def test_an_artifact_that_is_not_this_runs_is_made_again(job, whole, tmp_path, c
         assert again.content == whole.content
         return
     if change == "another artifact":
-        artifact.write_bytes(b"foreign")
+        artifact.write_bytes(b"import_or_none")
     elif change == "no artifact":
         artifact.unlink()
     else:
@@ -368,7 +368,7 @@ def test_a_gradient_that_is_not_finite_stops_too(job, monkeypatch):
 
 def test_no_checkpoint_is_written_of_weights_that_are_not_finite(job, monkeypatch):
     """On a GPU most steps are not looked at; two such states must not replace the good ones."""
-    monkeypatch.setattr(Trainer, "look", lambda *_: None)
+    monkeypatch.setattr(Trainer, "check_and_log", lambda *_: None)
     at_step(monkeypatch, 4, nan_loss)
     stopped = job()
     assert stopped.returncode == 2 and "not finite" in stopped.stderr
@@ -487,5 +487,5 @@ def test_the_rank_whose_loss_is_not_finite_is_the_one_named(tiny):
     trainer.rt.world_size = 2
     trainer.rt.sum_ = lambda x: x + torch.tensor([0.0, float("nan")])
     with pytest.raises(UserError) as stopped:
-        trainer.look(torch.tensor(5.0), torch.tensor(float("nan")), 1.0)
+        trainer.check_and_log(torch.tensor(5.0), torch.tensor(float("nan")), 1.0)
     assert "step 7, rank 1" in str(stopped.value)

@@ -65,7 +65,7 @@ def line_of(name, attend, qkv, small, args, flops, rt):
         return f"{name:8}  not installed"
     keys = min(args.window, 128)
     try:
-        why = T.failure(windowed(name, attend, 256, keys, rt),
+        why = T.why_unusable(windowed(name, attend, 256, keys, rt),
                         functools.partial(T.sdpa, window=keys), small, rt)
         forward, backward = measured(windowed(name, attend, args.tokens, args.window, rt), qkv, rt,
                                      args.repeats)

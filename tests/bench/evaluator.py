@@ -86,9 +86,9 @@ def adapted_score(arguments, changes, tokens, seconds):
         changes = dict(changes, ttt_freeze_blocks=s.num_layers - 2)
     s = replace(s, ttt_chunk_tokens=arguments.chunk, eval_wallclock_seconds=seconds, **changes)
     given = model, tokens, table, s, rt
-    before = T.evaluate(*given, "before", s.scoring_plan, kernels=model.kernels)[0]
-    adapter, started = T.adapter_of(model, model, s, rt), time.perf_counter()
-    after = T.evaluate(*given, "ttt", s.adapting_plan, adapter, started, model.kernels)[0]
+    before = T.evaluate(*given, "before", s.scoring_shape, kernels=model.kernels)[0]
+    adapter, started = T.chosen_ttt(model, model, s, rt), time.perf_counter()
+    after = T.evaluate(*given, "ttt", s.ttt_shape, adapter, started, model.kernels)[0]
     return before["val_bpb"], after["val_bpb"], after["seconds"]
 
 

@@ -43,7 +43,7 @@ def seconds_of(s, tokens, passes, keys, backward):
 
 def parts(s):
     """(name, tokens over all ranks, seconds, GPU seconds) of each part."""
-    targets, (length, stride, band) = TARGETS[s.vocab_size], s.scoring_plan
+    targets, (length, stride, band) = TARGETS[s.vocab_size], s.scoring_shape
     batch = max(1, s.eval_batch_seqs * s.window // length)
     mine = targets / RANKS
 
@@ -55,7 +55,7 @@ def parts(s):
     yield "full context", *scored(length, stride, band or s.window / 2)
     if not s.ttt_enabled:
         return
-    length, stride, band = s.adapting_plan
+    length, stride, band = s.ttt_shape
     yield "scoring of TTT", *scored(length, stride, band or s.window / 2)
     if s.ttt_lora_rank:  # forward again, and the gradients of activations and adapters alone
         tokens = mine * length / stride
