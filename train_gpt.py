@@ -62,7 +62,7 @@ try:  # optional packages; a broken installation is as good as none
     import triton
     import triton.language as tl
 except Exception:
-    triton = tl = None
+    triton = tl = sys.modules["triton"] = None  # nor does PyTorch try it again
 try:
     import zstandard
 except Exception:
@@ -867,7 +867,7 @@ class Runtime:
 
 def printed(line, stream):
     """Print a line in any encoding; False where nobody reads the stream any more."""
-    encoding = stream.encoding or "utf-8"
+    encoding = getattr(stream, "encoding", None) or "utf-8"  # None where it was closed before
     try:
         print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
         return True
@@ -977,6 +977,11 @@ def check_content(tokens, path, every=1):
                         f"damaged; delete it and fetch it again: {GET_DATA}")
 
 
+def sample_parts(tokens):
+    """4,096 tokens and 32 more from 64 places, evenly spaced; all tokens where they are fewer."""
+    return [tokens[a: a + 4128] for a in range(0, len(tokens), max(4096, len(tokens) >> 6))]
+
+
 def document_keys(tokens):
     """The first 32 tokens of each document that has as many, as a set of bytes."""
     starts = np.flatnonzero(tokens[:-32] == BOS)
@@ -985,8 +990,9 @@ def document_keys(tokens):
 
 
 def contamination(stream, validation):
-    """(documents, those of them in validation) of the first 2^18 tokens of each training shard."""
-    known, seen = document_keys(validation), [document_keys(t[: 1 << 18]) for t in stream.shards]
+    """(documents, those of them in validation) of the sample of each training shard."""
+    known = document_keys(validation)
+    seen = [document_keys(part) for tokens in stream.shards for part in sample_parts(tokens)]
     return sum(map(len, seen)), sum(len(keys & known) for keys in seen)
 
 
@@ -1089,12 +1095,14 @@ def load_validation(s):
 
 # ---- 4. Bits per byte: the only road from a sum of losses to a score ----------------------------
 
-def manifest_of(s):
-    """manifest.json of the data folder, or {} where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
+def manifest_of(s, *keys):
+    """What the data folder's manifest.json has under these keys; None where it has nothing."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         found = json.loads((find_upward(s.data_path) / "manifest.json").read_bytes())
-        return found if isinstance(found, dict) else {}
-    return {}
+        for key in keys:
+            found = found[key]
+        return found
+    return None
 
 
 class ByteTable:
@@ -1107,7 +1115,7 @@ class ByteTable:
     """
 
     def __init__(self, s):
-        path = find_upward(s.tokenizer_path)
+        path = self.path = find_upward(s.tokenizer_path)
         if not path.is_file():
             raise UserError(f"TOKENIZER_PATH={s.tokenizer_path}: no such file; {get_data(s)}")
         try:
@@ -1120,10 +1128,11 @@ class ByteTable:
             raise UserError(f"TOKENIZER_PATH={path}: has {V} pieces where VOCAB_SIZE="
                             f"{s.vocab_size}; set VOCAB_SIZE={V} with shards made by this "
                             "tokenizer, or name the shards' own")
-        made_by = (manifest_of(s).get("tokenizer") or {}).get("sha256")
+        made_by = manifest_of(s, "tokenizer", "sha256")
         if made_by not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
             raise UserError(f"TOKENIZER_PATH={path}: not the tokenizer that made the shards of "
-                            f"DATA_PATH={s.data_path}, whose manifest has sha256 {made_by}")
+                            f"DATA_PATH={s.data_path}; name the one of sha256 {made_by}, which "
+                            "the manifest has")
         self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
                                   for i in range(V)])
         self.unknown = sp.unk_id()
@@ -1142,9 +1151,12 @@ class ByteTable:
         paths = sorted(find_upward(s.data_path).glob("fineweb_val_bytes_*.bin"))
         if not paths:
             return None
-        side = np.concatenate([np.asarray(open_shard(p)) for p in paths])
+        parts = [np.asarray(open_shard(p)) for p in paths]
+        for path, part in zip(paths, parts):
+            check_content(part, path)
+        side = np.concatenate(parts)
         tokens = sum(len(open_shard(p)) for p in shard_paths(s, "val"))
-        text = ((manifest_of(s).get("splits") or {}).get("val") or {}).get("utf8_bytes")
+        text = manifest_of(s, "splits", "val", "utf8_bytes")
         total = int(side.sum(dtype=np.int64))
         if len(side) != tokens or text not in (None, total):
             raise UserError(f"{paths[0]}: {len(side)} entries, {total} bytes in all, for {tokens} "
@@ -1152,8 +1164,8 @@ class ByteTable:
         return side
 
     def _check_pieces(self, path, pieces):
-        inside = [p for p, edge in zip(pieces, self.boundary)
-                  if not edge and ("▁" in p[1:] or " " in p)]
+        pieces = [p for p, edge in zip(pieces, self.boundary) if not edge]
+        inside = [p for p in pieces if "▁" in p[1:] or " " in p]
         way_out = ("build the dataset with data/build_dataset.py, which counts the bytes of the "
                    "text (fineweb_val_bytes_*.bin)")
         if inside:
@@ -1163,23 +1175,25 @@ class ByteTable:
             raise UserError(f"TOKENIZER_PATH={path}: no piece is a single space, so that runs of "
                             f"spaces are lost: {way_out}")
 
-    def check_text(self, tokens, s):
-        """Refuse shards and a tokenizer that do not belong together: whole documents among the
-        first 2^15 tokens are decoded and encoded again; at least half of their tokens must be in
-        documents that come back equal. Refuse unknown pieces. Raises UserError."""
-        if self.source == "pieces" and self.unknown >= 0 and (tokens == self.unknown).any():
-            raise UserError(f"DATA_PATH={s.data_path}: validation holds unknown pieces, whose "
-                            "bytes no table knows; build the dataset with byte fallback or with "
-                            "data/build_dataset.py")
-        starts = np.flatnonzero(tokens[: 1 << 15] == BOS)
-        documents = [tokens[a + 1: b].tolist() for a, b in zip(starts, starts[1:])]
+    def check_text(self, tokens, path, scored=True):
+        """Refuse tokens and a tokenizer that do not belong together: whole documents in a sample
+        of the tokens are decoded and encoded again; at least half of their tokens must be in
+        documents that come back equal. Refuse to score unknown pieces. Raises UserError."""
+        if scored and (unknown := np.count_nonzero(tokens == self.unknown)):
+            raise UserError(f"{path}: {unknown} tokens are unknown pieces, which stand for any "
+                            "text: no fair score; build the dataset with a tokenizer with byte "
+                            "fallback, as data/build_dataset.py makes")
+        documents = []
+        for part in sample_parts(tokens):
+            starts = np.flatnonzero(part == BOS)
+            documents += [part[a + 1: b].tolist() for a, b in zip(starts, starts[1:])]
         again = self.sp.encode([self.sp.decode(ids) for ids in documents])
         same = sum(len(ids) for ids, new in zip(documents, again) if ids == new)
         total = sum(map(len, documents))
         if same < 0.5 * total:
-            raise UserError(f"DATA_PATH={s.data_path}, TOKENIZER_PATH={s.tokenizer_path} do not "
-                            f"belong together: of the first {total} validation tokens {same} are "
-                            "what this tokenizer makes of the text that they decode to")
+            raise UserError(f"{path} and TOKENIZER_PATH={self.path} do not belong together, or "
+                            f"the shard is damaged: of {total} tokens {same} are what this "
+                            f"tokenizer makes of the text that they decode to; {GET_DATA}")
 
     def count(self, tokens, first=0):
         """Bytes of targets tokens[1:], each after its predecessor; `first`: number of the first
@@ -3636,14 +3650,25 @@ def claim_places(s, rt, path, log_path):
         with explained(f"OUT_DIR={s.out_dir} cannot be used", "set OUT_DIR to another folder"):
             path.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(path.parent).free
-            rt.lock = open(path.parent / ".lock", "ab")
-        with explained(f"OUT_DIR={s.out_dir}: another run is at work there",
-                       "set another OUT_DIR, or wait for it"):
-            fcntl.flock(rt.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.is_dir() or free < s.artifact_budget_bytes:
-            raise UserError(f"OUT_DIR={s.out_dir}: {path.name} is a folder, or {free} bytes free "
-                            f"are less than ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}; make "
-                            "room, or set another OUT_DIR")
+            rt.lock = open(path.parent / ".lock", "a+", encoding="utf-8", errors="replace")
+        with contextlib.suppress(OSError):  # not every file system has locks
+            try:
+                fcntl.flock(rt.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                rt.lock.seek(0)
+                raise UserError(f"OUT_DIR={s.out_dir}: another run is at work there: "
+                                f"{rt.lock.read()}; set another OUT_DIR, or wait for it") from None
+            rt.lock.truncate(0)
+            print(f"process {os.getpid()} on {platform.node()}, RUN_ID={s.run_id}", end="",
+                  file=rt.lock, flush=True)
+        if free < s.artifact_budget_bytes:
+            raise UserError(f"OUT_DIR={s.out_dir}: {free} bytes free are less than "
+                            f"ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}; make room, or set "
+                            "another OUT_DIR")
+    for place in path, log_path.with_suffix(".json"):
+        if place.is_dir():
+            raise UserError(f"OUT_DIR={s.out_dir}: {place} is a folder; move it, or set another "
+                            "OUT_DIR")
     if s.scores_path:
         with explained(f"SCORES_PATH={s.scores_path} cannot be written", "name another file"):
             target = Path(s.scores_path).expanduser()
@@ -3658,16 +3683,14 @@ def claim_places(s, rt, path, log_path):
     rt.log_path = log_path
 
 
-UNTRAINED = dict(steps=0, train_tokens=0, train_seconds=0.0, pack_seconds=0.0,
-                 validation_documents_in_training=0)
-
-
 def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     """Train, average, quantize, write. Returns (facts of training, {kind: result})."""
     stream = TrainStream(s)
+    for shard, start in zip(stream.paths, stream.shards):  # 2^18 tokens in all: half a second
+        byte_table.check_text(start[: (1 << 18) // len(stream.paths)], shard, scored=False)
     documents, shared = contamination(stream, tokens)
     rt.log(f"contamination:{shared} of {documents} sampled training documents begin like documents "
-           "of the validation set")
+           "of the validation set" + "; no token there is BOS=1" * (not documents))
     checkpoints = Checkpoints(s, rt, stream)
     if trained := rt.from_rank0(checkpoints.exported(path)):
         rt.log(f"resume:{path} is finished, on to its evaluation")
@@ -3689,40 +3712,45 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     rt.log(f"DIAGNOSTIC post_ema val_loss:{floating['val_loss']:.4f} "
            f"val_bpb:{floating['val_bpb']:.4f} eval_time:{1000 * floating['seconds']:.0f}ms")
     started = time.perf_counter()
-    sha256 = write_artifact(dict(model.named_parameters()), s, rt, calibration, path)
+    written = write_artifact(dict(model.named_parameters()), s, rt, calibration, path)
     trained = dict(steps=trainer.step, train_tokens=trainer.step * s.train_batch_tokens,
                    train_seconds=trainer.elapsed / 1000,
                    pack_seconds=time.perf_counter() - started,
-                   validation_documents_in_training=shared, artifact_sha256=sha256)
+                   validation_documents_in_training=shared, **written)
     if rt.rank == 0:
         checkpoints.export(trained)
     rt.training_is_over()
     return trained, {"float": floating}
 
 
+def facts_of(content):
+    """Hash and size of an artifact's bytes, as the result says them."""
+    return dict(artifact_sha256=hashlib.sha256(content).hexdigest(), model_bytes=len(content))
+
+
 def write_artifact(state, s, rt, calibration, path):
     """Rank 0 packs, reads back and writes; to the folder for temporary files if there is no room.
-    Returns the file's SHA-256 or raises UserError, on every rank."""
-    sha256 = problem = ""
+    Returns facts_of the file or raises UserError, on every rank."""
+    facts = problem = None
     if rt.rank == 0:
         try:
             content = pack(state, s, s.artifact_budget_bytes - len(SHIPPED), rt.log, calibration)
             tensors = decode_artifact(content)[1]  # what cannot be read is not written
-            sha256 = hashlib.sha256(content).hexdigest()
+            facts = facts_of(content)
             write_whole(path, content)
             for line in error_report(state, tensors):
                 rt.log(line)
         except UserError as error:
             problem = str(error)
-            if sha256:
+            if facts:
                 rescue = Path(tempfile.gettempdir()) / f"{path.stem}.{os.getpid()}{path.suffix}"
                 with contextlib.suppress(UserError):
                     write_whole(rescue, content)
                     problem += f"; the artifact is in {rescue}: EVAL_ONLY={rescue} scores it"
-    sha256, problem = rt.from_rank0((sha256, problem))
+    facts, problem = rt.from_rank0((facts, problem))
     if problem:
         raise UserError(problem)
-    return sha256
+    return facts
 
 
 def warm_up_evaluations(model, forward, s, rt, tokens):
@@ -3775,11 +3803,11 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha
 
 def report(s, rt, path, trained, results, ledger, eval_seconds):
     """Write the result file and the log's last lines: what a reviewer checks."""
-    last, content, code = list(results.values())[-1], path.read_bytes(), len(SHIPPED)
+    last, code, model = list(results.values())[-1], len(SHIPPED), trained["model_bytes"]
     peak = (torch.cuda.max_memory_allocated() if rt.device.type == "cuda" else
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             * (1 if sys.platform == "darwin" else 1024))
-    shared, total = trained["validation_documents_in_training"], code + len(content)
+    shared, total = trained["validation_documents_in_training"], code + model
     violations = [f"{name} {value:g} exceeds {limit:,}" for name, value, limit in (
         ("total_bytes", total, 16_000_000), ("eval_seconds", eval_seconds, 600),
         ("train_seconds", trained["train_seconds"], 600)) if value > limit]
@@ -3792,16 +3820,15 @@ def report(s, rt, path, trained, results, ledger, eval_seconds):
         preset=s.preset, settings=vars(s), seed=s.seed,
         world_size=rt.world_size, device=device_name(rt), versions=versions(rt),
         code_sha256=hashlib.sha256(SHIPPED).hexdigest(), code_bytes=code,
-        model_bytes=len(content), total_bytes=total,
-        model_params=sum(parameter_counts(s).values()), **trained,
+        total_bytes=total, model_params=sum(parameter_counts(s).values()), **trained,
         eval_seconds=eval_seconds, scored_targets=last["targets"], scored_bytes=last["bytes"],
         bytes_from=last["bytes_from"], peak_memory_bytes=peak,
         val_loss={kind: r["val_loss"] for kind, r in results.items()},
         val_bpb={kind: r["val_bpb"] for kind, r in results.items()},
         ledger_sha256=last["sha256"], artifact=str(path), violations=violations)
-    label = f"{s.quant_label}+{open_artifact(content)[0]['codec']}"
+    label = f"{s.quant_label}+{s.codec}"
     for line in (f"peak memory allocated: {peak // 2**20} MiB",
-                 f"Serialized model {label}: {len(content)} bytes",
+                 f"Serialized model {label}: {model} bytes",
                  f"Code size: {code} bytes",
                  f"Total submission size {label}: {total} bytes of {s.artifact_budget_bytes}",
                  f"code_sha256:{result['code_sha256']}",
@@ -3832,7 +3859,7 @@ def settings_of_artifact(path, environ, world_size=1):
         except ValueError as problem:
             raise ArtifactError(f"{path}: holds {name}={value}, which {problem}") from problem
     s, explicit = resolve_settings(environ, stored, world_size)
-    fixed = ("vocab_size", "train_seq_len", "attn_bits", "mlp_bits")
+    fixed = ("vocab_size", "train_seq_len", "attn_bits", "mlp_bits", "codec")
     other = [f"{name.upper()}={stored[name]}, not {getattr(s, name)}" for name in stored
              if getattr(s, name) != stored[name]
              and (DESCRIBED[name][0] == "Model" or name in fixed)]
@@ -3849,7 +3876,7 @@ def run_job(s, rt, explicit):
     if not byte_table.count(tokens[:1 << 20]):
         raise UserError(f"DATA_PATH={s.data_path}: the first tokens of fineweb_val_* stand for no "
                         f"text by TOKENIZER_PATH={s.tokenizer_path}")
-    byte_table.check_text(tokens, s)
+    byte_table.check_text(tokens, f"DATA_PATH={s.data_path}: validation")
     s = replace(s, run_id=s.run_id or str(uuid.uuid4()))
     out = Path(s.out_dir).expanduser()
     path = Path(s.eval_only).expanduser() if s.eval_only else out / "final_model.ptz"
@@ -3863,8 +3890,9 @@ def run_job(s, rt, explicit):
            + f" validation_targets:{len(tokens) - 1} bytes_from:{byte_table.source}")
     forward = rt.compiled(model)
     if s.eval_only:
-        sha256 = rt.from_rank0(hashlib.sha256(path.read_bytes()).hexdigest())
-        trained, results = dict(UNTRAINED, artifact_sha256=sha256), {}
+        trained, results = dict(steps=0, train_tokens=0, train_seconds=0.0, pack_seconds=0.0,
+                                validation_documents_in_training=0,
+                                **rt.from_rank0(facts_of(path.read_bytes()))), {}
     else:
         trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
     # Resolved after packing: the artifact stores 0 = automatic, right for any validation set.
@@ -3896,7 +3924,9 @@ def main(argv, environ):
         if "--dry-run" in argv:
             dry_run(s, world_size)
             return 0
-        torch._dynamo.config.cache_size_limit = 64
+        with explained("PyTorch's compiler cannot make its cache",
+                       "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"):
+            torch._dynamo.config.cache_size_limit = 64
         rt = Runtime(s, ranks)
         for number in SIGNALS:
             if handlers[number] != signal.SIG_IGN:  # as nohup does

@@ -786,7 +786,7 @@ def bytes_in(data, tokenizer, vocabulary, targets):
                 vocab_size=vocabulary, eval_seq_len=0, val_limit_tokens=targets)
     try:
         byte_table, tokens = train_gpt.ByteTable(s), train_gpt.load_validation(s)
-        byte_table.check_text(tokens, s)
+        byte_table.check_text(tokens, f"{s.data_path}: validation")
     except train_gpt.UserError as problem:
         raise Problem(f"--data {data}: {problem}") from None
     if len(tokens) - 1 < targets:

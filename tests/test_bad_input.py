@@ -5,6 +5,7 @@ have test_settings.py, shards alone test_data.py.
 """
 
 import builtins
+import contextlib
 import errno
 import hashlib
 import io
@@ -147,9 +148,13 @@ DATA = [
              ("promises 11 tokens = 1046 bytes", MEND)),
         case(f"{split}: token of another vocabulary", shard(split, [*range(300, 321)] * 150),
              (f"fineweb_{split}_000000.bin: holds token 320", "VOCAB_SIZE=320", "TOKENIZER_PATH")),
+        case(f"{split}: a hole", shard(split, [5, 6] * 512 + [0] * 2048),
+             (f"fineweb_{split}_000000.bin: tokens 1024 to 2048 are all 0: damaged", MEND)),
         case(f"{split}: a folder", folder_for_shard(split), (f"fineweb_{split}_000000.bin",)),
         case(f"{split}: no permission", unreadable(split),
              (f"fineweb_{split}_000000.bin", "Permission denied")))),
+    case("train: damaged", shard("train", np.random.default_rng(0).integers(1, 320, 5000)), (
+        "fineweb_train_000000.bin and TOKENIZER_PATH=", "do not belong together", MEND)),
     case("dangling link", dangling, ("fineweb_val_000000.bin cannot be read: No such file", MEND)),
     case("validation shorter than a row", shard("val", [5] * 32),
          ("32 validation tokens", "TRAIN_SEQ_LEN")),
@@ -188,7 +193,10 @@ TOO_MUCH = [
     case("a budget below the coarsest model", words=("ARTIFACT_BUDGET_BYTES=", "shrink the model"),
          ARTIFACT_BUDGET_BYTES=len(train_gpt.SHIPPED) + 100),
     case("a table too large for the machine", words=("memory", "BIGRAM_VOCAB_SIZE"),
-         BIGRAM_VOCAB_SIZE=10**15)]
+         BIGRAM_VOCAB_SIZE=10**15),
+    case("a compiler that fails", lambda w: w.patch.setattr(
+        train_gpt.Runtime, "compiled", lambda *_: (lambda x: 1 / 0)),
+         ("COMPILE=1 does not work here: ZeroDivisionError", "COMPILE=0 goes on"), COMPILE=1)]
 
 
 # -- artifacts
@@ -246,9 +254,10 @@ ARTIFACTS = [
     case("a tensor missing", artifact(remade(drop)),
          ("model.ptz", "does not hold this model", "tok_emb is absent")),
     case("weights not a number", artifact(remade(not_a_number)), ("nan",)),
-    case("other settings", artifact_of(MODEL_DIM=48, MLP_BITS=5, LEAKY_SLOPE=0.25, VOCAB_SIZE=512),
+    case("other settings", artifact_of(MODEL_DIM=48, MLP_BITS=5, LEAKY_SLOPE=0.25, VOCAB_SIZE=512,
+                                       CODEC="lzma"),
          ("made with other settings", "MODEL_DIM=32, not 48", "MLP_BITS=", "LEAKY_SLOPE=",
-          "VOCAB_SIZE=320, not 512", "unset these")),
+          "VOCAB_SIZE=320, not 512", "CODEC=rans, not lzma", "unset these")),
     case("TTT diverges", artifact_of(TTT_ENABLED=1, EVAL_STRIDE=8, TTT_LR=1e12,
                                      VAL_LIMIT_TOKENS=1000),
          ("TTT_LR",)),
@@ -339,7 +348,7 @@ PLACES = [
     case("the artifact's name is a folder's", taken_by_folder("final_model.ptz"),
          ("OUT_DIR={w.tmp}/new", "final_model.ptz is a folder")),
     case("the result's name is a folder's", taken_by_folder("logs/run.json"),
-         ("run.json cannot be written",)),
+         ("{w.tmp}/new/logs/run.json is a folder",)),
     case("the scores' place", words=("SCORES_PATH=/proc/nobody/s.npy cannot be written",),
          SCORES_PATH="/proc/nobody/s.npy"),
     case("disk too small", lambda w: w.patch.setattr(
@@ -364,6 +373,20 @@ def test_an_artifact_without_room_in_its_place_is_kept_elsewhere(world):
     assert "No space left" in error and train_gpt.read_artifact(rescue)
 
 
+def test_a_second_run_in_the_same_folder_is_refused(world):
+    """It is told whose folder it is, and leaves no log; the first run goes on."""
+    said, log_start = [], train_gpt.log_start
+
+    def start_another(*arguments):
+        said.append(failed(world, dict(RUN_ID="second")))
+        log_start(*arguments)
+    world.patch.setattr(train_gpt, "log_start", start_another)
+    done = run_main(world.corpus, world.out, **LEAN)
+    assert done.returncode == 0 and not list(world.out.rglob("second*"))
+    assert re.search(f"OUT_DIR={world.out}: another run is at work there: process {os.getpid()} on "
+                     r"\S+, RUN_ID=run; set another OUT_DIR", said[0]), said
+
+
 def limited(bytes_, *command):
     """The command under a limit of the largest file that it may write; more fails as on a full
     disk (EFBIG). No preexec_fn: forking a process of many threads may hang."""
@@ -382,6 +405,19 @@ def test_a_log_and_a_console_that_fail_do_not_end_training(corpus, tmp_path):
     assert process.returncode == 0 and not error and "run.txt: no more lines are written" in said
     assert json.loads((tmp_path / "logs" / "run.json").read_text())["steps"] == 2
     assert train_gpt.read_artifact(tmp_path / "final_model.ptz")
+    with contextlib.redirect_stdout(None):  # closed before the start, as by `>&-`
+        assert train_gpt.main(["--help"], {}) == 0
+
+
+def test_a_broken_triton_and_a_cache_that_cannot_be_made_are_borne(corpus, tmp_path):
+    (tmp_path / "triton.py").write_text("raise OSError('a broken triton')")
+    for status, words, variables in (
+            (0, "", dict(PYTHONPATH=tmp_path)),
+            (2, "cannot make its cache: No such", dict(TORCHINDUCTOR_CACHE_DIR="/proc/none"))):
+        done = subprocess.run(launched(), capture_output=True, text=True, env=environment(
+            corpus, OUT_DIR=tmp_path, **LEAN, **variables))
+        assert done.returncode == status and words in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
 
 
 # -- launching

@@ -1,5 +1,6 @@
 """Bytes: the denominator of the score, against the rule token by token and the decoded text."""
 
+import contextlib
 import json
 import math
 
@@ -172,6 +173,9 @@ def test_side_files_must_fit_the_tokens_and_the_text(tiny, tmp_path):
             ByteTable(tiny(DATA_PATH=tmp_path))
     manifest(6)
     assert ByteTable(tiny(DATA_PATH=tmp_path)).count(tokens) == 6
+    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", [0, 1, 2, 3] + [0] * 2048)
+    with pytest.raises(UserError, match="val_bytes_000000.bin: tokens 1024 to 2048 are all 0"):
+        ByteTable(tiny(DATA_PATH=tmp_path))
 
 
 def test_shards_of_another_tokenizer_are_refused(tiny, tmp_path, corpus):
@@ -182,18 +186,31 @@ def test_shards_of_another_tokenizer_are_refused(tiny, tmp_path, corpus):
                                         split_digits=True))
     validation = np.asarray(corpus.tokens[:1031])
     with pytest.raises(UserError, match="do not belong together"):
-        ByteTable(other).check_text(validation, other)
-    ByteTable(tiny()).check_text(validation, tiny())
-    (tmp_path / "manifest.json").write_text(json.dumps(dict(tokenizer=dict(sha256="0" * 64))))
-    with pytest.raises(UserError, match="not the tokenizer that made the shards"):
-        ByteTable(tiny(DATA_PATH=tmp_path))
+        ByteTable(other).check_text(validation, "x")
+    ByteTable(tiny()).check_text(validation, "x")
+    ByteTable(tiny()).check_text(np.tile(validation, 80), "x")
+    noise = np.random.default_rng(0).integers(1, VOCAB, 80_000)
+    with pytest.raises(UserError, match="x.bin and TOK.* belong together, or the shard is damaged"):
+        table = ByteTable(tiny())
+        table.check_text(np.concatenate([np.tile(validation, 40), noise]), "x.bin", scored=False)
+    for content, refusal in ((dict(tokenizer=dict(sha256="0" * 64)), "not the tokenizer that made"),
+                             (dict(tokenizer="x", splits=[1]), ""), ([], "")):
+        (tmp_path / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=refusal) if refusal else contextlib.nullcontext():
+            ByteTable(tiny(DATA_PATH=tmp_path))
 
 
-def test_unknown_pieces_are_refused_where_only_the_table_counts(tiny, corpus):
+def test_unknown_pieces_are_refused_whatever_their_bytes(tiny, tmp_path, corpus):
+    """A model that says "something unknown" has not said the text, also where its bytes count."""
     tokens = np.array(corpus.tokens[:200])
     tokens[50] = corpus.tokenizer.unk_id()
-    with pytest.raises(UserError, match="unknown pieces"):
-        ByteTable(tiny()).check_text(tokens, tiny())
+    write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
+    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", np.full(200, 2))
+    for s, source in ((tiny(), "pieces"), (tiny(DATA_PATH=tmp_path), "text")):
+        table = ByteTable(s)
+        with pytest.raises(UserError, match="x: 1 tokens are unknown pieces, .*fallback"):
+            table.check_text(tokens, "x")
+        assert table.source == source
 
 
 # -- what is refused, and the score

@@ -292,7 +292,8 @@ def test_shares_cover_everything_once(n, world_size):
 
 
 def test_training_documents_that_are_validation_documents_are_counted(tiny, corpus, tmp_path):
-    """All of them where a training shard is the validation shard, none where texts differ."""
+    """All of them where a training shard is the validation shard, none where texts differ; those in
+    the middle of a long shard are seen."""
     validation = train_gpt.load_validation(tiny())
     write_shard(tmp_path / "fineweb_val_000000.bin", corpus.tokens[:1031])
     write_shard(tmp_path / "fineweb_train_000000.bin", corpus.tokens[:1031])
@@ -300,3 +301,8 @@ def test_training_documents_that_are_validation_documents_are_counted(tiny, corp
     documents, shared = train_gpt.contamination(stream, np.asarray(validation))
     assert documents >= shared >= documents - 1 > 3
     assert train_gpt.contamination(train_gpt.TrainStream(tiny()), np.asarray(validation))[1] == 0
+    others = np.tile(corpus.tokens[1031:], 20)
+    write_shard(tmp_path / "fineweb_train_000000.bin", np.concatenate(
+        [others, *[corpus.tokens[:1031]] * 5, others]))
+    stream = train_gpt.TrainStream(tiny(DATA_PATH=tmp_path))
+    assert train_gpt.contamination(stream, np.asarray(validation))[1] > 3

@@ -253,6 +253,24 @@ def test_only_the_file_that_was_written_is_scored(trained, run_script, monkeypat
     assert all(words in done.stderr for words in (str(path), *written, found, "EVAL_ONLY="))
 
 
+def test_figures_are_those_of_the_file_that_was_scored(run_script, monkeypatch, tmp_path):
+    """After training and with EVAL_ONLY; it is replaced as soon as it is read."""
+    path, load, read = tmp_path / "final_model.ptz", train_gpt.load_quantized, []
+
+    def replaced(*arguments):
+        load(*arguments)
+        read.append(path.read_bytes())
+        path.write_bytes(b"another run's")
+    monkeypatch.setattr(train_gpt, "load_quantized", replaced)
+    for variables in {}, dict(EVAL_ONLY=path):
+        done = succeeded(run_script(ITERATIONS=1, GPTQ=0, VAL_LIMIT_TOKENS=64, **PLAIN, **variables))
+        sha256 = hashlib.sha256(read[0]).hexdigest()
+        assert done.result["artifact_sha256"] == sha256
+        assert done.result["model_bytes"] == len(read[0])
+        assert f"\nSerialized model int8+rans: {len(read[0])} bytes\n" in done.stdout
+        path.write_bytes(read[0])
+
+
 def test_the_artifact_leaves_the_chunk_to_the_validation_set_that_is_scored(run_script):
     """A 64th of it, but what a pass scores at least; a larger set gets longer chunks."""
     done = succeeded(run_script(ITERATIONS=1, GPTQ=0, TTT_CHUNK_TOKENS=0, VAL_LIMIT_TOKENS=320))

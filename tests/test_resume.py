@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -343,6 +344,17 @@ def test_a_loss_that_is_not_finite_stops_with_step_rank_and_the_checkpoint_kept(
     assert stopped.checkpoints == [2, 3] and not stopped.content
     assert all(torch.isfinite(p).all() for p in state_of(stopped.out, 3)["model"])
     assert job(RESUME="auto").content == whole.content, "the cause gone, the run goes on"
+
+
+def test_rates_far_too_high_end_in_words_and_keep_what_is_sound(job):
+    """From the variable to the exit status: nothing is played."""
+    stopped = job(MATRIX_LR=1e9)
+    assert stopped.returncode == 2 and re.match(
+        r"error: step \d, rank 0: train_loss \S+, .* diverged; lower MATRIX_LR=1000000000\.0, .*"
+        "earlier checkpoints are kept\n$", stopped.stderr)
+    assert len(stopped.checkpoints) == 2 and not stopped.content and not stopped.result
+    for step in stopped.checkpoints:
+        assert all(torch.isfinite(p).all() for p in state_of(stopped.out, step)["model"])
 
 
 def test_a_gradient_that_is_not_finite_stops_too(job, monkeypatch):

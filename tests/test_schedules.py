@@ -95,14 +95,15 @@ def test_muon_momentum_is_a_line_then_constant():
 
 
 @quick
-@given(caps, st.floats(0.001, 0.5))
-def test_no_step_is_begun_that_would_pass_the_cap_and_none_is_wasted(cap, share):
-    """At a steady pace the run takes the most steps that fit, up to rounding of the clock."""
-    s, pace, step = replace(PUBLISHED, max_wallclock_seconds=cap, gptq=0), 1000 * cap * share, 0
-    while not train_gpt.out_of_time(s, step, step * pace):
-        step += 1
-    assert step * pace <= 1000 * cap * (1 + 1e-9)
-    assert (step + 1) * pace > 1000 * cap * (1 - 1e-9)
+@given(caps, st.lists(st.floats(0.001, 0.2), min_size=1, max_size=5), st.floats(0, 0.5))
+def test_no_step_is_begun_that_would_pass_the_cap_and_none_is_wasted(cap, first, reserve):
+    """Some steps of any length, then each takes the mean of those before: the run takes the most
+    that fit beside the reserve, up to rounding of the clock."""
+    s, room, step = replace(PUBLISHED, max_wallclock_seconds=cap), 1000 * cap * (1 - reserve), len(first)
+    begun = elapsed = 1000 * cap * sum(first)
+    while not train_gpt.out_of_time(s, step, elapsed, 1000 * cap * reserve):
+        elapsed, step = elapsed + elapsed / step, step + 1
+    assert elapsed <= max(room * (1 + 1e-9), begun) and elapsed + elapsed / step > room * (1 - 1e-9)
 
 
 def test_without_a_cap_time_never_runs_out():
