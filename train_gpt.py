@@ -175,8 +175,7 @@ class Settings:
     smear_gate: Literal["0", "1", "bos", "embed"] = "embed"
         # mix in the previous token; bos: not at BOS; embed: as bos, before the norm (#1667)
     bigram_vocab_size: Count = 0  # buckets of the hashed bigram embedding; 0: off
-    bigram_dim: Positive = 128  # channels of the bigram and trigram embeddings
-    trigram_vocab_size: Count = 0  # buckets of a hashed trigram embedding; 0: off
+    bigram_dim: Positive = 128  # channels of the bigram embedding
     ve_dim: Positive = 128  # channels of the value embedding
     ve_layers: str = ""  # blocks whose values get the value embedding, such as 9,10; empty: off
     # −0.0010 (value residual) and −0.0005 to −0.0010 (gate) at full scale.
@@ -223,7 +222,7 @@ class Settings:
     attn_bits: Bits = 8  # range of the codes of attention matrices; 16: fp16
     mlp_bits: Bits = 8  # of MLP matrices
     embed_bits: Bits = 8  # of token and value embedding tables
-    bigram_bits: Bits = 8  # of bigram and trigram tables
+    bigram_bits: Bits = 8  # of the bigram table
     proj_bits: Bits = 8  # of gates and of the small embeddings' projections
     fp16_keep_name_patterns: str = ""  # parts of names of tensors kept as fp16, commas between
     quant_fit: Literal["level", "scale"] = "level"
@@ -385,7 +384,7 @@ PRESETS = {  # a row holds only what differs from the defaults, or from the row 
         _SMALL, data_path="./data/datasets/demo", run_id="demo",
         tokenizer_path="./data/tokenizers/demo_1024_bpe.model", train_batch_tokens=2048,
         num_layers=3, xsa_last_n=3, ve_layers="1,2", bigram_vocab_size=8192,
-        trigram_vocab_size=8192, max_wallclock_seconds=170.0, warmdown_iters=800,
+        max_wallclock_seconds=170.0, warmdown_iters=800,
         muon_momentum_warmup_steps=100),
     "laptop": dict(_SMALL, max_wallclock_seconds=900.0),
     "sp1024": _SP1024,
@@ -443,7 +442,8 @@ REFUSED = {
     "TTT_GRAD_CLIP": ("1", ""), "GPTQ_RESERVE_SECONDS": ("", "GPTQ_BATCHES"),
     "TIED_EMBED_INIT_STD": ("0.005", ""), "CROWNQ_LAMBDA": ("0", ""),
     "CROWNQ_WARMDOWN_ONLY": ("1", ""),
-    "TRIGRAM_DIM": ("128", "BIGRAM_DIM"), "TTT_UNFREEZE_BLOCKS": ("2", "TTT_FREEZE_BLOCKS"),
+    "TRIGRAM_VOCAB_SIZE": ("0", "BIGRAM_VOCAB_SIZE"), "TRIGRAM_DIM": ("128", ""),
+    "TTT_UNFREEZE_BLOCKS": ("2", "TTT_FREEZE_BLOCKS"),
     "XSA_START_LAYER": ("-4", "XSA_LAST_N"), "TTT_TEMP": ("1", ""), "TTT_TEMPERATURE": ("1", ""),
     "QUANT_EVAL_EVERY": ("0", ""), "INT8_CLIP_PERCENTILE": ("99.99984", "QUANT_CLIP"),
     "CONTROL_TENSOR_NAME_PATTERNS": ("", "FP16_KEEP_NAME_PATTERNS"),
@@ -553,9 +553,8 @@ def model_rules(s):
         (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks),
          f"VE_LAYERS={s.ve_layers} must be different blocks of 0..{s.num_layers - 1}, commas "
          "between: 9,10; or empty"),
-        (s.bigram_vocab_size != 1 and s.trigram_vocab_size != 1,
-         f"BIGRAM_VOCAB_SIZE={s.bigram_vocab_size}, TRIGRAM_VOCAB_SIZE={s.trigram_vocab_size}: "
-         "0 or at least 2, one bucket is that of row beginnings"),
+        (s.bigram_vocab_size != 1,
+         "BIGRAM_VOCAB_SIZE=1: 0 or at least 2, one bucket is that of row beginnings"),
     ]
 
 
@@ -1755,25 +1754,19 @@ class Block(nn.Module):
         return adapted(core.mlp(u, self.mlp_scale, fake_quant), u, adapter)
 
 
-class HashEmbedding(nn.Module):
-    """An embedding of a token and those before it, hashed into buckets; the last bucket is for row
-    beginnings. Bucket of t: (36313·xₜ XOR 27191·xₜ₋₁ [XOR 51497·xₜ₋₂]) mod (buckets − 1)."""
-    FACTORS = (36313, 27191, 51497)
+class BigramEmbedding(nn.Module):
+    """An embedding of a token and the one before it, hashed into buckets; the last bucket is for
+    row beginnings. Bucket of t: (36313·xₜ XOR 27191·xₜ₋₁) mod (buckets − 1)."""
 
-    def __init__(self, s, order, buckets, scale):
+    def __init__(self, s):
         super().__init__()
-        self.order, self.table = order, matrix(buckets, s.bigram_dim)
-        self.proj, self.scale = matrix(s.model_dim, s.bigram_dim), vector(scale)
-
-    def buckets(self, tokens_BT):
-        last, T, reach = self.table.size(0) - 1, tokens_BT.size(1), self.order - 1
-        terms = [factor * tokens_BT[:, reach - back: T - back]
-                 for back, factor in enumerate(self.FACTORS[: self.order])]
-        hashed = functools.reduce(torch.bitwise_xor, terms) % last
-        return F.pad(hashed, (reach, 0), value=last)[:, -T:]
+        self.table = matrix(s.bigram_vocab_size, s.bigram_dim)
+        self.proj, self.scale = matrix(s.model_dim, s.bigram_dim), vector(0.05)
 
     def forward(self, tokens_BT, dtype):
-        rows = F.embedding(self.buckets(tokens_BT), self.table).to(dtype)
+        last = self.table.size(0) - 1
+        hashed = ((36313 * tokens_BT[:, 1:]) ^ (27191 * tokens_BT[:, :-1])) % last
+        rows = F.embedding(F.pad(hashed, (1, 0), value=last), self.table).to(dtype)
         return linear(rows, self.proj) * self.scale.to(dtype)
 
 
@@ -1804,9 +1797,7 @@ class GPT(nn.Module):
         D = s.model_dim
         skip_rows = max(sum(p.skip is not None for p in run) for run in self.passes.values())
         self.tok_emb = matrix(s.vocab_size, D)
-        buckets = (s.bigram_vocab_size, s.trigram_vocab_size)
-        self.bigram = HashEmbedding(s, 2, buckets[0], 0.05) if buckets[0] else None
-        self.trigram = HashEmbedding(s, 3, buckets[1], 0.03) if buckets[1] else None
+        self.bigram = BigramEmbedding(s) if s.bigram_vocab_size else None
         self.ve = ValueEmbedding(s) if s.ve_blocks else None
         smeared = {"0": 0, "embed": 1 + min(12, D)}.get(s.smear_gate, D)
         self.smear = nn.Parameter(torch.zeros(smeared)) if smeared else None
@@ -1825,16 +1816,15 @@ class GPT(nn.Module):
             self.register_buffer(name, table, persistent=False)
 
     def embed(self, tokens_BT):
-        """Normalized sum of token and hashed embeddings [B,T,D]; the smear gate mixes in the token
-        before, "embed": before the hashed embeddings and the norm, else after."""
+        """Normalized sum of token and bigram embeddings [B,T,D]; the smear gate mixes in the token
+        before, "embed": before the bigram embedding and the norm, else after."""
         e = F.embedding(tokens_BT, self.tok_emb).to(self.dtype)
         inside = (tokens_BT != BOS).unsqueeze(-1)  # not the first token of a document
         if self.s.smear_gate == "embed":
             *w, strength = self.smear.to(e.dtype).split([len(self.smear) - 1, 1])
             gate = strength * torch.sigmoid(F.linear(e[..., : len(w[0])], w[0][None]))
             e = e + gate * inside * F.pad(e[:, :-1], (0, 0, 1, 0))
-        for hashed in (self.bigram, self.trigram):
-            e = e if hashed is None else e + hashed(tokens_BT, self.dtype)
+        e = e if self.bigram is None else e + self.bigram(tokens_BT, self.dtype)
         x = rms_norm(e)
         if self.s.smear_gate not in ("1", "bos"):
             return x
@@ -1949,16 +1939,15 @@ KINDS = (
     Kind("attn", r"cores\.\d+\.attn\.o", zero, *_MATRIX, *_ATTN, True),
     Kind("mlp", r"cores\.\d+\.mlp\.up", orthogonal, *_MATRIX, *_MLP, True, "ttt_fc_lr_mult"),
     Kind("mlp", r"cores\.\d+\.mlp\.down", zero, *_MATRIX, *_MLP, True, "ttt_proj_lr_mult"),
-    Kind("proj", r"(bigram|trigram|ve)\.proj", orthogonal_small, "proj_optimizer", *_MATRIX[1:],
+    Kind("proj", r"(bigram|ve)\.proj", orthogonal_small, "proj_optimizer", *_MATRIX[1:],
          *_SMALL_BITS, False),
     Kind("table", "tok_emb", normal(0.005), *_TABLE, *_EMBED, True),  # as the head
     Kind("table", r"ve\.table", normal(0.01), *_TABLE, *_EMBED, False),
-    Kind("hashed", r"(bigram|trigram)\.table", zero, *_TABLE, "bigram_bits", "embed_clip_sigmas",
-         False),
+    Kind("hashed", r"bigram\.table", zero, *_TABLE, "bigram_bits", "embed_clip_sigmas", False),
     Kind("gate", r"cores\.\d+\.attn\.gate_weight", constructed, *_SCALAR, *_SMALL_BITS, False),
     Kind("control", r"cores\.\d+\.attn\.(q_gain|gate_bias)"
          r"|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|value_residual)"
-         r"|smear|skip_weights|skip_gates|lanes|(bigram|trigram|ve)\.scale|ve\.block_scales",
+         r"|smear|skip_weights|skip_gates|lanes|(bigram|ve)\.scale|ve\.block_scales",
          constructed, *_SCALAR, "", "", False),
 )
 
@@ -1992,9 +1981,8 @@ def build_model(s, rt):
     try:
         model = GPT(s, rt.dtype, kernels)
     except RuntimeError as problem:
-        raise UserError(f"MODEL_DIM={s.model_dim}, BIGRAM_VOCAB_SIZE={s.bigram_vocab_size}, "
-                        f"TRIGRAM_VOCAB_SIZE={s.trigram_vocab_size}: no memory for such a model "
-                        f"({problem})") from problem
+        raise UserError(f"MODEL_DIM={s.model_dim}, BIGRAM_VOCAB_SIZE={s.bigram_vocab_size}: no "
+                        f"memory for such a model ({problem})") from problem
     init_weights(model, s)
     return model.to(rt.device), names
 

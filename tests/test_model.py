@@ -74,15 +74,10 @@ def rotated(head, s):
     return torch.stack(out)
 
 
-def hashed_embedding(p, name, row, factors):
-    last, order = p[f"{name}.table"].size(0) - 1, len(factors)
-    buckets = []
-    for t in range(len(row)):
-        bucket = 0
-        for back, factor in enumerate(factors):
-            bucket ^= factor * row[t - back]
-        buckets.append(bucket % last if t >= order - 1 else last)
-    return p[f"{name}.table"][buckets] @ p[f"{name}.proj"].T * p[f"{name}.scale"]
+def bigram_embedding(p, row):
+    last = p["bigram.table"].size(0) - 1
+    buckets = [(36313 * row[t] ^ 27191 * row[t - 1]) % last if t else last for t in range(len(row))]
+    return p["bigram.table"][buckets] @ p["bigram.proj"].T * p["bigram.scale"]
 
 
 def embedded(p, s, row):
@@ -92,9 +87,7 @@ def embedded(p, s, row):
         e = torch.stack([raw[t] + (strength / (1 + torch.exp(-(w @ raw[t, :12]))) * raw[t - 1]
                                    if t and row[t] != train_gpt.BOS else 0) for t in range(len(row))])
     if s.bigram_vocab_size:
-        e = e + hashed_embedding(p, "bigram", row, (36313, 27191))
-    if s.trigram_vocab_size:
-        e = e + hashed_embedding(p, "trigram", row, (36313, 27191, 51497))
+        e = e + bigram_embedding(p, row)
     x = rms(e)
     if s.smear_gate in ("0", "embed"):
         return x
@@ -209,7 +202,7 @@ VARIANTS = [
     dict(UNET_SKIPS=0), dict(NUM_LAYERS=4), dict(NUM_LAYERS=5, VE_LAYERS="3"), dict(NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS=""),
     dict(NUM_LAYERS=4, UNIQUE_LAYERS=3, XSA_LAST_N=2), dict(UNIQUE_LAYERS=1, XSA_LAST_N=1), dict(LN_SCALE=0),
     dict(LOGIT_SOFTCAP=0), dict(LOGIT_SOFTCAP=2), dict(BIGRAM_VOCAB_SIZE=0), dict(BIGRAM_VOCAB_SIZE=2),
-    dict(TRIGRAM_VOCAB_SIZE=50, BIGRAM_DIM=4),
+    dict(BIGRAM_DIM=4),
     dict(UNET_SKIPS="gated"), dict(SMEAR_GATE="embed"), dict(GATED_ATTENTION="sparse"), dict(PARALLEL="one", PARALLEL_FROM=1),
     dict(PARALLEL="lanes", PARALLEL_FROM=1, UNET_SKIPS="gated", NUM_LAYERS=4),
     dict(NUM_LAYERS=4, LATE_PASSES="0-2,1-2,3", UNET_SKIPS="gated", VALUE_RESIDUAL=0),
@@ -304,16 +297,6 @@ def test_rotary_base_of_the_published_shape():
             assert abs(cos[t, j] - math.cos(angle)) < 2e-5 and abs(sin[t, j] - math.sin(angle)) < 2e-5
 
 
-@hypothesis_settings(deadline=None, database=None, max_examples=50)
-@given(st.lists(st.integers(0, 65534), min_size=1, max_size=12), st.integers(2, 5000))
-def test_bigram_buckets_by_hand(tokens, buckets):
-    s = train_gpt.replace(Settings(), bigram_vocab_size=buckets, vocab_size=65535)
-    with torch.device("meta"):
-        bigram = GPT(s).bigram
-    given_buckets = bigram.buckets(torch.tensor([tokens]))[0].tolist()
-    assert given_buckets == [buckets - 1] + [((36313 * b) ^ (27191 * a)) % (buckets - 1) for a, b in zip(tokens, tokens[1:])]
-
-
 def test_exclusive_attention_leaves_nothing_along_the_own_value():
     y, v = torch.randn(2, 5, 6, 8, dtype=torch.float64), torch.randn(2, 5, 3, 8, dtype=torch.float64)
     v[0, 0] = 0  # no direction: nothing is taken away
@@ -339,7 +322,7 @@ def test_rotation_keeps_lengths_and_sees_only_distance(tiny):
 # -- causality
 
 @pytest.mark.parametrize("fake_quant", [False, True])
-@pytest.mark.parametrize("variables", [dict(), dict(SMEAR_GATE=1, TRIGRAM_VOCAB_SIZE=50, UNIQUE_LAYERS=2, XSA_LAST_N=2),
+@pytest.mark.parametrize("variables", [dict(), dict(SMEAR_GATE=1, UNIQUE_LAYERS=2, XSA_LAST_N=2),
                                        dict(VALUE_RESIDUAL="sigmoid", GATED_ATTENTION="sparse")])
 def test_a_token_changes_no_score_before_it(tiny, variables, fake_quant):
     """Token t is the target of position t − 1 and is read from position t on; bit for bit, whatever the part."""
@@ -375,7 +358,7 @@ def test_rows_of_a_batch_do_not_meet(tiny):
     ROPE_DIMS=st.sampled_from([0, 0, 2, 4]), ROPE_NTK_REFERENCE=st.sampled_from([0, 16, 64]),
     NUM_LAYERS=st.integers(1, 4), UNIQUE_LAYERS=st.integers(0, 1), XSA_LAST_N=st.integers(0, 1), VE_LAYERS=st.sampled_from(["", "0"]),
     VE_DIM=st.sampled_from([1, 20]), BIGRAM_VOCAB_SIZE=st.sampled_from([0, 2, 3]), BIGRAM_DIM=st.sampled_from([1, 20]),
-    TRIGRAM_VOCAB_SIZE=st.sampled_from([0, 2, 3]), MLP_MULT=st.sampled_from([0.125, 0.3, 16]), LOGIT_SOFTCAP=st.sampled_from([0, 1e-3, 30]),
+    MLP_MULT=st.sampled_from([0.125, 0.3, 16]), LOGIT_SOFTCAP=st.sampled_from([0, 1e-3, 30]),
     SMEAR_GATE=st.sampled_from(["0", "1", "bos"]), UNET_SKIPS=st.integers(0, 1),
     VALUE_RESIDUAL=st.sampled_from(["0", "pair", "sigmoid"]))))
 def test_settings_that_pass_the_checks_make_a_model_that_runs(tiny, variables):
@@ -393,7 +376,7 @@ def test_settings_that_pass_the_checks_make_a_model_that_runs(tiny, variables):
 # -- what is off is absent
 
 @pytest.mark.parametrize("on, off, pattern", [
-    (dict(), dict(BIGRAM_VOCAB_SIZE=0), r"^bigram\."), (dict(TRIGRAM_VOCAB_SIZE=9), dict(), r"^trigram\."),
+    (dict(), dict(BIGRAM_VOCAB_SIZE=0), r"^bigram\."),
     (dict(), dict(VE_LAYERS=""), r"^ve\."), (dict(), dict(VE_LAYERS=""), r"^ve\."), (dict(), dict(SMEAR_GATE=0), r"^smear"),
     (dict(), dict(UNET_SKIPS=0), r"^skip_weights"), 
     (dict(), dict(VALUE_RESIDUAL=0), r"\.value_residual$"), (dict(), dict(GATED_ATTENTION=0), r"\.gate_"),
@@ -413,7 +396,7 @@ def test_the_first_block_has_no_value_residual(tiny):
 
 def test_every_parameter_has_its_kind(tiny):
     names = set()
-    for variables in (dict(TRIGRAM_VOCAB_SIZE=9),
+    for variables in (dict(),
                       dict(PARALLEL="lanes", UNET_SKIPS="gated", GATED_ATTENTION="sparse")):
         names |= {n for n, _ in GPT(tiny(**variables)).named_parameters()}
     kinds = {n: kind_of(n).kind for n in names}
@@ -472,11 +455,11 @@ def initialized(s, seed=0):
 
 def test_initial_weights(tiny):
     """Orthogonal matrices, zero outputs, narrow tables, and scales at their published values."""
-    s = tiny(VOCAB_SIZE=4000, NUM_LAYERS=4, TRIGRAM_VOCAB_SIZE=9, QK_GAIN_INIT=2.5)
+    s = tiny(VOCAB_SIZE=4000, NUM_LAYERS=4, QK_GAIN_INIT=2.5)
     params, identity = initialized(s), torch.eye
     constants = {"q_gain": 2.5, "gate_weight": 0, "gate_bias": 4, "attn_scale": 1, "mlp_scale": 1, "value_residual": 0.5, "smear": 0,
-                 "skip_weights": 1, "bigram.scale": 0.05, "trigram.scale": 0.03, "ve.scale": 0.1, "block_scales": 1, "bigram.table": 0,
-                 "trigram.table": 0, ".o": 0, ".down": 0}
+                 "skip_weights": 1, "bigram.scale": 0.05, "ve.scale": 0.1, "block_scales": 1, "bigram.table": 0,
+                 ".o": 0, ".down": 0}
     for name, p in params.items():
         constant = next((value for end, value in constants.items() if name.endswith(end)), None)
         if constant is not None:

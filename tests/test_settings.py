@@ -188,7 +188,6 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(UNIQUE_LAYERS=12), "UNIQUE_LAYERS=12"),
     (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS=12 exceeds NUM_LAYERS=11"),
     (dict(BIGRAM_VOCAB_SIZE=1), "BIGRAM_VOCAB_SIZE=1"),
-    (dict(TRIGRAM_VOCAB_SIZE=1), "TRIGRAM_VOCAB_SIZE=1"),
     (dict(TRAIN_BATCH_TOKENS=2049), "TRAIN_BATCH_TOKENS=2049 must be rows of TRAIN_SEQ_LEN=2048"),
     (dict(MICRO_BATCH_TOKENS=2047), "MICRO_BATCH_TOKENS=2047 must hold a row of TRAIN_SEQ_LEN"),
     (dict(EVAL_STRIDE=2049, EVAL_ATTENTION="window"), "EVAL_STRIDE=2049 exceeds the scoring window"),
