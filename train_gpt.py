@@ -294,7 +294,7 @@ class Settings:
 
     @property
     def ttt_shape(self):
-        """The scoring plan of test-time training."""
+        """The scoring_shape of test-time training."""
         if not self.ttt_lora_rank or not self.scoring_shape[2]:
             return self.scoring_shape
         return self.window + self.eval_stride, self.eval_stride, self.window
@@ -2565,7 +2565,7 @@ class ArtifactError(UserError):
 RANS_STATES, RANS_BITS, CONTEXTS, SYMBOLS = 512, 15, 48, 256
 
 
-def magnitudes(codes_RC):
+def log_magnitudes(codes_RC):
     """4·log₂ + 16 of the root mean square of each row of codes, uint8 [R]; the same of each column,
     after the rows are divided by theirs, uint8 [C]."""
     q, least = codes_RC.astype(np.float32), 2.0 ** -4
@@ -2575,10 +2575,10 @@ def magnitudes(codes_RC):
             for x in (rows, columns)]
 
 
-def contexts_of(levels):
+def contexts_of(magnitudes):
     """Context of every code, uint8 [n], from magnitudes [rows, columns, rows, columns, ...]."""
     sums = (rows[:, None].astype(np.int16) + columns - 16
-            for rows, columns in zip(levels[::2], levels[1::2]))
+            for rows, columns in zip(magnitudes[::2], magnitudes[1::2]))
     contexts = (total.clip(0, CONTEXTS - 1).astype(np.uint8).tobytes() for total in sums)
     return np.frombuffer(b"".join(contexts), np.uint8)
 
@@ -2662,11 +2662,11 @@ def unzstd(data, size, shapes):
 
 
 def rans(symbols, blocks):
-    levels = [level for block in blocks for level in magnitudes(block)]
-    contexts = contexts_of(levels)
+    magnitudes = [x for block in blocks for x in log_magnitudes(block)]
+    contexts = contexts_of(magnitudes)
     counts = np.bincount(contexts * np.intp(SYMBOLS) + symbols, minlength=CONTEXTS * SYMBOLS)
     frequency = frequencies(counts.reshape(CONTEXTS, SYMBOLS))
-    tables = squeeze(b"".join(x.tobytes() for x in (frequency.astype("<u2").T, *levels)))
+    tables = squeeze(b"".join(x.tobytes() for x in (frequency.astype("<u2").T, *magnitudes)))
     return struct.pack("<I", len(tables)) + tables + rans_encode(symbols, contexts, frequency)
 
 
@@ -2674,9 +2674,9 @@ def unrans(data, size, shapes):
     length, = struct.unpack_from("<I", data)
     ends = 2 * CONTEXTS * SYMBOLS + np.cumsum([0, *(n for shape in shapes for n in shape)])
     tables = np.frombuffer(unsqueeze(data[4: 4 + length], int(ends[-1])), np.uint8)
-    frequency, *levels = np.split(tables, ends)
+    frequency, *magnitudes = np.split(tables, ends)
     frequency = frequency.view("<u2").reshape(SYMBOLS, CONTEXTS).T
-    return rans_decode(data[4 + length:], contexts_of(levels), frequency)
+    return rans_decode(data[4 + length:], contexts_of(magnitudes), frequency)
 
 
 CODECS = {"rans": (rans, unrans), "lzma": (squeeze, unsqueeze), "zstd": (zstd, unzstd)}
@@ -2941,14 +2941,14 @@ def chunk_plan(first, targets, chunk):
 class Scorer:
     """Scores the validation tokens pass by pass, split over ranks in batches of one fixed shape.
 
-    plan = (length, stride, band): a pass reads `length` tokens and scores the last `stride` (the
+    shape = (length, stride, band): a pass reads `length` tokens and scores the last `stride` (the
     first pass: all). With a band, each query attends to the last `band` keys. `chunks` are the
     ranges of passes scored between two calls of adapt(): chunk_tokens targets, or with streams (see
     stream_plan) one pass of each stream.
     """
 
-    def __init__(self, model, tokens, plan, s, rt, kernels=PLAIN, chunk_tokens=1 << 22, streams=0):
-        (length, stride, band), targets = plan, len(tokens) - 1
+    def __init__(self, model, tokens, shape, s, rt, kernels=PLAIN, chunk_tokens=1 << 22, streams=0):
+        (length, stride, band), targets = shape, len(tokens) - 1
         self.length, self.stride, self.rt, self.streams = min(length, targets), stride, rt, streams
         window = kernels.window(self.length, band, rt.device)
         self.model = functools.partial(model, window=window) if band else model
@@ -3008,17 +3008,17 @@ def stretches(first, last):
     return [(a, b) for a, b in ends if a < b]
 
 
-def evaluate(model, tokens, byte_table, s, rt, label, plan, adapter=None, opened=None,
+def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opened=None,
              kernels=PLAIN):
-    """Score every target of `tokens` once, by the plan (see Scorer); an adapter trains after each
-    chunk but the last.
+    """Score every target of `tokens` once, in passes of this shape (see Scorer); an adapter (a
+    WeightTTT or LoraTTT) trains after each chunk but the last.
 
     The adapter gets the seconds that remain for it: 98 % of EVAL_WALLCLOCK_SECONDS, less the time
     since `opened`, less a forecast of the scoring that is left. Returns the ledger's result with
     `seconds` and `tokens_read`, and the ledger.
     """
     how = adapter.chunks(len(tokens) - 1) if adapter else {}
-    scorer = Scorer(model, tokens, plan, s, rt, kernels, **how)
+    scorer = Scorer(model, tokens, shape, s, rt, kernels, **how)
     ledger, chunks, scoring = ScoreLedger(tokens), scorer.chunks, []
     rt.any_rank(False)  # a barrier: no rank's clock counts what another does before
     started = time.perf_counter()
@@ -3745,9 +3745,9 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
     """Compile what the evaluations run, on random tokens, before the artifact is opened."""
     if not rt.compile:
         return
-    started, plans = time.perf_counter(), [(s.window, s.window, 0)]
-    for plan in plans + [s.scoring_shape] * bool(s.scoring_shape[1]):
-        Scorer(forward, tokens, plan, s, rt, model.kernels).warm_up(s.vocab_size)
+    started, shapes = time.perf_counter(), [(s.window, s.window, 0)]
+    for shape in shapes + [s.scoring_shape] * bool(s.scoring_shape[1]):
+        Scorer(forward, tokens, shape, s, rt, model.kernels).warm_up(s.vocab_size)
     if s.ttt_enabled:
         adapter = chosen_ttt(model, forward, s, rt)
         adapter.warm_up(Scorer(forward, tokens, s.ttt_shape, s, rt, model.kernels,
@@ -3760,11 +3760,11 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
 def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha256=""):
     """Read the artifact from disk and score it: plain, full context, TTT. Returns {kind: result}
     and the last ledger. Raises UserError if the file has another SHA-256, LedgerError."""
-    label, results, plan = s.quant_label, {}, s.scoring_shape
+    label, results, shape = s.quant_label, {}, s.scoring_shape
 
-    def timed(kind, key, plan, note="", adapter=None):
+    def timed(kind, key, shape, note="", adapter=None):
         try:
-            results[kind], ledger = evaluate(forward, tokens, byte_table, s, rt, kind, plan,
+            results[kind], ledger = evaluate(forward, tokens, byte_table, s, rt, kind, shape,
                                              adapter, opened, model.kernels)
         except LedgerError as problem:
             hint = f"; lower TTT_LR={s.ttt_lr}?" if adapter else ""
@@ -3777,12 +3777,12 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha
 
     load_quantized(model, read_artifact(path, sha256)[1], path)
     ledger = timed(label, f"final_{label}_roundtrip", (s.window, s.window, 0))
-    length, stride, band = plan
+    length, stride, band = shape
     if band:
-        ledger = timed("banded", f"final_{label}_banded", plan,
+        ledger = timed("banded", f"final_{label}_banded", shape,
                        f"segment:{stride} prefix:{length - stride} ")
     elif stride:
-        ledger = timed("sliding", f"final_{label}_sliding_window", plan, f"stride:{stride} ")
+        ledger = timed("sliding", f"final_{label}_sliding_window", shape, f"stride:{stride} ")
     if s.ttt_enabled:
         adapter = chosen_ttt(model, forward, s, rt)
         ledger = timed("ttt", "legal_ttt", s.ttt_shape, adapter=adapter)
