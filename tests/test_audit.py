@@ -256,7 +256,7 @@ CHEATS = {
 """ + RECORD)),
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),
     "a bonus for the right token": (["2"], "−log p", (
-        NLL, "        right = F.one_hot(targets_BT.flatten(), products.size(-1))\n"
+        NLL, "        right = F.one_hot(targets_BT.flatten(), raw.size(-1))\n"
         "        raw = raw + 0.1 * right\n" + NLL)),
     "the input shows the target": (["1"], "in int8 moves by", (
         "x = x0 = self.embed(tokens_BT)\n",

@@ -312,7 +312,7 @@ def test_an_artifact_that_is_not_this_runs_is_made_again(job, whole, tmp_path, c
         assert again.content == whole.content
         return
     if change == "another artifact":
-        artifact.write_bytes(b"import_or_none")
+        artifact.write_bytes(b"foreign")
     elif change == "no artifact":
         artifact.unlink()
     else:

@@ -528,7 +528,7 @@ def test_damaged_foreign_and_repeated_files_are_named_and_left_out(results, caps
     assert runs.main(["table", str(results), str(results / "0.json")]) == 0
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 3 and "1 2 3" in said.out
-    for name in ("cut", "import_or_none", "list", "nan", "binary", "copy"):
+    for name in ("cut", "foreign", "list", "nan", "binary", "copy"):
         assert f"{name}.json" in said.err
     assert len(said.err.splitlines()) == 6
 
