@@ -14,7 +14,7 @@ Contents: 1 Settings · 2 Runtime · 3 Data · 4 Bits per byte · 5 Model · 6 O
 
 Shape letters: B batch, T time, D model, H query heads, K key/value heads, E head dim,
 V vocabulary, R rows, C columns, N tokens of a pass or matrices of a stack.
-A "target" is a validation token that is predicted: target i is token i+1, given tokens 0..i.
+A "target" is a token that is predicted: target i is token i+1, given tokens up to token i.
 """
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ except Exception:
 
 SCRIPT = Path(__file__).resolve()
 SHIPPED = SCRIPT.read_bytes()  # the file that runs; its bytes count, and later edits change nothing
-SOURCE = globals().get("UNPACKED", SHIPPED)  # a packed file unpacks to this: for the log and --help
+SOURCE = globals().get("UNPACKED", SHIPPED)  # unpacked; a packed file's loader sets UNPACKED
 
 
 class UserError(Exception):
-    """Something the user can mend; the message names what, the value, and the way out."""
+    """An error that the user can fix; the message names the setting or file, its value, the fix."""
 
 
 @contextlib.contextmanager
@@ -104,7 +104,7 @@ def block_list(text, count):
         if not re.fullmatch(r"\d{1,9}(-\d{1,9})?", part):
             return None
         first, last = int(part.split("-")[0]), int(part.split("-")[-1])
-        order += range(first, min(last, count) + 1) or [count]  # empty range: invalid, as count is
+        order += range(first, min(last, count) + 1) or [count]  # none: count, which is refused
     return order if max(order, default=0) < count else None
 
 
@@ -112,9 +112,9 @@ def block_list(text, count):
 class Settings:
     """Every setting, resolved and checked; each is read from the variable of its name in capitals.
 
-    The type holds the choices or the bounds, the comment is the help text. The defaults are the
-    model of record #1855, changed where our own measurements were better. A figure such as −0.0020
-    is the published change in bits per byte (lower is better).
+    The type holds the choices or bounds, the comment is the help text. The defaults are the model
+    of record #1855, a pull request of the challenge, with changes that measured better. A figure
+    as −0.002 is a published change in bits per byte; with "4 × 128" (blocks × width) it is ours.
     """
     # == Run
     preset: str = ""  # row of the preset table to start from
@@ -145,7 +145,7 @@ class Settings:
 
     # == Model
     num_layers: Annotated[int, 1, 64] = 11  # blocks
-    unique_layers: Count = 0  # block i has the matrices of core i mod this (#537); 0: its own
+    unique_layers: Count = 0  # cores; block i uses core i mod this (#537); 0: one for each block
     model_dim: Annotated[int, 8, 2**20] = 512  # channels D
     num_heads: Positive = 8  # query heads H
     num_kv_heads: Positive = 4  # key/value heads K
@@ -162,9 +162,9 @@ class Settings:
     xsa_last_n: Count = 11  # of the last blocks with exclusive self-attention: −0.0017; 0: off
     # Depth recurrence (#1394, #1493): once training is so far, blocks run in another order.
     late_passes: str = "auto"
-        # such as 0-5,3-5,3-5,6-10, block numbers and ranges; auto: that of 11, scaled to
-        # NUM_LAYERS; empty: the order stays
-    late_passes_from: Share = 0.35  # of the clock or of ITERATIONS, whichever is further
+        # blocks and ranges of blocks, in the order they run; auto: 0-5,3-5,3-5,6-10 for 11
+        # blocks, scaled to NUM_LAYERS; empty: the order stays
+    late_passes_from: Share = 0.35  # of the clock or of ITERATIONS, whichever is reached first
     parallel: Literal["0", "one", "lanes"] = "lanes"
         # blocks from PARALLEL_FROM on: one: attention and MLP read the same input (#1493); lanes:
         # two residual streams with learned routing (#1529)
@@ -210,33 +210,33 @@ class Settings:
     warmdown_frac: Share = 0.85  # share of the run that decays instead; 0: WARMDOWN_ITERS
     lr_floor: Share = 0.1  # × lr, where the warmdown ends
     ema_enabled: Flag = 1  # average the weights exponentially (−0.0006)
-    ema_decay: Decay = 0.0  # per step; 0: over 1/21 of the run, with 0.4 of the last weights
+    ema_decay: Decay = 0.0  # per step; 0: over 1/21 of the run, × 0.6 + 0.4 × the last weights
     swa_enabled: Flag = 0  # average snapshots late in the warmdown; with EMA: the mean of both
     swa_every: Positive = 50  # steps between snapshots
     late_qat_threshold: Amount = 0.0
-        # fake quantization (int6) in the last share of the warmdown; above 1: always; 0: never
+        # int6 fake quantization once this share of the warmdown is left; above 1: always; 0: never
     val_loss_every: Count = 4000  # steps between validations; 0: only after the last step
     train_log_every: Positive = 500  # steps between log lines after step 10
 
     # == Quantizer and artifact
-    attn_bits: Bits = 8  # range of the codes of attention matrices; 16: fp16
+    attn_bits: Bits = 8  # range of attention matrices' codes, not their stored size; 16: fp16
     mlp_bits: Bits = 8  # of MLP matrices
     embed_bits: Bits = 8  # of token and value embedding tables
     bigram_bits: Bits = 8  # of the bigram table
     proj_bits: Bits = 8  # of gates and of the small embeddings' projections
     fp16_keep_name_patterns: str = ""  # parts of names of tensors kept as fp16, commas between
     quant_fit: Literal["level", "scale"] = "level"
-        # to fit the budget; level: a least step for all rows (× each row's tolerance with GPTQ);
-        # scale: all steps × one factor
+        # to fit the budget; level: one minimum step for all rows (with GPTQ × the tolerance of the
+        # row); scale: all finest steps × one factor
     quant_clip: Literal["max", "row", "std"] = "max"
         # clip of a row: its maximum, a searched quantile, or its root mean square times
         # *_CLIP_SIGMAS (SDClip, #1394)
     attn_clip_sigmas: Amount = 12.85  # attention, gates and projections
     mlp_clip_sigmas: Amount = 12.85  # MLP
     embed_clip_sigmas: Amount = 20.0  # embedding tables
-    quant_step_floor: Amount = 0.0  # least step of rows below 8 bits; #1218: 0.03226 (1/31)
-    prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # of each quantized tensor, smallest weights → 0
-    gptq: Flag = 1  # calibrate: GPTQ, and steps by what errors cost
+    quant_step_floor: Amount = 0.0  # minimum of finest steps below 8 bits; #1218: 0.03226 (1/31)
+    prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # share of a quantized tensor to zero, least first
+    gptq: Flag = 1  # calibrate: GPTQ, and with QUANT_FIT=level steps by the cost of errors
     gptq_batches: Positive = 8  # of TRAIN_BATCH_TOKENS, for calibration; fewer if time is short
     gptq_act_order: Flag = 0  # columns in descending order of the Hessian's diagonal
     codec: Literal["rans", "lzma", "zstd"] = "rans"  # of the codes; zstd needs zstandard
@@ -246,7 +246,7 @@ class Settings:
     eval_seq_len: Count = 0  # tokens of a scoring window; 0: TRAIN_SEQ_LEN
     eval_stride: Count = 64
         # tokens scored by a sliding window, or between steps of adapters; 0: plain scoring alone
-    # Sliding windows read every token 32 times, banded scoring once or twice, for the same score.
+    # By default windows read a token 32 times, bands 1.5 times on average, for the same score.
     eval_attention: Literal["banded", "window"] = "banded"
         # window: EVAL_STRIDE tokens a pass; banded: long segments, EVAL_SEQ_LEN keys in each layer
     eval_segment: Count = 0  # tokens scored per banded segment; 0: 2 × EVAL_SEQ_LEN
@@ -256,8 +256,8 @@ class Settings:
     ttt_enabled: Flag = 1  # score-first test-time training
     # Adapters by document: −0.002 to −0.004 (#1530). Weights by chunks: −0.0021 to −0.0033 (#549).
     ttt_lora_rank: Count = 8
-        # of adapters that follow each document; 0, or any of the settings from TTT_OPTIMIZER to
-        # TTT_FREEZE_BLOCKS: the weights are adapted, chunk by chunk
+        # of the adapters, which are reset at each document; 0: the weights are adapted, chunk by
+        # chunk. A setting from TTT_OPTIMIZER to TTT_FREEZE_BLOCKS implies 0 unless this is set.
     ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
     ttt_batch_seqs: Positive = 256  # rows per TTT step, or streams of adapters, over all ranks
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices alone
@@ -294,7 +294,7 @@ class Settings:
 
     @property
     def ttt_shape(self):
-        """The scoring_shape of test-time training."""
+        """The scoring_shape of TTT; adapters score EVAL_STRIDE targets a pass, banded or not."""
         if not self.ttt_lora_rank or not self.scoring_shape[2]:
             return self.scoring_shape
         return self.window + self.eval_stride, self.eval_stride, self.window
@@ -431,7 +431,7 @@ ALIASES = {
     "VAL_BATCH_SIZE": lambda text: {"EVAL_BATCH_SEQS": str(max(1, int(text) // 16384))},
 }
 
-# Published names that nothing here reads: the value at which they change nothing, and a hint.
+# Published names that nothing here reads: (the only value accepted, the setting to use instead).
 REFUSED = {
     "DTG_ENABLED": ("0", ""), "MTP_NUM_HEADS": ("0", ""), "MTP_LOSS_WEIGHT": ("0.2", ""),
     "LAWA_ENABLED": ("0", "EMA_ENABLED"), "LAWA_K": ("10", ""), "LAWA_FREQ": ("100", ""),
@@ -451,7 +451,7 @@ REFUSED = {
 }
 
 
-# About adapting the weights, chunk by chunk: who sets one of these means TTT_LORA_RANK=0.
+# The settings that only WeightTTT uses: each of them, set explicitly, implies TTT_LORA_RANK=0.
 _NAMES = [f.name.upper() for f in fields(Settings)]
 OF_CHUNKS = set(_NAMES[_NAMES.index("TTT_OPTIMIZER"):])
 
@@ -652,7 +652,7 @@ def translated(environ):
 def resolve_settings(environ, stored=None, world_size=1):
     """(Settings, names set explicitly) from the environment.
 
-    An explicit variable wins over `stored` (of an artifact) or PRESET, which win over the default.
+    An explicit variable wins over `stored` (of an artifact), which wins over PRESET and defaults.
     Raises UserError that lists every problem at once.
     """
     texts, problems = translated(environ)
@@ -703,7 +703,7 @@ def help_text():
 
 
 def find_upward(path):
-    """`path` if absolute or present from here; else its first match at or above the script."""
+    """`path` if absolute or found from the working directory, else from the script's folder up."""
     with contextlib.suppress(RuntimeError):  # ~nobody stays as it is, and is not found
         path = Path(path).expanduser()
     path = Path(path)
@@ -905,7 +905,7 @@ class StepClock:
 
 
 def write_whole(path, content):
-    """Write bytes to `path` so that it holds either its old content or all of the new."""
+    """Write bytes to `path` atomically: it holds either its old content or all of the new."""
     path = Path(path).expanduser()
     part = path.with_name(f".{path.name}.part")
     with explained(f"{path} cannot be written", "the previous file, if any, is intact"):
@@ -989,7 +989,7 @@ def document_keys(tokens):
 
 
 def contamination(stream, validation):
-    """(documents, those of them in validation) of the sample of each training shard."""
+    """(sampled training documents, how many of them begin like a validation document)."""
     known = document_keys(validation)
     seen = [document_keys(part) for tokens in stream.shards for part in sample_parts(tokens)]
     return sum(map(len, seen)), sum(len(keys & known) for keys in seen)
@@ -1345,7 +1345,7 @@ class LeakySquareMLP(torch.autograd.Function):
 @jit
 def softcap_nll_kernel(logits, targets, per_row, out, SOFTCAP: tl.constexpr,
                        BACKWARD: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
-    """per_row = nll of a row of logits. Backward: out = the row's gradient · per_row."""
+    """Forward: per_row = nll of each row. Backward: out = d nll/d logits · per_row (given)."""
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     z = tl.load(logits + row * V + i, mask=i < V, other=0.0).to(tl.float32)
     if SOFTCAP != 0:
@@ -1447,7 +1447,7 @@ def sdpa(q_BTHE, k_BTKE, v_BTKE, window=0):
 
 
 def flex(q_BTHE, k_BTKE, v_BTKE, window):
-    """The windows of a BlockMask: FlexAttention skips blocks without a visible key."""
+    """FlexAttention; `window` is a BlockMask from Kernels.window: it skips hidden blocks."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
     return flex_attention.flex_attention(q, k, v, block_mask=window,
                                          enable_gqa=True).transpose(1, 2)
@@ -1459,9 +1459,9 @@ ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
 
 
 def attention_kernel(name, strict=False):
-    """attend() of a row of ATTENTION; None if its package is missing. For other names PyTorch
+    """attend() for a name in ATTENTION; None if its package is missing. For other names PyTorch
     chooses. If a PyTorch kernel refuses an input (masks, rows of one token), the next one takes
-    it, the last is MATH, which stores all scores; strict: no other kernel is tried."""
+    it. The last is MATH, which stores all attention scores. strict: no other kernel is tried."""
     kernel = ATTENTION.get(name)
     if kernel is None:
         return sdpa
@@ -1546,8 +1546,8 @@ def random_inputs(rt, *shapes):
 
 def choose_attention(s, rt):
     """({part: name}, Kernels). Whole rows: the kernel asked for, or the first of ATTENTION that is
-    right. Windows: the first that is right of the same kernel (if a package), FlexAttention
-    (compiled on a GPU) and sdpa's blocks. Raises UserError."""
+    right. Windows: the first that is right of these: the same kernel (if a package), FlexAttention
+    (if compiled, on a GPU), sdpa's blocks. Raises UserError."""
     inputs = random_inputs(rt, *((1, 256, heads, s.head_dim) for heads in (
         s.num_heads, s.num_kv_heads, s.num_kv_heads)))
     name, cuda = "sdpa", rt.device.type == "cuda"
@@ -1605,7 +1605,7 @@ class Pass:
     block: int
     core: int
     push: bool        # keep the output as a skip
-    skip: int | None  # row of skip_weights for the last skip kept, which joins the input
+    skip: int | None  # the last kept output × this row of skip_weights joins the input
     xsa: bool
     form: str         # how attention and MLP join the residual stream: "0", "one" or "lanes"
 
@@ -1749,7 +1749,7 @@ class Block(nn.Module):
         return adapted(a, u, adapter), v
 
     def mlp(self, y_BTD, core, fake_quant, adapter):
-        """b⊙MLP(u) + B·A·u with u = s·RMS(y)."""
+        """b⊙MLP(u) + B·A·u with u = s·rms_norm(y)."""
         u = self.input_scale * rms_norm(y_BTD)
         return adapted(core.mlp(u, self.mlp_scale, fake_quant), u, adapter)
 
@@ -2030,8 +2030,8 @@ def newton_schulz(g_NRC, coefficients, dtype):
 class Muon:
     """A group of matrices under Muon (Jordan et al. 2024): Nesterov momentum, orthogonalized.
 
-    Matrices of one shape, up to transposition, form a stack, padded to the ranks. Each rank sums
-    the gradients of its part, updates its momentum and sends the directions.
+    Matrices of one shape, up to transposition, form a stack, padded to a multiple of the world
+    size. Each rank sums the gradients of its part, updates its momentum, sends the directions.
     """
     sharded = True
 
@@ -2077,7 +2077,7 @@ class Muon:
 
     @torch.no_grad()
     def finish(self):
-        """Decay the weights and add the directions × √max(1, rows/columns)."""
+        """Decay the weights and subtract lr·√max(1, rows/columns) times the directions."""
         torch._foreach_mul_(self.params, 1 - self.step_size * self.decay)
         for stack, wait in zip(self.stacks.values(), self.pending):
             for scale in {self._scale(p) for p in stack}:
@@ -2253,8 +2253,8 @@ def muon_momentum(s, step):
 
 
 def out_of_time(s, step, elapsed_ms, reserve_ms=0.0, step_ms=0.0, steps=1):
-    """True where so many more steps would end after the cap less a reserve. One is expected to take
-    the mean of all steps, or `step_ms` if that is more: late passes are slower."""
+    """True if `steps` more steps would end after the clock's cap minus the reserve. A step is taken
+    to last the mean of all steps, or `step_ms` if that is more: late passes are slower."""
     budget_ms = 1000 * s.max_wallclock_seconds - reserve_ms
     step_ms = max(step_ms, elapsed_ms / max(step, 1))
     return bool(s.max_wallclock_seconds and step and elapsed_ms + steps * step_ms > budget_ms)
@@ -2355,7 +2355,7 @@ def finest_steps(w_RC, bits, s, deviations=0.0):
 
 def tolerances(row_energy, column_energy):
     """Relative steps of rows [R] and columns [C]: energy^(−1/2) of the tensor, times energy^(−1/4)
-    of the row and the column relative to their mean. Energy: see Calibration.
+    of the row and the column relative to their mean. Energy: Calibration.energies.
 
     An exponent of −1/2 for rows and columns would make the cost of errors equal everywhere; −1/4
     had the lowest loss on a model of 2 M weights. All values are powers of 2^(1/4): few distinct
@@ -2378,7 +2378,7 @@ def compensation(hessian_CC, s):
     order = ranked.argsort(descending=True, stable=True)
     hessian = hessian_CC.double()[order][:, order]
     diagonal, damp = hessian.diagonal(), 0.01 * hessian.diagonal().mean()
-    diagonal += diagonal == 0  # inputs never there
+    diagonal += diagonal == 0  # inputs that are always 0
     while True:
         diagonal += damp
         try:
@@ -2431,9 +2431,9 @@ class HessianRecorder(torch.overrides.TorchFunctionMode):
 
 @dataclass
 class Calibration:
-    """What training tokens tell about the weights: by matrix Σ xxᵀ [C, C] over its inputs, and by
-    matrix and table the squared gradients of rows [R] and columns [C], the empirical Fisher
-    information in row × column form: what an error there costs."""
+    """What training tokens tell about the weights. hessians: Σ xxᵀ [C, C] over the inputs x of each
+    matrix. energies: mean squared gradients of rows [R] and columns [C] of each matrix and table, a
+    factored empirical Fisher information: what an error there costs."""
     hessians: dict
     energies: dict
 
@@ -2534,9 +2534,9 @@ def error_report(state, tensors):
 
 # ---- 10. Artifact: codes → bytes → file, and back; data only, nothing in it is executed ---------
 #
-# magic | header length, u32 | header, JSON | side, lzma | codes | SHA-256 of all before. The side
-# holds an index (JSON: settings, tensors), then steps and fp16 arrays. The codes are those of every
-# quantized tensor, tensors of equal bits together.
+# magic | header length, u32 | header, JSON | side, lzma | codes | SHA-256 of all before. "side" is
+# side information: an index (JSON: settings, tensors), then steps and fp16 arrays. The codes are
+# those of every quantized tensor, tensors of equal bits together.
 
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
 # Bounds on what a file may claim to hold, before anything is allocated for it. Parsed JSON takes
@@ -2782,10 +2782,10 @@ def read_artifact(path, sha256=""):
 
 
 def fitted(encoded, budget_bytes, coded, level, start):
-    """(content, level): level 0 if its content fits the budget. Else search levels in start · 2^±24
-    for the largest content that fits, at most 30 tries or until at most 0.1 % of the budget is
-    left. If none fits: the coarsest. Doubling the level saves at most one bit for each of `coded`
-    codes, so the next guess is 8·Δbytes/coded octaves away."""
+    """(content, level) of the largest content found that fits the budget, or of the coarsest. The
+    first try is `level`, and level 0 ends the search if it fits. The others are in start · 2^±24,
+    at most 29 more, until at most 0.1 % of the budget is left. Doubling the level saves at most one
+    bit for each of `coded` codes, so the next guess is 8·Δbytes/coded octaves away."""
     guess, best = math.log2(start), None
     low, high = guess - 24, guess + 24
     for _ in range(30):
@@ -2808,10 +2808,10 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
     that `fitted` finds within the budget. Raises UserError where even the coarsest do not fit."""
     quantizer, level = Quantizer(state, s, calibration), 0.0
     coded = sum(w.numel() for _, w, *_ in quantizer.parts.values())
-    coarsening = [float((finest / rows).nanmedian())  # where half of a tensor's rows begin to
+    coarsening = [float((finest / rows).nanmedian())  # the level that coarsens half of the rows
                   for _, _, finest, rows, *_ in quantizer.parts.values()]
     start = max(statistics.median(coarsening or [1.0]), 2.0 ** -24)
-    # Plain codes first: compensation takes long, and its codes, where they do not fit, are dropped.
+    # Rounding first: compensation takes long; where its codes do not fit, the rounded ones stay.
     for compensate in (False, True) if calibration else (False,):
         found, near = fitted(
             lambda x: encode_artifact(quantizer.at(x, compensate), s, f"{s.quant_fit} {x:.6g}"),
@@ -3091,7 +3091,7 @@ class WeightTTT:
         rt.log(f"{self.label}:params unfrozen={self.trained} frozen={self.frozen}")
 
     def chunks(self, targets):
-        """What the Scorer scores between two turns."""
+        """The Scorer's argument for what it scores between two calls of adapt()."""
         return dict(chunk_tokens=self.s.ttt_chunk_tokens)
 
     def arguments(self, passes):
@@ -3115,8 +3115,8 @@ class WeightTTT:
             p.grad = None
 
     def adapt(self, ledger, parts, chunk, chunks, left=math.inf):
-        """Train on `parts`, the stretch of targets [(first, last)] scored before, the chunk of that
-        number of `chunks`.
+        """Train on `parts`, the range of targets [(first, last)] just scored, which is chunk
+        number `chunk` of `chunks`.
 
         At most TTT_EPOCHS epochs (-1: 10, but 1 before a step was timed). Fewer if this chunk's
         share of the seconds `left` is too short; one if `left` holds one; else none, and the next
@@ -3176,9 +3176,9 @@ class LoraTTT:
     has a pair (A, B) for each of adapter_shapes, B zero at first, which takes one step of AdamW
     without momentum on the mean nll of the targets just scored; where a document ends, the pair is
     reset.
-    Each stream has a learning rate, multiplied or divided by 1 + HYPER at each step: up if the last
-    step lowered the loss of the next targets, else down (the sign of the hypergradient, Baydin et
-    al. 2018), summed over this stream and those before it, whose tokens are all earlier.
+    Each stream has a learning rate, multiplied or divided by 1 + HYPER at each step by the sign of
+    the hypergradient (Baydin et al. 2018): up if the new gradient says that the last step went
+    downhill. It is summed over this stream and those before it, whose tokens are all earlier.
     """
     BETA2, DECAY, HYPER = 0.999, 0.5, 0.1
 
@@ -3188,14 +3188,14 @@ class LoraTTT:
         model.requires_grad_(False)
 
     def chunks(self, targets):
-        """What the Scorer scores between two turns: a pass of each stream. A stream is long, since
+        """The Scorer's argument: adapt() follows a pass of each stream. A stream is long, since
         its first rows begin in another one and cannot be trained on."""
         streams = min(self.s.ttt_batch_seqs, targets // (16 * self.s.ttt_shape[0]))
         return dict(streams=max(1, streams))
 
     def begin(self, scorer, byte_table=None):
         """The adapters of this rank's streams, [n, r, D] and [n, R, r] of each site, and their
-        state. A rank without a stream has adapters to compile with."""
+        state. A rank without a stream still holds one set, to compile with."""
         self.scorer, self.started = scorer, time.perf_counter()
         self.low, self.high = self.rt.share(scorer.streams)
         rank, generator = self.s.ttt_lora_rank, torch.Generator().manual_seed(self.s.seed)
@@ -3270,7 +3270,7 @@ class LoraTTT:
 
     @torch.no_grad()
     def _step(self, active_n11):
-        """AdamW of the streams that got a gradient, and of the rates of all."""
+        """Update the rates of all streams; then one step of AdamW for the `active` streams."""
         uphill, mine = torch.zeros_like(self.lr), slice(self.low, self.high)
         for p, moved in zip(self.params, self.moved):
             if p.grad is not None:
@@ -3301,7 +3301,7 @@ class Checkpoints:
     A state belongs to a key: the settings that change weights, hashes of data and code.
     """
     NAMES = "step_" + "[0-9]" * 7 + ".pt"
-    CARRIED = ("step", "elapsed", "step_ms", "fake_quant", "late")  # of a Trainer
+    CARRIED = ("step", "elapsed", "step_ms", "fake_quant", "late")  # of a Trainer, in its state
 
     def __init__(self, s, rt, stream):
         self.wanted, self.rt, self.kept = bool(s.resume), rt, []
@@ -3397,12 +3397,12 @@ class Trainer:
         mine, most = self.rows_per_step // rt.world_size, s.micro_batch_tokens // s.train_seq_len
         # Rows of a pass: the most that MICRO_BATCH_TOKENS holds in equal passes.
         self.micro_rows = max(n for n in range(1, min(mine, most) + 1) if mine % n == 0)
-        # Of an eager pass; few, since the gradients of each pass are what calibration counts.
+        # Rows of an eager pass. Few: calibration squares the gradient of a whole pass.
         self.calibration_rows = min(self.micro_rows, 8)
         self.optimizers = training_optimizers(model, s, rt)
         self.averages = WeightAverage(model, s)
         self.step, self.elapsed, self.step_ms, self.reserve_ms = 0, 0.0, 0.0, 0.0
-        # Both stay on once they are; where there is one list of passes, one variant is compiled.
+        # Both stay on once set. Without LATE_PASSES there is one list: `late` is on from the start.
         self.fake_quant, self.late = False, not s.late_passes
 
     # -- the loop
@@ -3482,8 +3482,8 @@ class Trainer:
         return loss * self.rt.world_size, self.optimizers.step(scale, momentum)
 
     def check_and_log(self, loss, norm, scale):
-        """Log the step where it is due. UserError if it is not finite: of a GPU, which would have
-        to wait, only the first ten, every hundredth and logged steps are looked at."""
+        """Log the step where it is due. Raises UserError if its loss or norm is not finite. A
+        GPU would have to wait: only its first ten, every hundredth and logged steps are checked."""
         rt, logged = self.rt, self.step <= 10 or self.step % self.s.train_log_every == 0
         if not logged and self.step % 100 and rt.device.type == "cuda":
             return
@@ -3585,7 +3585,7 @@ def device_name(rt):
 
 
 def log_start(s, rt, explicit):
-    """The log's first entries: source, versions, GPU, every setting: a run from its log alone."""
+    """Log source, versions, GPU and every setting, so that the log alone can repeat the run."""
     gpu = ""
     if rt.device.type == "cuda" and rt.rank == 0:
         with contextlib.suppress(OSError):
@@ -3630,8 +3630,8 @@ def dry_run(s, world_size):
 
 
 def claim_places(s, rt, path, log_path):
-    """Find before training what could not be written after it; one training run per OUT_DIR; an
-    older log of the same name gets a number. Raises UserError."""
+    """Before training, check that the outputs can be written, lock OUT_DIR for one training run and
+    open the log; an older log of the same name gets a number. Raises UserError."""
     if rt.rank:
         return
     if not s.eval_only:
@@ -3927,7 +3927,7 @@ def main(argv, environ):
         rt.log(text) if rt else printed(text, sys.stdout)
         return 130
     except (UserError, LedgerError, torch.OutOfMemoryError) as problem:
-        if rank:  # what all ranks met is said once: rank 0's end also ends the others
+        if rank:  # an error of all ranks is printed once: rank 0's exit ends the waiting others
             time.sleep(5)
         if isinstance(problem, torch.OutOfMemoryError):
             problem = ("GPU memory ran out; lower MICRO_BATCH_TOKENS="
