@@ -157,7 +157,7 @@ class Settings:
     rope_dims: Count = 16  # channels of a head that rotate (16: −0.0023 with LN_SCALE); 0: all
     rope_ntk_reference: Count = 0  # tokens; longer rows stretch the rotary base; 0: off
     # −0.043 at 400 steps of 4 × 128, one seed; not in the records.
-    key_offset: Flag = 1  # channels of a key that do not rotate are those of the token before
+    key_offset: Flag = 1  # a key's channels from ROPE_DIMS on are those of the token before
     ln_scale: Flag = 1  # block i reads its input times 1/√(i+1)
     xsa_last_n: Count = 11  # of the last blocks with exclusive self-attention: −0.0017; 0: off
     # Depth recurrence (#1394, #1493): once training is so far, blocks run in another order.
@@ -439,7 +439,7 @@ REFUSED = {
     "HEAD_LR": ("0.008", "TIED_EMBED_LR"), "GRAD_QUANT": ("0", ""), "MUON_BETA2": ("0.95", ""),
     "MUON_BACKEND_STEPS": ("5", ""), "ADAM_EPS": ("1e-8", ""), "SWA_START_FRAC": ("0.2", ""),
     "BETA1": ("0.9", ""), "ROPE_BASE": ("10000", ""), "TTT_MOMENTUM": ("0.9", ""),
-    "TTT_GRAD_CLIP": ("1", ""), "GPTQ_RESERVE_SECONDS": ("", "GPTQ_BATCHES"),
+    "TTT_GRAD_CLIP": ("1", ""), "GPTQ_RESERVE_SECONDS": ("0", ""),
     "TIED_EMBED_INIT_STD": ("0.005", ""), "CROWNQ_LAMBDA": ("0", ""),
     "CROWNQ_WARMDOWN_ONLY": ("1", ""),
     "TRIGRAM_VOCAB_SIZE": ("0", "BIGRAM_VOCAB_SIZE"), "TRIGRAM_DIM": ("128", ""),
@@ -453,7 +453,7 @@ REFUSED = {
 
 # The settings that only WeightTTT uses: each of them, set explicitly, implies TTT_LORA_RANK=0.
 _NAMES = [f.name.upper() for f in fields(Settings)]
-OF_CHUNKS = set(_NAMES[_NAMES.index("TTT_OPTIMIZER"):])
+OF_CHUNKS = {*_NAMES[_NAMES.index("TTT_OPTIMIZER"):], "TTT_MOMENTUM", "TTT_GRAD_CLIP"}
 
 
 def described_settings():
@@ -665,7 +665,7 @@ def resolve_settings(environ, stored=None, world_size=1):
             values[target.lower()] = parse_value(target.lower(), text)
         except ValueError as problem:
             problems.append(f"{name}={text.strip()}: {problem}")
-    if OF_CHUNKS & set(texts) and "TTT_LORA_RANK" not in texts:
+    if OF_CHUNKS & {*environ, *texts} and "TTT_LORA_RANK" not in texts:
         values["ttt_lora_rank"] = 0
     for name, on in (("value_residual", "pair"), ("gated_attention", "head")):
         if values.get(name) == "1":  # the published way to switch on
@@ -977,7 +977,7 @@ def check_content(tokens, path, every=1):
 
 
 def sample_parts(tokens):
-    """4,096 tokens and 32 more from 64 places, evenly spaced; all tokens where they are fewer."""
+    """4,096 tokens and 32 more from about 64 places, evenly spaced; all of fewer tokens."""
     return [tokens[a: a + 4128] for a in range(0, len(tokens), max(4096, len(tokens) >> 6))]
 
 
@@ -1152,7 +1152,7 @@ class ByteTable:
             return None
         parts = [np.asarray(open_shard(p)) for p in paths]
         for path, part in zip(paths, parts):
-            check_content(part, path)
+            check_content(np.where(part, np.arange(len(part)), 0), path)  # only zeros are a hole
         side = np.concatenate(parts)
         tokens = sum(len(open_shard(p)) for p in shard_paths(s, "val"))
         text = manifest_of(s, "splits", "val", "utf8_bytes")
@@ -1175,24 +1175,27 @@ class ByteTable:
                             f"spaces are lost: {way_out}")
 
     def check_text(self, tokens, path, scored=True):
-        """Refuse tokens and a tokenizer that do not belong together: whole documents in a sample
-        of the tokens are decoded and encoded again; at least half of their tokens must be in
-        documents that come back equal. Refuse to score unknown pieces. Raises UserError."""
+        """Refuse tokens and a tokenizer that do not belong together: whole documents of the
+        beginning, and of a sample, are decoded and encoded again; at least half of the tokens of
+        each must be in documents that come back equal. Refuse to score unknown pieces. Raises UserError."""
+        check_tokens(tokens, len(self.base), path)
         if scored and (unknown := np.count_nonzero(tokens == self.unknown)):
             raise UserError(f"{path}: {unknown} tokens are unknown pieces, which stand for any "
                             "text: no fair score; build the dataset with a tokenizer with byte "
                             "fallback, as data/build_dataset.py makes")
-        documents = []
-        for part in sample_parts(tokens):
-            starts = np.flatnonzero(part == BOS)
-            documents += [part[a + 1: b].tolist() for a, b in zip(starts, starts[1:])]
-        again = self.sp.encode([self.sp.decode(ids) for ids in documents])
-        same = sum(len(ids) for ids, new in zip(documents, again) if ids == new)
-        total = sum(map(len, documents))
-        if same < 0.5 * total:
-            raise UserError(f"{path} and TOKENIZER_PATH={self.path} do not belong together, or "
-                            f"the shard is damaged: of {total} tokens {same} are what this "
-                            f"tokenizer makes of the text that they decode to; {GET_DATA}")
+        # long documents are whole at the beginning alone; damage may be anywhere
+        for parts in ([tokens[: 1 << 15]], sample_parts(tokens)):
+            documents = []
+            for part in parts:
+                starts = np.flatnonzero(part == BOS)
+                documents += [part[a + 1: b].tolist() for a, b in zip(starts, starts[1:])]
+            again = self.sp.encode([self.sp.decode(ids) for ids in documents])
+            same = sum(len(ids) for ids, new in zip(documents, again) if ids == new)
+            total = sum(map(len, documents))
+            if same < 0.5 * total:
+                raise UserError(f"{path} and TOKENIZER_PATH={self.path} do not belong together, "
+                                f"or the shard is damaged: of {total} tokens {same} are what this "
+                                f"tokenizer makes of the text that they decode to; {GET_DATA}")
 
     def count(self, tokens, first=0):
         """Bytes of targets tokens[1:], each after its predecessor; `first`: number of the first
@@ -1848,7 +1851,7 @@ class GPT(nn.Module):
     def raw_logits(self, tokens_BT, fake_quant=False, window=0, late=True, adapters=()):
         """Next-token logits [B,T,V] before the softcap, compute type.
 
-        Position t sees tokens 0..t, or in each layer the last `window` of them. `late`: the passes
+        Position t sees tokens 0..t, or in each layer the last `window` keys. `late`: the passes
         are those after the switch to LATE_PASSES. `adapters`: for each of adapter_shapes a pair
         (A [B,r,D], B [B,R,r]), whose B·A·u is added to what the site makes of u.
         """
@@ -2271,8 +2274,8 @@ class WeightAverage:
     An EMA of fixed decay d is bias-corrected: Σ d^(n−i)·wᵢ / Σ d^(n−i). With EMA_DECAY=0 the
     average gets a fraction 21/(n + 20) of the newest weights at update n, so that it reaches back
     over 1/21 of the run whatever its length (0.997 is that at the 7,000 steps it was tuned for).
-    The model then gets 0.6 of it and 0.4 of the last weights, since an average lags behind
-    (nanogpt speedrun, track 3; −0.0013 at 400 steps of 4 × 128, alike in five runs).
+    Without SWA the model then gets 0.6 of it and 0.4 of the last weights, since an average lags
+    behind (nanogpt speedrun, track 3; −0.0012 to −0.0019 at 400 steps of 4 × 128, six runs).
     """
 
     def __init__(self, model, s):
@@ -2307,7 +2310,7 @@ class WeightAverage:
         """Give the model its averaged weights; returns "EMA", "SWA", "EMA and SWA", or ""."""
         averages = {"EMA": self.ema if self.updates else None, "SWA": self.swa}
         averages = {name: tensors for name, tensors in averages.items() if tensors}
-        part = 0.6 if self.ema and not self.s.ema_decay else 1.0
+        part = 0.6 if self.ema and not self.swa and not self.s.ema_decay else 1.0
         for p, *values in zip(self.params, *averages.values()):
             if values:
                 p.lerp_(torch.stack(values).mean(0), part)
@@ -2499,9 +2502,9 @@ class Quantizer:
             w = w / columns
             finest = finest_steps(w, bits, s, getattr(s, kind_of(name).clip))
             rows = finest if s.quant_fit == "scale" else rows
-            factor = hessian = calibration and calibration.hessians.get(name)
-            if hessian is not None:
-                factor = compensation(hessian * columns * columns[:, None], s)
+            factor = calibration and calibration.hessians.get(name)
+            if factor is not None:
+                factor = compensation(factor * columns * columns[:, None], s)
             self.parts[name] = bits, w, finest, rows, columns, factor
 
     def at(self, level, compensate=True):
@@ -2603,7 +2606,7 @@ def rans_tables(frequency):
 def rans_encode(symbols, contexts, frequency):
     """Bytes of symbols (uint8 [n]) under contexts (uint8 [n]); symbol i goes to state i mod 512."""
     entries = contexts.astype(np.uint16) * SYMBOLS + symbols
-    frequency, start = (table[entries] for table in rans_tables(frequency))
+    frequency, start = (t.astype(np.uint16)[entries] for t in rans_tables(frequency))
     state, words = np.full(RANS_STATES, 1 << 16, np.uint32), []
     last = (len(symbols) - 1) // RANS_STATES * RANS_STATES
     for at in range(last, -1, -RANS_STATES):  # backwards, for a reader that goes forwards
@@ -3674,8 +3677,9 @@ def claim_places(s, rt, path, log_path):
 def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     """Train, average, quantize, write. Returns (facts of training, {kind: result})."""
     stream = TrainStream(s)
-    for shard, start in zip(stream.paths, stream.shards):  # 2^18 tokens in all: half a second
-        byte_table.check_text(start[: (1 << 18) // len(stream.paths)], shard, scored=False)
+    for shard, start in zip(stream.paths, stream.shards):  # few tokens of many: a second
+        few = max(4128, (1 << 18) // len(stream.paths))
+        byte_table.check_text(start[:few], shard, scored=False)
     documents, shared = contamination(stream, tokens)
     rt.log(f"contamination:{shared} of {documents} sampled training documents begin like documents "
            "of the validation set" + "; no token there is BOS=1" * (not documents))

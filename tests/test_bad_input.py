@@ -146,7 +146,7 @@ DATA = [
     *(row for split in ("train", "val") for row in (
         case(f"{split}: promised too much", shard(split, promising(11)),
              ("promises 11 tokens = 1046 bytes", MEND)),
-        case(f"{split}: token of another vocabulary", shard(split, [*range(300, 321)] * 150),
+        case(f"{split}: token of another vocabulary", shard(split, [1, *range(300, 321)] * 150),
              (f"fineweb_{split}_000000.bin: holds token 320", "VOCAB_SIZE=320", "TOKENIZER_PATH")),
         case(f"{split}: a hole", shard(split, [5, 6] * 512 + [0] * 2048),
              (f"fineweb_{split}_000000.bin: tokens 1024 to 2048 are all 0: damaged", MEND)),

@@ -176,6 +176,11 @@ def test_side_files_must_fit_the_tokens_and_the_text(tiny, tmp_path):
     write_shard(tmp_path / "fineweb_val_bytes_000000.bin", [0, 1, 2, 3] + [0] * 2048)
     with pytest.raises(UserError, match="val_bytes_000000.bin: tokens 1024 to 2048 are all 0"):
         ByteTable(tiny(DATA_PATH=tmp_path))
+    digits = tmp_path / "digits"
+    digits.mkdir()
+    write_shard(digits / "fineweb_val_000000.bin", [BOS] + [10, 11] * 1500)
+    write_shard(digits / "fineweb_val_bytes_000000.bin", [0] + [1] * 3000)
+    assert ByteTable(tiny(DATA_PATH=digits)).source == "text", "a long number is no hole"
 
 
 def test_shards_of_another_tokenizer_are_refused(tiny, tmp_path, corpus):

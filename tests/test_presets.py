@@ -157,6 +157,12 @@ def test_gptq_equals_the_explicit_inverse(tiny, act_order):
         assert (fast != slow).float().mean() < 0.002  # ties at half a step may fall either way
 
 
+def test_a_hessian_that_is_not_positive_gets_more_damping(tiny):
+    order, factor = train_gpt.compensation(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), tiny())
+    assert order.tolist() == [0, 1] and factor[0, 0] == factor[1, 1] == 1 and factor[0, 1] == 0
+    assert 0.5 < factor[1, 0] < 1, "2 / (1 + damping), which must exceed 1"
+
+
 def test_gptq_lowers_the_error_of_the_outputs(tiny):
     s, (w, x) = tiny(), weights_and_inputs()
     steps, prepared = train_gpt.finest_steps(w, 4, s), train_gpt.compensation(x.T @ x, s)

@@ -200,6 +200,16 @@ def test_ema_and_swa_give_the_mean_of_both():
     np.testing.assert_allclose(flat(model), (ema_of(history, 0.9) + swa) / 2, atol=1e-5)
 
 
+def test_an_automatic_ema_and_swa_give_the_mean_of_both():
+    """No part of the last weights joins it."""
+    model, history, average, _ = trained(replace(Settings(), swa_enabled=1, swa_every=7), 80, late)
+    ema, swa = 0.0, history[[i - 1 for i in range(31, 81) if i % 7 == 0]].mean(0)
+    for n, w in enumerate(history, 1):
+        ema = ema + 21 / (n + 20) * (w - ema)
+    assert average.apply() == "EMA and SWA"
+    np.testing.assert_allclose(flat(model), (ema + swa) / 2, atol=1e-5)
+
+
 @pytest.mark.parametrize("s", [replace(PUBLISHED, ema_enabled=0),
                                replace(PUBLISHED, ema_enabled=0, swa_enabled=1, swa_every=1000)])
 def test_without_an_average_weights_stay_as_trained(s):

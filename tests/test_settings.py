@@ -134,10 +134,14 @@ def test_the_order_of_variables_decides_nothing():
 
 
 def test_a_published_name_that_nothing_reads_passes_at_its_published_value_alone():
-    assert resolved(**{name: REFUSED[name][0] for name in REFUSED})[0] == DEFAULTS
+    given = {name: harmless for name, (harmless, _) in REFUSED.items()}
+    assert resolved(TTT_LORA_RANK=8, **given)[0] == DEFAULTS, "some imply TTT_LORA_RANK=0"
     for line in problems(**dict.fromkeys(REFUSED, "7")):
         name, _, said = line.partition("=7:")
         assert (REFUSED[name][1] or "unset it") in said
+    published = dict(BETA1="0.9", ROPE_BASE="10000.0", GPTQ_RESERVE_SECONDS="0.0")
+    assert resolved(**published)[0] == DEFAULTS
+    assert resolved(TTT_MOMENTUM="0.9", TTT_GRAD_CLIP="1.0")[0]["ttt_lora_rank"] == 0
 
 
 # -- what is refused

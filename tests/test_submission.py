@@ -483,7 +483,7 @@ def scored(sound, corpus, tmp_path):
     return make
 
 
-SIDE = [3] + [2, 4] * 515
+SIDE = [3] * 1031
 
 
 @pytest.mark.parametrize("case,status,pattern", [

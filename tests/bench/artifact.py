@@ -201,7 +201,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--data", type=Path)
+    parser.add_argument("--data", type=Path, help="shards; needed but for `synthetic`")
     parser.add_argument("--tokenizer", type=Path,
                         default=ROOT / "data/tokenizers/fineweb_1024_bpe.model")
     parser.add_argument("--targets", type=int, default=65536)
@@ -224,6 +224,8 @@ def main():
 
     if str(arguments.artifact) == "synthetic":
         return packing(say)
+    if not arguments.data:
+        parser.error("--data: name the folder of shards to calibrate and score on")
     s, rt, model, weights, tokens, byte_table, calibration, seconds = load(arguments)
     count = sum(w.numel() for w in weights.values())
     say(f"{count} weights; calibration on {arguments.calibration_rows} rows of "
