@@ -451,7 +451,7 @@ REFUSED = {
 }
 
 
-# The settings that only WeightTTT uses: each of them, set explicitly, implies TTT_LORA_RANK=0.
+# Variables about training the weights on chunks: each, where it is set, implies TTT_LORA_RANK=0.
 _NAMES = [f.name.upper() for f in fields(Settings)]
 OF_CHUNKS = {*_NAMES[_NAMES.index("TTT_OPTIMIZER"):], "TTT_MOMENTUM", "TTT_GRAD_CLIP"}
 
@@ -1176,14 +1176,15 @@ class ByteTable:
 
     def check_text(self, tokens, path, scored=True):
         """Refuse tokens and a tokenizer that do not belong together: whole documents of the
-        beginning, and of a sample, are decoded and encoded again; at least half of the tokens of
-        each must be in documents that come back equal. Refuse to score unknown pieces. Raises UserError."""
+        beginning, and of a sample, are decoded and encoded again; of each, at least half of the
+        tokens must be in documents that come back equal. Refuse to score unknown pieces. Raises
+        UserError."""
         check_tokens(tokens, len(self.base), path)
         if scored and (unknown := np.count_nonzero(tokens == self.unknown)):
             raise UserError(f"{path}: {unknown} tokens are unknown pieces, which stand for any "
                             "text: no fair score; build the dataset with a tokenizer with byte "
                             "fallback, as data/build_dataset.py makes")
-        # long documents are whole at the beginning alone; damage may be anywhere
+        # The parts of the sample are too short for long documents.
         for parts in ([tokens[: 1 << 15]], sample_parts(tokens)):
             documents = []
             for part in parts:
@@ -2502,18 +2503,18 @@ class Quantizer:
             w = w / columns
             finest = finest_steps(w, bits, s, getattr(s, kind_of(name).clip))
             rows = finest if s.quant_fit == "scale" else rows
-            factor = calibration and calibration.hessians.get(name)
-            if factor is not None:
-                factor = compensation(factor * columns * columns[:, None], s)
-            self.parts[name] = bits, w, finest, rows, columns, factor
+            hessian = calibration.hessians.get(name) if calibration else None
+            prepared = None if hessian is None else compensation(
+                hessian * columns * columns[:, None], s)
+            self.parts[name] = bits, w, finest, rows, columns, prepared
 
     def at(self, level, compensate=True):
         """{name: Quantized} at a level; `compensate`: GPTQ where a Hessian was recorded."""
         tensors = dict(self.halves)
-        for name, (bits, w, finest, rows, columns, factor) in self.parts.items():
+        for name, (bits, w, finest, rows, columns, prepared) in self.parts.items():
             steps = as_fp16(torch.maximum(finest, level * rows))
-            codes = (gptq_codes(w, steps, bits, *factor) * (w != 0)  # zero stays zero
-                     if compensate and factor else to_codes(w, steps, bits))
+            codes = (gptq_codes(w, steps, bits, *prepared) * (w != 0)  # zero stays zero
+                     if compensate and prepared else to_codes(w, steps, bits))
             tensors[name] = Quantized(bits, codes.cpu(), steps.cpu(), columns.cpu())
         return tensors
 
@@ -3677,9 +3678,9 @@ def claim_places(s, rt, path, log_path):
 def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     """Train, average, quantize, write. Returns (facts of training, {kind: result})."""
     stream = TrainStream(s)
-    for shard, start in zip(stream.paths, stream.shards):  # few tokens of many: a second
-        few = max(4128, (1 << 18) // len(stream.paths))
-        byte_table.check_text(start[:few], shard, scored=False)
+    for shard, start in zip(stream.paths, stream.shards):  # fewer tokens of each where many
+        count = max(4128, (1 << 18) // len(stream.paths))
+        byte_table.check_text(start[:count], shard, scored=False)
     documents, shared = contamination(stream, tokens)
     rt.log(f"contamination:{shared} of {documents} sampled training documents begin like documents "
            "of the validation set" + "; no token there is BOS=1" * (not documents))
@@ -3716,7 +3717,7 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
 
 
 def facts_of(content):
-    """Hash and size of an artifact's bytes, as the result says them."""
+    """The entries of the result file that identify an artifact: its hash and size."""
     return dict(artifact_sha256=hashlib.sha256(content).hexdigest(), model_bytes=len(content))
 
 
@@ -3916,8 +3917,9 @@ def main(argv, environ):
         if "--dry-run" in argv:
             dry_run(s, world_size)
             return 0
-        with explained("PyTorch's compiler cannot make its cache",
-                       "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"):
+        with explained(f"TORCHINDUCTOR_CACHE_DIR={environ.get('TORCHINDUCTOR_CACHE_DIR', '')}: "
+                       "PyTorch's compiler cannot make its cache",
+                       "set it to a folder that can be written"):
             torch._dynamo.config.cache_size_limit = 64
         rt = Runtime(s, ranks)
         for number in SIGNALS:

@@ -46,7 +46,7 @@ from shards import exit_code_of, user_path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CAP_BYTES = 16_000_000
-LOGITS = ("logits", "raw_logits")  # methods of the model that answer for a whole vocabulary
+LOGITS = ("logits", "raw_logits", "products")  # methods of the model that answer for a whole vocabulary (the last: earlier scripts)
 NEEDED = ("Settings UserError Runtime ByteTable ScoreLedger load_validation settings_of_artifact build_model run_evaluations "
           "read_artifact find_upward main").split()
 
@@ -75,6 +75,13 @@ def load_script(path):
     return module
 
 
+def shapes_of(s):
+    """(tokens read, targets scored, keys of each layer) of a pass of scoring and of one of adapting. Earlier scripts call
+    them plans, the first have sliding windows alone."""
+    scoring = getattr(s, "scoring_shape", None) or getattr(s, "scoring_plan", (s.window, s.eval_stride, 0))
+    return scoring, getattr(s, "ttt_shape", None) or getattr(s, "adapting_plan", scoring)
+
+
 def settings_for(script, path, environ, targets):
     """(settings of the audited evaluation, environment that gives them, chunk of TTT in the artifact).
 
@@ -83,16 +90,17 @@ def settings_for(script, path, environ, targets):
     known = {f.name.upper() for f in fields(script.Settings)}
     environ = {**environ, **{k: v for k, v in (("COMPILE", "0"), ("EVAL_WALLCLOCK_SECONDS", "0")) if k in known}}
     s, explicit = script.settings_of_artifact(path, environ)
-    plan = getattr(s, "scoring_shape", (s.window, s.eval_stride, 0))
-    row = max(s.train_seq_len, s.window, plan[1])
+    scoring, adapting = shapes_of(s)
+    row = max(s.train_seq_len, s.window, scoring[1])
     chunk = s.ttt_chunk_tokens  # 0: by the length of the validation set
     if targets and targets < 4 * row:
         raise Unusable(f"--targets {targets}: too few, four chunks of a row need {4 * row}")
+    adapters = s.ttt_enabled and getattr(s, "ttt_lora_rank", 0)
     if not targets:  # with adapters two streams, each of 16 rows
-        targets = 32 * max(row, s.ttt_shape[0]) if s.ttt_enabled and getattr(s, "ttt_lora_rank", 0) else 16 * row
+        targets = 32 * max(row, adapting[0]) if adapters else 16 * row
     environ["VAL_LIMIT_TOKENS"] = str(targets)
     targets = len(script.load_validation(replace(s, val_limit_tokens=targets))) - 1
-    if "TTT_CHUNK_TOKENS" not in explicit:
+    if not adapters and "TTT_CHUNK_TOKENS" not in explicit:  # set, it would mean weights adapted by chunks
         environ["TTT_CHUNK_TOKENS"] = str(min(chunk or targets, max(row, targets // 4)))
     return script.settings_of_artifact(path, environ)[0], environ, chunk
 
@@ -788,7 +796,7 @@ def checks(audit, script_path, at_random):
 def describe(audit, script_path, own_chunk):
     """What is audited, in two lines."""
     s = audit.s
-    length, stride, band = getattr(s, "scoring_shape", (s.window, s.eval_stride, 0))
+    (length, stride, band), adapting = shapes_of(s)
     plan = f"windows of {length}, stride {stride}"
     if band:
         plan = f"banded segments of {stride} after {length - stride}, {band} keys"
@@ -796,7 +804,7 @@ def describe(audit, script_path, own_chunk):
     if s.ttt_enabled:
         ttt = f"TTT {getattr(s, 'ttt_optimizer', 'sgd')}, {s.ttt_epochs} epochs over chunks of {s.ttt_chunk_tokens}"
         if getattr(s, "ttt_lora_rank", 0):
-            ttt = f"TTT adapters of rank {s.ttt_lora_rank}, {getattr(s, 'ttt_shape', plan)[1]} targets of each stream a step"
+            ttt = f"TTT adapters of rank {s.ttt_lora_rank}, {adapting[1]} targets of each stream a step"
         elif own_chunk not in (0, s.ttt_chunk_tokens):
             ttt += f" (the artifact's: {own_chunk}; --targets {4 * own_chunk} takes those)"
     return (f"{audit.path} ({audit.path.stat().st_size:,} bytes) scored by {script_path} "

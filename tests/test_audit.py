@@ -31,7 +31,9 @@ def artifact(corpus, tmp_path_factory):
         for p in model.parameters():
             p.add_(0.15 * torch.randn_like(p))
     path = tmp_path_factory.mktemp("artifact") / "final_model.ptz"
-    train_gpt.write_whole(path, train_gpt.pack(dict(model.named_parameters()), s, 10**6))
+    for name, rank in ((path, 0), (path.with_name("adapters"), 2)):  # the file says which TTT
+        stored = train_gpt.replace(s, ttt_lora_rank=rank)
+        train_gpt.write_whole(name, train_gpt.pack(dict(model.named_parameters()), stored, 10**6))
     return path
 
 
@@ -63,15 +65,17 @@ HONEST = {
     "banded": dict(EVAL_ATTENTION="banded", EVAL_SEGMENT=64, TTT_CHUNK_TOKENS=128),
     "adamw": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.001),
     "muon": dict(TTT_OPTIMIZER="muon", TTT_LR=0.005), "plain": dict(TTT_ENABLED=0, EVAL_STRIDE=0),
-    "packed": dict(), "adapters": dict(TTT_LORA_RANK=2, TTT_BATCH_SEQS=3, EVAL_SEQ_LEN=16,
-                                       EVAL_STRIDE=16, EVAL_BATCH_SEQS=2)}
+    "packed": dict(), "adapters": dict(TTT_BATCH_SEQS=3, EVAL_SEQ_LEN=16, EVAL_STRIDE=16,
+                                       EVAL_BATCH_SEQS=2)}
 TARGETS = {"banded": 256, "adapters": 0}  # 0: several streams; three fill up batches of two
 
 
 @pytest.mark.parametrize("name", HONEST)
-def test_the_honest_script_passes(run, name):
+def test_the_honest_script_passes(run, artifact, name):
     script = pack_code(SCRIPT.encode()) if name == "packed" else SCRIPT
-    status, failed, said = run(script, "--targets", str(TARGETS.get(name, 128)), **HONEST[name])
+    path = artifact.with_name("adapters") if name == "adapters" else artifact
+    status, failed, said = run(script, "--targets", str(TARGETS.get(name, 128)), path=path,
+                               **HONEST[name])
     assert status == 0 and not failed, said
     for condition in (audit.CAUSAL, audit.NORMALIZED, audit.BEFORE, audit.ONCE, audit.BYTES,
                       audit.SHIPS):

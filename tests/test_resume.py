@@ -347,7 +347,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rank_and_the_checkpoint_kept(
 
 
 def test_rates_far_too_high_end_in_words_and_keep_what_is_sound(job):
-    """From the variable to the exit status: nothing is played."""
+    """The whole job, from the variable to the exit status."""
     stopped = job(MATRIX_LR=1e9)
     assert stopped.returncode == 2 and re.match(
         r"error: step \d, rank 0: train_loss \S+, .* diverged; lower MATRIX_LR=1000000000\.0, .*"
