@@ -1,12 +1,12 @@
-"""All presets and the default side by side, shrunk: same tokens, seed and steps. No forecast.
+"""All presets and the default side by side, shrunk: same text, seed and tokens a step. No forecast.
 
-    python tests/bench/presets.py --data data/datasets/mix_sp1024 --steps 300 --jobs 2 \\
+    python tests/bench/presets.py --data data/datasets/mix_sp{} --text 0.3 --jobs 2 \\
         --out tests/bench/results/presets.md
 
-Every run is train_gpt.py, 11 layers of 64 channels on rows of 256 tokens with one tokenizer, scored
-on the first 131,072 validation targets. Schedules are shrunk by one factor (steps / 7,000), chunks
-by 8 as the rows are; the rest is the preset's. One thread a run, so that jobs do not disturb each
-other; nothing depends on the clock.
+Every run is train_gpt.py, 11 layers of 64 channels on rows of 256 tokens, each with its own number
+of pieces: --data and --tokenizer name the same text in each, with the number in place of {}.
+Schedules are shrunk by one factor (steps / 7,000), chunks by 8 as the rows are; the rest is the
+preset's. One thread a run, so that jobs do not disturb each other; nothing depends on the clock.
 """
 import argparse
 import json
@@ -16,8 +16,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import sentencepiece
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
@@ -25,19 +23,20 @@ import train_gpt  # noqa: E402
 COMMON = dict(
     DEVICE="cpu", COMPILE=0, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2,
     TRAIN_SEQ_LEN=256, TRAIN_BATCH_TOKENS=2048, MICRO_BATCH_TOKENS=2048, SEED=1337,
-    MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, EVAL_STRIDE=64, VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=50,
-    VAL_LIMIT_TOKENS=131072)
+    MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, EVAL_STRIDE=64, VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=20)
 
 
 def environment(preset, arguments):
     """The variables of one run; schedules in proportion to the steps."""
     s = train_gpt.resolve_settings({"PRESET": preset})[0]
-    share = arguments.steps / 7000
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=arguments.tokenizer)
+    data = arguments.data.format(s.vocab_size)
+    tokens = sum(len(train_gpt.open_shard(path)) for path in Path(data).glob("*_train_*.bin"))
+    steps = int(arguments.text * tokens) // COMMON["TRAIN_BATCH_TOKENS"]
+    share = steps / 7000
     variables = dict(
-        COMMON, PRESET=preset, RUN_ID=preset or "default", DATA_PATH=arguments.data,
-        OUT_DIR=Path(arguments.work) / (preset or "default"), TOKENIZER_PATH=arguments.tokenizer,
-        VOCAB_SIZE=tokenizer.vocab_size(), ITERATIONS=arguments.steps,
+        COMMON, PRESET=preset, RUN_ID=preset or "default", DATA_PATH=data, ITERATIONS=steps,
+        OUT_DIR=Path(arguments.work) / (preset or "default"),
+        TOKENIZER_PATH=arguments.tokenizer.format(s.vocab_size),
         WARMDOWN_ITERS=round(s.warmdown_iters * share),
         SWA_EVERY=max(1, round(s.swa_every * share)),
         MUON_MOMENTUM_WARMUP_STEPS=round(s.muon_momentum_warmup_steps * share),
@@ -59,15 +58,16 @@ def run(preset, arguments):
 
 def table(results, data):
     """Markdown: a row per system, best last score first."""
-    lines = ["| system | parameters | float | quantized | full context | TTT | model bytes "
-             "| training s |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| system | pieces | steps | parameters | float | quantized | full context | TTT "
+             "| model bytes | training s |", "|---|---|---|---|---|---|---|---|---|---|"]
     for name, r in sorted(results.items(), key=lambda item: [*item[1]["val_bpb"].values()][-1]):
         bpb = [f"{v:.4f}" for v in r["val_bpb"].values()] + ["off"]  # in the order of evaluation
-        lines.append(f"| {name} | {r['model_params']:,} | {' | '.join(bpb[:4])} | "
-                     f"{r['model_bytes']:,} | {r['train_seconds']:.0f} |")
+        lines.append(f"| {name} | {r['settings']['vocab_size']:,} | {r['steps']} "
+                     f"| {r['model_params']:,} | {' | '.join(bpb[:4])} | {r['model_bytes']:,} "
+                     f"| {r['train_seconds']:.0f} |")
     r = next(iter(results.values()))
-    lines += ["", f"{r['steps']} steps of {COMMON['TRAIN_BATCH_TOKENS']} tokens, seed {r['seed']}, "
-              f"first {r['scored_targets']:,} validation targets ({r['scored_bytes']:,} bytes), "
+    lines += ["", f"Steps of {COMMON['TRAIN_BATCH_TOKENS']} tokens, seed {r['seed']}, "
+              f"{r['scored_bytes']:,} bytes scored, "
               f"data {data}, torch {r['versions']['torch']}, {r['device']}; script "
               f"{r['code_sha256'][:16]}."]
     return "\n".join(lines) + "\n"
@@ -76,11 +76,11 @@ def table(results, data):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/datasets/fineweb10B_sp1024")
-    parser.add_argument("--tokenizer", default="data/tokenizers/fineweb_1024_bpe.model")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--data", default="data/datasets/fineweb10B_sp{}")
+    parser.add_argument("--tokenizer", default="data/tokenizers/fineweb_{}_bpe.model")
+    parser.add_argument("--text", type=float, default=0.3, help="part of the training text")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    record = [p for p in train_gpt.PRESETS if p.startswith("pr")]
+    record = ["sp1024", *(p for p in train_gpt.PRESETS if p.startswith("pr"))]
     parser.add_argument("--presets", default=",".join(record), help="beside the default")
     parser.add_argument("--work", default="out/presets", help="folder of the runs, which are kept")
     parser.add_argument("--out", default="", help="write the table here too")
