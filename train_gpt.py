@@ -13,7 +13,7 @@ Contents: 1 Settings · 2 Runtime · 3 Data · 4 Bits per byte · 5 Model · 6 O
 7 Schedules · 8 Weight averaging · 9 Quantizer · 10 Artifact · 11 Evaluation · 12 Training · 13 main
 
 Shape letters: B batch, T time, D model, H query heads, K key/value heads, E head dim,
-V vocabulary, R rows, C columns, N tokens of a pass or matrices of a stack.
+V vocabulary, R rows, C columns, N tokens of a batch or matrices of a stack.
 A "target" is a token that is predicted: target i is token i+1, given tokens up to token i.
 """
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Settings:
     vocab_size: Annotated[int, 2, 65536] = 8192  # pieces; must equal the tokenizer's
     train_seq_len: Annotated[int, 2, 2**31] = 2048  # tokens of a training row
     train_batch_tokens: Positive = 786432  # per optimizer step, over all ranks
-    micro_batch_tokens: Positive = 98304  # most that a rank holds in one pass; lower it for memory
+    micro_batch_tokens: Positive = 98304  # most that a rank computes at once; lower it for memory
     train_order: Literal["shuffled", "sequential"] = "shuffled"  # of shards, and of rows in them
     val_limit_tokens: Count = 0  # score only the first so many: no legal score; 0: off
 
@@ -248,11 +248,12 @@ class Settings:
         # tokens scored by a sliding window, or between steps of adapters; 0: plain scoring alone
     # By default windows read a token 32 times, bands 1.5 times on average, for the same score.
     eval_attention: Literal["banded", "window"] = "banded"
-        # window: EVAL_STRIDE tokens a pass; banded: long segments, EVAL_SEQ_LEN keys in each layer
+        # window: windows that move by EVAL_STRIDE tokens; banded: long segments, in each layer the
+        # last EVAL_SEQ_LEN keys
     eval_segment: Count = 0  # tokens scored per banded segment; 0: 2 × EVAL_SEQ_LEN
     eval_prefix: Count = 0  # tokens of context before a banded segment; 0: EVAL_SEQ_LEN
     eval_wallclock_seconds: Amount = 600.0  # from opening the artifact, kept by TTT; 0: no limit
-    eval_batch_seqs: Positive = 32  # windows per rank and pass
+    eval_batch_seqs: Positive = 32  # windows per rank and batch
     ttt_enabled: Flag = 1  # score-first test-time training
     # Adapters by document: −0.002 to −0.004 (#1530). Weights by chunks: −0.0021 to −0.0033 (#549).
     ttt_lora_rank: Count = 8
@@ -286,7 +287,7 @@ class Settings:
 
     @property
     def scoring_shape(self):
-        """(tokens read, tokens scored, keys of each layer or 0 for all) of a full-context pass."""
+        """(tokens read, tokens scored, keys of each layer or 0 for all) of a scoring window."""
         if self.eval_attention == "banded" and self.eval_stride:
             segment = self.eval_segment or 2 * self.window
             return (self.eval_prefix or self.window) + segment, segment, self.window
@@ -294,14 +295,14 @@ class Settings:
 
     @property
     def ttt_shape(self):
-        """The scoring_shape of TTT; adapters score EVAL_STRIDE targets a pass, banded or not."""
+        """The scoring_shape of TTT; adapters score EVAL_STRIDE targets at a time."""
         if not self.ttt_lora_rank or not self.scoring_shape[2]:
             return self.scoring_shape
         return self.window + self.eval_stride, self.eval_stride, self.window
 
     @property
-    def pass_tokens(self):
-        """Smallest TTT chunk: it holds a training row, a scoring window and one pass's targets."""
+    def least_chunk(self):
+        """Smallest TTT chunk: it holds a training row, a scoring window and its targets."""
         return max(self.train_seq_len, self.window, self.scoring_shape[1])
 
     @property
@@ -427,7 +428,7 @@ ALIASES = {
     "TTT_PERLAYER_LR": {"0": {"TTT_PROJ_LR_MULT": "1", "TTT_FC_LR_MULT": "1"},
                         "1": {"TTT_PROJ_LR_MULT": "3", "TTT_FC_LR_MULT": "0.5"}},
     "ALL_INT5": {"0": {}, "1": {"ATTN_BITS": "5", "MLP_BITS": "5"}},
-    # Tokens of a validation pass over 8 ranks, in windows of 2,048: 524288 → 32.
+    # Tokens of a validation batch over 8 ranks, in windows of 2,048: 524288 → 32.
     "VAL_BATCH_SIZE": lambda text: {"EVAL_BATCH_SEQS": str(max(1, int(text) // 16384))},
 }
 
@@ -477,25 +478,32 @@ TYPES = typing.get_type_hints(Settings, include_extras=True)
 
 def type_text(name):
     """The choices or bounds of a setting in words."""
-    kind = TYPES[name]
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(str(c) or "(empty)" for c in kind.__args__)
-    return f"{kind.__metadata__[0]:g} to {kind.__metadata__[1]:g}" if kind is not str else "text"
+    declared = TYPES[name]
+    if declared is str:
+        return "text"
+    if typing.get_origin(declared) is Literal:
+        return "one of " + ", ".join(str(c) or "(empty)" for c in declared.__args__)
+    return "{:g} to {:g}".format(*declared.__metadata__)
+
+
+def plain_text(text):
+    """A variable's text without surrounding space and carriage returns, True and False as 1, 0."""
+    text = text.strip()
+    return {"true": "1", "false": "0"}.get(text.lower(), text)
 
 
 def parse_value(name, text):
     """The value of a setting from its text. Raises ValueError with the constraint it breaks."""
-    kind, text = TYPES[name], str(text).strip()
-    if kind is str:
+    declared, text = TYPES[name], str(text).strip()
+    if declared is str:
         return text
-    if typing.get_origin(kind) is Literal:
-        word = text.lower() if kind is Flag else text
-        choices = {str(choice): choice for choice in kind.__args__}
-        value = choices.get({"true": "1", "false": "0"}.get(word, text) if kind is Flag else text)
+    if typing.get_origin(declared) is Literal:
+        choices = {str(choice): choice for choice in declared.__args__}
+        value = choices.get(plain_text(text) if declared is Flag else text)
         if value is None:
             raise ValueError(f"must be {type_text(name)}")
         return value
-    number, (low, high) = kind.__origin__, kind.__metadata__
+    number, (low, high) = declared.__origin__, declared.__metadata__
     try:
         value = number(text)
     except ValueError:
@@ -572,9 +580,9 @@ def run_rules(s, world_size):
         (not s.ttt_enabled or s.eval_stride,
          "TTT_ENABLED=1 scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
         (not s.ttt_enabled or s.ttt_lora_rank or s.ttt_chunk_tokens == 0
-         or s.ttt_chunk_tokens >= s.pass_tokens,
-         f"TTT_CHUNK_TOKENS={s.ttt_chunk_tokens} must hold {s.pass_tokens} tokens, a row and what "
-         "a pass scores: raise it, or set it to 0"),
+         or s.ttt_chunk_tokens >= s.least_chunk,
+         f"TTT_CHUNK_TOKENS={s.ttt_chunk_tokens} must hold {s.least_chunk} tokens, a row and what "
+         "a window scores: raise it, or set it to 0"),
         (len(s.run_id.encode("utf-8", "surrogateescape")) <= 200 and "/" not in s.run_id,
          f"RUN_ID={s.run_id} is no file name of at most 200 bytes"),
         (not s.scores_path or Path(s.scores_path).suffix == ".npy",
@@ -614,12 +622,6 @@ def number_or_text(text):
     with contextlib.suppress(ValueError):
         return float(text)
     return text
-
-
-def plain_text(text):
-    """A variable's text without surrounding space and carriage returns, True and False as 1, 0."""
-    text = text.strip()
-    return {"true": "1", "false": "0"}.get(text.lower(), text)
 
 
 def translated(environ):
@@ -731,6 +733,7 @@ class Runtime:
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.compile = s.compile == "1" or (s.compile == "auto" and cuda)
         self.log_path, self.console, self.phase = None, True, ("", 0.0, 0.0)
+        self.terminal = on_terminal(sys.stdout) and on_terminal(sys.stderr)
         self.training, self.signal = False, 0
         if cuda:
             torch.cuda.set_device(self.device)
@@ -838,16 +841,19 @@ class Runtime:
 
     # -- log
 
-    def progress(self, label, fraction):
-        """Print to the console, every ten seconds, how far a long phase is; not in the log."""
+    def progress(self, label, fraction, found=""):
+        """Print how far a long phase is, not in the log: on a terminal in one line, which is
+        replaced every half second; else a line every ten seconds."""
         now = time.perf_counter()
         if label != self.phase[0]:
             self.phase = label, now, now
         _, start, last = self.phase
-        if fraction > 0 and now - last >= 10 and self.console and self.rank == 0:
+        due = now - last >= (0.5 if self.terminal else 10)
+        if fraction > 0 and due and self.console and self.rank == 0:
             self.phase = label, start, now
             left = max(0, (now - start) * (1 - fraction) / fraction)
-            printed(f"progress:{label} {100 * fraction:.0f}% remaining:{left:.0f}s", sys.stderr)
+            printed(f"progress:{label} {found}{100 * fraction:.0f}% remaining:{left:.0f}s",
+                    sys.stderr, end="" if self.terminal else "\n")
 
     def log(self, line="", console=True):
         """A line of rank 0's log. A console or file that fails is dropped, and training goes on."""
@@ -864,11 +870,20 @@ class Runtime:
             self.console = printed(line, sys.stdout)
 
 
-def printed(line, stream):
-    """Print a line in any encoding; False where nobody reads the stream any more."""
+def on_terminal(stream):
+    with contextlib.suppress(AttributeError, ValueError):  # there is no stream, or it is closed
+        return stream.isatty()
+    return False
+
+
+def printed(line, stream, end="\n"):
+    """Print a line in any encoding, on a terminal in place of a progress line. False where nobody
+    reads the stream any more."""
     encoding = getattr(stream, "encoding", None) or "utf-8"  # None where it was closed before
+    line = "\r\033[K" * on_terminal(stream) + line
     try:
-        print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+        print(line.encode(encoding, "backslashreplace").decode(encoding), end=end, file=stream,
+              flush=True)
         return True
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):  # Python must not fail at its exit either
@@ -930,12 +945,14 @@ GET_DATA = ("python data/cached_challenge_fineweb.py downloads the challenge's, 
 
 
 def get_data(s):
-    """The command that makes what DATA_PATH and TOKENIZER_PATH name."""
-    variant = re.fullmatch(r"fineweb10B_(sp\d+)", Path(s.data_path).name)
+    """The ways to what DATA_PATH and TOKENIZER_PATH name."""
     if Path(s.data_path).name == "demo":
         return "python data/build_dataset.py --demo makes them"
-    return (f"python data/cached_challenge_fineweb.py --variant {variant[1]} downloads them"
-            if variant else GET_DATA)
+    variant = re.fullmatch(r"fineweb10B_(sp\d+)", Path(s.data_path).name)
+    variant = f" --variant {variant[1]}" if variant else ""
+    return (f"get tokens:\n  the challenge's: python data/cached_challenge_fineweb.py{variant}; "
+            "your own: python data/build_dataset.py TEXT; a demo: python data/build_dataset.py "
+            "--demo, then PRESET=demo")
 
 
 def open_shard(path):
@@ -1489,8 +1506,8 @@ def attention_kernel(name, strict=False):
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions a model computes with. `mlp` and `nll` are for compiled code; an eager pass,
-    in which calibration observes each product, takes the plain functions."""
+    """The functions a model computes with. `mlp` and `nll` are for compiled code; an eager
+    forward, in which calibration observes each product, takes the plain functions."""
     whole: object = sdpa  # attention without a window
     windowed: object = sdpa
     mlp: object = leaky_square_mlp
@@ -2319,6 +2336,10 @@ class WeightAverage:
 
 
 # ---- 9. Quantizer: weights → finest steps → steps at a level → codes, and back ------------------
+#
+# One number, the level, decides the file's size. The step of a row of weights is the larger of its
+# finest step and level × tolerance. Codes are weights over steps, rounded. A code takes its entropy
+# in the file, given its row and column. `pack` searches the lowest level whose file fits.
 
 def bits_of(name, s):
     """Bits of a parameter in the artifact: its kind's, unless its name is kept as fp16."""
@@ -2913,11 +2934,11 @@ class ScoreLedger:
                     sha256=hashlib.sha256(self.nll.tobytes()).hexdigest())
 
 
-# window_plan and stream_plan return (start, first, last), int64 [W] each: pass w reads the tokens
-# [start, start + length] and scores targets [first, last). Each target is in exactly one pass.
+# window_plan and stream_plan return (start, first, last), int64 [W] each: window w reads the tokens
+# [start, start + length] and scores targets [first, last). Exactly one window scores each target.
 
 def window_plan(targets, length, stride):
-    """The plan from left to right: the first pass scores all its targets, each later one the
+    """The plan from left to right: the first window scores all its targets, each later one the
     `stride` after those scored before, the last one what is left."""
     if targets < length:
         raise ValueError(f"{targets} targets do not fill a window of {length}")
@@ -2926,8 +2947,8 @@ def window_plan(targets, length, stride):
 
 
 def stream_plan(targets, length, stride, streams):
-    """The plan in streams, equal stretches of the targets side by side: pass n·streams + i scores
-    the n-th `stride` of stream i. Passes beyond a stream's end score nothing."""
+    """The plan in streams, equal stretches of the targets side by side: window n·streams + i
+    scores the n-th `stride` of stream i. Windows beyond a stream's end score nothing."""
     borders = np.arange(streams + 1) * targets // streams
     steps = -(-int(np.diff(borders).max()) // stride)
     begin = borders[:-1] + np.arange(steps)[:, None] * stride
@@ -2936,26 +2957,26 @@ def stream_plan(targets, length, stride, streams):
 
 
 def chunk_plan(first, targets, chunk):
-    """Ranges of passes [(begin, end)] whose first targets are in one stretch of `chunk`."""
+    """Ranges of windows [(begin, end)] whose first targets are in one stretch of `chunk`."""
     borders = np.searchsorted(first, np.arange(0, targets, chunk))
     borders = np.unique(np.append(borders, len(first)))
     return list(zip(borders[:-1].tolist(), borders[1:].tolist()))
 
 
 class Scorer:
-    """Scores the validation tokens pass by pass, split over ranks in batches of one fixed shape.
+    """Scores the validation tokens in windows, split over ranks in batches of one fixed shape.
 
-    shape = (length, stride, band): a pass reads `length` tokens and scores the last `stride` (the
-    first pass: all). With a band, each query attends to the last `band` keys. `chunks` are the
-    ranges of passes scored between two calls of adapt(): chunk_tokens targets, or with streams (see
-    stream_plan) one pass of each stream.
+    shape = (length, stride, band): a window reads `length` tokens and scores the last `stride` (the
+    first window: all). With a band, each query attends to the last `band` keys. `chunks` are the
+    ranges of windows scored between two calls of adapt(): chunk_tokens targets, or with streams
+    (see stream_plan) one window of each stream.
     """
 
     def __init__(self, model, tokens, shape, s, rt, kernels=PLAIN, chunk_tokens=1 << 22, streams=0):
         (length, stride, band), targets = shape, len(tokens) - 1
         self.length, self.stride, self.rt, self.streams = min(length, targets), stride, rt, streams
-        window = kernels.window(self.length, band, rt.device)
-        self.model = functools.partial(model, window=window) if band else model
+        attended = kernels.window(self.length, band, rt.device)
+        self.model = functools.partial(model, window=attended) if band else model
         self.start, self.first, self.last = (
             stream_plan(targets, self.length, stride, streams) if streams
             else window_plan(targets, self.length, stride))
@@ -2970,25 +2991,25 @@ class Scorer:
 
     @torch.no_grad()
     def warm_up(self, vocab_size, **more):
-        """Compile for the shape of a pass, on random tokens."""
+        """Compile for the shape of a batch, on random tokens."""
         rows = torch.randint(vocab_size, (self.batch, self.length + 1), device=self.rt.device)
         self.model(rows[:, :-1], rows[:, 1:], **more)
         self.rt.synchronize()
 
     @torch.no_grad()
-    def score(self, begin, end, tick=lambda passes: None, more_of=lambda passes: {}):
-        """nll of the targets of passes [begin, end), in the order of the passes, on every rank.
-        more_of(passes): more arguments for the model."""
+    def score(self, begin, end, tick=lambda windows: None, more_of=lambda windows: {}):
+        """nll of the targets of windows [begin, end), in the order of the windows, on every rank.
+        more_of(windows): more arguments for the model."""
         start, first, last = (torch.from_numpy(x[begin:end]).to(self.rt.device)
                               for x in (self.start, self.first, self.last))
-        offset = (last - first).cumsum(0) - last  # of a pass's targets to their places in `out`
+        offset = (last - first).cumsum(0) - last  # of a window's targets to their places in `out`
         total = int((last - first).sum())
         # scores, and how often each target was scored; the last slot is discarded
         out = torch.zeros(2, total + 1, device=self.rt.device)
         low, high = self.rt.share(end - begin)
         for b in range(low, high, self.batch):
             w = torch.arange(b, b + self.batch, device=self.rt.device)
-            mine, w = (w < high)[:, None], w.clamp(max=high - 1)  # a short batch repeats a pass
+            mine, w = (w < high)[:, None], w.clamp(max=high - 1)  # a short batch repeats a window
             at = start[w, None] + self.offsets
             rows, at = self.tokens[at].long(), at[:, :-1]
             nll = self.model(rows[:, :-1], rows[:, 1:], **more_of(w))
@@ -3000,7 +3021,7 @@ class Scorer:
         self.tokens_read += (end - begin) * self.length
         scores, times = self.rt.sum_(out)[:, :-1].cpu().numpy()
         if not (times == 1).all():
-            raise LedgerError(f"score number {int(np.argmax(times != 1))} of passes {begin} to "
+            raise LedgerError(f"score number {int(np.argmax(times != 1))} of windows {begin} to "
                               f"{end} made {int(times[times != 1][0])} times")
         return scores
 
@@ -3014,7 +3035,7 @@ def stretches(first, last):
 
 def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opened=None,
              kernels=PLAIN):
-    """Score every target of `tokens` once, in passes of this shape (see Scorer); an adapter (a
+    """Score every target of `tokens` once, in windows of this shape (see Scorer); an adapter (a
     WeightTTT or LoraTTT) trains after each chunk but the last.
 
     The adapter gets the seconds that remain for it: 98 % of EVAL_WALLCLOCK_SECONDS, less the time
@@ -3028,13 +3049,13 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opene
     started = time.perf_counter()
     if adapter:
         adapter.begin(scorer, byte_table)
-    deadline, passes = math.inf, len(scorer.first)
+    deadline, windows = math.inf, len(scorer.first)
     if s.eval_wallclock_seconds:  # 2 % for what no forecast knows
         deadline = (opened or started) + 0.98 * s.eval_wallclock_seconds
     for c, (begin, end) in enumerate(chunks):
         before, low = time.perf_counter(), 0
-        scores = scorer.score(begin, end, lambda n: rt.progress(label, (begin + n) / passes),
-                              adapter.arguments if adapter else lambda passes: {})
+        scores = scorer.score(begin, end, lambda n: rt.progress(label, (begin + n) / windows),
+                              adapter.arguments if adapter else lambda windows: {})
         parts = stretches(scorer.first[begin:end], scorer.last[begin:end])
         for first, last in parts:
             ledger.record(first, scores[low: low + last - first])
@@ -3043,7 +3064,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opene
             raise LedgerError(f"{len(scores)} scores for {low} targets")
         scoring.append((time.perf_counter() - before) / (end - begin))
         if adapter and c + 1 < len(chunks):
-            rest = statistics.median(scoring[-9:]) * (passes - end)
+            rest = statistics.median(scoring[-9:]) * (windows - end)
             left = rt.from_rank0(deadline - time.perf_counter() - rest)
             adapter.adapt(ledger, parts, c, len(chunks), left)
     rt.synchronize()
@@ -3098,7 +3119,7 @@ class WeightTTT:
         """The Scorer's argument for what it scores between two calls of adapt()."""
         return dict(chunk_tokens=self.s.ttt_chunk_tokens)
 
-    def arguments(self, passes):
+    def arguments(self, windows):
         """What the model gets beside tokens."""
         return {}
 
@@ -3111,7 +3132,7 @@ class WeightTTT:
             f"ttt_epochs={s.ttt_epochs} freeze_blocks={s.ttt_freeze_blocks}")
 
     def warm_up(self, scorer):
-        """Compile for the one shape of a pass, on random tokens; no weight changes."""
+        """Compile for the one shape of a micro-batch, on random tokens; no weight changes."""
         scorer.warm_up(self.s.vocab_size)
         self._backward(torch.randint(self.s.vocab_size, (self.pass_rows * self.rt.world_size,
                                                          self.s.train_seq_len + 1)))
@@ -3162,8 +3183,8 @@ class WeightTTT:
                         f"time={time.perf_counter() - self.started:.1f}s")
 
     def _backward(self, batch):
-        """This rank's part of the gradients of the batch's mean nll. Compiled passes have one
-        shape: a shorter one is padded with rows that do not count."""
+        """This rank's part of the gradients of the batch's mean nll. Compiled
+        micro-batches have one shape: a shorter one is padded with rows that do not count."""
         begin, end = self.rt.share(len(batch))
         mine = batch[begin:end].to(self.rt.device)
         for rows in mine.split(self.pass_rows) if len(mine) else ():
@@ -3192,7 +3213,7 @@ class LoraTTT:
         model.requires_grad_(False)
 
     def chunks(self, targets):
-        """The Scorer's argument: adapt() follows a pass of each stream. A stream is long, since
+        """The Scorer's argument: adapt() follows a window of each stream. A stream is long, since
         its first rows begin in another one and cannot be trained on."""
         streams = min(self.s.ttt_batch_seqs, targets // (16 * self.s.ttt_shape[0]))
         return dict(streams=max(1, streams))
@@ -3212,16 +3233,16 @@ class LoraTTT:
         self.steps = torch.zeros(held, 1, 1, device=self.rt.device)
         self.lr = torch.full((scorer.streams,), self.s.ttt_lr, device=self.rt.device)
 
-    def arguments(self, passes):
-        """The adapters of these passes of a chunk: pass n is that of stream n."""
-        parts = [p[passes - self.low] for p in self.params]
+    def arguments(self, windows):
+        """The adapters of these windows of a chunk: window n is that of stream n."""
+        parts = [p[windows - self.low] for p in self.params]
         return dict(adapters=list(zip(parts[::2], parts[1::2])))
 
     def warm_up(self, scorer):
-        """Compile for the one shape of a pass, on random tokens; no adapter changes."""
+        """Compile for the one shape of a batch, on random tokens; no adapter changes."""
         self.begin(scorer)
-        passes = torch.full((scorer.batch,), self.low, device=self.rt.device)
-        scorer.warm_up(self.s.vocab_size, **self.arguments(passes))
+        windows = torch.full((scorer.batch,), self.low, device=self.rt.device)
+        scorer.warm_up(self.s.vocab_size, **self.arguments(windows))
         shape = self.high - self.low, self.scorer.length
         rows = torch.randint(self.s.vocab_size, (shape[0], shape[1] + 1), device=self.rt.device)
         self._backward(rows, torch.ones(shape, device=self.rt.device))
@@ -3256,7 +3277,7 @@ class LoraTTT:
                    f"{self.late} time={time.perf_counter() - self.started:.1f}s")
 
     def _backward(self, rows, weights):
-        """Gradients of each stream's weighted nll, in passes of the Scorer's one shape."""
+        """Gradients of each stream's weighted nll, in batches of the Scorer's one shape."""
         for begin in range(0, len(rows), self.scorer.batch):
             stream = torch.arange(begin, begin + self.scorer.batch, device=rows.device)
             inside, stream = (stream < len(rows))[:, None], stream.clamp(max=len(rows) - 1)
@@ -3399,13 +3420,14 @@ class Trainer:
         self.checkpoints = checkpoints
         self.rows_per_step = s.train_batch_tokens // s.train_seq_len
         mine, most = self.rows_per_step // rt.world_size, s.micro_batch_tokens // s.train_seq_len
-        # Rows of a pass: the most that MICRO_BATCH_TOKENS holds in equal passes.
+        # Rows of a micro-batch: the most that MICRO_BATCH_TOKENS holds, in equal parts.
         self.micro_rows = max(n for n in range(1, min(mine, most) + 1) if mine % n == 0)
-        # Rows of an eager pass. Few: calibration squares the gradient of a whole pass.
+        # Few: calibration squares the gradient of a whole micro-batch.
         self.calibration_rows = min(self.micro_rows, 8)
         self.optimizers = training_optimizers(model, s, rt)
         self.averages = WeightAverage(model, s)
         self.step, self.elapsed, self.step_ms, self.reserve_ms = 0, 0.0, 0.0, 0.0
+        self.loss = math.nan  # as last read from the device
         # Both stay on once set. Without LATE_PASSES there is one list: `late` is on from the start.
         self.fake_quant, self.late = False, not s.late_passes
 
@@ -3441,7 +3463,8 @@ class Trainer:
                 self.elapsed = clock.read(exact=True)
             self.step_ms = 0.9 * self.step_ms + 0.1 * (self.elapsed - before)
             self.check_and_log(loss, norm, scale)
-            rt.progress("train", progress_of(s, self.step, self.elapsed))
+            rt.progress("train", progress_of(s, self.step, self.elapsed), f"step:{self.step} "
+                        f"train_loss:{self.loss:.4f} {self.step_ms:.0f}ms ")
         if s.max_wallclock_seconds and (self.step < s.iterations or not s.iterations):
             rt.log(f"stopping_early: wallclock_cap train_time:{self.elapsed:.0f}ms "
                    f"step:{self.step}/{s.iterations}")
@@ -3475,7 +3498,7 @@ class Trainer:
         return loss, norm, scale
 
     def optimize(self, rows, scale, momentum, fake_quant=False, late=True):
-        """One optimizer step on this rank's rows, in passes of micro_rows. Returns their mean nll
+        """One optimizer step on this rank's rows, in micro-batches. Returns their mean nll
         and the norm of all gradients, on the device."""
         loss = torch.zeros((), device=self.rt.device)
         for micro in rows.split(self.micro_rows):
@@ -3497,12 +3520,13 @@ class Trainer:
         rank = next((n for n, x in enumerate(losses) if not math.isfinite(x)), rt.rank)
         if not math.isfinite(losses[rank]) or not math.isfinite(norm):
             raise self.diverged(f"rank {rank}: train_loss {losses[rank]}, gradient norm {norm:g}")
-        if logged:
-            self.log(f"train_loss:{statistics.fmean(losses):.4f}", f" lr_scale:{scale:.4f}")
+        self.loss = statistics.fmean(losses)
+        if logged:  # a terminal shows the progress line instead
+            self.log(f"train_loss:{self.loss:.4f}", f" lr_scale:{scale:.4f}", not rt.terminal)
 
-    def log(self, found, more=""):
+    def log(self, found, more="", console=True):
         self.rt.log(f"step:{self.step}/{self.s.iterations} {found} train_time:{self.elapsed:.0f}ms "
-                    f"step_avg:{self.elapsed / max(self.step, 1):.2f}ms{more}")
+                    f"step_avg:{self.elapsed / max(self.step, 1):.2f}ms{more}", console)
 
     def diverged(self, what):
         s = self.s
@@ -3540,7 +3564,7 @@ class Trainer:
 
     def measured_reserve(self, rows):
         """Milliseconds that GPTQ_BATCHES will take, plus a quarter; at most a tenth of the clock.
-        The first of two passes loads kernels, the second counts."""
+        The first of two runs loads kernels, the second counts."""
         parts = rows.split(self.calibration_rows)
         for _ in range(2):
             clock = StepClock(self.rt)
@@ -3549,12 +3573,12 @@ class Trainer:
         return min(1.25 * ms, 100 * self.s.max_wallclock_seconds)
 
     def calibration(self, batches):
-        """Calibration inside the clock, on the training rows that would have come next: passes
-        until another, as long as the longest so far, would end after the clock."""
+        """Calibration inside the clock, on the training rows that would have come next:
+        micro-batches until another, as long as the longest so far, would end after the clock."""
         s, began, clock = self.s, self.elapsed, StepClock(self.rt, self.elapsed)
         self.rt.log("gptq_calibration:start")
 
-        def passes(longest=0.0):
+        def micro_batches(longest=0.0):
             for rows in (batches.next() for _ in range(s.gptq_batches)):
                 for part in rows.split(self.calibration_rows):
                     yield part
@@ -3566,7 +3590,7 @@ class Trainer:
                                     f"{s.max_wallclock_seconds:g} is near")
                         return
 
-        found = calibrate(self.model, passes(), self.rt)
+        found = calibrate(self.model, micro_batches(), self.rt)
         self.elapsed = clock.read(exact=True)
         self.rt.log(f"gptq_calibration:done matrices:{len(found.hessians)} "
                     f"time:{self.elapsed - began:.0f}ms")
@@ -3676,7 +3700,7 @@ def claim_places(s, rt, path, log_path):
 
 
 def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
-    """Train, average, quantize, write. Returns (facts of training, {kind: result})."""
+    """Train, average, quantize, write. Returns (facts of training, {stage: result})."""
     stream = TrainStream(s)
     for shard, start in zip(stream.paths, stream.shards):  # fewer tokens of each where many
         count = max(4128, (1 << 18) // len(stream.paths))
@@ -3763,18 +3787,18 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
 
 
 def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha256=""):
-    """Read the artifact from disk and score it: plain, full context, TTT. Returns {kind: result}
-    and the last ledger. Raises UserError if the file has another SHA-256, LedgerError."""
+    """Read the artifact from disk and score it: plain, full context, TTT. Returns {stage:
+    result} and the last ledger. Raises UserError if the file has another SHA-256, LedgerError."""
     label, results, shape = s.quant_label, {}, s.scoring_shape
 
-    def timed(kind, key, shape, note="", adapter=None):
+    def timed(stage, key, shape, note="", adapter=None):
         try:
-            results[kind], ledger = evaluate(forward, tokens, byte_table, s, rt, kind, shape,
+            results[stage], ledger = evaluate(forward, tokens, byte_table, s, rt, stage, shape,
                                              adapter, opened, model.kernels)
         except LedgerError as problem:
             hint = f"; lower TTT_LR={s.ttt_lr}?" if adapter else ""
-            raise LedgerError(f"{path}, {kind}: {problem}{hint}") from problem
-        r = results[kind]
+            raise LedgerError(f"{path}, {stage}: {problem}{hint}") from problem
+        r = results[stage]
         for suffix, digits in (("", 4), ("_exact", 8)):
             rt.log(f"{key}{suffix} val_loss:{r['val_loss']:.{digits}f} "
                    f"val_bpb:{r['val_bpb']:.{digits}f} {note}eval_time:{1000 * r['seconds']:.0f}ms")
@@ -3816,8 +3840,8 @@ def report(s, rt, path, trained, results, ledger, eval_seconds):
         total_bytes=total, model_params=sum(parameter_counts(s).values()), **trained,
         eval_seconds=eval_seconds, scored_targets=last["targets"], scored_bytes=last["bytes"],
         bytes_from=last["bytes_from"], peak_memory_bytes=peak,
-        val_loss={kind: r["val_loss"] for kind, r in results.items()},
-        val_bpb={kind: r["val_bpb"] for kind, r in results.items()},
+        val_loss={stage: r["val_loss"] for stage, r in results.items()},
+        val_bpb={stage: r["val_bpb"] for stage, r in results.items()},
         ledger_sha256=last["sha256"], artifact=str(path), violations=violations)
     label = f"{s.quant_label}+{s.codec}"
     for line in (f"peak memory allocated: {peak // 2**20} MiB",
@@ -3889,7 +3913,7 @@ def run_job(s, rt, explicit):
     else:
         trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
     # Resolved after packing: the artifact stores 0 = automatic, right for any validation set.
-    chunk = s.ttt_chunk_tokens or max(s.pass_tokens, min(32768, len(tokens) // 64))
+    chunk = s.ttt_chunk_tokens or max(s.least_chunk, min(32768, len(tokens) // 64))
     s = replace(s, ttt_chunk_tokens=chunk)
     warm_up_evaluations(model, forward, s, rt, tokens)
     opened = time.perf_counter()

@@ -1,10 +1,13 @@
-"""From launch to the first step: which GPU a rank sees, what is compiled and found again."""
+"""From launch to the first step: which GPU a rank sees, what is compiled and found again; what a
+terminal shows."""
 
+import contextlib
+import io
 import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, environment
 
 import train_gpt
 from train_gpt import UserError
@@ -15,6 +18,26 @@ def test_too_few_gpus_are_named(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="rank 5 wants GPU 5 and sees 2"):
         train_gpt.Runtime(tiny(DEVICE="auto"), (5, 8, 5))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_one_progress_line_in_place_of_steps(corpus, tmp_path):
+    variables = dict(OUT_DIR=tmp_path, ITERATIONS=60, TRAIN_LOG_EVERY=1, TTT_ENABLED=0, GPTQ=0)
+    with contextlib.redirect_stdout(Terminal()) as screen, contextlib.redirect_stderr(screen):
+        assert train_gpt.main([], environment(corpus, **variables)) == 0
+    written = screen.getvalue()
+    assert re.search(r"progress:train step:\d+ train_loss:\d\.\d+ \d+ms \d+% remaining:\d+s\r",
+                     written)
+    seen = [line.rpartition("\r\033[K")[2] for line in written.split("\n")]
+    assert not [line for line in seen if re.match(r"progress|step:\d+/60 train_loss", line)]
+    log = (tmp_path / "logs/run.txt").read_text()
+    steps = re.findall(r"^step:(\d+)/60 train_loss", log, re.M)
+    assert steps == [str(n) for n in range(1, 61)] and "progress:train" not in log.split("=" * 100)[-1]
+    assert [line for line in seen if line.startswith("final_")] == re.findall("^final_.*", log, re.M)
 
 
 COUNTS = f"""
