@@ -483,7 +483,8 @@ def type_text(name):
         return "text"
     if typing.get_origin(declared) is Literal:
         return "one of " + ", ".join(str(c) or "(empty)" for c in declared.__args__)
-    return "{:g} to {:g}".format(*declared.__metadata__)
+    low, high = declared.__metadata__
+    return f"{low} to {high}" if isinstance(low, int) else f"{low:g} to {high:g}"
 
 
 def plain_text(text):
@@ -823,7 +824,7 @@ class Runtime:
         try:
             self.compiled(lambda x: x * 2 + 1)(torch.ones(8, device=self.device))
         except Exception as problem:  # a missing compiler, a full cache folder, a broken triton
-            why = f": {type(problem).__name__}: {(str(problem).splitlines() or [''])[-1][:200]}"
+            why = f": {in_a_line(problem)}"
         if self.any_rank(why):
             if s.compile == "1":
                 raise UserError(f"COMPILE=1 does not work here{why}; COMPILE=0 goes on without")
@@ -868,6 +869,11 @@ class Runtime:
             self.log(f"{path}: no more lines are written ({problem.strerror}); the run goes on")
         if console and self.console:
             self.console = printed(line, sys.stdout)
+
+
+def in_a_line(problem):
+    """Type and first line of an exception; PyTorch's go on for a page."""
+    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:160]}"
 
 
 def on_terminal(stream):
@@ -1546,7 +1552,7 @@ def why_unusable(function, reference, inputs, rt):
             return ""
         return "gives another result"
     except Exception as problem:
-        return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:120]}"
+        return in_a_line(problem)
 
 
 def first_right(part, candidates, reference, inputs, rt):

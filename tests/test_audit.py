@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import ROOT, TINY, VOCAB
+from conftest import ROOT, TINY, VOCAB, write_shard
 
 import train_gpt
 
@@ -120,6 +120,22 @@ def test_bytes_are_those_of_the_documents(corpus, tmp_path, dummy_prefix):
     inside = 1 + len(documents[0]) // 2
     parts = tokens[:inside + 1], tokens[inside:]
     assert sum(audit.text_bytes(sp, part) for part in parts) == size
+
+
+def test_bytes_counted_from_the_text_are_the_denominator(run, corpus, tmp_path):
+    """The text had more spaces than its tokens decode to: a script that counts pieces fails."""
+    folder, sides = tmp_path / "counted", np.full(1031, 3)
+    folder.mkdir()
+    for shard in corpus.folder.glob("*.bin"):
+        (folder / shard.name).symlink_to(shard)
+    write_shard(folder / "fineweb_val_bytes_000000.bin", sides)
+    few = ["--targets", "128", "--places", "0"]
+    status, failed, said = run(SCRIPT, *few, TTT_ENABLED=0, DATA_PATH=folder)
+    assert status == 0 and "PASS  128 targets stand for 384 bytes" in said, said
+    plant = "self.side, self.source = self._side(s)", "self.side, self.source = None"
+    assert SCRIPT.count(plant[0]) == 1
+    status, failed, said = run(SCRIPT.replace(*plant), *few, TTT_ENABLED=0, DATA_PATH=folder)
+    assert status == 1 and "where the text has 384" in failed[audit.BYTES][0], said
 
 
 # -- unusable
@@ -308,7 +324,7 @@ CHEATS = {
     "training tokens at hand": (["6"], "opens ", (
         LOAD, LOAD + "    TrainStream(s)\n")),
     "another score is written": (["5"], "writes other scores", (
-        'val_bpb={kind: r["val_bpb"] for kind', 'val_bpb={kind: 0.99 * r["val_bpb"] for kind')),
+        'val_bpb={stage: r["val_bpb"] for stage', 'val_bpb={stage: 0.99 * r["val_bpb"] for stage')),
 }
 
 
