@@ -1208,7 +1208,8 @@ class ByteTable:
                             "text: no fair score; build the dataset with a tokenizer with byte "
                             "fallback, as data/build_dataset.py makes")
         # The parts of the sample are too short for long documents.
-        for parts in ([tokens[: 1 << 15]], sample_parts(tokens)):
+        beginning = tokens[: 1 << 15]
+        for parts in [[beginning]] + [sample_parts(tokens)] * (len(tokens) > len(beginning)):
             documents = []
             for part in parts:
                 starts = np.flatnonzero(part == BOS)
