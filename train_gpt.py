@@ -160,6 +160,7 @@ class Settings:
     key_offset: Flag = 1  # a key's channels from ROPE_DIMS on are those of the token before
     ln_scale: Flag = 1  # block i reads its input times 1/√(i+1)
     xsa_last_n: Count = 11  # of the last blocks with exclusive self-attention: −0.0017; 0: off
+    doc_attention: Flag = 0  # attention and the key offset end where a document begins (#1530)
     # Depth recurrence (#1394, #1493): once training is so far, blocks run in another order.
     late_passes: str = "auto"
         # blocks and ranges of blocks, in the order they run; auto: 0-5,3-5,3-5,6-10 for 11
@@ -344,7 +345,7 @@ _SP1024 = dict(
     bigram_vocab_size=2048, ve_layers="9,10", gated_attention="head", matrix_lr=0.025,
     scalar_lr=0.025, tied_embed_lr=0.035, muon_wd=0.04, adam_wd=0.04, embed_wd=-1.0,
     muon_momentum=0.99, beta2=0.95, warmdown_frac=0.0, late_qat_threshold=0.15)
-# The common base of the ancestors (#414). The README says what ours does differently.
+# The common base of the ancestors (#414). records/README.md says what ours does differently.
 _PR414 = dict(
     _SP1024, train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, key_offset=0,
     xsa_last_n=4, smear_gate="1", value_residual="0", gated_attention="0",
@@ -363,14 +364,15 @@ _SMALL = dict(
 # The record line, newest first: each row lists what differs from the newer record above it.
 # #1855 lacks its CaseOps and its low-rank correction of weights here.
 _PR1855 = dict(
-    key_offset=0, value_residual="0", ema_decay=0.9965, quant_fit="scale", quant_clip="std",
-    attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=16, mlp_clip_sigmas=11.5,
+    key_offset=0, doc_attention=1, value_residual="0", ema_decay=0.9965, quant_fit="scale",
+    quant_clip="std", attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=16, mlp_clip_sigmas=11.5,
     attn_clip_sigmas=13.0, embed_clip_sigmas=14.0, gptq_act_order=1, gptq_batches=2,
     eval_attention="window", eval_stride=48, ttt_lora_rank=80, ttt_lr=1.8e-4)
 _PR1493 = dict(
-    _PR1855, parallel="one", parallel_from=7, smear_gate="0", gated_attention="0",
-    muon_coefficients="classic", qk_gain_init=5.25, matrix_lr=0.022, muon_momentum=0.99,
-    beta2=0.95, warmdown_frac=0.72, lr_floor=0.0, mlp_clip_sigmas=12.85, attn_clip_sigmas=12.85,
+    _PR1855, doc_attention=0, parallel="one", parallel_from=7, smear_gate="0",
+    gated_attention="0", muon_coefficients="classic", qk_gain_init=5.25, matrix_lr=0.022,
+    muon_momentum=0.99, beta2=0.95, warmdown_frac=0.72, lr_floor=0.0, mlp_clip_sigmas=12.85,
+    attn_clip_sigmas=12.85,
     embed_bits=8, embed_clip_sigmas=20.0, gptq_batches=8,
     eval_stride=64, ttt_lora_rank=0, ttt_lr=0.005, ttt_chunk_tokens=32768)
 _PR1394 = dict(
@@ -1437,12 +1439,14 @@ def rotate(x_BTHE, cos, sin):
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
-def offset_keys(k_BTKE, rotated):
-    """The channels from `rotated` on of the position before; the first position keeps its own. A
-    query that matches a token then reads the value of the one that followed it, in one layer
-    (partial key offset, nanogpt speedrun #49)."""
+def offset_keys(k_BTKE, rotated, starts_BT=None):
+    """The channels from `rotated` on of the position before; the first position, and those where
+    documents start, keep their own. A query that matches a token then reads the value of the one
+    that followed it, in one layer (partial key offset, nanogpt speedrun #49)."""
     fixed = k_BTKE[..., rotated:]
     moved = torch.cat((fixed[:, :1], fixed[:, :-1]), dim=1)
+    if starts_BT is not None:
+        moved = torch.where(starts_BT[..., None, None], fixed, moved)
     return torch.cat((k_BTKE[..., :rotated], moved), dim=-1)
 
 
@@ -1454,11 +1458,16 @@ def exclusive(y_BTHE, v_BTKE):
     return (y - share * v).view(B, T, H, E)
 
 
-# -- attention: functions attend(q, k, v, window); with window W a query sees its last W keys
+# -- attention: functions attend(q, k, v, window, starts). With window W a query sees the last W
+# keys; with starts [B, T], true where a document starts, only those of its document.
 
-def sdpa(q_BTHE, k_BTKE, v_BTKE, window=0):
+def sdpa(q_BTHE, k_BTKE, v_BTKE, window=0, starts_BT=None):
     """Causal attention of grouped heads by PyTorch; windows as blocks of W queries × 2W keys."""
     q, k, v, mask, (B, T, H, E) = q_BTHE, k_BTKE, v_BTKE, None, q_BTHE.shape
+    document = None if starts_BT is None else starts_BT.cumsum(1)
+    if document is not None and not window:
+        past = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        mask = (past & (document[:, :, None] == document[:, None]))[:, None]
     if window:
         blocks = -(-T // window)
         rest = blocks * window - T
@@ -1469,16 +1478,33 @@ def sdpa(q_BTHE, k_BTKE, v_BTKE, window=0):
         key = query[:, :1] - window + torch.arange(2 * window, device=q.device)
         seen = (key >= 0) & (key <= query) & (key > query - window)
         mask = seen.repeat(B, 1, 1)[:, None]
+        if document is not None:
+            query = F.pad(document, (0, rest)).view(B * blocks, 1, window, 1)
+            key = F.pad(document, (window, rest)).unfold(1, 2 * window, window)
+            mask = mask & (query == key.reshape(B * blocks, 1, 1, 2 * window))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not window, enable_gqa=True)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2).reshape(B, -1, H, E)[:, :T]
 
 
-def flex(q_BTHE, k_BTKE, v_BTKE, window):
-    """FlexAttention; `window` is a BlockMask from Kernels.window: it skips hidden blocks."""
+def flex(q_BTHE, k_BTKE, v_BTKE, window, starts_BT=None):
+    """FlexAttention without `starts`; `window` is a BlockMask from Kernels.window: it skips hidden
+    blocks."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
     return flex_attention.flex_attention(q, k, v, block_mask=window,
                                          enable_gqa=True).transpose(1, 2)
+
+
+def cumulative_lengths(starts_BT):
+    """The positions in the flat batch [B·T] where rows and documents start, then B·T up to a fixed
+    number, int32: what variable-length kernels take. It holds a document in 32 tokens, more than
+    any text has; the last ones would be joined.
+    """
+    B, T = starts_BT.shape
+    starts = torch.cat((torch.ones_like(starts_BT[:, :1]), starts_BT[:, 1:]), dim=1).flatten()
+    position = torch.arange(B * T, device=starts.device)
+    found = torch.where(starts, position, B * T).sort().values[: B + B * T // 32]
+    return F.pad(found, (0, 1), value=B * T).int()
 
 
 # In the order that ATTENTION=auto tries: packages of FlashAttention, and PyTorch's kernels.
@@ -1494,20 +1520,27 @@ def attention_kernel(name, strict=False):
     if kernel is None:
         return sdpa
     if isinstance(kernel, str):
-        flash = getattr(import_or_none(kernel), "flash_attn_func", None)
+        module = import_or_none(kernel)
+        flash = getattr(module, "flash_attn_func", None)
 
-        def attend(q, k, v, window=0):
+        def attend(q, k, v, window=0, starts_BT=None):
             band = {"window_size": (window - 1, 0)} if window else {}
-            out = flash(q, k, v, causal=True, **band)
-            return out[0] if isinstance(out, tuple) else out
+            if starts_BT is None:
+                out = flash(q, k, v, causal=True, **band)
+            else:
+                borders, T = cumulative_lengths(starts_BT), q.size(1)
+                out = module.flash_attn_varlen_func(
+                    *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q=borders,
+                    cu_seqlens_k=borders, max_seqlen_q=T, max_seqlen_k=T, causal=True, **band)
+            return (out[0] if isinstance(out, tuple) else out).view_as(q)
         return attend if flash else None
     others = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
               SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
     order = [kernel, *(other for other in others if other != kernel and not strict)]
 
-    def attend(q, k, v, window=0):
+    def attend(q, k, v, window=0, starts_BT=None):
         with sdpa_kernel(order, set_priority=True):
-            return sdpa(q, k, v, window)
+            return sdpa(q, k, v, window, starts_BT)
     return attend
 
 
@@ -1520,8 +1553,8 @@ class Kernels:
     mlp: object = leaky_square_mlp
     nll: object = softcap_nll
 
-    def attend(self, q_BTHE, k_BTKE, v_BTKE, window=0):
-        return (self.windowed if window else self.whole)(q_BTHE, k_BTKE, v_BTKE, window)
+    def attend(self, q_BTHE, k_BTKE, v_BTKE, window=0, starts_BT=None):
+        return (self.windowed if window else self.whole)(q_BTHE, k_BTKE, v_BTKE, window, starts_BT)
 
     def now(self):
         return self if torch.compiler.is_compiling() else PLAIN
@@ -1575,14 +1608,18 @@ def random_inputs(rt, *shapes):
 def choose_attention(s, rt):
     """({part: name}, Kernels). Whole rows: the kernel asked for, or the first of ATTENTION that is
     right. Windows: the first that is right of these: the same kernel (if a package), FlexAttention
-    (if compiled, on a GPU), sdpa's blocks. Raises UserError."""
+    (if compiled, on a GPU, without DOC_ATTENTION), sdpa's blocks. Raises UserError."""
     inputs = random_inputs(rt, *((1, 256, heads, s.head_dim) for heads in (
         s.num_heads, s.num_kv_heads, s.num_kv_heads)))
     name, cuda = "sdpa", rt.device.type == "cuda"
+    starts = torch.arange(256, device=rt.device)[None] % 100 == 50 if s.doc_attention else None
+
+    def as_used(attend, window=0):
+        return attend and functools.partial(attend, window=window, starts_BT=starts)
     if cuda and rt.dtype == torch.bfloat16 and s.attention != "sdpa":
         order = ATTENTION if s.attention == "auto" else [s.attention]
-        candidates = {n: attention_kernel(n, strict=True) for n in order}
-        name = first_right("attention", candidates, sdpa, inputs, rt) or "sdpa"
+        candidates = {n: as_used(attention_kernel(n, strict=True)) for n in order}
+        name = first_right("attention", candidates, as_used(sdpa), inputs, rt) or "sdpa"
     if s.attention not in ("auto", name):
         raise UserError(f"ATTENTION={s.attention}: not installed, or not right on {rt.device} with "
                         f"{rt.dtype}; ATTENTION=auto takes the first that works")
@@ -1590,11 +1627,10 @@ def choose_attention(s, rt):
     if not s.scoring_shape[2]:
         return names, Kernels(whole)
     own = isinstance(ATTENTION.get(name), str)
-    windows = {name: functools.partial(whole, window=128)} if own else {}
-    if cuda and rt.compile:
-        mask = Kernels(windowed=flex).window(256, 128, rt.device)
-        windows["flex"] = functools.partial(flex, window=mask)
-    reference = functools.partial(sdpa, window=128)
+    windows = {name: as_used(whole, 128)} if own else {}
+    if cuda and rt.compile and not s.doc_attention:
+        windows["flex"] = as_used(flex, Kernels(windowed=flex).window(256, 128, rt.device))
+    reference = as_used(sdpa, 128)
     names["windows"] = first_right("windows", windows, reference, inputs, rt) or "blocks"
     blocks = attention_kernel("cudnn") if own else whole
     return names, Kernels(whole, dict(flex=flex, blocks=blocks).get(names["windows"], whole))
@@ -1701,7 +1737,7 @@ class Attention(nn.Module):
         return qk, v, gate.flatten(2)[..., : self.heads]
 
     def forward(self, u_BTD, out_scale_D, rotary, xsa, value_embedding, mix_value, fake_quant,
-                window):
+                window, starts_BT):
         """Scaled output [B,T,D] and v [B,T,K,E] before the value residual, `mix_value`."""
         fake_quant = fake_quant and self.coded
         qk, v, gate = self.project(u_BTD, fake_quant)
@@ -1709,8 +1745,8 @@ class Attention(nn.Module):
         v = mix_value(unmixed_v)
         gain = torch.cat((self.q_gain, self.q_gain.new_ones(self.kv_heads)))
         q, k = rotate(scaled_rms_norm(qk, gain), *rotary).split([self.heads, self.kv_heads], dim=2)
-        k = offset_keys(k, 2 * rotary[0].size(-1)) if self.key_offset else k
-        y = self.attend(q, k, v, window)
+        k = offset_keys(k, 2 * rotary[0].size(-1), starts_BT) if self.key_offset else k
+        y = self.attend(q, k, v, window, starts_BT)
         y = exclusive(y, v) if xsa else y
         if self.gate == "head":
             y = y * torch.sigmoid(gate + self.gate_bias.to(y.dtype)).unsqueeze(-1)
@@ -1770,10 +1806,10 @@ class Block(nn.Module):
     def attention(self, z_BTD, core, first_v, adapter, *context):
         """a⊙Attn(u) + B·A·u with u = s·rms_norm(z), and v before the value residual; context: the
         other arguments of Attention.forward."""
-        rotary, xsa, value_embedding, fake_quant, window = context
+        rotary, xsa, value_embedding, fake_quant, *reach = context
         u = self.input_scale * rms_norm(z_BTD)
         a, v = core.attn(u, self.attn_scale, rotary, xsa, value_embedding,
-                         lambda v: self.mix_value(v, first_v), fake_quant, window)
+                         lambda v: self.mix_value(v, first_v), fake_quant, *reach)
         return adapted(a, u, adapter), v
 
     def mlp(self, y_BTD, core, fake_quant, adapter):
@@ -1883,6 +1919,7 @@ class GPT(nn.Module):
         x = x0 = self.embed(tokens_BT)
         values = self.ve(tokens_BT, x.dtype) if self.ve is not None else {}
         first_v, skips, lane, rotary = None, [], None, (self.cos, self.sin)
+        starts = tokens_BT == BOS if self.s.doc_attention else None
         for i, p in enumerate(self.passes[late]):
             block, core = self.blocks[p.block], self.cores[p.core]
             to_attention, to_mlp = adapters[2 * i: 2 * i + 2] or (None, None)
@@ -1891,7 +1928,7 @@ class GPT(nn.Module):
                 x = self.joined_skip(x, skips.pop(), p.skip)
             z = block.mix(x, x0)
             a, v = block.attention(z, core, first_v, to_attention, rotary, p.xsa,
-                                   values.get(p.block), fake_quant, window)
+                                   values.get(p.block), fake_quant, window, starts)
             first_v = v if first_v is None else first_v
             if p.form == "lanes":
                 m = block.mlp(lane, core, fake_quant, to_mlp)

@@ -126,11 +126,13 @@ def attention(p, s, i, u, row, first, weight):
         kh = rotated(rms(k[:, g * E:(g + 1) * E]), s)
         if s.key_offset:
             r = s.rope_dims or E
-            kh = torch.stack([torch.cat((kh[t, :r], kh[max(t - 1, 0), r:])) for t in range(T)])
+            stays = [t == 0 or (s.doc_attention and row[t] == train_gpt.BOS) for t in range(T)]
+            kh = torch.stack([torch.cat((kh[t, :r], kh[t if stays[t] else t - 1, r:])) for t in range(T)])
         rows = []
         for t in range(T):
-            share = torch.softmax(qh[t] @ kh[: t + 1].T / math.sqrt(E), 0)
-            y = share @ v[: t + 1, g]
+            begin = max([j for j in range(t + 1) if row[j] == train_gpt.BOS], default=0) if s.doc_attention else 0
+            share = torch.softmax(qh[t] @ kh[begin: t + 1].T / math.sqrt(E), 0)
+            y = share @ v[begin: t + 1, g]
             if i % s.cores >= s.cores - s.xsa_last_n:
                 direction = v[t, g] / max(v[t, g].norm(), 1e-12)
                 y = y - (y @ direction) * direction
@@ -197,7 +199,7 @@ VARIANTS = [
     dict(), dict(VALUE_RESIDUAL="sigmoid"),
     dict(VALUE_RESIDUAL=0), dict(VE_LAYERS="0,2"), dict(VE_LAYERS="0,1,2", VALUE_RESIDUAL="sigmoid"), dict(VE_LAYERS=""),
     dict(GATED_ATTENTION=0), dict(SMEAR_GATE=1), dict(SMEAR_GATE=0), dict(XSA_LAST_N=0),
-    dict(XSA_LAST_N=1), dict(KEY_OFFSET=0), dict(NUM_KV_HEADS=4), dict(NUM_KV_HEADS=1), dict(ROPE_DIMS=0), dict(ROPE_DIMS=6),
+    dict(XSA_LAST_N=1), dict(KEY_OFFSET=0), dict(DOC_ATTENTION=1), dict(DOC_ATTENTION=1, KEY_OFFSET=0), dict(NUM_KV_HEADS=4), dict(NUM_KV_HEADS=1), dict(ROPE_DIMS=0), dict(ROPE_DIMS=6),
     dict(ROPE_DIMS=2, ROPE_NTK_REFERENCE=0), dict(ROPE_NTK_REFERENCE=32), dict(LEAKY_SLOPE=0), dict(LEAKY_SLOPE=0.75, MLP_MULT=1.5),
     dict(UNET_SKIPS=0), dict(NUM_LAYERS=4), dict(NUM_LAYERS=5, VE_LAYERS="3"), dict(NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS=""),
     dict(NUM_LAYERS=4, UNIQUE_LAYERS=3, XSA_LAST_N=2), dict(UNIQUE_LAYERS=1, XSA_LAST_N=1), dict(LN_SCALE=0),
@@ -238,6 +240,19 @@ def compare_with_reference(s, fake_quant=False, **arguments):
 @pytest.mark.parametrize("variables", VARIANTS, ids=lambda v: "-".join(f"{k}_{x}" for k, x in v.items())[:60] or "default")
 def test_nll_and_gradients_equal_the_reference(tiny, float64, variables):
     compare_with_reference(tiny(**variables))
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_with_doc_attention_a_document_is_scored_as_if_alone(tiny, window):
+    """Whole rows and windows of keys; without it, what came before is felt."""
+    for on in (1, 0):
+        s = tiny(DOC_ATTENTION=on, BIGRAM_VOCAB_SIZE=0, SMEAR_GATE="embed", PARALLEL="lanes", PARALLEL_FROM=1)
+        model, rows = randomized(s), random_rows(s, length=24)
+        rows[:, [7, 19]] = train_gpt.BOS
+        together = model(rows[:, :-1], rows[:, 1:], window=window)
+        alone = [model(part[:, :-1], part[:, 1:], window=window)
+                 for part in (rows[:, a: b + 1] for a, b in ((0, 7), (7, 19), (19, 24)))]
+        assert torch.allclose(together, torch.cat(alone, 1), rtol=1e-5, atol=1e-5) == bool(on)
 
 
 @pytest.mark.parametrize("variables", [dict(), dict(MLP_BITS=5), dict(ATTN_BITS=16), dict(NUM_LAYERS=4, UNIQUE_LAYERS=3)])
@@ -632,6 +647,30 @@ def test_right_flash_attention_is_accepted(tiny, monkeypatch, result):
         return result(sdpa(q, k, v, window_size[0] + 1))
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend)
     assert not train_gpt.why_unusable(train_gpt.attention_kernel("fa3"), sdpa, inputs_of(tiny()), CPU)
+
+
+def varlen(q_NHE, k_NKE, v_NKE, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size=(-1, 0)):
+    """FlashAttention's variable lengths, one sequence after the other; empty ones are none."""
+    assert causal and max_seqlen_q == max_seqlen_k and cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q_NHE)
+    parts = [sdpa(*(x[a:b][None] for x in (q_NHE, k_NKE, v_NKE)), window_size[0] + 1)[0]
+             for a, b in zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist()[1:]) if a < b]
+    return torch.cat(parts), None
+
+
+def test_flash_attention_ends_at_documents_by_variable_lengths(tiny, monkeypatch):
+    install(monkeypatch, "flash_attn_interface", "flash_attn_func", refuse)
+    sys.modules["flash_attn_interface"].flash_attn_varlen_func = varlen
+    rt = one_rank(device=Graphics("cpu"), dtype=torch.bfloat16)
+    names, kernels = train_gpt.choose_attention(tiny(DOC_ATTENTION=1), rt)
+    assert names == dict(attention="fa3", windows="fa3")
+    q, k, v = (torch.randn(3, 40, heads, 8) for heads in (4, 2, 2))
+    starts = torch.zeros(3, 40, dtype=torch.bool)
+    starts[0, 0] = starts[1, 9] = starts[2, 39] = True
+    for window in (0, 7):
+        torch.testing.assert_close(kernels.attend(q, k, v, window, starts), sdpa(q, k, v, window, starts))
+    whole = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, 256]))
+    sys.modules["flash_attn_interface"].flash_attn_varlen_func = lambda *x, **how: varlen(*x, **{**how, **whole})
+    assert train_gpt.choose_attention(tiny(DOC_ATTENTION=1), rt)[0]["attention"] != "fa3", "documents meet"
 
 
 def test_the_first_kernel_that_is_right_is_taken_every_time(tiny, monkeypatch):
