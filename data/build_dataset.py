@@ -855,7 +855,7 @@ def sample(result_path: Path, manifest_path: Path, tokens: int = 200, heat: floa
 
 
 def loss_picture(result_path: Path) -> str:
-    """Draw the training loss of the log beside a result, if matplotlib is there; says what it did."""
+    """Draw the training loss of the log beside a result; says where, or why not."""
     sys.path.append(str(DATA_ROOT.parent / "records"))
     try:
         import matplotlib
@@ -927,8 +927,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="replace an existing dataset and tokenizer of this name")
     add("--demo", action="store_true", help="build the demo corpus from the documentation that comes with Python: "
         "pydoc topics, and docstrings and comment blocks of the standard library")
-    add("--report", type=user_path, metavar="RESULT.json", help="a run on the demo beside xz, some text that "
-        "it writes, and a picture of its loss; builds nothing")
+    add("--report", type=user_path, metavar="RESULT.json", help="a run on the demo beside xz, some "
+        "text that it writes, and a picture of its loss; builds nothing")
     return parser
 
 
