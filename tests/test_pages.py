@@ -1,4 +1,4 @@
-"""The pages and the picture: lengths, links, the table that a tool writes, logs that can be drawn."""
+"""The pages and the picture: lengths, links, the table that a tool writes, logs to draw."""
 
 import re
 import shutil
@@ -44,7 +44,7 @@ def test_lines_fit_and_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_name_scripts_that_are_here(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    for script in re.findall(r"\b(?:python|bash)? ?((?:data|records|tests)/[\w/]+\.(?:py|sh))", text):
+    for script in re.findall(r"(?<![\w/.>])(?:data|records|tests)/[\w/]+\.(?:py|sh)\b", text):
         assert (ROOT / script).is_file(), f"{page}: {script}"
 
 

@@ -49,7 +49,8 @@ class Run:
 def read_run(path):
     """The Run of a log of train_gpt.py. Raises ValueError where something is missing."""
     log, said = runs.read_log(path), submission.read_log(path)
-    packed = {key: s.bpb for key, s in said.scores.items() if re.match(r"final_int|legal_ttt", key)}
+    packed = {key: score.bpb for key, score in said.scores.items()
+              if re.match(r"final_int|legal_ttt", key)}
     alone = [bpb for key, bpb in packed.items() if key.endswith("roundtrip")]
     if not (alone and said.targets and said.scored_bytes):
         raise ValueError(f"{path}: holds no score of a packed file, or no ledger: not a whole run")
@@ -63,7 +64,7 @@ def read_run(path):
 
 
 def byte_parts():
-    """[(kind, millions of bytes)] of the default's file, and the bits that are left for a weight."""
+    """([(kind, millions of bytes)] of the default's file, bits that are left for a weight)."""
     s = train_gpt.resolve_settings({})[0]
     code = len(pack_code((ROOT / "train_gpt.py").read_bytes()))
     weights, small = {}, 4096  # the index; then a byte for each row's step, fp16 for the rest
@@ -92,8 +93,8 @@ def second_rows():
         grouped["adapting" if part.startswith("adapting") else "scoring"] += float(seconds)
     packing = re.search(r"GPTQ ([\d.]+) s\n", (RESULTS / "packing_36m.txt").read_text("utf-8"))
     demo = (RESULTS / "demo.txt").read_text(encoding="utf-8")
-    train, pack, whole = map(float, re.search(
-        r"^seconds: train ([\d.]+) of \S+, pack ([\d.]+), evaluation ([\d.]+)", demo, re.M).groups())
+    clock = r"^seconds: train ([\d.]+) of \S+, pack ([\d.]+), evaluation ([\d.]+)"
+    train, pack, whole = map(float, re.search(clock, demo, re.M).groups())
     adapting = int(re.search(r"^legal_ttt .*eval_time:(\d+)ms", demo, re.M)[1]) / 1000
     return [("8×H100, training\n(the rules' limit)", [("training", 600.0)]),
             ("packing the default\n(measured, one core)", [("packing", float(packing[1]))]),
