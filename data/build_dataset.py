@@ -31,6 +31,7 @@ import signal
 import sys
 import tarfile
 import tempfile
+import textwrap
 import zlib
 from array import array
 from dataclasses import dataclass
@@ -784,7 +785,7 @@ def build_demo(settings: Settings, max_modules: int | None = None) -> dict:
 
 
 def report(result_path: Path, manifest_path: Path) -> str:
-    """Three lines: xz's bits per byte on the demo, the model's, and how its best one from the artifact compares."""
+    """Bits per byte of the demo's validation text: what xz needs, and the model after each step."""
     result = _read_json(result_path, "the result file that train_gpt.py writes")
     manifest = _read_json(manifest_path, "the demo's manifest: run build_dataset.py --demo first")
     xz_bpb, sizes = manifest.get("xz_bits_per_byte"), manifest.get("xz_bytes")
@@ -799,13 +800,79 @@ def report(result_path: Path, manifest_path: Path) -> str:
                         "this is not a run on the demo; train on it (or on this build of it) and try again")
     shipped = {name: bpb for name, bpb in scores.items() if name != "float"} or scores  # float is not the artifact
     best = min(shipped, key=shipped.get)
-    artifact = result.get("total_bytes")
-    size = f", artifact {artifact:,} bytes" if isinstance(artifact, int) else ""
-    ratio = scores[best] / xz_bpb
-    return (f"xz -9e, having seen the training text: {xz_bpb:.4f} bits per byte\n"
-            f"model: {', '.join(f'{name} {bpb:.4f}' for name, bpb in scores.items())} bits per byte "
-            f"on {scored_bytes / val_bytes:.1%} of the {val_bytes:,} validation bytes{size}\n"
-            f"{best} / xz = {ratio:.3f}: the model needs {abs(1 - ratio):.1%} {'less' if ratio < 1 else 'more'} than xz")
+    ratio = shipped[best] / xz_bpb
+    rows = {"xz -9e": (xz_bpb, "after it has read the training text")}
+    rows |= {name: (bpb, next((told for start, told in TOLD.items() if name.startswith(start)), ""))
+             for name, bpb in scores.items()}
+    size = result.get("total_bytes")
+    return "\n".join([
+        "bits per byte of the validation text; less is better",
+        *(f"  {name:8} {bpb:.4f}  {told}".rstrip() for name, (bpb, told) in rows.items()),
+        f"The model ({best}) needs {abs(1 - ratio):.1%} {'less' if ratio < 1 else 'more'} than xz. "
+        f"Scored: {scored_bytes / val_bytes:.1%} of {val_bytes:,} bytes."
+        + (f" Code + model: {size:,} bytes." if isinstance(size, int) else "")])
+
+
+# What each score of a result is, by the beginning of its name.
+TOLD = {"float": "the trained weights, in rows of the training length",
+        "int": "the same, from the packed file",
+        "banded": "the packed file, every token with full context",
+        "sliding": "the packed file, every token with full context",
+        "ttt": "the packed file, adapting to text that is already scored"}
+
+
+PROMPT = "This module provides"
+
+
+def sample(result_path: Path, manifest_path: Path, tokens: int = 200, heat: float = 0.9) -> str:
+    """PROMPT as the artifact of a result goes on with it; or one line that says why not."""
+    result, manifest = _read_json(result_path, "a result"), _read_json(manifest_path, "a manifest")
+    sys.path.insert(0, str(DATA_ROOT.parent))
+    try:
+        artifact = result_path.resolve().parent.parent / result["artifact"]  # OUT_DIR/logs/x.json
+        pieces = manifest_path.parents[2] / manifest["tokenizer"]["path"]
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+        import torch
+        import train_gpt as T
+    except (ImportError, LookupError, OSError, TypeError) as problem:
+        return f"No sample: {type(problem).__name__}: {problem}"
+    try:
+        s = T.settings_of_artifact(artifact, {"DEVICE": "cpu"})[0]
+        model = T.GPT(s)
+        T.load_quantized(model, T.read_artifact(artifact, result["artifact_sha256"])[1], artifact)
+    except (T.UserError, LookupError) as problem:  # another run's file, another version's
+        return f"No sample: {problem}"
+    torch.set_num_threads(1)  # passes are short: more threads would wait for each other
+    dice, text = torch.Generator().manual_seed(s.seed), [BOS_ID, *tokenizer.encode(PROMPT)]
+    with torch.inference_mode():
+        for _ in range(tokens):
+            logits = model.logits(torch.tensor([text[-s.train_seq_len:]]))[0, -1] / heat
+            logits[BOS_ID] = -torch.inf  # one document
+            text.append(int(torch.multinomial(logits.softmax(-1), 1, generator=dice)))
+    lines = textwrap.wrap(tokenizer.decode(text), 96)
+    return "\n".join([f"The packed model goes on after \"{PROMPT}\" (temperature {heat}):",
+                      *(f"  {line}" for line in lines)])
+
+
+def loss_picture(result_path: Path) -> str:
+    """Draw the training loss of the log beside a result; says where, or why not."""
+    sys.path.append(str(DATA_ROOT.parent / "records"))
+    try:
+        import matplotlib
+        from runs import read_log
+        log = read_log(result_path.with_suffix(".txt"))
+    except (ImportError, ValueError) as problem:
+        return f"No picture: {problem}"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axis.plot(log.curve[:, 0], log.curve[:, 1], marker=".", lw=1.2)
+    axis.set(xlabel="step", ylabel="training loss, nats per token", title=result_path.stem)
+    axis.grid(alpha=0.3)
+    picture = result_path.with_suffix(".png")
+    figure.savefig(picture, dpi=130)
+    pyplot.close(figure)
+    return f"Training loss by step: {picture}"
 
 
 def _read_json(path: Path, what: str) -> dict:
@@ -860,7 +927,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="replace an existing dataset and tokenizer of this name")
     add("--demo", action="store_true", help="build the demo corpus from the documentation that comes with Python: "
         "pydoc topics, and docstrings and comment blocks of the standard library")
-    add("--report", type=user_path, metavar="RESULT.json", help="compare a run on the demo with xz, and build nothing")
+    add("--report", type=user_path, metavar="RESULT.json", help="a run on the demo beside xz, some "
+        "text that it writes, and a picture of its loss; builds nothing")
     return parser
 
 
@@ -935,7 +1003,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
     if options.report:
         folder = options.out_root / "datasets" / (options.name or "demo")
-        print(report(options.report, folder / "manifest.json"))
+        manifest = folder / "manifest.json"
+        print(report(options.report, manifest))
+        print(sample(options.report, manifest))
+        print(loss_picture(options.report))
         return
     settings = settings_from(options)
     manifest = build_demo(settings) if options.demo else build_from_files(settings, options)

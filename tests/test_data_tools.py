@@ -962,9 +962,25 @@ def test_report_compares_the_best_score(tmp_path, demo_manifest, capsys):
     result.write_text(json.dumps({"val_bpb": {"float": 1.4, "int6": 1.6, "sliding": 1.5, "ttt": None}, "total_bytes": 900, "scored_bytes": 990}))
     build_dataset.main(["--report", str(result), "--out-root", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    assert "2.0000" in lines[0] and "float 1.4000, int6 1.6000, sliding 1.5000" in lines[1] and "99.0%" in lines[1]
-    assert lines[2] == "sliding / xz = 0.750: the model needs 25.0% less than xz"
+    assert [line.split()[:3] for line in lines[1:5]] == [
+        ["xz", "-9e", "2.0000"], ["float", "1.4000", "the"], ["int6", "1.6000", "the"], ["sliding", "1.5000", "the"]]
+    assert lines[5] == ("The model (sliding) needs 25.0% less than xz. Scored: 99.0% of 1,000 bytes. "
+                        "Code + model: 900 bytes.")
+    assert lines[6].startswith("No sample: ") and lines[7].startswith("No picture: ") and len(lines) == 8
+
+
+def test_report_shows_what_the_packed_model_writes(tmp_path, demo_manifest, corpus, run_script):
+    """The sample repeats, comes from the run's own artifact only, and the curve is drawn."""
+    assert run_script(ITERATIONS=2, TTT_ENABLED=0).returncode == 0
+    result = tmp_path / "logs/run.json"
+    demo_manifest.write_text(json.dumps({"tokenizer": {"path": str(corpus.model)}}))
+    first, again = (build_dataset.sample(result, demo_manifest, tokens=20) for _ in range(2))
+    assert first == again and first.startswith("The packed model goes on") and len(first.splitlines()) > 1
+    assert build_dataset.loss_picture(result).endswith("run.png")
+    assert (tmp_path / "logs/run.png").read_bytes().startswith(b"\x89PNG")
+    changed = json.loads(result.read_text()) | {"artifact_sha256": "0" * 64}
+    result.write_text(json.dumps(changed))
+    assert "No sample: " in build_dataset.sample(result, demo_manifest)
 
 
 @pytest.mark.parametrize("content, message", [
