@@ -22,7 +22,9 @@ DIAGNOSTIC = re.compile(r"diag|pre.?quant|post.?(ema|swa|train)|trained_validati
 STAMP = re.compile(r"^(?:\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?Z?\]?\s*[|:-]?\s*"
                    r"|\[?\d\d:\d\d:\d\d(?:[.,]\d+)?\]?\s+|\[(?:rank|default)\d+\]:?\s*|rank\d+: )+")
 N, INT = r"([-+.\deE]+|nan|inf)", r"([\d,_]+)"
-SCORE = re.compile(rf"^(.*?)\bval_loss\s?[:=]\s*{N}[\s,|]+val_bpb\s?[:=]\s*{N}(.*)$")
+LOSS, BPB = rf"\b(?:val_)?loss\s?[:= ]\s*{N}", rf"\b(?:val_)?bpb\s?[:= ]\s*{N}"
+SCORE = re.compile(rf"^(.*?){LOSS}[\s,|]+{BPB}(.*)$")
+REVERSED_SCORE = re.compile(rf"^(.*?){BPB}[\s,|]+{LOSS}(.*)$")
 STEP = re.compile(r"^(?:step[:= ]\s*)?(\d+)/\d+[\s:|]")
 WORD = re.compile(r"\b(train_loss|val_loss|val_bpb|train_time|step_avg|lr_scale)\s?[:=]\s*([-+\w.]+)")
 OTHER_BPB = re.compile(r"\b(\w*bpb)\s?[:=]\s*(\d\.\d{3,})\b")
@@ -190,9 +192,9 @@ def label_of(text):
     return re.sub(r"_exact\b", "", name) or "final"
 
 
-def seed_in(name):
+def seed_in(name, before=r"seed[_-]?"):
     """The seed in a file's name, or None."""
-    found = re.search(r"(?:seed[_-]?|(?:^|[_-])s)(\d+)(?=\D|$)", name, re.I)
+    found = re.search(rf"{before}(\d+)(?=\D|$)", name, re.I)
     return int(found[1]) if found else None
 
 
@@ -258,6 +260,8 @@ def read_score(log, found):
     """Name of the evaluation on a line with loss and bpb, or None; of two lines of one evaluation,
     the one with more digits counts."""
     label, loss, bpb, rest = found.groups()
+    if found.re is REVERSED_SCORE:
+        loss, bpb = bpb, loss
     if RUNNING.search(label):
         return None
     try:
@@ -315,7 +319,7 @@ def read_run(log, lines):
             log.explicit |= {found[1]} if found[3] else set()
         elif (step := STEP.match(line)) and "_loss" in line:
             read_step(log, line, int(step[1]))
-        elif found := SCORE.match(line):
+        elif "bpb" in line and (found := SCORE.match(line) or REVERSED_SCORE.match(line)):
             key = read_score(log, found)
             if key and adapts and not scored_inside:
                 log.adapted.setdefault(key, adapts)
@@ -341,6 +345,8 @@ def finish(log):
             setattr(log, name, int(said))
     batch = log.settings.get("TRAIN_BATCH_TOKENS", "")
     log.tokens_per_step = log.tokens_per_step or (int(batch) if batch.isdigit() else 0)
+    if log.seed is log.named_seed is None:  # train_s42.log, train_log_42.txt
+        log.named_seed = seed_in(log.path.stem, r"[_-]s?")
     if log.timed_train is not None:  # everything that read training data is in it
         log.train_seconds = max(log.timed_train, log.train_seconds or 0)
         log.calibration = log.calibration_seconds = None

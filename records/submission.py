@@ -54,7 +54,7 @@ OFFICIAL_BYTES, ROW = 151_080_891, 8192
 OFFICIAL_TARGETS = {count: name for name, _, count in SETS}
 BYTES_FROM = ("text", "pieces")  # how a run counts bytes: by side files of the shards, or by pieces
 # Settings that may differ between the seeds of a submission.
-NOT_OF_THE_MODEL = re.compile(r"(?i)^(seed|run_id|logfile|scores_path|rank|local_rank|.*_(dir|path|files))$")
+NOT_OF_THE_MODEL = re.compile(r"(?i)^(seed|run_id|rank|local_rank|device|.*(_dir|_path|_files|file|name|time|host|port|tag|date))$")
 LIBRARIES = {"torch", "numpy", "sentencepiece", "triton", "zstandard", "brotli", "tqdm", "flash_attn", "flash_attn_interface"}
 NETWORK = {"socket", "ssl", "urllib", "http", "ftplib", "smtplib", "xmlrpc", "webbrowser", "requests", "httpx", "aiohttp",
            "huggingface_hub", "datasets", "wandb"}
@@ -133,9 +133,10 @@ LOSS = ("val_loss", "mean_val_loss", "val_loss_mean", "val_loss_nats", "loss")
 STD = ("val_bpb_std", "std_val_bpb", "bpb_std", "std_bpb", "val_bpb_std_dev")
 TOTAL = ("bytes_total", "total_bytes", "artifact_bytes", "artifact_bytes_max", "max_artifact_bytes",
          "artifact_bytes_mean", "total_submission_bytes", "submission_bytes", "artifact_size_bytes", "bytes_total_max")
-MODEL = ("bytes_model", "model_bytes", "bytes_model_int8_zlib", "bytes_model_compressed", "compressed_model_bytes")
+MODEL = ("bytes_model", "model_bytes", "compressed_model_bytes")  # and whatever begins with bytes_model_
 CODE = ("bytes_code", "code_bytes", "code_size_bytes")
 WITHIN = ("results", "metrics", "result", "summary", "aggregate", "final")  # objects that may hold these
+OTHER_SCORE = re.compile(r"std|pre|base|delta|sota|gain|improve|gap|float|record|target|best_|seeds", re.I)
 ELSEWHERE = re.compile(r"supersed|previous|baseline|ablation|compar|reference|verif|sota|prior|\bold", re.I)
 
 
@@ -153,7 +154,9 @@ def figure(value, key=""):
 def said(claims, names):
     """(key, number) of the first of these names that an object or its results have, or (None, None)."""
     inner = [claims[k] for k in WITHIN if isinstance(claims.get(k), dict)]
-    found = ((k, figure(o[k], k)) for o in (claims, *inner) for k in names if k in o)
+    found = [(k, figure(o[k], k)) for o in (claims, *inner) for k in names if k in o]
+    wider = {BPB: lambda k: "bpb" in k and not OTHER_SCORE.search(k), MODEL: lambda k: k.startswith("bytes_model_")}.get(names)
+    found += [(k, figure(o[k], k)) for o in (claims, *inner) for k in o if wider and wider(k)]
     return next((pair for pair in found if pair[1] is not None), (None, None))
 
 
@@ -439,7 +442,7 @@ def choose_logs(sub, globs):
             raise Problem(f"--logs {' '.join(globs)}: no log of that name; there are {listed(g.name for g in sub.every_log)}")
         return {g.name: "not among --logs" for g in sub.every_log if g not in sub.logs}
     groups = {}
-    for log in sub.every_log:  # a copy under another seed's name is not put aside: that is a fault
+    for log in sorted(sub.every_log, key=lambda g: g.named_seed is None):  # a copy under another seed's name is not put aside: that is a fault
         first = known.setdefault(log.identity, log)
         if first is not log and log.named_seed in (None, first.run_seed):
             aside[log.name] = f"a copy of {first.name}"
@@ -450,13 +453,23 @@ def choose_logs(sub, globs):
     for seed, logs in groups.items():
         unnamed = named and seed not in named and (logs[0].run_seed is not None or distance(
             logs[0], said(sub.claims or {}, BPB)[1] or math.inf) > 5e-5)
-        best = None if unnamed else best_log(sub, logs, len(groups) > 1)
+        best = None if unnamed else completed(best_log(sub, logs, len(groups) > 1), logs)
         sub.logs += [best] if best else []
         aside |= {g.name: "its seed is not named in submission.json" if unnamed else "a rerun, or another experiment"
-                  for g in logs if g is not best}
+                  for g in logs if g is not best and not (best and g.name in best.name)}
     if not sub.logs:
         sub.logs, aside = sub.every_log[:], {}
     return aside
+
+
+def completed(best, logs):
+    """The log of an evaluation by itself, with the rest from the training log of the same seed."""
+    training = next((g for g in logs if g.curve and best and not best.curve and g.path != best.path), None)
+    if training is None:
+        return best
+    return replace(training, scores=best.scores, other_bpb=training.other_bpb | best.other_bpb, adapted=best.adapted,
+                   name=f"{training.name} + {best.name}", total_eval_seconds=best.total_eval_seconds,
+                   **{n: v for n in ("total_bytes", "model_bytes", "targets", "world_size") if (v := getattr(best, n)) is not None})
 
 
 def best_log(sub, logs, others):
@@ -499,12 +512,13 @@ def open_submission(folder, globs=()):
     sub.every_log = find_logs(sub)
     aside = choose_logs(sub, globs)
     open_script(sub, there)
-    missing = [] if readme else ["README.md is missing or empty"]
-    for name, instead in (("submission.json", sub.claims is not None and sub.claims_name),
-                          ("train_gpt.py", sub.script and sub.script.name)):
-        missing += [] if name in there else [f"{name} is missing or empty" + (f"; {instead} is read" if instead else "")]
+    read = {"README.md": readme, "submission.json": sub.claims is not None and sub.claims_name,
+            "train_gpt.py": sub.script and sub.script.name}
+    lacks = [n for n in read if n not in there and n.lower() != str(read[n]).lower()]
+    missing = [f"{n} is missing or empty" + (f"; {read[n]} is read" if read[n] else "") for n in lacks]
+    severity = FAIL if not all(read[n] for n in lacks) or not sub.logs else sub.severity
     sub.verdict("files", missing + ([] if sub.logs else ["no training log (train_seed<SEED>.log)"]),
-                f"README.md, submission.json, train_gpt.py; logs that count: {listed(g.name for g in sub.logs)}")
+                f"README.md, submission.json, train_gpt.py; logs that count: {listed(g.name for g in sub.logs)}", severity)
     sub.findings.insert(0, sub.findings.pop())
     if aside:
         shown = [f"{name} ({why})" for name, why in list(aside.items())[:8]]
@@ -526,7 +540,8 @@ def check_claims(sub):
     scored = said(claims, BPB)[0] or any(said(row, BPB)[0] for row in sub.rows.values())
     problems = [] if scored and claims.get("val_bpb", 0) is not None else ["missing or null: val_bpb"]
     sub.verdict("submission.json", problems, f"{len(claims)} keys, a score among them")
-    aliases = dict(author=("github_id", "submitter", "authors", "name"), name=("submission_name", "record_name", "title", "run_name"))
+    aliases = dict(author=("github_id", "submitter", "authors", "name"), name=("submission_name", "record_name", "title", "run_name"),
+                   blurb=("description", "technique_summary", "technique", "summary"))
     lacks = [k for k in ("author", "name", "date", "github_id", "blurb") if not claims.get(k)
              and not any(claims.get(other) for other in aliases.get(k, ()))]
     lacks += [kind[0] for kind in (LOSS, TOTAL) if not any(said(o, kind)[0] for o in (claims, *sub.rows.values()))]
@@ -549,17 +564,24 @@ def check_logs(sub):
     problems = []
     for log in sub.logs:
         ours = "\nsetting " in log.body or not log.scores
+        if others := not log.scores and {k: v for k, v in log.other_bpb.items() if k != "last_validation"}:
+            sub.add(UNCHECKED, "logs whole", f"{log.name} has no loss with its score: {listed(f'{k} {v}' for k, v in others.items())}")
+            continue
         lacks = [] if log.scores else ["final score"]
         lacks += ["'Total submission size'"] if log.total_bytes is None and ours else []
         ending = (log.body.rstrip().splitlines() or [""])[-1][:90]
         problems += [f"{log.name} has no {' and no '.join(lacks)}; it ends with {ending!r}"] if lacks else []
         problems += [f"{log.name}: {k} is {s.loss} nats, {s.bpb} bpb" for k, s in log.scores.items()
                      if not (math.isfinite(s.loss) and math.isfinite(s.bpb) and s.bpb > 0 and s.loss > 0)]
-    sub.verdict("logs whole", problems, f"{len(sub.logs)} with a final score")
+    if problems or sub.scored:
+        sub.verdict("logs whole", problems, f"{len(sub.scored)} with a final score", sub.severity)
     for log in sub.logs:  # what comes after divides by scores
         log.scores = {k: s for k, s in log.scores.items() if math.isfinite(s.loss + s.bpb) and s.bpb > 0 and s.loss > 0}
     problems = [f"{log.name} is the log of seed {log.seed}" for log in sub.logs
                 if log.seed is not None and log.named_seed is not None and log.seed != log.named_seed]
+    if problems and sorted(g.named_seed or 0 for g in sub.logs) in ([*range(len(sub.logs))], [*range(1, len(sub.logs) + 1)]):
+        sub.add(WARN, "logs distinct", f"named by their order, not by seed: {'; '.join(problems)}")
+        problems = []
     for what, value in (("score ledger", lambda g: g.ledger), ("scores and seconds", lambda g: g.identity),
                         ("seed", lambda g: g.seed)):
         same = [[g.name for g in sub.logs if value(g) == v] for v, n in Counter(map(value, sub.logs)).items()
@@ -614,11 +636,12 @@ def check_code(sub):
             unknown.append(log.name)
         else:
             good.append(log.name)
-        if log.code_sizes and not sizes & set(log.code_sizes):
-            sub.add(WARN, "same code", f"{log.name}: 'Code size' {listed(f'{n:,}' for n in log.code_sizes)}, {name} has "
-                    f"{len(sub.code):,}: not the file that ran, or packed otherwise")
+    logged = {f"{n:,}" for log in sub.logs if log.code_sizes and not sizes & set(log.code_sizes) for n in log.code_sizes}
+    if logged:
+        sub.add(WARN, "same code", f"the logs' 'Code size' is {listed(sorted(logged))}, {name} has {len(sub.code):,} bytes: not "
+                "the file that ran, or packed otherwise")
     if problems or good:
-        sub.verdict("same code", problems, f"sha256 {sha256(sub.code)[:16]}…, or its source, in {len(good)} logs")
+        sub.verdict("same code", problems, f"sha256 {sha256(sub.code)[:16]}…, or its source, in {len(good)} logs", sub.severity)
     if unknown:
         sub.add(UNCHECKED, "same code", f"neither hash nor source in {listed(unknown)}")
 
@@ -629,7 +652,8 @@ def check_bytes(sub):
     for seed, log in sub.runs.items():
         parts = (log.code_bytes, log.model_bytes)
         if None not in (*parts, log.total_bytes) and log.total_bytes not in {log.model_bytes + n for n in log.code_sizes or [parts[0]]}:
-            problems.append(f"{log.name}: {parts[0]:,} + {parts[1]:,} is {sum(parts):,}, logged as {log.total_bytes:,}")
+            (problems if log.code_sha256 else remarks).append(
+                f"{log.name}: {parts[0]:,} + {parts[1]:,} is {sum(parts):,}, logged as {log.total_bytes:,}")
         on_disk = log.model_bytes + sub.code_bytes if None not in (log.model_bytes, sub.code_bytes) else None
         total = on_disk if on_disk is not None else log.total_bytes
         if total is None:
@@ -644,20 +668,25 @@ def check_bytes(sub):
             remarks.append(f"{log.name}: {log.total_bytes:,} as logged" + (
                 f", with {sub.script.name} as it lies there ({len(sub.code):,} bytes, not compressed) {on_disk:,}"
                 if packed else f", with the code that lies there {on_disk:,}") + f"; the cap is {CAP_BYTES:,}")
-    if totals or problems:
+    if (totals or problems) and not (remarks and not problems):
         how = "code on disk + model of each log" if sub.code is not None else "as logged; no code here"
         sub.verdict("bytes", problems, f"{listed(f'{t:,}' for t in totals.values())} of {CAP_BYTES:,} ({how})")
     if silent or not sub.logs:
         sub.add(UNCHECKED, "bytes", f"no model size in {listed(silent) or 'any log: there is none'}")
     if remarks:
         sub.add(WARN, "bytes", "; ".join(remarks))
+    check_code_files(sub, totals)
+    check_bytes_claimed(sub, totals)
+
+
+def check_code_files(sub, totals):
+    """What the code files beside the script add, or would add."""
     if sub.needed or sub.unneeded:
         more = [f"{n} {b:,} (counted: {sub.script.name} names it)" for n, b in sub.needed.items()]
         rest = [f"{n} {b:,}" for n, b in list(sub.unneeded.items())[:6]]
         largest = max(totals.values(), default=0) + sum(sub.unneeded.values())
         text = listed(more + ([f"not counted, since the script does not name them: {listed(rest)}"] if rest else []))
         sub.add(WARN if largest > CAP_BYTES >= max(totals.values(), default=0) > 0 else PASS, "code files", text)
-    check_bytes_claimed(sub, totals)
 
 
 def check_bytes_claimed(sub, totals):
@@ -679,20 +708,28 @@ def check_bytes_claimed(sub, totals):
         key, value = said(sub.claims, kind)
         if key is None or (kind is CODE and codes == {0, None}) or (kind is not CODE and not names):
             continue
-        found = [f"{names[value, what]}" for what in allowed if (value, what) in names]
-        found += ["the code's"] if kind is CODE and value in codes else []
+        found = [text for what in allowed for (n, w), text in names.items() if w == what and same_count(value, n)]
+        found += ["the code's"] if kind is CODE and any(same_count(value, n) for n in codes - {None}) else []
         largest = found and (found[0].startswith("the largest") or kind is CODE)
-        if not found or found[0].endswith("model") and key in ("bytes_total", "total_bytes"):
+        if not found and kind is CODE and sub.code and abs(value / len(sub.code) - 1) < 0.05:
+            remarks.append(f"{key} is {value}, not {listed(sorted(codes - {None}))}")
+        elif not found or found[0].endswith("model") and key in ("bytes_total", "total_bytes"):
             known = listed(f"{what} {v:,}" for (v, _), what in list(names.items())[:4]) if kind is not CODE else listed(sorted(codes - {None}))
             problems.append(f"{key} is {value}" + (f", {found[0]}" if found else "") + f", not {known}")
         else:
             (good if largest else remarks).append(f"{key} {value} is {found[0]}")
-    if problems or good or remarks:
-        sub.verdict("bytes claimed", problems, "; ".join(good + remarks))
-    else:
+    if problems or good:
+        sub.verdict("bytes claimed", problems, "; ".join(good), sub.severity)
+    elif not remarks:
         sub.add(UNCHECKED, "bytes claimed", f"no sizes in both {sub.claims_name} and the logs")
     if remarks:
-        sub.add(WARN, "bytes claimed", "; ".join(remarks) + ": the largest counts")
+        sub.add(WARN, "bytes claimed", "; ".join(remarks) + "; the largest seed's total counts")
+
+
+def same_count(claim, count):
+    """Whether a claimed number of bytes is this one, as far as zeros at its end leave open."""
+    zeros = len(str(claim)) - len(str(claim).rstrip("0"))
+    return abs(int(claim) - count) <= (0.5 * 10 ** zeros if zeros >= 4 else 0)
 
 
 def check_seconds(sub):
@@ -703,18 +740,20 @@ def check_seconds(sub):
             sub.add(UNCHECKED, "train seconds", f"no train_time in {log.name}")
             continue
         after = log.calibration_seconds or 0
-        total, slack = log.train_seconds + after, log.step_seconds + log.train_unit
-        seen.append(f"{log.train_seconds:.{1 + (log.train_unit < 0.005)}f}" + (f" + {after:.1f} for {log.calibration[:40]!r}" if after else ""))
-        if total > CAP_SECONDS:
-            within = total <= CAP_SECONDS + slack
-            (close if within else problems).append(f"{log.name}: {seen[-1]} s exceeds {CAP_SECONDS}" + (
-                " by less than a step" if within else ""))
+        total, step = log.train_seconds + after, log.step_seconds
+        text = f"{log.train_seconds:.{1 + (log.train_unit < 0.005)}f}" + (f" + {after:.1f} for {log.calibration[:40]!r}" if after else "")
+        if total > CAP_SECONDS:  # the ancestors' loops stop by the clock, which they read once a step
+            steps = next((n for n in (1, 3) if total <= CAP_SECONDS + max(n * step, 0.3 * (n > 1)) + log.train_unit), None)
+            (close if steps else problems).append(f"{log.name}: {text} s exceeds {CAP_SECONDS}" + (
+                f" by less than {'a step' if steps == 1 else '3 steps or 0.3 s'}" if steps else ""))
+        else:
+            seen.append(text)
         if log.calibration and log.calibration_seconds is None:
             close.append(f"{log.name}: {log.calibration[:60]!r} after the last train_time counts as training; no seconds said")
         if log.calibration and re.search(r"(?<!no )val(idation)? (data|tokens|set)", log.calibration, re.I):
             problems.append(f"{log.name}: {log.calibration[:80]!r} calibrates on validation text")
     if seen or problems:
-        sub.verdict("train seconds", problems, f"{listed(seen)} of {CAP_SECONDS}", sub.severity)
+        sub.verdict("train seconds", problems, f"{listed(dict.fromkeys(seen))} of {CAP_SECONDS}", sub.severity)
     if close:
         sub.add(WARN, "train seconds", "; ".join(close))
     check_eval_seconds(sub)
@@ -778,7 +817,7 @@ def check_denominator(sub):
     for log in sub.scored:
         score = sub.score(log)
         ratios = [s.bytes_per_target for k, s in log.scores.items() if not DIAGNOSTIC.search(k)] or [score.bytes_per_target]
-        if max(ratios) / min(ratios) - 1 > max(1e-4, *(2 * s.tolerance for s in log.scores.values())):
+        if max(ratios) / min(ratios) - 1 > max(1e-4 if log.ledger else 2e-3, *(2 * s.tolerance for s in log.scores.values())):
             problems.append(f"{log.name}: bytes per target differ between evaluations: "
                             + listed(f"{k} {s.bytes_per_target:.5f}" for k, s in log.scores.items()))
         if log.targets and log.scored_bytes:
@@ -837,14 +876,17 @@ def check_validation_set(sub):
         elif log.targets:
             share = sub.score(log).bytes_per_target * log.targets / OFFICIAL_BYTES
             whole = [n for name, v, n in SETS if v == log.vocabulary]
-            if abs(share - 1) <= 0.005:
+            if 0.005 < abs(share - 1) <= 0.03:
+                sub.add(UNCHECKED, "validation set", f"{log.name}: {log.targets:,} targets, {100 * share:.1f} % of the text by its "
+                        "bytes: another text or tokenizer, or a part")
+            elif abs(share - 1) <= 0.005:
                 good.append(f"{log.targets:,} targets, {100 * share:.1f} % of the text by its bytes")
             else:
                 problems.append(f"{log.name}: {log.targets:,} targets, {100 * share:.1f} % of the text by its bytes" + (
                     f"; the official set has {listed(f'{n:,}' for n in whole)}" if whole else ""))
     if problems or good:
         sub.verdict("validation set", problems, listed(dict.fromkeys(good)), sub.severity)
-    else:
+    elif not any(log.targets for log in sub.scored):
         sub.add(UNCHECKED, "validation set", "no log says how many targets were scored")
 
 
@@ -874,7 +916,7 @@ def check_scores(sub):
             sub.add(WARN, "val_bpb_std", f"{sub.claims_name} has {stated}; the {len(sub.scored)} logs give {std}")
         return
     population = std * math.sqrt(1 - 1 / len(sub.scored))
-    slack = 1.01 * half_unit(stated) + max(sub.score(log).bpb_unit for log in sub.scored)
+    slack = 2.02 * half_unit(stated) + max(sub.score(log).bpb_unit for log in sub.scored)  # rounded, or cut off
     sub.verdict(key, [f"{stated}, the logs give {std:.6f} (n−1)"] if min(
         abs(float(stated) - std), abs(float(stated) - population)) > slack else [], f"{stated}, logs {std:.6f} (n−1)",
         sub.severity)
@@ -896,9 +938,17 @@ def which_score(sub, key, claim, attribute):
             measured = sub.severity if DIAGNOSTIC.search(kind) else WARN
             return measured if other else PASS, key, f"{claim} is the mean of {kind}, {means[kind]:.6f}{other}"
         return WARN, key, f"{claim} is seed {single[0]}'s {kind}; the mean of {len(rows)} logs is {means[kind]:.6f}{other}"
+    cut = next((k for k, m in means.items() if 0 <= m - float(claim) < min(1e-4, 2 * half_unit(claim))), None)
+    if cut:
+        return WARN, key, f"{claim} is the mean of {cut}, {means[cut]:.6f}, cut off and not rounded"
     stated = [said(row, BPB if attribute == "bpb" else LOSS)[1] for row in sub.rows.values()]
-    if stated and None not in stated and agree(claim, sum(map(float, stated)) / len(stated)):
-        return PASS, key, f"{claim} is the mean of the seeds that {sub.claims_name} lists"
+    lists = [[*map(figure, v)] for k, v in sub.claims.items() if attribute == "bpb" and "bpb" in k and isinstance(v, list)]
+    for values in (stated, *lists):
+        if values and None not in values and abs(float(claim) - sum(map(float, values)) / len(values)) < min(
+                1e-4, 2.02 * half_unit(claim)):
+            without = len(values) > len(sub.scored)
+            return UNCHECKED if without else PASS, key, f"{claim} is the mean of the {len(values)} scores that " \
+                f"{sub.claims_name} lists; {len(sub.scored)} of them have a log"
     if attribute == "loss" and abs(float(claim) - mean_std([sub.score(g).bpb for g in sub.scored])[0]) < 1e-3:
         return WARN, key, f"{claim} is the bpb, not nats"
     for label in sub.scored[-1].other_bpb if attribute == "bpb" else ():
@@ -908,8 +958,12 @@ def which_score(sub, key, claim, attribute):
             before = label == "last_validation"
             return sub.severity if before else WARN, key, f"{claim} is {label}" + (
                 ", before quantization" if before else "") + f"; {sub.kind} gives {means.get(sub.kind, math.nan):.6f}"
+    last_losses = [v for g in sub.scored for _, v in g.validation[-1:]] if attribute == "loss" else []
+    if any(agree(claim, v) for v in last_losses):
+        return sub.severity, key, f"{claim} is the last validation of the training, before quantization; {sub.kind} gives " \
+            f"{means.get(sub.kind, math.nan):.6f}"
     everywhere = [g.name for g in sub.every_log for s in g.scores.values() if agree(claim, s.printed(attribute))]
-    return FAIL, key, f"{claim} is no mean of the logs: " + listed(f"{k} {m:.6f}" for k, m in means.items()) + (
+    return FAIL if attribute == "bpb" else sub.severity, key, f"{claim} is no mean of the logs: " + listed(f"{k} {m:.6f}" for k, m in means.items()) + (
         f"; {everywhere[0]} has it, which does not count" if everywhere else "")
 
 
@@ -928,19 +982,26 @@ def timed(name):
 
 RESULT_KEYS = {**dict.fromkeys(BPB, close_to("bpb")), **dict.fromkeys(LOSS, close_to("loss")),
                **dict.fromkeys(TOTAL, exactly("total_bytes", "model_bytes")), **dict.fromkeys(MODEL, exactly("model_bytes")),
-               **dict.fromkeys(CODE, exactly("code_bytes")), "steps": exactly("steps"), "train_steps": exactly("steps"),
-               "train_seconds": timed("train_seconds"), "eval_seconds": timed("eval_seconds"),
+               **dict.fromkeys(CODE, exactly("code_bytes")), **dict.fromkeys(("steps", "train_steps", "step_stop"), exactly("steps")),
+               **dict.fromkeys(("step_avg_ms", "ms_per_step"), lambda g: [f"{1000 * g.step_seconds:.2f}"] if g.step_seconds else []),
+               **dict.fromkeys(("train_seconds", "wallclock_seconds", "train_time_s"), timed("train_seconds")),
+               "eval_seconds": timed("eval_seconds"),
                "scored_targets": exactly("targets"), "scored_bytes": exactly("scored_bytes"), "seed": exactly("seed")}
 
 
-def differences(row, log):
-    """What a row of results says otherwise than the log."""
+SOFT = ("steps", "train_steps", "step_stop", "step_avg_ms", "ms_per_step", "train_seconds", "wallclock_seconds",
+        "train_time_s", "eval_seconds")  # what does not decide
+
+
+def differences(row, log, totals=()):
+    """What a row of results says otherwise than the log; `totals` are further sizes that are right."""
     out = []
     for key, logged in RESULT_KEYS.items():
         value = row.get(key)
         if isinstance(value, dict):  # a result file's {kind: value}, the last of which counts
             value = next(reversed(value.values()), None)
         value, known = figure(value, key), logged(log)
+        known += totals if known and key in TOTAL else []
         if value is not None and known and not any(
                 agree(value, k) if isinstance(k, str) or key in BPB else value == k for k in known):
             out.append(f"{key} {value} where the log has {known[0]}")
@@ -953,11 +1014,12 @@ def differences(row, log):
 
 def check_seed_results(sub):
     """Each seed's row of submission.json, and its result file where there is one, against its log."""
-    problems, compared = [], 0
+    problems, remarks, compared = [], [], 0
     for seed, log in sub.runs.items():
         if not log.scores:
             continue
-        rows = {"seed_results": sub.rows.get(str(seed))}
+        rows, on_disk = {"seed_results": sub.rows.get(str(seed))}, [log.model_bytes + sub.code_bytes] if (
+            log.model_bytes and sub.code_bytes) else []
         path = sub.folder / f"result_seed{seed}.json"
         if path.is_file():
             try:
@@ -968,14 +1030,20 @@ def check_seed_results(sub):
             if not isinstance(row, dict):
                 continue
             compared += 1
-            problems += [f"{where}, seed {seed}: {d}; take both from one run"
-                         for d in differences(row, log)]
+            for d in differences(row, log, on_disk):
+                soft = d.split()[0] in SOFT and where == "seed_results"
+                (remarks if soft else problems).append(f"{where}, seed {seed}: {d}; take both from one run")
             if row.get("code_sha256") and log.code_sha256 and row["code_sha256"] != log.code_sha256:
                 problems.append(f"{where}, seed {seed}: code_sha256 differs from the log's")
+    for key in SOFT:  # of the whole submission
+        lines = [differences({key: (sub.claims or {}).get(key)}, log) for log in sub.scored]
+        remarks += [f"{sub.claims_name}: {d[0]}" for d in lines[:1]] if lines and all(lines) else []
     if compared or problems:
-        sub.verdict("seed results", problems, f"{compared} rows agree with the logs")
+        sub.verdict("seed results", problems, f"{compared} rows agree with the logs", sub.severity)
     else:
         sub.add(UNCHECKED, "seed results", f"no rows by seed in {sub.claims_name}, or no log of such a seed")
+    if remarks:
+        sub.add(WARN, "seed results", "; ".join(remarks))
 
 
 # -- README --------------------------------------------------------------------------------------------------------------
@@ -1010,30 +1078,35 @@ def check_readme(sub):
         sub.add(UNCHECKED, "README's figures", "no README, or no log with a score")
         return
     logs = {str(s): log for s, log in sub.runs.items()}
-    wrong, remarks, compared = [], [], 0
+    wrong, remarks, compared, right = [], [], 0, set()
     for header, cells in readme_rows(sub.readme):
         seed = cells[0].removeprefix("seed ").strip()
         log = logs.get(seed) if re.match(r"(?i)seed", header[0]) else None
         scores, differ = 0, []
         for head, cell in zip(header[1:], cells[1:]) if log else ():
             what, known, value = column_of(head, cell, log)
-            known += [v for row in (sub.rows.get(seed), sub.results.get(seed)) for v in scores_in(row)] * (what == "bpb")
+            if what == "bpb":
+                known += [v for row in (sub.rows.get(seed), sub.results.get(seed)) for v in scores_in(row)]
+                known += [v for g in sub.every_log if str(g.run_seed) == seed for v in close_to("bpb")(g)]
             agrees = any(agree(value, k) for k in known)
             compared, scores = compared + bool(known), scores + (agrees and what == "bpb")
             if known and not agrees:
                 differ.append((what, f"seed {seed}, {head!r}: {value}, the log has {listed(dict.fromkeys(known[:3]))}"))
+        right |= {seed} if scores else set()
         for what, text in differ:  # of several scores, one that no log has may come from another evaluation
-            (wrong if what == "bpb" and not scores else remarks).append(text)
+            (wrong if what == "bpb" and not scores else remarks).append((seed, text))
+    remarks = [text for _, text in remarks] + [text for seed, text in wrong if seed in right]
+    wrong = [text for seed, text in wrong if seed not in right]
     head = [n for line in [x for x in sub.readme.splitlines() if re.search("bpb", x, re.I)][:6]
             for n in re.findall(r"(?<![\d.])[0-4]\.\d{3,}\b", line)]
     ours = [claim for o in (sub.claims or {}, *sub.rows.values()) if (claim := said(o, BPB)[1]) is not None]
     ours += [text for log in sub.logs for text in (*close_to("bpb")(log), *log.other_bpb.values())]
     ours.append(f"{mean_std([sub.score(g).bpb for g in sub.scored])[0]:.5f}")
     if head and not any(agree(n, k) for n in head for k in ours):
-        wrong.append(f"the README's first scores are {listed(head[:3])}; {sub.claims_name} and the logs have none of them")
-    if compared or head:
+        remarks.append(f"the README's first scores are {listed(head[:3])}; {sub.claims_name} and the logs have none of them")
+    if wrong or (compared or head) and not remarks:
         sub.verdict("README's figures", wrong, f"its first scores and {compared} figures by seed agree", sub.severity)
-    else:
+    elif not remarks:
         sub.add(UNCHECKED, "README's figures", "no score near its beginning and no table by seed")
     if remarks:
         sub.add(WARN, "README's figures", "; ".join(remarks[:6]))
@@ -1076,7 +1149,7 @@ def check_settings(sub):
     """Names set in the logs and in the README's commands that the script cannot read; settings that differ between seeds."""
     named = {log.name: log.settings for log in sub.logs if log.settings}
     if len(named) > 1:
-        sub.verdict("same settings", differing_settings(named), f"in {len(named)} of {len(sub.logs)} logs")
+        sub.verdict("same settings", differing_settings(named), f"in {len(named)} of {len(sub.logs)} logs", sub.severity)
     if sub.tree is None:
         sub.add(UNCHECKED, "settings read", "no script that can be read")
         return
@@ -1096,7 +1169,8 @@ def check_settings(sub):
             unread.setdefault(name, []).append(log.name)
     if shown:
         sub.verdict("settings read", [f"{n} (in {listed(where)}): the script does not read it" for n, where in unread.items()],
-                    f"the script reads all that the logs name, {shown // len(sub.logs)} each")
+                    f"the script reads all that the logs name, {shown // len(sub.logs)} each",
+                    FAIL if any(log.explicit or log.code_sha256 for log in sub.logs) else WARN)
     else:
         sub.add(UNCHECKED, "settings read", "the logs name no settings")
     commands = commands_in(sub.readme)
@@ -1156,8 +1230,11 @@ def check_hardware(sub):
         sub.add(UNCHECKED, "hardware", f"not in the logs; submission.json says {(sub.claims or {}).get('hardware')}")
         return
     wrong = [f"{n}×{device}" for n, device in seen if n not in (None, 8) or (device and "H100" not in device)]
-    sub.verdict("hardware", [f"{listed(wrong)}; a record runs on 8×H100"] if wrong and sub.track == RECORD else [],
-                listed(f"{n or '?'}×{device or '?'}" for n, device in seen))
+    text = listed(f"{n or '?'}×{device or '?'}" for n, device in seen)
+    if not wrong and not all(device for _, device in seen):
+        sub.add(UNCHECKED, "hardware", f"{text}: the logs do not name the device; submission.json says {(sub.claims or {}).get('hardware')}")
+        return
+    sub.verdict("hardware", [f"{listed(wrong)}; a record runs on 8×H100"] if wrong and sub.track == RECORD else [], text)
 
 
 def scores_to_beat(other, ratio):
@@ -1221,15 +1298,19 @@ def check_improvement(sub, against):
 
 def check_artifacts(sub, artifacts):
     """Artifacts at hand have the bytes that a log counted."""
+    models = {log.model_bytes for log in sub.every_log} - {None}
     for path in artifacts:
         if not path.is_file():
             raise Problem(f"--artifact {path}: no such file")
+        if not models:
+            sub.add(UNCHECKED, "artifact", f"{path.name}, {path.stat().st_size:,} bytes; no log says a model's size")
+            continue
         size, named = path.stat().st_size, re.search(r"seed[_-]?(\d+)", path.name)
         seeds = [s for s, log in sub.runs.items() if log.model_bytes == size]
         right = str(named[1]) in map(str, seeds) if named else bool(seeds)
         logged = listed(f"seed {s} {log.model_bytes}" for s, log in sub.runs.items())
         sub.verdict("artifact", [] if right else [f"{path.name} has {size:,} bytes; the logs: {logged}"],
-                    f"{path.name}, {size:,} bytes, is seed {listed(seeds)}'s")
+                    f"{path.name}, {size:,} bytes, is seed {listed(seeds)}'s", WARN if size in models and not named else FAIL)
     if not artifacts:
         sub.add(UNCHECKED, "artifact", "none at hand (--artifact F): model bytes are the logs'")
 
