@@ -40,7 +40,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.append(str(HERE))
-from logs import DIAGNOSTIC, Log, agree, half_unit, read_logs  # noqa: E402
+from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, Log, agree, half_unit, read_logs  # noqa: E402
 from unpack import readable_source as unpacked  # noqa: E402
 
 RECORD, NON_RECORD = "track_10min_16mb", "track_non_record_16mb"
@@ -53,8 +53,6 @@ SETS = (("SP1024", 1024, 62_021_632), ("SP2048", 2048, 50_905_088), ("SP4096", 4
 OFFICIAL_BYTES, ROW = 151_080_891, 8192
 OFFICIAL_TARGETS = {count: name for name, _, count in SETS}
 BYTES_FROM = ("text", "pieces")  # how a run counts bytes: by side files of the shards, or by pieces
-# Settings that may differ between the seeds of a submission.
-NOT_OF_THE_MODEL = re.compile(r"(?i)^(seed|run_id|rank|local_rank|device|.*(_dir|_path|_files|file|name|time|host|port|tag|date))$")
 LIBRARIES = {"torch", "numpy", "sentencepiece", "triton", "zstandard", "brotli", "tqdm", "flash_attn", "flash_attn_interface"}
 NETWORK = {"socket", "ssl", "urllib", "http", "ftplib", "smtplib", "xmlrpc", "webbrowser", "requests", "httpx", "aiohttp",
            "huggingface_hub", "datasets", "wandb"}
