@@ -770,6 +770,23 @@ def result_of_log(log):
                 world_size=log.world_size, device=log.device)
 
 
+def bare_stem(path, seed):
+    """The name of a log without its seed."""
+    return run_name({}, Path("/", path.stem, "x"), seed)
+
+
+def told_apart(results):
+    """[(path, result)] with the name of the file in that of the run where files of one folder are of several experiments."""
+    stems = collections.defaultdict(set)
+    for path, result in results:
+        if "run" in result:
+            stems[result["run"]].add(bare_stem(path, result["settings"]["seed"]))
+    for path, result in results:
+        if len(stems[result.get("run")]) > 1:
+            result["run"] += f"/{bare_stem(path, result['settings']['seed'])}"
+    return results
+
+
 def read_results(path):
     """The results in a result file or a text log. Raises ValueError where there is none."""
     return [read_result(path)] if path.suffix == ".json" else [result_of_log(log) for log in read_logs(path)]
@@ -806,9 +823,8 @@ def table_rows(paths):
     A row is {differing settings…, seeds, steps, …}: a text, or a list of one number per run.
     """
     groups, places = {}, {}
-    results = ((path, result) for path, several in read_all([p for p in paths if not is_log_of_result(p, paths)], read_results)
-               for result in several)
-    for path, result in results:
+    read = read_all([p for p in paths if not is_log_of_result(p, paths)], read_results)
+    for path, result in told_apart([(path, result) for path, several in read for result in several]):
         key = json.dumps(conditions(result), sort_keys=True)
         group, _ = groups.setdefault(key, []), places.setdefault(key, path)
         if result in group:
@@ -820,8 +836,9 @@ def table_rows(paths):
     for key, group in groups.items():
         known, settings = conditions(group[0]), group[0]["settings"]
         row = {name: str(known.get(name, "")) for name in names}
-        if row.get("PRESET") == "":
-            row["PRESET"] = run_name(settings, places[key], settings.get("seed"))
+        for column in ("PRESET", "run"):
+            if row.get(column) == "":
+                row[column] = run_name(settings, places[key], settings.get("seed"))
         row["seeds"] = " ".join(str(r["settings"].get("seed")) for r in group)
         for column in ("steps", "train_seconds", "eval_seconds", "total_bytes"):
             row[column] = [r[column] for r in group if r[column] is not None]
@@ -960,10 +977,14 @@ def labels_of_logs(logs):
         named = [one | ({"PRESET": one["PRESET"] or name} if any(s.get("PRESET") for s in settings) else {})
                  for one, name in zip(settings, names)]
         return labels_of(named)
-    if len(set(names)) == 1:  # of one folder: its files tell them apart
-        stems = [run_name({}, Path(log.path.stem) / "x", log.run_seed) for log in logs]
-        names = stems if len(set(stems)) > 1 else ["all runs"] * len(logs)
-    return names
+    folders = [run_name({}, log.path, log.run_seed) for log in logs]
+    stems = [bare_stem(log.path, log.run_seed) for log in logs]
+    for more in (folders, stems):  # what one name has several of, tells them apart
+        several = collections.defaultdict(set)
+        for name, part in zip(names, more):
+            several[name].add(part)
+        names = [f"{name}, {part}" if len(several[name]) > 1 else name for name, part in zip(names, more)]
+    return names if len(set(names)) > 1 else ["all runs"] * len(logs)
 
 
 def labels_of(several, between=" "):

@@ -264,9 +264,9 @@ def meaning(source):
 
 def adapts_on_validation(tree):
     """Whether the script calls something named after adaptation with validation tokens."""
-    return any(re.search(r"ttt|adapt", ast.unparse(n.func), re.I) and any("val" in getattr(a, "id", getattr(a, "attr", ""))
-               for a in ast.walk(n) if isinstance(a, (ast.Name, ast.Attribute)))
-               for n in ast.walk(tree) if isinstance(n, ast.Call))
+    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and re.search(r"ttt|adapt", ast.unparse(n.func), re.I))
+    return any("val" in str(getattr(a, "id", getattr(a, "attr", getattr(a, "arg", "")))) for n in calls for a in ast.walk(n)
+               if isinstance(a, (ast.Name, ast.Attribute, ast.keyword)))
 
 
 # -- open a folder -------------------------------------------------------------------------------------------------------
