@@ -203,16 +203,18 @@ def seed_in(name, before=r"seed[_-]?"):
 
 def without_source(content):
     """(source or None, [lines of the log without it]) of a file's bytes."""
+    wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # what PowerShell's > writes
+    text = content.decode("utf-16" if wide else "utf-8", "replace")
     source, _, rest = content.partition(b"\n" + RULE)
     begins = bool(rest) and any(map(SOURCE_HAS.match, source.decode("utf-8", "replace").split("\n")))
-    parts = re.split(r"(?m)^={100}\s*$", content.decode("utf-8", "replace"))
+    parts = re.split(r"(?m)^={100}\s*$", re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", text))
     lines = []
     for part in parts[:-1]:
         part = part.split("\n")
         if any(map(SOURCE_HAS.match, part)):  # what stands above is the end of the run before
             part = part[:next(i for i, line in enumerate(part) if SOURCE_BEGINS.match(line))]
         lines += part
-    lines += parts[-1].split("\n")
+    lines += re.split(r"\r\n|[\r\n]", parts[-1])  # a progress bar returns to the line's beginning
     return (source if begins else None), [STAMP.sub("", line.rstrip("\r")) for line in lines]
 
 

@@ -62,7 +62,8 @@ FORMS = {"colon": COLON, "block": BLOCK}
 
 
 def read(tmp_path, text, name="train.log"):
-    (tmp_path / name).write_text(text, encoding="utf-8")
+    content = text if isinstance(text, bytes) else text.encode("utf-8")
+    (tmp_path / name).write_bytes(content)
     return logs.read_logs(tmp_path / name)
 
 
@@ -71,8 +72,9 @@ def stamped(text):
 
 
 @pytest.mark.parametrize("dress", [str, stamped, lambda t: t.replace("\n", "\r\n"),
+                                   lambda t: f"  0%| | 0/9\r 50%|\x1b[A\r{t}", lambda t: t.encode("utf-16"),
                                    lambda t: f"import os\nx = 1\n{'=' * 100}\nversions\n{'=' * 100}\n{t}"],
-                         ids=["plain", "stamped", "CRLF", "source"])
+                         ids=["plain", "stamped", "CRLF", "bar", "UTF-16", "source"])
 @pytest.mark.parametrize("form", FORMS)
 def test_both_forms_say_the_same(tmp_path, form, dress):
     [log] = read(tmp_path, dress(FORMS[form]))

@@ -264,6 +264,8 @@ FAULTS = {  # form, what is planted, the finding that must name it
         {"helper.py": "#" * 100_000})), FAIL, "bytes", "exceeds 16,000,000 by"),
     "a module that is not": ("colon", lambda f: f.update({"prepare_data.py": "#" * 100_000}), WARN, "code files",
                              "not counted, since the script does not name them: prepare_data.py 100,000"),
+    "a second file": ("colon", both(edit("train_gpt.py", SOURCE, "exec(open('source.py').read())\n"), lambda f: f.update(
+        {"source.py": SOURCE})), PASS, "code files", r"source.py 2\d\d \(counted: train_gpt.py names it"),
     "a damaged wrapper": ("block", edit("train_gpt.py", "b85decode('", "b85decode('!!"), UNCHECKED, "wrapper", "train_gpt.py"),
     "no log": ("colon", drop(r"\.log$"), UNCHECKED, "bytes", "there is none"),
     "no log, no score": ("colon", drop(r"\.log$"), UNCHECKED, "val_bpb", "no log with a score"),
@@ -286,6 +288,23 @@ def test_a_planted_fault_is_named(tmp_path, fault):
         submission.verdict_lines(sub))
     if status != FAIL and not fault.startswith("no "):
         assert not said(sub, FAIL), submission.verdict_lines(sub)
+
+
+def test_the_evaluation_of_a_seed_may_have_a_log_of_its_own(tmp_path):
+    files = colon()
+    for seed in BPB:
+        training, evaluation = files.pop(f"train_seed{seed}.log").split("final_int6_sliding", 1)
+        files |= {f"train_seed{seed}.log": training, f"eval_seed{seed}.log": f"seed:{seed}\nfinal_int6_sliding{evaluation}"}
+    sub = checked(tmp_path, files)
+    assert not said(sub, FAIL) and len(sub.logs) == 3, submission.verdict_lines(sub)
+    assert {"bytes", "train seconds", "eval seconds", "val_bpb", "validation set"} <= {what for what, _ in said(sub, PASS)}
+
+
+def test_without_seeds_the_score_tells_which_log_counts(tmp_path):
+    files = {k: v for k, v in colon().items() if "log" not in k}
+    files |= {f"{name}.log": log_text("x", bpb=b).replace("seed:x", "") for name, b in (("one", 1.2), ("two", 1.1195), ("three", 1.3))}
+    files["submission.json"] |= dict(seeds=None, seed_results=None)
+    assert [log.name for log in checked(tmp_path, files).logs] == ["two.log"]
 
 
 @pytest.mark.parametrize("logs,names", [(["*_v1.0.txt"], "v1.0"), (["log_seed42_v1.1.txt", "train.log"], "42_v1.1|train")])
