@@ -2,8 +2,9 @@
 
     sub = open_submission("records/track_10min_16mb/2026-04-09_x"); print(sub.kind, sub.runs)
 
-What is read: submission.json whatever its keys are called, the script out of its wrapper and the code
-files that it needs, and which of the folder's logs count. records/submission.py judges what is read here.
+What is read: submission.json whatever its keys are called, the script out of its wrapper and the
+code files that it needs, and which of the folder's logs count. records/submission.py judges what is
+read here.
 """
 from __future__ import annotations
 
@@ -33,12 +34,13 @@ class Problem(Exception):
     """Something that the caller can mend; the message names what, the value, and the way out."""
 
 
-# -- numbers and text ----------------------------------------------------------------------------------------------------
+# -- numbers and text ------------------------------------------------------------------------------
 
 def number(value):
     """A finite number as float, or None for anything else (null, text, NaN, a flag)."""
     try:
-        if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, (int, float,
+                              Decimal)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     except OverflowError:  # a whole number of hundreds of digits
         pass
@@ -48,7 +50,8 @@ def number(value):
 def mean_std(values):
     """(mean, sample standard deviation or None for a single value)."""
     mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
+    return mean, math.sqrt(sum((v - mean) ** 2
+                               for v in values) / (len(values) - 1)) if len(values) > 1 else None
 
 
 def sha256(content):
@@ -60,7 +63,8 @@ def listed(items):
 
 
 def read_json(path):
-    """The object in a JSON file, numbers with a point as Decimal, so that it is known how they were rounded. Raises Problem."""
+    """The object in a JSON file, numbers with a point as Decimal, so that it is known how they were
+    rounded. Raises Problem."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_float=Decimal)
     except (ValueError, RecursionError) as problem:
@@ -88,25 +92,30 @@ def read_log(path):
         raise Problem(str(problem)) from None
 
 
-# -- what submission.json claims -----------------------------------------------------------------------------------------
+# -- what submission.json claims -------------------------------------------------------------------
 
 # Names that are used for one thing, the usual one first.
-BPB = ("val_bpb", "mean_val_bpb", "val_bpb_mean", "final_val_bpb", "bpb", "mean_bpb", "bpb_mean", "final_bpb", "score")
+BPB = ("val_bpb", "mean_val_bpb", "val_bpb_mean", "final_val_bpb", "bpb", "mean_bpb", "bpb_mean",
+       "final_bpb", "score")
 LOSS = ("val_loss", "mean_val_loss", "val_loss_mean", "val_loss_nats", "loss")
 STD = ("val_bpb_std", "std_val_bpb", "bpb_std", "std_bpb", "val_bpb_std_dev")
 TOTAL = ("bytes_total", "total_bytes", "artifact_bytes", "artifact_bytes_max", "max_artifact_bytes",
-         "artifact_bytes_mean", "total_submission_bytes", "submission_bytes", "artifact_size_bytes", "bytes_total_max")
-MODEL = ("bytes_model", "model_bytes", "compressed_model_bytes")  # and whatever begins with bytes_model_
+         "artifact_bytes_mean", "total_submission_bytes", "submission_bytes",
+         "artifact_size_bytes", "bytes_total_max")
+# and whatever begins with bytes_model_
+MODEL = ("bytes_model", "model_bytes", "compressed_model_bytes")
 CODE = ("bytes_code", "code_bytes", "code_size_bytes")
-WITHIN = ("results", "metrics", "result", "summary", "aggregate", "final")  # objects that may hold these
+# objects that may hold these
+WITHIN = ("results", "metrics", "result", "summary", "aggregate", "final")
 OTHER_SCORE = re.compile(r"std|pre|base|delta|sota|gain|improve|gap|float|record|target|best_|seeds", re.I)
 ELSEWHERE = re.compile(r"supersed|previous|baseline|ablation|compar|reference|verif|sota|prior|\bold", re.I)
 
 
 def figure(value, key=""):
-    """A number of a JSON file, also one in quotes ("15,991,930"), else None; a score has two decimals at least, since
-    writers of JSON drop zeros."""
-    if isinstance(value, str) and re.fullmatch(r"\d[\d,_]*(\.\d+)?", value.strip()) and len(value) < 30:
+    """A number of a JSON file, also one in quotes ("15,991,930"), else None; a score has two
+    decimals at least, since writers of JSON drop zeros."""
+    if isinstance(value, str) and re.fullmatch(r"\d[\d,_]*(\.\d+)?",
+                                               value.strip()) and len(value) < 30:
         value = Decimal(re.sub("[,_]", "", value.strip()))
     if number(value) is None:
         return None
@@ -115,10 +124,12 @@ def figure(value, key=""):
 
 
 def said(claims, names):
-    """(key, number) of the first of these names that an object or its results have, or (None, None)."""
+    """(key, number) of the first of these names that an object or its results have, or (None,
+    None)."""
     inner = [claims[k] for k in WITHIN if isinstance(claims.get(k), dict)]
     found = [(k, figure(o[k], k)) for o in (claims, *inner) for k in names if k in o]
-    wider = {BPB: lambda k: "bpb" in k and not OTHER_SCORE.search(k), MODEL: lambda k: k.startswith("bytes_model_")}.get(names)
+    wider = {BPB: lambda k: "bpb" in k and not OTHER_SCORE.search(k),
+             MODEL: lambda k: k.startswith("bytes_model_")}.get(names)
     found += [(k, figure(o[k], k)) for o in (claims, *inner) for k in o if wider and wider(k)]
     return next((pair for pair in found if pair[1] is not None), (None, None))
 
@@ -134,7 +145,8 @@ def seed_rows(value, depth=0, name=""):
     if ELSEWHERE.search(name) or depth > 3:
         return {}
     if isinstance(value, list):
-        return {seed_of(v["seed"]): v for v in value if isinstance(v, dict) and seed_of(v.get("seed"))}
+        return {seed_of(v["seed"]): v for v in value if isinstance(v, dict)
+                and seed_of(v.get("seed"))}
     if not isinstance(value, dict):
         return {}
     rows = {seed_of(k): v if isinstance(v, dict) else {"val_bpb": v} for k, v in value.items()
@@ -144,7 +156,8 @@ def seed_rows(value, depth=0, name=""):
 
 
 def track_of(claims, folder, readme):
-    """(track, what was said of it, is it certain) from submission.json, the folder above, the README."""
+    """(track, what was said of it, is it certain) from submission.json, the folder above, the
+    README."""
     stated, above = str(claims.get("track") or ""), folder.resolve().parent.name
     words = re.sub(r"[^a-z0-9]+", "_", stated.lower())
     text = f"{claims.get('name')} {claims.get('blurb')} {readme[:400]}".lower()
@@ -155,21 +168,28 @@ def track_of(claims, folder, readme):
     return (NON_RECORD if re.search(r"non.?record", text) else RECORD), stated, False
 
 
-# -- the script, without executing it ------------------------------------------------------------------------------------
+# -- the script, without executing it --------------------------------------------------------------
 
 CODE_SUFFIXES = {".py", ".pyx", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".so"}
 
 
 def names_read(tree):
-    """(names of the environment that a script can read, whether it also makes names up). They are fields of its
-    Settings class and names in capitals that it holds as text; with names made up, fields of any class."""
-    texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    names = {t for t in texts if re.fullmatch(r"[A-Z][A-Z0-9_]*", t)} | {name.upper() for name in defaults_of(tree)}
-    made_up = any(isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "upper"
-                  for n in ast.walk(tree)) and any("environ" in ast.unparse(n) for n in ast.walk(tree)
-                                                   if isinstance(n, ast.Attribute) and n.attr == "environ")
+    """(names of the environment that a script can read, whether it also makes names up). They are
+    fields of its Settings class and names in capitals that it holds as text; with names made up,
+    fields of any class."""
+    texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value,
+                                                                                           str)}
+    names = {t for t in texts if re.fullmatch(r"[A-Z][A-Z0-9_]*",
+                                              t)} | {name.upper() for name in defaults_of(tree)}
+    made_up = any(isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+                  and n.func.attr == "upper"
+                  for n in ast.walk(tree)) and any("environ" in ast.unparse(n)
+                                                   for n in ast.walk(tree)
+                                                   if isinstance(n, ast.Attribute)
+                                                   and n.attr == "environ")
     if made_up:
-        names |= {getattr(target, "id", "").upper() for n in ast.walk(tree) if isinstance(n, ast.ClassDef)
+        names |= {getattr(target, "id", "").upper() for n in ast.walk(tree)
+                  if isinstance(n, ast.ClassDef)
                   for line in n.body if isinstance(line, (ast.Assign, ast.AnnAssign))
                   for target in (line.targets if isinstance(line, ast.Assign) else [line.target])}
     return names
@@ -203,7 +223,8 @@ def modules_imported(tree):
 
 
 def texts_of(tree):
-    return {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value,
+                                                                                          str)}
 
 
 def parsed(source):
@@ -222,23 +243,28 @@ def meaning(source):
         return source.strip()
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if isinstance(body, list) and body and isinstance(body[0],
+                                                          ast.Expr) and isinstance(body[0].value,
+                                                                                   ast.Constant):
             body[0].value.value = None
     return ast.dump(tree)
 
 
 def adapts_on_validation(tree):
     """Whether the script calls something named after adaptation with validation tokens."""
-    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and re.search(r"ttt|adapt", ast.unparse(n.func), re.I))
-    return any("val" in str(getattr(a, "id", getattr(a, "attr", getattr(a, "arg", "")))) for n in calls for a in ast.walk(n)
+    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call)
+             and re.search(r"ttt|adapt", ast.unparse(n.func), re.I))
+    return any("val" in str(getattr(a, "id", getattr(a, "attr", getattr(a, "arg", ""))))
+               for n in calls for a in ast.walk(n)
                if isinstance(a, (ast.Name, ast.Attribute, ast.keyword)))
 
 
-# -- open a folder -------------------------------------------------------------------------------------------------------
+# -- open a folder ---------------------------------------------------------------------------------
 
 @dataclass
 class Submission:
-    """A folder as far as it could be read, and the findings about it: (status, what was checked, figures)."""
+    """A folder as far as it could be read, and the findings about it: (status, what was checked,
+    figures)."""
     folder: Path
     track: str = ""
     claims: dict | None = None  # submission.json
@@ -253,7 +279,8 @@ class Submission:
     source: bytes | None = None  # the same unpacked
     tree: ast.Module | None = None
     results: dict = field(default_factory=dict)  # seed → its result file
-    needed: dict = field(default_factory=dict)  # name → bytes of further files that the script imports or names
+    # name → bytes of further files that the script imports or names
+    needed: dict = field(default_factory=dict)
     unneeded: dict = field(default_factory=dict)  # name → bytes of further code files
     findings: list = field(default_factory=list)
 
@@ -288,7 +315,8 @@ class Submission:
     @property
     def named_seeds(self):
         claims = self.claims or {}
-        listed_seeds = claims.get("seeds") if isinstance(claims.get("seeds"), list) else [claims.get("seed")]
+        listed_seeds = claims.get("seeds") if isinstance(claims.get("seeds"),
+                                                         list) else [claims.get("seed")]
         return {*self.rows, *(seed_of(s) for s in listed_seeds if seed_of(s))}
 
 
@@ -302,7 +330,8 @@ def open_claims(sub, there):
             if name == "submission.json":
                 sub.add(FAIL, "submission.json", str(problem))
             continue
-        like_one = said(claims, BPB)[0] and {"author", "track", "github_id", "submission_name"} & claims.keys()
+        like_one = said(claims, BPB)[0] and {"author", "track", "github_id",
+                                             "submission_name"} & claims.keys()
         if name == "submission.json" or like_one:
             sub.claims, sub.claims_name, sub.rows = claims, name, seed_rows(claims)
             return
@@ -310,9 +339,11 @@ def open_claims(sub, there):
 
 def open_script(sub, there):
     """The script, unpacked where it is wrapped, and the code files that it needs."""
-    scripts = sorted((n for n in there if re.fullmatch(r"train\w*\.py", n)), key=lambda n: (n != "train_gpt.py", len(n), n))
+    scripts = sorted((n for n in there if re.fullmatch(r"train\w*\.py", n)),
+                     key=lambda n: (n != "train_gpt.py", len(n), n))
     if not scripts:
-        sub.add(UNCHECKED, "compiles", "no train_gpt.py, so nothing is known of its bytes, settings and imports")
+        sub.add(UNCHECKED, "compiles", "no train_gpt.py, so nothing is known of its bytes, "
+                                       "settings and imports")
         return
     sub.script = sub.folder / scripts[0]
     sub.code = sub.source = sub.script.read_bytes()
@@ -327,21 +358,26 @@ def open_script(sub, there):
             f", unpacks to {len(sub.source):,}" if sub.source != sub.code else ""))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
         newer = "f-string" in str(problem) and sys.version_info < (3, 12)
-        sub.add(UNCHECKED if newer else FAIL, "compiles", f"{name} is no Python: {problem}" if not newer else
-                f"{name} has an f-string that only Python 3.12 and later read; check it with such a one: {problem}")
+        sub.add(UNCHECKED if newer else FAIL, "compiles", f"{name} is no Python: {problem}"
+                if not newer else
+                f"{name} has an f-string that only Python 3.12 and later read; check it with such "
+                f"a one: {problem}")
     find_needed(sub)
 
 
 def find_needed(sub):
-    """Sort the folder's further code files into those that the script imports or names, and the rest."""
-    loads = texts_of(parsed(sub.code)) if sub.source != sub.code else set()  # a wrapper's second file, of any kind
+    """Sort the folder's further code files into those that the script imports or names, and the
+    rest."""
+    # a wrapper's second file, of any kind
+    loads = texts_of(parsed(sub.code)) if sub.source != sub.code else set()
     files = {p.relative_to(sub.folder).as_posix(): p for p in sorted(sub.folder.rglob("*"))
              if (p.suffix in CODE_SUFFIXES or p.name in loads) and p.is_file() and p != sub.script
              and not any(part.startswith(".") for part in p.relative_to(sub.folder).parts)}
     sub.needed = {name: path.stat().st_size for name, path in files.items() if path.name in loads}
     trees = [sub.tree] if sub.tree else []
     for tree in trees:  # grows while it is walked
-        wanted = modules_imported(tree) | {t.split("/")[-1] for t in texts_of(tree) if 3 < len(t) < 120}
+        wanted = modules_imported(tree) | {t.split("/")[-1] for t in texts_of(tree)
+                                           if 3 < len(t) < 120}
         for name, path in files.items():
             top = name.split("/")[0].removesuffix(".py")
             if name not in sub.needed and (top in wanted or path.name in wanted):
@@ -350,7 +386,8 @@ def find_needed(sub):
                     trees += [parsed(path.read_bytes())] if path.suffix == ".py" else []
                 except (SyntaxError, ValueError, RecursionError, MemoryError):
                     pass
-    sub.unneeded = {name: path.stat().st_size for name, path in files.items() if name not in sub.needed}
+    sub.unneeded = {name: path.stat().st_size for name, path in files.items()
+                    if name not in sub.needed}
 
 
 LOG_NAME = re.compile(r"(train|log|seed|run).*\.(log|txt|out)$|.*\.log$", re.I)
@@ -361,15 +398,18 @@ MOST_LOGS, MOST_LOG_BYTES = 80, 32_000_000
 
 
 def find_logs(sub):
-    """All logs of the folder and its subfolders, those at the top first; copies once. Raises Problem."""
+    """All logs of the folder and its subfolders, those at the top first; copies once. Raises
+    Problem."""
     candidates = []
     for path in sorted(sub.folder.rglob("*"), key=lambda p: (len(p.parts), p)):
         name = path.relative_to(sub.folder).as_posix()
-        if path.is_file() and path.suffix in (".log", ".txt", ".out") and 0 < path.stat().st_size < MOST_LOG_BYTES and not (
+        if path.is_file() and path.suffix in (".log", ".txt",
+                                              ".out") and 0 < path.stat().st_size < MOST_LOG_BYTES and not (
                 NO_LOG.search(path.name) or any(part.startswith(".") for part in Path(name).parts)):
             candidates.append((path, name))
     if len(candidates) > MOST_LOGS:
-        sub.add(UNCHECKED, "logs", f"the first {MOST_LOGS} of {len(candidates)} text files; --logs chooses")
+        sub.add(UNCHECKED, "logs", f"the first {MOST_LOGS} of {len(candidates)} text files; "
+                                   "--logs chooses")
     seen, logs = set(), []
     for path, name in candidates[:MOST_LOGS]:
         digest = sha256(path.read_bytes())
@@ -393,21 +433,25 @@ def claimed_bpb(sub, log):
 
 def distance(log, bpb):
     """How far the nearest evaluation of a log is from a score."""
-    return min((abs(s.bpb - float(bpb)) for s in log.scores.values() if math.isfinite(s.bpb)), default=math.inf)
+    return min((abs(s.bpb - float(bpb)) for s in log.scores.values() if math.isfinite(s.bpb)),
+               default=math.inf)
 
 
 def choose_logs(sub, globs):
-    """Set the logs that count: those that `globs` name; else for each seed that submission.json names the one that has
-    its score; else one for each seed. Returns {log name: why it does not count}."""
+    """Set the logs that count: those that `globs` name; else for each seed that submission.json
+    names the one that has its score; else one for each seed. Returns {log name: why it does not
+    count}."""
     aside, known = {}, {}
     if globs:
         sub.logs = [g for g in sub.every_log if any(fnmatch.fnmatch(n, p) for p in globs
                     for n in (g.name, g.path.name, g.path.relative_to(sub.folder).as_posix()))]
         if not sub.logs:
-            raise Problem(f"--logs {' '.join(globs)}: no log of that name; there are {listed(g.name for g in sub.every_log)}")
+            raise Problem(f"--logs {' '.join(globs)}: no log of that name; there are "
+                          f"{listed(g.name for g in sub.every_log)}")
         return {g.name: "not among --logs" for g in sub.every_log if g not in sub.logs}
     groups = {}
-    for log in sorted(sub.every_log, key=lambda g: g.named_seed is None):  # a copy under another seed's name is not put aside: that is a fault
+    # a copy under another seed's name is not put aside: that is a fault
+    for log in sorted(sub.every_log, key=lambda g: g.named_seed is None):
         first = known.setdefault(log.identity, log)
         if first is not log and log.named_seed in (None, first.run_seed):
             aside[log.name] = f"a copy of {first.name}"
@@ -420,33 +464,43 @@ def choose_logs(sub, globs):
             logs[0], said(sub.claims or {}, BPB)[1] or math.inf) > 5e-5)
         best = None if unnamed else completed(best_log(sub, logs, len(groups) > 1), logs)
         sub.logs += [best] if best else []
-        aside |= {g.name: "its seed is not named in submission.json" if unnamed else "a rerun, or another experiment"
+        aside |= {g.name: "its seed is not named in submission.json" if unnamed
+                  else "a rerun, or another experiment"
                   for g in logs if g is not best and not (best and g.name in best.name)}
     if not sub.logs:
         sub.logs, aside = sub.every_log[:], {}
     bpb = said(sub.claims or {}, BPB)[1]
-    right = [g for g in sub.logs if bpb is not None and distance(g, bpb) <= max(half_unit(bpb), 5e-5)]
-    if right and any(g.run_seed is None for g in sub.logs):  # without seeds, only the score tells experiments apart
-        aside |= {g.name: "another score than submission.json's" for g in sub.logs if g not in right}
+    right = [g for g in sub.logs if bpb is not None and distance(g, bpb) <= max(half_unit(bpb),
+                                                                                5e-5)]
+    # without seeds, only the score tells experiments apart
+    if right and any(g.run_seed is None for g in sub.logs):
+        aside |= {g.name: "another score than submission.json's" for g in sub.logs
+                  if g not in right}
         sub.logs = right
     return aside
 
 
 def completed(best, logs):
     """The log of an evaluation by itself, with the rest from the training log of the same seed."""
-    training = next((g for g in logs if g.curve and best and not best.curve and g.path != best.path), None)
+    training = next((g for g in logs if g.curve and best and not best.curve
+                     and g.path != best.path), None)
     if training is None:
         return best
-    return replace(training, scores=best.scores, other_bpb=training.other_bpb | best.other_bpb, adapted=best.adapted,
-                   name=f"{training.name} + {best.name}", total_eval_seconds=best.total_eval_seconds,
-                   **{n: v for n in ("total_bytes", "model_bytes", "targets", "world_size") if (v := getattr(best, n)) is not None})
+    return replace(training, scores=best.scores, other_bpb=training.other_bpb | best.other_bpb,
+                   adapted=best.adapted,
+                   name=f"{training.name} + {best.name}",
+                   total_eval_seconds=best.total_eval_seconds,
+                   **{n: v for n in ("total_bytes", "model_bytes", "targets", "world_size")
+                      if (v := getattr(best, n)) is not None})
 
 
 def best_log(sub, logs, others):
-    """Of the logs of one seed, the finished one nearest to its claimed score; None where all look like side experiments."""
+    """Of the logs of one seed, the finished one nearest to its claimed score; None where all look
+    like side experiments."""
     def place(log):
         bpb = claimed_bpb(sub, log)
-        return (not log.scores, 0 if bpb is None else round(distance(log, bpb), 5), bool(BESIDE.search(log.name)),
+        return (not log.scores, 0 if bpb is None else round(distance(log, bpb), 5),
+                bool(BESIDE.search(log.name)),
                 log.name.count("/"))
     best = min(logs, key=place)
     side = BESIDE.search(best.name) and best.run_seed is None or not best.scores and best.named_seed is None
@@ -454,28 +508,34 @@ def best_log(sub, logs, others):
 
 
 def choose_kind(sub):
-    """Name of the evaluation that counts: the last that all logs have whose score is claimed, else the last."""
+    """Name of the evaluation that counts: the last that all logs have whose score is claimed, else
+    the last."""
     if not sub.scored:
         return None
     last = sub.scored[-1]
-    kinds = [k for k in dict.fromkeys([last.key, *reversed(last.scores)]) if all(k in log.scores for log in sub.scored)]
+    kinds = [k for k in dict.fromkeys([last.key, *reversed(last.scores)])
+             if all(k in log.scores for log in sub.scored)]
     claim = said(sub.claims or {}, BPB)[1]
     for kind in kinds if claim is not None else ():
         rows = [log.scores[kind] for log in sub.scored]
         near = [mean_std([s.bpb for s in rows])[0], *(s.bpb for s in rows)]
-        if any(abs(v - float(claim)) <= half_unit(claim) + max(s.bpb_unit for s in rows) for v in near):
+        if any(abs(v - float(claim)) <= half_unit(claim) + max(s.bpb_unit for s in rows)
+               for v in near):
             return kind
     return next((k for k in kinds if not DIAGNOSTIC.search(k)), last.key)
 
 
 def open_submission(folder, globs=()):
-    """Read what there is. Raises Problem only where there is no folder, or no log that `globs` name."""
+    """Read what there is. Raises Problem only where there is no folder, or no log that `globs`
+    name."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise Problem(f"{folder}: no such folder; give one that holds submission.json and train_gpt.py")
+        raise Problem(f"{folder}: no such folder; give one that holds submission.json and "
+                      "train_gpt.py")
     sub = Submission(folder)
     there = {p.name for p in folder.iterdir() if p.is_file() and p.stat().st_size}
-    readme = next((n for n in sorted(there) if n.lower() in ("readme.md", "readme.txt", "readme")), None)
+    readme = next((n for n in sorted(there) if n.lower() in ("readme.md", "readme.txt", "readme")),
+                  None)
     sub.readme = (folder / readme).read_text(encoding="utf-8", errors="replace") if readme else ""
     open_claims(sub, there)
     sub.track, stated, certain = track_of(sub.claims or {}, folder, sub.readme)
@@ -485,15 +545,19 @@ def open_submission(folder, globs=()):
     read = {"README.md": readme, "submission.json": sub.claims is not None and sub.claims_name,
             "train_gpt.py": sub.script and sub.script.name}
     lacks = [n for n in read if n not in there and n.lower() != str(read[n]).lower()]
-    missing = [f"{n} is missing or empty" + (f"; {read[n]} is read" if read[n] else "") for n in lacks]
+    missing = [f"{n} is missing or empty" + (f"; {read[n]} is read" if read[n] else "")
+               for n in lacks]
     severity = FAIL if not all(read[n] for n in lacks) or not sub.logs else sub.severity
     sub.verdict("files", missing + ([] if sub.logs else ["no training log (train_seed<SEED>.log)"]),
-                f"README.md, submission.json, train_gpt.py; logs that count: {listed(g.name for g in sub.logs)}", severity)
+                f"README.md, submission.json, train_gpt.py; logs that count: "
+                f"{listed(g.name for g in sub.logs)}", severity)
     sub.findings.insert(0, sub.findings.pop())
     if aside:
         shown = [f"{name} ({why})" for name, why in list(aside.items())[:8]]
-        sub.add(PASS, "logs beside", f"{len(aside)} do not count: {listed(shown)}{', …' * (len(aside) > 8)}; --logs chooses")
+        sub.add(PASS, "logs beside", f"{len(aside)} do not count: "
+                                     f"{listed(shown)}{', …' * (len(aside) > 8)}; --logs chooses")
     sub.kind = choose_kind(sub)
     if not certain:
-        sub.add(WARN, "track", f"{sub.claims_name} says {stated or 'nothing'}; checked as {sub.track}")
+        sub.add(WARN, "track", f"{sub.claims_name} says {stated or 'nothing'}; checked as "
+                               f"{sub.track}")
     return sub

@@ -80,13 +80,15 @@ def half_unit(printed):
 
 
 def agree(a, b):
-    """Whether two printed numbers are one number: equal as far as the one with fewer digits goes."""
+    """Whether two printed numbers are one number: equal as far as the one with fewer digits
+    goes."""
     unit = max(half_unit(a), half_unit(b))
     return abs(float(a) - float(b)) <= unit * (1 + 1e-6)
 
 
 def seconds_of(text):
-    """(seconds, half of the last printed unit) of '599950ms', '7.8m', '600.1s'. Raises ValueError."""
+    """(seconds, half of the last printed unit) of '599950ms', '7.8m', '600.1s'. Raises
+    ValueError."""
     found = re.fullmatch(r"([\d.]+)(ms|s|m|min)?", text)
     if not found:
         raise ValueError(text)
@@ -155,7 +157,8 @@ class Log:
     tokens_per_step: int = 0
     vocab_size: int | None = None
     named_vocabulary: int | None = None
-    adapted: dict = field(default_factory=dict)  # evaluation → optimizer steps on its text before it
+    # evaluation → optimizer steps on its text before it
+    adapted: dict = field(default_factory=dict)
     settings: dict = field(default_factory=dict)  # NAME → value as text
     explicit: set = field(default_factory=set)  # names that the command set
     curve: list = field(default_factory=list)  # (step, loss, milliseconds, learning-rate scale)
@@ -206,7 +209,8 @@ def without_source(content):
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # what PowerShell's > writes
     text = content.decode("utf-16" if wide else "utf-8", "replace")
     source, _, rest = content.partition(b"\n" + RULE)
-    begins = bool(rest) and any(map(SOURCE_HAS.match, source.decode("utf-8", "replace").split("\n")))
+    begins = bool(rest) and any(map(SOURCE_HAS.match,
+                                    source.decode("utf-8", "replace").split("\n")))
     parts = re.split(r"(?m)^={100}\s*$", re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", text))
     lines = []
     for part in parts[:-1]:
@@ -293,7 +297,8 @@ def read_calibration(log, line):
         return
     log.calibration = line.strip()
     if found := CALIBRATED.search(line):
-        log.calibration_seconds = (log.calibration_seconds or 0) + seconds_of(found[1] + found[2])[0]
+        log.calibration_seconds = (log.calibration_seconds
+                                   or 0) + seconds_of(found[1] + found[2])[0]
 
 
 def read_fields(log, line):
