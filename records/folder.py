@@ -39,9 +39,8 @@ class Problem(Exception):
 def number(value):
     """A finite number as float, or None for anything else (null, text, NaN, a flag)."""
     try:
-        if isinstance(value, (int, float,
-                              Decimal)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+        if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+            return float(value) if math.isfinite(value) else None
     except OverflowError:  # a whole number of hundreds of digits
         pass
     return None
@@ -107,20 +106,22 @@ MODEL = ("bytes_model", "model_bytes", "compressed_model_bytes")
 CODE = ("bytes_code", "code_bytes", "code_size_bytes")
 # objects that may hold these
 WITHIN = ("results", "metrics", "result", "summary", "aggregate", "final")
-OTHER_SCORE = re.compile(r"std|pre|base|delta|sota|gain|improve|gap|float|record|target|best_|seeds", re.I)
-ELSEWHERE = re.compile(r"supersed|previous|baseline|ablation|compar|reference|verif|sota|prior|\bold", re.I)
+OTHER_SCORE = re.compile(r"std|pre|base|delta|sota|gain|improve|gap|float|record|target|best_"
+                         r"|seeds", re.I)
+ELSEWHERE = re.compile(r"supersed|previous|baseline|ablation|compar|reference|verif|sota|prior"
+                       r"|\bold", re.I)
 
 
 def figure(value, key=""):
     """A number of a JSON file, also one in quotes ("15,991,930"), else None; a score has two
     decimals at least, since writers of JSON drop zeros."""
-    if isinstance(value, str) and re.fullmatch(r"\d[\d,_]*(\.\d+)?",
-                                               value.strip()) and len(value) < 30:
-        value = Decimal(re.sub("[,_]", "", value.strip()))
+    text = value.strip() if isinstance(value, str) else ""
+    if re.fullmatch(r"\d[\d,_]*(\.\d+)?", text) and len(text) < 30:
+        value = Decimal(re.sub("[,_]", "", text))
     if number(value) is None:
         return None
-    score = key in (*BPB, *LOSS) and abs(value) < 1000
-    return Decimal(str(value)).quantize(Decimal("0.01")) if score and half_unit(value) > 0.005 else value
+    short = key in (*BPB, *LOSS) and abs(value) < 1000 and half_unit(value) > 0.005
+    return Decimal(str(value)).quantize(Decimal("0.01")) if short else value
 
 
 def said(claims, names):
@@ -174,24 +175,16 @@ CODE_SUFFIXES = {".py", ".pyx", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".so"}
 
 
 def names_read(tree):
-    """(names of the environment that a script can read, whether it also makes names up). They are
-    fields of its Settings class and names in capitals that it holds as text; with names made up,
-    fields of any class."""
-    texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value,
-                                                                                           str)}
-    names = {t for t in texts if re.fullmatch(r"[A-Z][A-Z0-9_]*",
-                                              t)} | {name.upper() for name in defaults_of(tree)}
-    made_up = any(isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
-                  and n.func.attr == "upper"
-                  for n in ast.walk(tree)) and any("environ" in ast.unparse(n)
-                                                   for n in ast.walk(tree)
-                                                   if isinstance(n, ast.Attribute)
-                                                   and n.attr == "environ")
-    if made_up:
-        names |= {getattr(target, "id", "").upper() for n in ast.walk(tree)
-                  if isinstance(n, ast.ClassDef)
-                  for line in n.body if isinstance(line, (ast.Assign, ast.AnnAssign))
-                  for target in (line.targets if isinstance(line, ast.Assign) else [line.target])}
+    """Names of the environment that a script can read: fields of its Settings class, and names in
+    capitals that it holds as text; where it makes names up (.upper()), fields of any class."""
+    names = {t for t in texts_of(tree) if re.fullmatch(r"[A-Z][A-Z0-9_]*", t)}
+    names |= {name.upper() for name in defaults_of(tree)}
+    attributes = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    if {"upper", "environ"} <= attributes:
+        fields = (line for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for line in n.body)
+        for line in fields:
+            targets = getattr(line, "targets", [getattr(line, "target", None)])
+            names |= {target.id.upper() for target in targets if isinstance(target, ast.Name)}
     return names
 
 
@@ -236,11 +229,11 @@ def parsed(source):
 
 @functools.lru_cache(maxsize=16)
 def meaning(source):
-    """A script without comments and docstrings, to compare; its bytes where it cannot be parsed."""
+    """A script without comments and docstrings, to compare; None where it cannot be parsed."""
     try:
         tree = parsed(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return source.strip()
+        return None
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0],
@@ -314,10 +307,10 @@ class Submission:
 
     @property
     def named_seeds(self):
-        claims = self.claims or {}
-        listed_seeds = claims.get("seeds") if isinstance(claims.get("seeds"),
-                                                         list) else [claims.get("seed")]
-        return {*self.rows, *(seed_of(s) for s in listed_seeds if seed_of(s))}
+        """Those that submission.json names, as text."""
+        seeds = (self.claims or {}).get("seeds")
+        seeds = seeds if isinstance(seeds, list) else [(self.claims or {}).get("seed")]
+        return {*self.rows, *(seed_of(s) for s in seeds if seed_of(s))}
 
 
 def open_claims(sub, there):
@@ -357,11 +350,11 @@ def open_script(sub, there):
         sub.add(PASS, "compiles", f"{name}, {len(sub.code):,} bytes" + (
             f", unpacks to {len(sub.source):,}" if sub.source != sub.code else ""))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
-        newer = "f-string" in str(problem) and sys.version_info < (3, 12)
-        sub.add(UNCHECKED if newer else FAIL, "compiles", f"{name} is no Python: {problem}"
-                if not newer else
-                f"{name} has an f-string that only Python 3.12 and later read; check it with such "
-                f"a one: {problem}")
+        if "f-string" in str(problem) and sys.version_info < (3, 12):
+            sub.add(UNCHECKED, "compiles", f"{name} has an f-string that only Python 3.12 and "
+                                           f"later read; check it with such a one: {problem}")
+        else:
+            sub.add(FAIL, "compiles", f"{name} is no Python: {problem}")
     find_needed(sub)
 
 
@@ -392,8 +385,8 @@ def find_needed(sub):
 
 LOG_NAME = re.compile(r"(train|log|seed|run).*\.(log|txt|out)$|.*\.log$", re.I)
 NO_LOG = re.compile(r"requirements|readme|license|notes|\.md$", re.I)
-BESIDE = re.compile(r"ablat|baseline|sweep|smoke|dry.?run|debug|compare|superseded|\bold|prev|fail|proxy|screen"
-                    r"|checkpoint|warmup|rerun|reprod|_eval|eval_|quant_", re.I)
+BESIDE = re.compile(r"ablat|baseline|sweep|smoke|dry.?run|debug|compare|superseded|\bold|prev|fail"
+                    r"|proxy|screen|checkpoint|warmup|rerun|reprod|_eval|eval_|quant_", re.I)
 MOST_LOGS, MOST_LOG_BYTES = 80, 32_000_000
 
 
@@ -403,9 +396,9 @@ def find_logs(sub):
     candidates = []
     for path in sorted(sub.folder.rglob("*"), key=lambda p: (len(p.parts), p)):
         name = path.relative_to(sub.folder).as_posix()
-        if path.is_file() and path.suffix in (".log", ".txt",
-                                              ".out") and 0 < path.stat().st_size < MOST_LOG_BYTES and not (
-                NO_LOG.search(path.name) or any(part.startswith(".") for part in Path(name).parts)):
+        hidden = any(part.startswith(".") for part in Path(name).parts)
+        text = path.suffix in (".log", ".txt", ".out") and not NO_LOG.search(path.name)
+        if text and not hidden and path.is_file() and 0 < path.stat().st_size < MOST_LOG_BYTES:
             candidates.append((path, name))
     if len(candidates) > MOST_LOGS:
         sub.add(UNCHECKED, "logs", f"the first {MOST_LOGS} of {len(candidates)} text files; "
@@ -503,7 +496,8 @@ def best_log(sub, logs, others):
                 bool(BESIDE.search(log.name)),
                 log.name.count("/"))
     best = min(logs, key=place)
-    side = BESIDE.search(best.name) and best.run_seed is None or not best.scores and best.named_seed is None
+    nameless = best.run_seed is None and BESIDE.search(best.name)
+    side = nameless or not best.scores and best.named_seed is None
     return None if side and others and sub.rows.get(str(best.run_seed)) is None else best
 
 

@@ -29,7 +29,8 @@ LOSS, BPB = rf"\b(?:val_)?loss\s?[:= ]\s*{N}", rf"\b(?:val_)?bpb\s?[:= ]\s*{N}"
 SCORE = re.compile(rf"^(.*?){LOSS}[\s,|]+{BPB}(.*)$")
 REVERSED_SCORE = re.compile(rf"^(.*?){BPB}[\s,|]+{LOSS}(.*)$")
 STEP = re.compile(r"^(?:step[:= ]\s*)?(\d+)/\d+[\s:|]")
-WORD = re.compile(r"\b(train_loss|val_loss|val_bpb|train_time|step_avg|lr_scale)\s?[:=]\s*([-+\w.]+)")
+WORD = re.compile(r"\b(train_loss|val_loss|val_bpb|train_time|step_avg|lr_scale)\s?[:=]"
+                  r"\s*([-+\w.]+)")
 OTHER_BPB = re.compile(r"\b(\w*bpb)\s?[:=]\s*(\d\.\d{3,})\b")
 RUNNING = re.compile(r"\[\s*[\d.]+[/%]|\brunning|_chunk|:done\b|\bquant_gap|\bimprove|\bdelta")
 SOURCE_BEGINS = re.compile(r'^("""|\'\'\'|#!|#\s*coding|import \w|from [\w.]+ import )')

@@ -39,10 +39,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.append(str(HERE))
-# noqa: E402
-from folder import (BPB, CODE, FAIL, LOSS, MODEL, NON_RECORD, PASS, RECORD, STD, TOTAL,
-                    UNCHECKED, WARN, Problem, adapts_on_validation, defaults_of, figure, listed,
-                    mean_std, meaning, modules_imported, names_read, number, open_submission,
+from folder import (BPB, CODE, FAIL, LOSS, MODEL, NON_RECORD, PASS, RECORD, STD,  # noqa: E402
+                    TOTAL, UNCHECKED, WARN, Problem, adapts_on_validation, defaults_of, figure,
+                    listed, mean_std, meaning, modules_imported, names_read, number, open_submission,
                     parsed, read_json, read_log, readable_source, said, sha256, texts_of)
 from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, Log, agree, half_unit  # noqa: E402
 
@@ -62,11 +61,9 @@ NETWORK = {"socket", "ssl", "urllib", "http", "ftplib", "smtplib", "xmlrpc", "we
            "huggingface_hub", "datasets", "wandb"}
 # Variables in published commands that launchers and libraries read, not the script.
 FOREIGN = ("TORCH", "PYTORCH", "NCCL_", "CUDA_", "OMP_", "MKL_", "OPENBLAS_", "TRITON", "PYTHON",
-           "HF_", "NVIDIA",
-           "GLOO_", "LD_", "PATH", "MATCHED_FINEWEB", "WANDB_", "NPROC", "MASTER_", "RANK",
-           "WORLD_SIZE", "LOCAL_RANK",
-           "TOKENIZERS_PARALLELISM", "HUGGING", "MODAL_", "UV_", "PIP_", "VIRTUAL_ENV", "LOG_FILE",
-           "LOGFILE")
+           "HF_", "NVIDIA", "GLOO_", "LD_", "PATH", "MATCHED_FINEWEB", "WANDB_", "NPROC", "MASTER_",
+           "RANK", "WORLD_SIZE", "LOCAL_RANK", "TOKENIZERS_PARALLELISM", "HUGGING",
+           "MODAL_", "UV_", "PIP_", "VIRTUAL_ENV", "LOG_FILE", "LOGFILE")
 UTF8 = dict(encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
 
 
@@ -80,8 +77,8 @@ def check_claims(sub):
         return
     claims = sub.claims
     scored = said(claims, BPB)[0] or any(said(row, BPB)[0] for row in sub.rows.values())
-    problems = [] if scored and claims.get("val_bpb", 0) is not None else ["missing or null: "
-                                                                           "val_bpb"]
+    whole = scored and claims.get("val_bpb", 0) is not None
+    problems = [] if whole else ["missing or null: val_bpb"]
     sub.verdict("submission.json", problems, f"{len(claims)} keys, a score among them")
     aliases = dict(author=("github_id", "submitter", "authors", "name"),
                    name=("submission_name", "record_name", "title", "run_name"),
@@ -95,8 +92,8 @@ def check_claims(sub):
         lacks += [f"seed_results.{seed}.{k}" for k, v in row.items()
                   if v is None] if isinstance(row, dict) else []
     try:
-        datetime.datetime.fromisoformat(str(claims.get("date") or "2026-01-01").replace("Z",
-                                                                                        "+00:00"))
+        date = str(claims.get("date") or "2026-01-01")
+        datetime.datetime.fromisoformat(date.replace("Z", "+00:00"))
     except ValueError:
         lacks.append(f"date (it is {claims['date']!r}, not YYYY-MM-DD)")
     if lacks:
@@ -104,54 +101,55 @@ def check_claims(sub):
 
 
 def check_logs(sub):
-    """Every log that counts whole, of the seed that it is named for, and of another run than the
-    others."""
+    """Every log that counts whole, with finite scores."""
     if not sub.logs:
         sub.add(UNCHECKED, "logs whole", "no log: score, bytes and seconds have no evidence here")
         return
     problems = []
     for log in sub.logs:
-        ours = "\nsetting " in log.body or not log.scores
-        if others := not log.scores and {k: v for k, v in log.other_bpb.items()
-                                         if k != "last_validation"}:
+        others = {k: v for k, v in log.other_bpb.items() if k != "last_validation"}
+        if others and not log.scores:
             sub.add(UNCHECKED, "logs whole", f"{log.name} has no loss with its score: "
-                                             f"{listed(f'{k} {v}' for k, v in others.items())}")
+                    + listed(f"{k} {v}" for k, v in others.items()))
             continue
+        ours = "\nsetting " in log.body or not log.scores
         lacks = [] if log.scores else ["final score"]
         lacks += ["'Total submission size'"] if log.total_bytes is None and ours else []
         ending = (log.body.rstrip().splitlines() or [""])[-1][:90]
-        problems += [f"{log.name} has no {' and no '.join(lacks)}; it ends with {ending!r}"] if lacks else []
-        problems += [f"{log.name}: {k} is {s.loss} nats, {s.bpb} bpb" for k, s in log.scores.items()
-                     if not (math.isfinite(s.loss) and math.isfinite(s.bpb) and s.bpb > 0
-                             and s.loss > 0)]
+        if lacks:
+            problems.append(f"{log.name} has no {' and no '.join(lacks)}; it ends with {ending!r}")
+        finite = {k: s for k, s in log.scores.items()
+                  if math.isfinite(s.loss + s.bpb) and s.bpb > 0 and s.loss > 0}
+        problems += [f"{log.name}: {k} is {s.loss} nats, {s.bpb} bpb"
+                     for k, s in log.scores.items() if k not in finite]
+        log.scores = finite  # what comes after divides by them
     if problems or sub.scored:
         sub.verdict("logs whole", problems, f"{len(sub.scored)} with a final score", sub.severity)
-    for log in sub.logs:  # what comes after divides by scores
-        log.scores = {k: s for k, s in log.scores.items() if math.isfinite(s.loss + s.bpb)
-                      and s.bpb > 0 and s.loss > 0}
-    problems = [f"{log.name} is the log of seed {log.seed}" for log in sub.logs
-                if log.seed is not None and log.named_seed is not None
-                and log.seed != log.named_seed]
-    if problems and sorted(g.named_seed or 0 for g in sub.logs) in ([*range(len(sub.logs))],
-                                                                    [*range(1, len(sub.logs) + 1)]):
-        sub.add(WARN, "logs distinct", f"named by their order, not by seed: {'; '.join(problems)}")
-        problems = []
-    for what, value in (("score ledger", lambda g: g.ledger),
-                        ("scores and seconds", lambda g: g.identity),
-                        ("seed", lambda g: g.seed)):
-        same = [[g.name for g in sub.logs if value(g) == v] for v,
-                n in Counter(map(value, sub.logs)).items()
-                if v not in (None, "") and n > 1]
-        problems += [f"{' and '.join(names)} have the same {what}: one run, counted twice; --logs "
-                     "chooses"
-                     for names in same
-                     if not any(set(names) == set(p.split(" have ")[0].split(" and "))
-                                for p in problems)]
-    sub.verdict("logs distinct", problems, f"seeds {listed(sub.runs)}")
+    check_distinct(sub)
     keys = {log.key for log in sub.scored}
     if len(keys) > 1 and not all(sub.kind in log.scores for log in sub.scored):
-        sub.add(FAIL, "logs alike", "no evaluation is in all: " + listed(f"{g.name}: {g.key}"
-                                                                         for g in sub.scored))
+        sub.add(FAIL, "logs alike", "no evaluation is in all: "
+                + listed(f"{g.name}: {g.key}" for g in sub.scored))
+
+
+def check_distinct(sub):
+    """Every log of the seed that it is named for, and of another run than the others."""
+    problems = [f"{log.name} is the log of seed {log.seed}" for log in sub.logs
+                if None not in (log.seed, log.named_seed) and log.seed != log.named_seed]
+    numbered = sorted(log.named_seed or 0 for log in sub.logs)
+    if problems and numbered in ([*range(len(numbered))], [*range(1, len(numbered) + 1)]):
+        sub.add(WARN, "logs distinct", f"named by their order, not by seed: {'; '.join(problems)}")
+        problems = []
+    reported = []
+    for what, value in (("score ledger", lambda g: g.ledger),
+                        ("scores and seconds", lambda g: g.identity), ("seed", lambda g: g.seed)):
+        for same, count in Counter(map(value, sub.logs)).items():
+            names = [log.name for log in sub.logs if value(log) == same]
+            if count > 1 and same not in (None, "") and names not in reported:
+                reported.append(names)
+                problems.append(f"{' and '.join(names)} have the same {what}: one run, counted "
+                                "twice; --logs chooses")
+    sub.verdict("logs distinct", problems, f"seeds {listed(sub.runs)}")
 
 
 def check_seeds(sub):
@@ -159,8 +157,8 @@ def check_seeds(sub):
     if not sub.logs:
         return
     seeds = [s for s, log in sub.runs.items() if log.scores]
-    few = [f"{len(seeds)} finished (seeds {listed(seeds) or 'none'}); a record needs 3"] if len(seeds) < 3 else []
-    sub.verdict("seeds", few, listed(seeds), sub.severity)
+    few = f"{len(seeds)} finished (seeds {listed(seeds) or 'none'}); a record needs 3"
+    sub.verdict("seeds", [few] if len(seeds) < 3 else [], listed(seeds), sub.severity)
     logged = {str(s) for s in sub.runs}
     finished = {str(g.run_seed) for g in sub.every_log if g.scores and g.run_seed is not None}
     if not sub.named_seeds:
@@ -177,8 +175,19 @@ def check_seeds(sub):
                     sub.severity)
         if more := sorted(finished - sub.named_seeds):
             sub.add(WARN, "seeds named", f"{sub.claims_name} lacks {listed(more)}, which has a "
-                                         "finished log: kept back, or "
-                    "another experiment?")
+                                         "finished log: kept back, or another experiment?")
+
+
+def same_source(log, sub):
+    """Whether a log begins with the script, apart from comments; None where that is not known."""
+    if log.source is None:
+        return None
+    logged, *own = (text.replace(b"\r\n", b"\n").strip()
+                    for text in (log.source, sub.code, sub.source))
+    if logged in own:
+        return True
+    meanings = meaning(logged), meaning(own[-1])
+    return None if None in meanings else meanings[0] == meanings[1]
 
 
 def check_code(sub):
@@ -187,32 +196,24 @@ def check_code(sub):
         return
     name, problems, unknown, good = sub.script.name, [], [], []
     hashes = {sha256(sub.code), sha256(sub.source)}
-    plain = {text.replace(b"\r\n", b"\n").strip() for text in (sub.code, sub.source)}
     sizes = {len(sub.code), len(sub.source), sub.code_bytes}
     for log in sub.logs:
-        logged = log.source.replace(b"\r\n", b"\n").strip() if log.source is not None else None
-        if log.code_sha256:
-            good += [log.name] * (log.code_sha256 in hashes)
-            problems += [f"{log.name} ran {log.code_sha256[:16]}…, {name} is "
-                         f"{sha256(sub.code)[:16]}…"] * (
-                log.code_sha256 not in hashes)
-        elif logged is not None and logged not in plain and meaning(logged) != meaning(sub.source.replace(b"\r\n", b"\n").strip()):
-            problems.append(f"{log.name} begins with another source than {name}'s")
-        elif logged is None:
-            unknown.append(log.name)
-        else:
-            good.append(log.name)
+        same = log.code_sha256 in hashes if log.code_sha256 else same_source(log, sub)
+        (unknown if same is None else good if same else problems).append(log)
     logged = {f"{n:,}" for log in sub.logs if log.code_sizes and not sizes & set(log.code_sizes)
               for n in log.code_sizes}
     if logged:
-        sub.add(WARN, "same code", f"the logs' 'Code size' is {listed(sorted(logged))}, {name} "
-                                   f"has {len(sub.code):,} bytes: not "
-                "the file that ran, or packed otherwise")
+        sub.add(WARN, "same code", f"the logs' 'Code size' is {listed(sorted(logged))}, {name} has "
+                f"{len(sub.code):,} bytes: not the file that ran, or packed otherwise")
     if problems or good:
-        sub.verdict("same code", problems, f"sha256 {sha256(sub.code)[:16]}…, or its source, in "
-                                           f"{len(good)} logs", sub.severity)
+        own = sha256(sub.code)[:16]
+        texts = [f"{g.name} ran {g.code_sha256[:16]}…, {name} is {own}…" if g.code_sha256 else
+                 f"{g.name} begins with another source than {name}'s" for g in problems]
+        sub.verdict("same code", texts, f"sha256 {own}…, or its source, in {len(good)} logs",
+                    sub.severity)
     if unknown:
-        sub.add(UNCHECKED, "same code", f"neither hash nor source in {listed(unknown)}")
+        sub.add(UNCHECKED, "same code", "neither hash nor readable source in "
+                + listed(log.name for log in unknown))
 
 
 def check_bytes(sub):
@@ -220,31 +221,31 @@ def check_bytes(sub):
     problems, remarks, totals, silent = [], [], {}, []
     for seed, log in sub.runs.items():
         parts = (log.code_bytes, log.model_bytes)
-        if None not in (*parts, log.total_bytes) and log.total_bytes not in {log.model_bytes + n
-                                                                             for n in log.code_sizes or [parts[0]]}:
+        sums = {(log.model_bytes or 0) + n for n in log.code_sizes or parts[:1] if n is not None}
+        if None not in (*parts, log.total_bytes) and log.total_bytes not in sums:
             (problems if log.code_sha256 else remarks).append(
                 f"{log.name}: {parts[0]:,} + {parts[1]:,} is {sum(parts):,}, logged as "
                 f"{log.total_bytes:,}")
-        on_disk = log.model_bytes + sub.code_bytes if None not in (log.model_bytes,
-                                                                   sub.code_bytes) else None
+        known = None not in (log.model_bytes, sub.code_bytes)
+        on_disk = log.model_bytes + sub.code_bytes if known else None
         total = on_disk if on_disk is not None else log.total_bytes
         if total is None:
             silent.append(log.name)
             continue
         totals[seed] = total
         over = [n for n in (on_disk, log.total_bytes) if n is not None and n > CAP_BYTES]
-        packed = on_disk in over and len(set(log.code_sizes)) > 1 and len(sub.code) == max(log.code_sizes)
+        several = len(set(log.code_sizes)) > 1  # before and after its compression
+        packed = several and on_disk in over and len(sub.code) == max(log.code_sizes)
         if len(over) == 2 or len(over) == 1 and (on_disk in over and not packed or on_disk is None):
             problems.append(f"seed {seed}: {max(over):,} exceeds {CAP_BYTES:,} by "
                             f"{max(over) - CAP_BYTES:,}")
         elif over:
-            remarks.append(f"{log.name}: {log.total_bytes:,} as logged" + (
-                f", with {sub.script.name} as it lies there ({len(sub.code):,} bytes, not "
-                f"compressed) {on_disk:,}"
-                if packed
-                else f", with the code that lies there {on_disk:,}") + f"; the cap is {CAP_BYTES:,}")
+            how = f" ({len(sub.code):,} bytes, not compressed)" if packed else ""
+            remarks.append(f"{log.name}: {log.total_bytes or 0:,} as logged, with "
+                           f"{sub.script.name} as it lies there{how} {on_disk:,}; the cap is "
+                           f"{CAP_BYTES:,}")
     if (totals or problems) and not (remarks and not problems):
-        how = "code on disk + model of each log" if sub.code is not None else "as logged; no code here"
+        how = "as logged; no code here" if sub.code is None else "code on disk + model of each log"
         sub.verdict("bytes", problems, f"{listed(f'{t:,}' for t in totals.values())} of "
                                        f"{CAP_BYTES:,} ({how})")
     if silent or not sub.logs:
@@ -299,10 +300,9 @@ def check_bytes_claimed(sub, totals):
         if not found and kind is CODE and sub.code and abs(value / len(sub.code) - 1) < 0.05:
             remarks.append(f"{key} is {value}, not {listed(sorted(codes - {None}))}")
         elif not found or found[0].endswith("model") and key in ("bytes_total", "total_bytes"):
-            known = listed(f"{what} {v:,}" for (v, _),
-                           what in list(names.items())[:4]) if kind is not CODE else listed(sorted(codes - {None}))
-            problems.append(f"{key} is {value}" + (f", {found[0]}" if found
-                                                   else "") + f", not {known}")
+            known = sorted(codes - {None}) if kind is CODE else [
+                f"{what} {n:,}" for (n, _), what in list(names.items())[:4]]
+            problems.append(listed([f"{key} is {value}", *found[:1], f"not {listed(known)}"]))
         else:
             (good if largest else remarks).append(f"{key} {value} is {found[0]}")
     if problems or good:
@@ -319,6 +319,14 @@ def same_count(claim, count):
     return abs(int(claim) - count) <= (0.5 * 10 ** zeros if zeros >= 4 else 0)
 
 
+def steps_late(log):
+    """Steps by which training, with what read training data after it, ended past the limit: 0, 1,
+    3, or infinity. The ancestors' loops stop by the clock, which they read once a step."""
+    late = log.train_seconds + (log.calibration_seconds or 0) - CAP_SECONDS - log.train_unit
+    limits = ((0, 0), (1, log.step_seconds), (3, max(3 * log.step_seconds, 0.3)))
+    return next((steps for steps, seconds in limits if late <= seconds), math.inf)
+
+
 def check_seconds(sub):
     """Training and evaluation within 600 s each, and what no timer held."""
     problems, close, seen = [], [], []
@@ -326,16 +334,13 @@ def check_seconds(sub):
         if log.train_seconds is None:
             sub.add(UNCHECKED, "train seconds", f"no train_time in {log.name}")
             continue
-        after = log.calibration_seconds or 0
-        total, step = log.train_seconds + after, log.step_seconds
-        text = f"{log.train_seconds:.{1 + (log.train_unit < 0.005)}f}" + (f" + {after:.1f} for "
-                                                                          f"{log.calibration[:40]!r}" if after else "")
-        # the ancestors' loops stop by the clock, which they read once a step
-        if total > CAP_SECONDS:
-            steps = next((n for n in (1, 3) if total <= CAP_SECONDS
-                          + max(n * step, 0.3 * (n > 1)) + log.train_unit), None)
-            (close if steps else problems).append(f"{log.name}: {text} s exceeds {CAP_SECONDS}" + (
-                f" by less than {'a step' if steps == 1 else '3 steps or 0.3 s'}" if steps else ""))
+        text = f"{log.train_seconds:.{1 + (log.train_unit < 0.005)}f}"
+        if after := log.calibration_seconds:
+            text += f" + {after:.1f} for {log.calibration[:40]!r}"
+        late = steps_late(log)
+        by = {1: " by less than a step", 3: " by less than 3 steps or 0.3 s"}.get(late, "")
+        if late:
+            (close if by else problems).append(f"{log.name}: {text} s exceeds {CAP_SECONDS}{by}")
         else:
             seen.append(text)
         if log.calibration and log.calibration_seconds is None:
@@ -397,7 +402,8 @@ def check_adaptation(sub):
     if not adapted:
         return
     line = adapted[0].adapted[sub.kind][:80]
-    text = f"{listed(g.name for g in adapted)}: {line!r} and no score in these epochs; {sub.kind} scores after them"
+    text = (f"{listed(g.name for g in adapted)}: {line!r} and no score in these epochs; {sub.kind} "
+            "scores after them")
     if sub.tree is not None and not adapts_on_validation(sub.tree):
         sub.add(UNCHECKED, "score before update", f"{text}. On which text it steps is not visible "
                                                   f"in {sub.script.name}")
@@ -430,7 +436,8 @@ def check_denominator(sub):
                     problems.append(f"{log.name}: {key} implies {implied:,.0f} bytes, logged are "
                                     f"{log.scored_bytes:,}")
             by_ledger = (log.loss_sum or 0) / log.targets
-            if by_ledger and abs(by_ledger - log.score.loss) > 1.01 * log.score.loss_unit + 1e-6 / log.targets:
+            slack = 1.01 * log.score.loss_unit + 1e-6 / log.targets
+            if by_ledger and abs(by_ledger - log.score.loss) > slack:
                 problems.append(f"{log.name}: {log.key} is {log.score.loss} nats, the ledger's "
                                 f"sum gives {by_ledger:.8f}")
         judge_bytes(log, score.bytes_per_target, problems, good, unknown)
@@ -451,8 +458,12 @@ def judge_bytes(log, ratio, problems, good, unknown):
     """Sort what the bytes per target of a log imply for the whole text into one of three lists."""
     if log.targets:
         off = ratio * log.targets / OFFICIAL_BYTES - 1
-        if abs(off) <= 0.01 or not official_set(log.targets):  # else judged by check_validation_set
+        official = official_set(log.targets)
+        if abs(off) <= 0.01 or log.scored_bytes and not official:
             good.append(f"{ratio * log.targets:,.0f}")
+        elif not official:
+            unknown.append(f"{log.name}: {ratio * log.targets:,.0f} bytes implied for "
+                           f"{log.targets:,} targets, whose text is not known")
         else:
             problems.append(f"{log.name}: {ratio * log.targets:,.0f} bytes implied, the "
                             "validation text has about "
@@ -491,7 +502,7 @@ def check_validation_set(sub):
                                                      f"{100 * share:.1f} % of the text by its "
                         "bytes: another text or tokenizer, or a part")
             elif abs(share - 1) <= 0.005:
-                good.append(f"{log.targets:,} targets, {100 * share:.1f} % of the text by its bytes")
+                good.append(f"{log.targets:,} targets, {100 * share:.1f} % of the text by bytes")
             else:
                 problems.append(f"{log.name}: {log.targets:,} targets, {100 * share:.1f} % of the "
                                 "text by its bytes" + (
@@ -523,8 +534,8 @@ def check_scores(sub):
             sub.add(UNCHECKED, names[0], f"not in {sub.claims_name} as a number")
         else:
             sub.add(*which_score(sub, key, claim, attribute))
-    (key, stated), (_, std) = said(sub.claims,
-                                   STD), mean_std([sub.score(log).bpb for log in sub.scored])
+    key, stated = said(sub.claims, STD)
+    _, std = mean_std([sub.score(log).bpb for log in sub.scored])
     if key is None or std is None:
         if std is not None or key and stated:
             sub.add(WARN, "val_bpb_std", f"{sub.claims_name} has {stated}; the {len(sub.scored)} "
@@ -533,66 +544,90 @@ def check_scores(sub):
     population = std * math.sqrt(1 - 1 / len(sub.scored))
     # rounded, or cut off
     slack = 2.02 * half_unit(stated) + max(sub.score(log).bpb_unit for log in sub.scored)
-    sub.verdict(key, [f"{stated}, the logs give {std:.6f} (n−1)"] if min(
-        abs(float(stated) - std), abs(float(stated) - population)) > slack else [],
-                f"{stated}, logs {std:.6f} (n−1)",
-        sub.severity)
+    wrong = min(abs(float(stated) - std), abs(float(stated) - population)) > slack
+    sub.verdict(key, [f"{stated}, the logs give {std:.6f} (n−1)"] if wrong else [],
+                f"{stated}, logs {std:.6f} (n−1)", sub.severity)
 
 
 def which_score(sub, key, claim, attribute):
     """(status, key, text): which figure of the logs a claimed score is."""
-    kinds = [k for k in dict.fromkeys([sub.kind, *reversed(sub.scored[-1].scores)])
-             if all(k in g.scores for g in sub.scored)]
-    last, means = sub.scored[-1].key, {}
-    for kind in kinds:
-        rows = [log.scores[kind] for log in sub.scored]
-        means[kind] = mean_std([getattr(s, attribute) for s in rows])[0]
-        slack = 1.01 * (half_unit(claim) + max(getattr(s, f"{attribute}_unit") for s in rows))
-        single = [s for s, log in sub.runs.items() if kind in log.scores
-                  and agree(claim, log.scores[kind].printed(attribute))]
-        if abs(float(claim) - means[kind]) > slack and not single:
-            continue
-        other = "" if kind == last else f"; the last evaluation is {last}"
-        if abs(float(claim) - means[kind]) <= slack:
-            measured = sub.severity if DIAGNOSTIC.search(kind) else WARN
-            return measured if other else PASS, key, f"{claim} is the mean of {kind}, {means[kind]:.6f}{other}"
-        return WARN, key, f"{claim} is seed {single[0]}'s {kind}; the mean of {len(rows)} logs is {means[kind]:.6f}{other}"
-    cut = next((k for k, m in means.items()
-                if 0 <= m - float(claim) < min(1e-4, 2 * half_unit(claim))), None)
-    if cut:
-        return WARN, key, f"{claim} is the mean of {cut}, {means[cut]:.6f}, cut off and not rounded"
-    stated = [said(row, BPB if attribute == "bpb" else LOSS)[1] for row in sub.rows.values()]
-    lists = [[*map(figure, v)] for k, v in sub.claims.items() if attribute == "bpb" and "bpb" in k
-             and isinstance(v, list)]
-    for values in (stated, *lists):
-        if values and None not in values and abs(float(claim) - sum(map(float,
-                                                                        values)) / len(values)) < min(
-                1e-4, 2.02 * half_unit(claim)):
-            without = len(values) > len(sub.scored)
-            return UNCHECKED if without else PASS, key, f"{claim} is the mean of the {len(values)} scores that " \
-                f"{sub.claims_name} lists; {len(sub.scored)} of them have a log"
-    if attribute == "loss" and abs(float(claim) - mean_std([sub.score(g).bpb
-                                                            for g in sub.scored])[0]) < 1e-3:
-        return WARN, key, f"{claim} is the bpb, not nats"
-    for label in sub.scored[-1].other_bpb if attribute == "bpb" else ():
-        values = [float(g.other_bpb[label]) for g in sub.scored if label in g.other_bpb]
-        if agree(claim, f"{mean_std(values)[0]:.5f}") or any(agree(claim,
-                                                                   g.other_bpb.get(label, "nan"))
-                                                             for g in sub.scored
-                                                            if label in g.other_bpb):
+    means = {}
+    kinds = dict.fromkeys([sub.kind, *reversed(sub.scored[-1].scores)])
+    for kind in [k for k in kinds if all(k in g.scores for g in sub.scored)]:
+        means[kind] = mean_std([getattr(g.scores[kind], attribute) for g in sub.scored])[0]
+        if found := as_evaluation(sub, claim, attribute, kind, means[kind]):
+            return found[0], key, f"{claim} is {found[1]}"
+    for explain in (as_cut_off, as_listed, as_bpb, as_other):
+        if found := explain(sub, claim, attribute, means):
+            return found[0], key, f"{claim} is {found[1]}"
+    text = f"{claim} is no mean of the logs: " + listed(f"{k} {m:.6f}" for k, m in means.items())
+    aside = [g.name for g in sub.every_log if claim is not None and g not in sub.logs
+             for s in g.scores.values() if agree(claim, s.printed(attribute))]
+    text += f"; {aside[0]} has it, which does not count" if aside else ""
+    return FAIL if attribute == "bpb" else sub.severity, key, text
+
+
+def as_evaluation(sub, claim, attribute, kind, mean):
+    """(status, what it is) of a claim that is an evaluation's mean, or one seed's; or None."""
+    units = [getattr(log.scores[kind], f"{attribute}_unit") for log in sub.scored]
+    single = [s for s, log in sub.runs.items() if kind in log.scores
+              and agree(claim, log.scores[kind].printed(attribute))]
+    last = sub.scored[-1].key
+    other = "" if kind == last else f"; the last evaluation is {last}"
+    if abs(float(claim) - mean) <= 1.01 * (half_unit(claim) + max(units)):
+        doubt = sub.severity if DIAGNOSTIC.search(kind) else WARN
+        return doubt if other else PASS, f"the mean of {kind}, {mean:.6f}{other}"
+    if single:
+        of_all = f"the mean of {len(units)} logs is {mean:.6f}"
+        return WARN, f"seed {single[0]}'s {kind}; {of_all}{other}"
+    return None
+
+
+def as_cut_off(sub, claim, attribute, means):
+    """(status, what it is) of a claim that is a mean with its last digits cut off; or None."""
+    most = min(1e-4, 2 * half_unit(claim))
+    cut = next((k for k, m in means.items() if 0 <= m - float(claim) < most), None)
+    return cut and (WARN, f"the mean of {cut}, {means[cut]:.6f}, cut off and not rounded")
+
+
+def as_listed(sub, claim, attribute, means):
+    """(status, what it is) of a claim that is the mean of what submission.json lists; or None."""
+    several = [[said(row, BPB if attribute == "bpb" else LOSS)[1] for row in sub.rows.values()]]
+    if attribute == "bpb":
+        several += [[*map(figure, v)] for k, v in sub.claims.items()
+                    if "bpb" in k and isinstance(v, list)]
+    for values in several:
+        if values and None not in values:
+            mean = sum(map(float, values)) / len(values)
+            if abs(float(claim) - mean) < min(1e-4, 2.02 * half_unit(claim)):
+                status = UNCHECKED if len(values) > len(sub.scored) else PASS
+                return status, (f"the mean of the {len(values)} scores that {sub.claims_name} "
+                                f"lists; {len(sub.scored)} of them have a log")
+    return None
+
+
+def as_bpb(sub, claim, attribute, means):
+    """(status, what it is) of a loss that is the score in bits; or None."""
+    mean = mean_std([sub.score(g).bpb for g in sub.scored])[0]
+    in_bits = attribute == "loss" and abs(float(claim) - mean) < 1e-3
+    return (WARN, "the bpb, not nats") if in_bits else None
+
+
+def as_other(sub, claim, attribute, means):
+    """(status, what it is) of a claim that stands in the logs outside of an evaluation; or None."""
+    labels = {label for g in sub.scored for label in g.other_bpb} if attribute == "bpb" else set()
+    values = {label: [g.other_bpb[label] for g in sub.scored if label in g.other_bpb]
+              for label in labels}
+    if attribute == "loss":
+        values["last_validation"] = [str(v) for g in sub.scored for _, v in g.validation[-1:]]
+    for label, texts in values.items():
+        mean = [f"{sum(map(float, texts)) / len(texts):.5f}"] if texts else []
+        if any(agree(claim, text) for text in mean + texts):
             before = label == "last_validation"
-            return sub.severity if before else WARN, key, f"{claim} is {label}" + (
-                ", before quantization" if before
-                else "") + f"; {sub.kind} gives {means.get(sub.kind, math.nan):.6f}"
-    last_losses = [v for g in sub.scored for _,
-                   v in g.validation[-1:]] if attribute == "loss" else []
-    if any(agree(claim, v) for v in last_losses):
-        return sub.severity, key, f"{claim} is the last validation of the training, before quantization; {sub.kind} gives " \
-            f"{means.get(sub.kind, math.nan):.6f}"
-    everywhere = [g.name for g in sub.every_log for s in g.scores.values()
-                  if agree(claim, s.printed(attribute))]
-    return FAIL if attribute == "bpb" else sub.severity, key, f"{claim} is no mean of the logs: " + listed(f"{k} {m:.6f}" for k, m in means.items()) + (
-        f"; {everywhere[0]} has it, which does not count" if everywhere else "")
+            return sub.severity if before else WARN, label + (
+                " of the training, before quantization" if before else "") + (
+                f"; {sub.kind} gives {means.get(sub.kind, math.nan):.6f}")
+    return None
 
 
 def close_to(attribute):
@@ -609,24 +644,23 @@ def timed(name):
     return lambda g: [] if getattr(g, name) is None else [f"{getattr(g, name):.1f}"]
 
 
+def step_milliseconds(log):
+    return [f"{1000 * log.step_seconds:.2f}"] if log.step_seconds else []
+
+
 RESULT_KEYS = {**dict.fromkeys(BPB, close_to("bpb")), **dict.fromkeys(LOSS, close_to("loss")),
                **dict.fromkeys(TOTAL, exactly("total_bytes", "model_bytes")),
                **dict.fromkeys(MODEL, exactly("model_bytes")),
                **dict.fromkeys(CODE, exactly("code_bytes")),
                **dict.fromkeys(("steps", "train_steps", "step_stop"), exactly("steps")),
-               **dict.fromkeys(("step_avg_ms", "ms_per_step"),
-                               lambda g: [f"{1000 * g.step_seconds:.2f}"] if g.step_seconds
-                               else []),
+               **dict.fromkeys(("step_avg_ms", "ms_per_step"), step_milliseconds),
                **dict.fromkeys(("train_seconds", "wallclock_seconds", "train_time_s"),
                                timed("train_seconds")),
                "eval_seconds": timed("eval_seconds"),
                "scored_targets": exactly("targets"), "scored_bytes": exactly("scored_bytes"),
                "seed": exactly("seed")}
-
-
 SOFT = ("steps", "train_steps", "step_stop", "step_avg_ms", "ms_per_step", "train_seconds",
-        "wallclock_seconds",
-        "train_time_s", "eval_seconds")  # what does not decide
+        "wallclock_seconds", "train_time_s", "eval_seconds")  # what does not decide
 
 
 def differences(row, log, totals=()):
@@ -656,9 +690,9 @@ def check_seed_results(sub):
     for seed, log in sub.runs.items():
         if not log.scores:
             continue
-        rows, on_disk = {"seed_results": sub.rows.get(str(seed))}, [log.model_bytes
-                                                                    + sub.code_bytes] if (
-            log.model_bytes and sub.code_bytes) else []
+        known = log.model_bytes and sub.code_bytes
+        on_disk = [log.model_bytes + sub.code_bytes] if known else []
+        rows = {"seed_results": sub.rows.get(str(seed))}
         path = sub.folder / f"result_seed{seed}.json"
         if path.is_file():
             try:
@@ -711,14 +745,14 @@ COLUMNS = (
      lambda g: close_to("loss")(g) + [v for _, v in g.validation[-1:]]),
     ("steps", re.compile(r"^(train )?steps$", re.I), r"\d{3,6}", exactly("steps")),
     ("ms per step", re.compile(r"ms ?/ ?step|step.?avg|ms per step", re.I), r"\d+(?:\.\d+)?",
-     lambda g: [f"{1000 * g.step_seconds:.2f}"] if g.step_seconds else []),
+     step_milliseconds),
     ("bytes", re.compile(r"bytes|artifact|size", re.I), r"\d{7,8}",
      exactly("total_bytes", "model_bytes")))
 NOT_OF_THE_RUN = re.compile(r"gain|delta|Δ|gap|std|vs\b|sota|baseline|improve", re.I)
 
 
 def check_readme(sub):
-    """Scores, steps, milliseconds and bytes of the README's tables by seed, and its headline,
+    """Scores, steps, milliseconds and bytes of the README's tables by seed, and its first scores,
     against the logs."""
     if not sub.readme or not sub.scored:
         sub.add(UNCHECKED, "README's figures", "no README, or no log with a score")
@@ -727,33 +761,19 @@ def check_readme(sub):
     wrong, remarks, compared, right = [], [], 0, set()
     for header, cells in readme_rows(sub.readme):
         seed = cells[0].removeprefix("seed ").strip()
-        log = logs.get(seed) if re.match(r"(?i)seed", header[0]) else None
-        scores, differ = 0, []
-        for head, cell in zip(header[1:], cells[1:]) if log else ():
-            what, known, value = column_of(head, cell, log)
-            if what == "bpb":
-                known += [v for row in (sub.rows.get(seed), sub.results.get(seed))
-                          for v in scores_in(row)]
-                known += [v for g in sub.every_log if str(g.run_seed) == seed
-                          for v in close_to("bpb")(g)]
-            agrees = any(agree(value, k) for k in known)
-            compared, scores = compared + bool(known), scores + (agrees and what == "bpb")
-            if known and not agrees:
-                differ.append((what, f"seed {seed}, {head!r}: {value}, the log has "
-                                     f"{listed(dict.fromkeys(known[:3]))}"))
-        right |= {seed} if scores else set()
+        if not re.match(r"(?i)seed", header[0]) or seed not in logs:
+            continue
+        agreeing, differing = compare_row(sub, logs[seed], seed, header, cells)
+        compared += len(agreeing) + len(differing)
+        right |= {seed} if "bpb" in agreeing else set()
         # of several scores, one that no log has may come from another evaluation
-        for what, text in differ:
-            (wrong if what == "bpb" and not scores else remarks).append((seed, text))
+        for what, text in differing:
+            sole = what == "bpb" and "bpb" not in agreeing
+            (wrong if sole else remarks).append((seed, text))
     remarks = [text for _, text in remarks] + [text for seed, text in wrong if seed in right]
     wrong = [text for seed, text in wrong if seed not in right]
-    head = [n for line in [x for x in sub.readme.splitlines() if re.search("bpb", x, re.I)][:6]
-            for n in re.findall(r"(?<![\d.])[0-4]\.\d{3,}\b", line)]
-    ours = [claim for o in (sub.claims or {}, *sub.rows.values())
-            if (claim := said(o, BPB)[1]) is not None]
-    ours += [text for log in sub.logs for text in (*close_to("bpb")(log), *log.other_bpb.values())]
-    ours.append(f"{mean_std([sub.score(g).bpb for g in sub.scored])[0]:.5f}")
-    if head and not any(agree(n, k) for n in head for k in ours):
+    head = first_scores(sub.readme)
+    if head and not any(agree(n, k) for n in head for k in scores_known(sub)):
         remarks.append(f"the README's first scores are {listed(head[:3])}; {sub.claims_name} and "
                        "the logs have none of them")
     if wrong or (compared or head) and not remarks:
@@ -763,6 +783,38 @@ def check_readme(sub):
         sub.add(UNCHECKED, "README's figures", "no score near its beginning and no table by seed")
     if remarks:
         sub.add(WARN, "README's figures", "; ".join(remarks[:6]))
+
+
+def compare_row(sub, log, seed, header, cells):
+    """([what agrees with a log], [(what, text) of what does not]) of a row of a table by seed."""
+    agreeing, differing = [], []
+    for head, cell in zip(header[1:], cells[1:]):
+        what, known, value = column_of(head, cell, log)
+        if what == "bpb":
+            rows = (sub.rows.get(seed), sub.results.get(seed))
+            known += [v for row in rows for v in scores_in(row)]
+            known += [v for g in sub.every_log if str(g.run_seed) == seed
+                      for v in close_to(what)(g)]
+        if any(agree(value, k) for k in known):
+            agreeing.append(what)
+        elif known:
+            logged = listed(dict.fromkeys(known[:3]))
+            differing.append((what, f"seed {seed}, {head!r}: {value}, the log has {logged}"))
+    return agreeing, differing
+
+
+def first_scores(text):
+    """Numbers like a score in the first lines of a README that speak of one."""
+    lines = [line for line in text.splitlines() if re.search("bpb", line, re.I)][:6]
+    return [n for line in lines for n in re.findall(r"(?<![\d.])[0-4]\.\d{3,}\b", line)]
+
+
+def scores_known(sub):
+    """All scores of submission.json and of the logs that count, and their mean."""
+    claimed = [said(o, BPB)[1] for o in (sub.claims or {}, *sub.rows.values())]
+    logged = [v for g in sub.logs for v in (*close_to("bpb")(g), *g.other_bpb.values())]
+    mean = mean_std([sub.score(g).bpb for g in sub.scored])[0]
+    return [v for v in claimed if v is not None] + logged + [f"{mean:.5f}"]
 
 
 def scores_in(row, name=""):
@@ -836,8 +888,8 @@ def check_settings(sub):
     unread = sorted(n for n in commands if n not in known and not n.startswith(FOREIGN))
     odd = [f"{n}={v}: is 0.{v[1:]} meant?" for n, v in commands.items() if re.fullmatch(r"0\d+", v)]
     if commands:
-        sub.verdict("README's commands", ([f"{listed(unread)}: the script does not read it"]
-                                          if unread else []) + odd,
+        problems = [f"{listed(unread)}: the script does not read it"] if unread else []
+        sub.verdict("README's commands", problems + odd,
                     f"the script reads {listed(sorted(commands))}", WARN)
 
 
@@ -876,15 +928,13 @@ def check_compliance(sub):
     promises, problems = (sub.claims or {}).get("compliance"), []
     if not isinstance(promises, dict) or not sub.scored:
         return
+    doubtful = {what for status, what, _ in sub.findings if status in (FAIL, WARN)}
     failed = {what for status, what, _ in sub.findings if status == FAIL}
-    totals = [t for g in sub.logs if (t := g.total_bytes) is not None]
     seconds = [s for log in sub.scored if (s := eval_seconds(sub, log)) is not None]
-    true = dict(train=all((log.train_seconds or 0) <= CAP_SECONDS + log.step_seconds
-                          + log.train_unit for log in sub.logs),
-                eval=max(seconds, default=0) <= CAP_SECONDS,
-                bytes=max(totals, default=0) <= CAP_BYTES or "bytes" not in failed,
-                seeds=len(sub.scored) >= 3, set=all(not log.targets or official_set(log.targets)
-                                                    for log in sub.scored))
+    timed_logs = [log for log in sub.logs if log.train_seconds is not None]
+    true = dict(train=all(steps_late(log) < math.inf for log in timed_logs),
+                eval=max(seconds, default=0) <= CAP_SECONDS, bytes="bytes" not in failed,
+                seeds=len(sub.scored) >= 3, set="validation set" not in doubtful)
     for name, pattern in dict(train="train.*600", eval="eval.*600", bytes="(bytes|artifact).*16",
                               seeds="three_seeds",
                               set="full_validation_set").items():
@@ -1054,7 +1104,8 @@ def ends_well(command, cwd, environ, seconds):
     except subprocess.TimeoutExpired:
         return f"not done after {seconds} s", ""
     lines = (done.stdout + done.stderr).strip().splitlines()
-    return f"exit status {done.returncode}" if done.returncode else "", lines[-1][:200] if lines else ""
+    failed = f"exit status {done.returncode}" if done.returncode else ""
+    return failed, lines[-1][:200] if lines else ""
 
 
 def check_by_running(sub, artifacts, given):
