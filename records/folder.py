@@ -216,8 +216,8 @@ def modules_imported(tree):
 
 
 def texts_of(tree):
-    return {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value,
-                                                                                          str)}
+    values = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant))
+    return {value for value in values if isinstance(value, str)}
 
 
 def parsed(source):
@@ -236,10 +236,9 @@ def meaning(source):
         return None
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0],
-                                                          ast.Expr) and isinstance(body[0].value,
-                                                                                   ast.Constant):
-            body[0].value.value = None
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            first.value.value = None
     return ast.dump(tree)
 
 
@@ -463,8 +462,8 @@ def choose_logs(sub, globs):
     if not sub.logs:
         sub.logs, aside = sub.every_log[:], {}
     bpb = said(sub.claims or {}, BPB)[1]
-    right = [g for g in sub.logs if bpb is not None and distance(g, bpb) <= max(half_unit(bpb),
-                                                                                5e-5)]
+    right = [g for g in sub.logs
+             if bpb is not None and distance(g, bpb) <= max(half_unit(bpb), 5e-5)]
     # without seeds, only the score tells experiments apart
     if right and any(g.run_seed is None for g in sub.logs):
         aside |= {g.name: "another score than submission.json's" for g in sub.logs
