@@ -109,7 +109,7 @@ WITHIN = ("results", "metrics", "result", "summary", "aggregate", "final")
 OTHER_SCORE = re.compile(r"std|pre|base|delta|sota|gain|improve|gap|float|record|target|best_"
                          r"|seeds", re.I)
 ELSEWHERE = re.compile(r"supersed|previous|baseline|ablation|compar|reference|verif|sota|prior"
-                       r"|\bold", re.I)
+                       r"|\bold|step|layer|stride|iter|histor|curve|epoch|bits", re.I)
 
 
 def figure(value, key=""):
@@ -343,7 +343,8 @@ def open_script(sub, there):
     try:
         sub.source = readable_source(sub.script)
     except Problem as problem:
-        sub.add(UNCHECKED, "wrapper", f"{name}: {problem}")
+        sub.add(UNCHECKED, "wrapper", f"{name}: {problem}: nothing is known of what it holds")
+        return
     try:
         sub.tree = parsed(sub.source)
         sub.add(PASS, "compiles", f"{name}, {len(sub.code):,} bytes" + (
@@ -447,6 +448,8 @@ def choose_logs(sub, globs):
         first = known.setdefault(log.identity, log)
         if first is not log and log.named_seed in (None, first.run_seed):
             aside[log.name] = f"a copy of {first.name}"
+        elif not log.curve and log.run_seed is None and len(sub.every_log) > 1:
+            aside[log.name] = "no training in it"
         else:
             seed = log.named_seed if log.named_seed is not None else log.seed
             groups.setdefault(log.name if seed is None else str(seed), []).append(log)
@@ -472,6 +475,13 @@ def choose_logs(sub, globs):
     return aside
 
 
+def rivals(sub, aside):
+    """Finished logs beside of a seed that counts, which no name tells to be another experiment."""
+    counted = {log.run_seed for log in sub.logs} - {None}
+    return [g for g in sub.every_log if g.name in aside and g.scores and g.run_seed in counted
+            and not BESIDE.search(g.name) and "a copy" not in aside[g.name]]
+
+
 def completed(best, logs):
     """The log of an evaluation by itself, with the rest from the training log of the same seed."""
     training = next((g for g in logs if g.curve and best and not best.curve
@@ -491,9 +501,8 @@ def best_log(sub, logs, others):
     like side experiments."""
     def place(log):
         bpb = claimed_bpb(sub, log)
-        return (not log.scores, 0 if bpb is None else round(distance(log, bpb), 5),
-                bool(BESIDE.search(log.name)),
-                log.name.count("/"))
+        return (not log.scores, 0 if bpb is None else round(distance(log, bpb), 5), not log.curve,
+                log.total_bytes is None, bool(BESIDE.search(log.name)), log.name.count("/"))
     best = min(logs, key=place)
     nameless = best.run_seed is None and BESIDE.search(best.name)
     side = nameless or not best.scores and best.named_seed is None
@@ -547,8 +556,8 @@ def open_submission(folder, globs=()):
     sub.findings.insert(0, sub.findings.pop())
     if aside:
         shown = [f"{name} ({why})" for name, why in list(aside.items())[:8]]
-        sub.add(PASS, "logs beside", f"{len(aside)} do not count: "
-                                     f"{listed(shown)}{', …' * (len(aside) > 8)}; --logs chooses")
+        sub.add(WARN if rivals(sub, aside) else PASS, "logs beside", f"{len(aside)} do not count: "
+                f"{listed(shown)}{', …' * (len(aside) > 8)}; --logs chooses")
     sub.kind = choose_kind(sub)
     if not certain:
         sub.add(WARN, "track", f"{sub.claims_name} says {stated or 'nothing'}; checked as "

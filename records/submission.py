@@ -931,15 +931,22 @@ def check_compliance(sub):
     failed = {what for status, what, _ in sub.findings if status == FAIL}
     seconds = [s for log in sub.scored if (s := eval_seconds(sub, log)) is not None]
     timed_logs = [log for log in sub.logs if log.train_seconds is not None]
-    true = dict(train=all(steps_late(log) < math.inf for log in timed_logs),
+    sized = any(log.total_bytes is not None for log in sub.logs)
+    true = dict(train=all(steps_late(log) < math.inf for log in timed_logs) or not timed_logs,
                 eval=max(seconds, default=0) <= CAP_SECONDS, bytes="bytes" not in failed,
                 seeds=len(sub.scored) >= 3, set="validation set" not in doubtful)
+    known = dict(train=timed_logs, eval=seconds, bytes=sized, seeds=True,
+                 set=any(log.targets for log in sub.scored))
+    compared = 0
     for name, pattern in dict(train="train.*600", eval="eval.*600", bytes="(bytes|artifact).*16",
-                              seeds="three_seeds",
-                              set="full_validation_set").items():
-        problems += [f"{key}: true, the logs say otherwise" for key, value in promises.items()
-                     if re.match(pattern, key) and value is True and not true[name]]
-    sub.verdict("compliance", problems, "submission.json promises nothing that the logs contradict")
+                              seeds="three_seeds", set="full_validation_set").items():
+        keys = [k for k, v in promises.items() if re.match(pattern, k) and v is True]
+        compared += len(keys) if known[name] else 0
+        problems += [] if true[name] else [f"{k}: true, the logs say otherwise" for k in keys]
+    if compared or problems:
+        sub.verdict("compliance", problems, f"the logs contradict none of {compared} promises")
+    else:
+        sub.add(UNCHECKED, "compliance", "no promise that the logs can confirm")
 
 
 def check_hardware(sub):

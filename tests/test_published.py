@@ -133,7 +133,8 @@ def block():
             for s, b in BPB.items()}
     claims = dict(author="a", record_name="n", track="track_10min_16mb",
                   results={**rows, "mean_val_bpb": round(MEAN, 5), "std_val_bpb": 0.0003})
-    return {"train_gpt.py": code, "train_gpt_human.py": SOURCE, "README.md": readme(len(code), ms="99.2"),
+    return {"train_gpt.py": code, "train_gpt_human.py": SOURCE, "README.md": readme(len(code),
+                                                                                    ms="99.2"),
             "submission.json": claims,
             **{f"logs/run_{s}.txt": log_text(s, "block", len(code)) for s in BPB}}
 
@@ -326,6 +327,21 @@ FAULTS = {  # form, what is planted, the finding that must name it
                                                      r"names it"),
     "a damaged wrapper": ("block", edit("train_gpt.py", "b85decode('", "b85decode('!!"), UNCHECKED,
                           "wrapper", "train_gpt.py"),
+    "two runs of a seed": ("colon", lambda f: f.update({"again.log": log_text(42, bpb=1.1234)}),
+                           WARN, "logs beside",
+                           "again.log .a rerun, or another experiment"),
+    "a summary of the logs": ("colon", lambda f: f.update({"results.txt": "final val_loss:1.8 "
+                                                                          "val_bpb:1.1\n"}), PASS,
+                              "logs beside", "results.txt .no training in it"),
+    "steps that look like seeds": ("colon", claim(step_results={"1000": {"val_bpb": 1.3}},
+                                                  seed_results=None), PASS,
+                                   "seeds named", ""),
+    "a promise that nobody can confirm": ("colon", both(claim(compliance={"no_slot": True})),
+                                          UNCHECKED, "compliance", ""),
+    "a promise that is not kept": ("colon", both(claim(compliance={"eval_under_600s": True}),
+                                                 logs_with(evaluation=700_000)),
+                                   FAIL, "compliance", "eval_under_600s: true, the logs say "
+                                                       "otherwise"),
     "no log": ("colon", drop(r"\.log$"), UNCHECKED, "bytes", "there is none"),
     "no log, no score": ("colon", drop(r"\.log$"), UNCHECKED, "val_bpb", "no log with a score"),
     "no code": ("colon", drop("train_gpt.py"), UNCHECKED, "settings read", "no script"),
