@@ -387,7 +387,7 @@ LOG_NAME = re.compile(r"(train|log|seed|run).*\.(log|txt|out)$|.*\.log$", re.I)
 NO_LOG = re.compile(r"requirements|readme|license|notes|\.md$", re.I)
 BESIDE = re.compile(r"ablat|baseline|sweep|smoke|dry.?run|debug|compare|superseded|\bold|prev|fail"
                     r"|proxy|screen|checkpoint|warmup|rerun|reprod|_eval|eval_|quant_", re.I)
-MOST_LOGS, MOST_LOG_BYTES = 80, 32_000_000
+MOST_LOGS, MOST_LOG_BYTES = 40, 32_000_000
 
 
 def find_logs(sub):
