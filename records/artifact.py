@@ -10,7 +10,6 @@ inspect prints what every tensor got and costs.
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import lzma
 import pickle
@@ -23,7 +22,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / "data"))
+sys.path.append(str(ROOT / "records"))
 from shards import exit_code_of, user_path  # noqa: E402
+from unpack import readable_source  # noqa: E402
 
 # Prose and code: literal contexts of three bits serve best; the dictionary holds the whole file.
 FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=3, lp=0, pb=0,
@@ -48,22 +49,6 @@ def pack_code(source):
     for plain, escaped in ESCAPES.items():
         payload = payload.replace(plain, escaped)
     return LOADER.format(payload=payload.decode("latin1")).encode("latin1")
-
-
-def readable_source(path):
-    """The source (bytes) of a script on disk, packed or not; executes nothing of it. Raises
-    ValueError on damage."""
-    content = Path(path).read_bytes()
-    if not content.startswith(LOADER[:LOADER.index("{")].encode()):
-        return content
-    try:
-        call = ast.parse(content).body[1].value  # UNPACKED=lzma.decompress('…'.encode('latin1'), …)
-        payload = call.args[0].func.value.value.encode("latin1")
-        return lzma.decompress(payload, lzma.FORMAT_RAW, filters=FILTERS)
-    except (SyntaxError, AttributeError, IndexError, ValueError, lzma.LZMAError,
-            EOFError) as problem:
-        raise ValueError(f"{path}: begins like a packed script and cannot be unpacked ({problem})"
-                         ) from problem
 
 
 def entropy_bits(codes):
