@@ -859,8 +859,8 @@ def loss_picture(result_path: Path) -> str:
     sys.path.append(str(DATA_ROOT.parent / "records"))
     try:
         import matplotlib
-        from runs import read_log
-        log = read_log(result_path.with_suffix(".txt"))
+        from runs import read_curves
+        log = read_curves(result_path.with_suffix(".txt"))[0]
     except (ImportError, ValueError) as problem:
         return f"No picture: {problem}"
     matplotlib.use("Agg")

@@ -21,10 +21,9 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "records")]
-import runs  # noqa: E402
-import submission  # noqa: E402
 import train_gpt  # noqa: E402
 from artifact import pack_code  # noqa: E402
+from runs import read_curves  # noqa: E402
 
 RESULTS = HERE / "results"
 THEMES = {  # GitHub's page colours
@@ -48,13 +47,13 @@ class Run:
 
 def read_run(path):
     """The Run of a log of train_gpt.py. Raises ValueError where something is missing."""
-    log, said = runs.read_log(path), submission.read_log(path)
-    packed = {key: score.bpb for key, score in said.scores.items()
+    log = read_curves(path)[0]
+    packed = {key: score.bpb for key, score in log.scores.items()
               if re.match(r"final_int|legal_ttt", key)}
     alone = [bpb for key, bpb in packed.items() if key.endswith("roundtrip")]
-    if not (alone and said.targets and said.scored_bytes):
+    if not (alone and log.targets and log.scored_bytes):
         raise ValueError(f"{path}: holds no score of a packed file, or no ledger: not a whole run")
-    token_bytes = said.scored_bytes / said.targets
+    token_bytes = log.scored_bytes / log.targets
     step, loss = log.curve[:, 0], log.curve[:, 1]
     width = max(1, len(step) // 12)  # a step has few tokens: the mean of neighbours is drawn
     mean = np.convolve(loss, np.ones(width) / width, "valid")
