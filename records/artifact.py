@@ -107,8 +107,7 @@ class Plainer(ast.NodeTransformer):
     def visit_Module(self, node):
         return self.generic_visit(node) if self.module else self.without_docstring(node)
 
-    def visit_ClassDef(self, node):
-        return node if node.name in self.as_written else self.without_docstring(node)
+    visit_ClassDef = without_docstring
 
     def visit_FunctionDef(self, node):
         if not node.decorator_list:
@@ -135,8 +134,8 @@ def minified(source):
     try:
         plainer, tree = Plainer(source), ast.parse(source)
     except SyntaxError as problem:
-        raise ValueError(f"--minify: line {problem.lineno} is no Python {platform.python_version()} "
-                         f"({problem.msg})") from problem
+        raise ValueError(f"--minify: line {problem.lineno} is no Python "
+                         f"{platform.python_version()} ({problem.msg})") from problem
     lines, parts = source.decode().splitlines(True), []
     for written, group in itertools.groupby(
             plainer.visit(tree).body,
