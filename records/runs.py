@@ -6,6 +6,11 @@
         -- python train_gpt.py
     python records/runs.py table runs/lr runs/study --markdown table.md
     python records/runs.py plot runs/lr --out runs/lr/plots
+    python records/runs.py table path/to/published_folder runs/lr
+    python records/runs.py plot path/to/published_folder runs/lr --out plots
+
+`table` and `plot` read result files and text logs, ours and published ones in either form (records/logs.py);
+a run is named by its preset, else its RUN_ID, else its folder, where its settings do not tell it apart.
 
 A sweep gives settings to the script through environment variables only. It checks every point before the first run,
 skips runs that are finished, and goes on after a kill at any moment when it is given the same command again.
@@ -38,6 +43,9 @@ import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "records"))
+from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, read_logs  # noqa: E402
+
 FIRST_SEEDS = (1337, 42, 2025)
 RECORD_BYTES = 16_000_000
 # What names a run and its place, not what it computes: two results that differ only here are of the same settings.
@@ -724,7 +732,70 @@ def sweep(arguments, command):
 def conditions(result):
     """What a result depends on besides its seed: all settings, the code, the machine."""
     settings = {k.upper(): v for k, v in result["settings"].items() if k not in ("seed", *PLACE)}
-    return {**settings, "code": result["code_sha256"][:8], "gpus": result.get("world_size"), "device": result.get("device")}
+    of_log = {"run": result["run"]} if "run" in result else {}
+    return {**of_log, **settings, "code": result["code_sha256"][:8], "gpus": result.get("world_size"),
+            "device": result.get("device")}
+
+
+def run_name(settings, path, seed):
+    """What a person calls a run: its preset, else its RUN_ID, else its folder, without the seed."""
+    said = {k.upper(): str(v) for k, v in settings.items() if v not in (None, "")}
+    if said.get("PRESET", "none") != "none":
+        return said["PRESET"]
+    folders = [f.name for f in Path(path).resolve().parents if f.name not in ("logs", "runs")]
+    chosen = re.fullmatch(r"[0-9a-f]{8}-[0-9a-f-]{27}", said.get("RUN_ID", "")) is None  # not a drawn one
+    for name in ([said["RUN_ID"]] if chosen and "RUN_ID" in said else []) + folders:
+        if bare := re.sub(rf"(?i)[_-]?(?:seed|s)?[=_-]?(?<!\d){seed}$", "", name):
+            return bare
+    return Path(path).stem
+
+
+KINDS = (("ttt", "ttt"), ("sliding", "sliding"), (DIAGNOSTIC.pattern, "float"), ("", "quantized"))
+
+
+def result_of_log(log):
+    """A text log as a result file says it, with None for what it does not say. Raises ValueError without a score."""
+    if not log.scores:
+        raise ValueError(f"{log.path}: {log.name} has no final score")
+    settings = {k.lower(): v for k, v in log.settings.items() if not NOT_OF_THE_MODEL.match(k)}
+    scores = {}
+    for key in (*log.scores, log.key):  # the one that counts is the last
+        kind = next(name for pattern, name in KINDS if re.search(pattern, key, re.I))
+        scores.pop(kind, None)
+        scores[kind] = log.scores[key].bpb
+    whole = log.eval_seconds if log.eval_seconds is not None else log.total_eval_seconds
+    return dict(settings={**settings, "seed": log.run_seed}, run=run_name(log.settings, log.path, log.run_seed), val_bpb=scores,
+                code_sha256=log.code_sha256 or "unknown", steps=log.steps, train_seconds=log.train_seconds,
+                eval_seconds=whole if whole is not None else log.score.seconds, total_bytes=log.total_bytes,
+                world_size=log.world_size, device=log.device)
+
+
+def bare_stem(path, seed):
+    """The name of a log without its seed."""
+    return run_name({}, Path("/", path.stem, "x"), seed)
+
+
+def told_apart(results):
+    """[(path, result)] with the name of the file in that of the run where files of one folder are of several experiments."""
+    stems = collections.defaultdict(set)
+    for path, result in results:
+        if "run" in result:
+            stems[result["run"]].add(bare_stem(path, result["settings"]["seed"]))
+    for path, result in results:
+        if len(stems[result.get("run")]) > 1:
+            result["run"] += f"/{bare_stem(path, result['settings']['seed'])}"
+    return results
+
+
+def read_results(path):
+    """The results in a result file or a text log. Raises ValueError where there is none."""
+    return [read_result(path)] if path.suffix == ".json" else [result_of_log(log) for log in read_logs(path)]
+
+
+def is_log_of_result(path, paths):
+    """Whether a text log has its result file among the paths, which then says more."""
+    beside = {path.with_suffix(".json"), path.with_name(path.name.replace("train_seed", "result_seed")).with_suffix(".json")}
+    return path.suffix != ".json" and any(other in beside for other in paths)
 
 
 def differing(several):
@@ -747,26 +818,31 @@ def telling(several, most):
 
 
 def table_rows(paths):
-    """One row per group of runs that differ in the seed alone, from result files; best last score first.
+    """One row per group of runs that differ in the seed alone, from result files and logs; best last score first.
 
     A row is {differing settings…, seeds, steps, …}: a text, or a list of one number per run.
     """
-    groups = {}
-    for path, result in read_all(paths, read_result):
-        group = groups.setdefault(json.dumps(conditions(result), sort_keys=True), [])
+    groups, places = {}, {}
+    read = read_all([p for p in paths if not is_log_of_result(p, paths)], read_results)
+    for path, result in told_apart([(path, result) for path, several in read for result in several]):
+        key = json.dumps(conditions(result), sort_keys=True)
+        group, _ = groups.setdefault(key, []), places.setdefault(key, path)
         if result in group:
             print(f"skipped: {path}: a copy of another of these results", file=sys.stderr)
         else:
             group.append(result)
     names, rows = differing([conditions(g[0]) for g in groups.values()]), []
     kinds = dict.fromkeys(kind for group in groups.values() for result in group for kind in bpb_by_kind(result))
-    for group in groups.values():
-        known = conditions(group[0])
+    for key, group in groups.items():
+        known, settings = conditions(group[0]), group[0]["settings"]
         row = {name: str(known.get(name, "")) for name in names}
+        for column in ("PRESET", "run"):
+            if row.get(column) == "":
+                row[column] = run_name(settings, places[key], settings.get("seed"))
         row["seeds"] = " ".join(str(r["settings"].get("seed")) for r in group)
-        for key in ("steps", "train_seconds", "eval_seconds", "total_bytes"):
-            row[key] = [r[key] for r in group]
-        row["percent_of_cap"] = [100 * r["total_bytes"] / RECORD_BYTES for r in group]
+        for column in ("steps", "train_seconds", "eval_seconds", "total_bytes"):
+            row[column] = [r[column] for r in group if r[column] is not None]
+        row["percent_of_cap"] = [100 * size / RECORD_BYTES for size in row["total_bytes"]]
         for kind in kinds:
             row[f"{kind}_bpb"] = [bpb_by_kind(r)[kind] for r in group if kind in bpb_by_kind(r)]
         row["last_bpb"] = [list(r["val_bpb"].values())[-1] for r in group]
@@ -788,7 +864,7 @@ def sorted_by(rows, key):
 
     def place(row):
         try:
-            return 0, float(row[name] if isinstance(row[name], str) else np.mean(row[name])), ""
+            return 0, float(row[name] if isinstance(row[name], str) else np.mean(row[name] or [math.inf])), ""
         except ValueError:
             return 1, 0.0, row[name]
 
@@ -805,7 +881,7 @@ def cell(name, value):
     if isinstance(value, str):
         return value
     if not value:
-        return "off"
+        return "off" if name.endswith("_bpb") else "not said"
     if name.endswith("_bpb"):
         return f"{np.mean(value):.4f}" + (f" ± {spread(value):.4f}" if len(value) > 1 else "")
     if name in ("total_bytes", "percent_of_cap"):
@@ -862,7 +938,8 @@ def as_csv(rows):
 
 def table(arguments, _):
     """Print and write the table. Raises UserError where there is no result at all."""
-    rows = table_rows(found(arguments.inputs, ["*.json"]))
+    paths = found(arguments.inputs, ["*.json", "*.log", "*.txt"])
+    rows = table_rows([p for p in paths if is_result(p) and not is_older_log(p)])
     if not rows:
         raise UserError(f"{' '.join(arguments.inputs)}: no results of runs there")
     rows = sorted_by(rows, arguments.sort)
@@ -875,36 +952,39 @@ def table(arguments, _):
 
 # -- plot ------------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Log:
-    """A log's settings and training curve: `curve` holds step, loss, milliseconds, learning-rate scale [points, 4]."""
-    settings: dict
-    curve: np.ndarray
-    tokens_per_step: int
+def is_result(path):
+    """Whether a file is worth reading as a result or a log; what is named otherwise in a published folder is not."""
+    text = path.suffix == ".txt" and path.parent.name != "logs"
+    return path.name != "submission.json" and not (text and not any(log.curve for log in read_logs(path)))
 
 
-STEP = re.compile(r"step:(\d+)/\d+ train_loss:(\S+) train_time:(\d+)ms(?:.* lr_scale:(\S+))?")
+def read_curves(path):
+    """[Log] of the runs in a text log, `curve` an array [points, 4] of step, loss, milliseconds, learning-rate scale.
+    Raises ValueError where it holds no training steps."""
+    logs = [log for log in read_logs(path) if log.curve]
+    if not logs:
+        raise ValueError(f"{path}: holds no lines step:S/N train_loss:… or S/N train_loss: …")
+    for log in logs:
+        log.curve = np.array(log.curve)
+    return logs
 
 
-def read_log(path):
-    """The Log in a text file. Raises ValueError where it holds no training steps."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as problem:
-        raise ValueError(f"{path}: not readable ({problem.strerror})") from problem
-    begin = next((i for i in reversed(range(len(lines))) if lines[i] == "=" * 100), -1)  # before it stands the script's source
-    settings, points, tokens = {}, [], 0
-    for line in lines[begin + 1:]:
-        if named := re.fullmatch(r"setting ([A-Z0-9_]+)=(.*?)(?:  \(set\))?", line):
-            settings[named[1]] = named[2]
-        elif shape := re.match(r"tokens_per_step:(\d+)", line):
-            tokens = int(shape[1])
-        elif step := STEP.match(line):
-            with contextlib.suppress(ValueError):  # a line that was cut off
-                points.append([float(x) if x else math.nan for x in step.groups()])
-    if not points:
-        raise ValueError(f"{path}: holds no lines step:S/N train_loss:…")
-    return Log(settings, np.array(points), tokens)
+def labels_of_logs(logs):
+    """For each log a text for the legend: by settings where all have the same names of settings, else by run."""
+    settings = [{k: v for k, v in log.settings.items() if k == "PRESET" or not NOT_OF_THE_MODEL.match(k)} for log in logs]
+    names = [run_name(log.settings, log.path, log.run_seed) for log in logs]
+    if settings[0] and all(one.keys() == settings[0].keys() for one in settings):
+        named = [one | ({"PRESET": one["PRESET"] or name} if any(s.get("PRESET") for s in settings) else {})
+                 for one, name in zip(settings, names)]
+        return labels_of(named)
+    folders = [run_name({}, log.path, log.run_seed) for log in logs]
+    stems = [bare_stem(log.path, log.run_seed) for log in logs]
+    for more in (folders, stems):  # what one name has several of, tells them apart
+        several = collections.defaultdict(set)
+        for name, part in zip(names, more):
+            several[name].add(part)
+        names = [f"{name}, {part}" if len(several[name]) > 1 else name for name, part in zip(names, more)]
+    return names if len(set(names)) > 1 else ["all runs"] * len(logs)
 
 
 def labels_of(several, between=" "):
@@ -929,8 +1009,7 @@ def throughput(log):
 
 def curve_figure(pyplot, title, logs, panels):
     """A figure of panels (x label, y label, log → x and y) with a colour per setting and a line per seed."""
-    hidden = ("SEED", *(name.upper() for name in PLACE))
-    texts = labels_of([{k: v for k, v in log.settings.items() if k not in hidden} for log in logs])
+    texts = labels_of_logs(logs)
     colours = {text: colour(pyplot, i, len(set(texts))) for i, text in enumerate(dict.fromkeys(texts))}
     fig, axes = pyplot.subplots(len(panels), 1, figsize=(9, 3.8 * len(panels) + 1), layout="constrained", squeeze=False)
     for axis, (across, upward, xy) in zip(axes[:, 0], panels):
@@ -1033,13 +1112,13 @@ def sizes(pyplot, rows):
     """Bytes of the largest seed against the cap of a record."""
     fig, axis = rows_figure(pyplot, rows, "Size", "bytes, code + model of the largest seed (dashed: 16,000,000)")
     for y, row in enumerate(rows):
-        most = max(row["total_bytes"])
+        most = max(row["total_bytes"], default=0)
         axis.barh(y, most, height=0.6, color="tab:red" if most > RECORD_BYTES else "tab:blue")
         inside = most > RECORD_BYTES / 2
         axis.text(most, y, f"  {most:,} ({100 * most / RECORD_BYTES:.2f} %)  ", va="center", fontsize=8,
                   ha="right" if inside else "left", color="white" if inside else "black")
     axis.axvline(RECORD_BYTES, color="black", ls="--", lw=1)
-    axis.set_xlim(0, 1.05 * max(RECORD_BYTES, *(max(row["total_bytes"]) for row in rows)))
+    axis.set_xlim(0, 1.05 * max(RECORD_BYTES, *(max(row["total_bytes"], default=0) for row in rows)))
     axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M")
     return fig
 
@@ -1052,9 +1131,11 @@ def plot(arguments, _):
         raise UserError("plot: matplotlib is not installed; pip install -r records/requirements.txt") from problem
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    paths = found(arguments.inputs, ["logs/*.txt", "*.log", "*.json"])
-    logs = [log for _, log in read_all([p for p in paths if p.suffix != ".json" and not is_older_log(p)], read_log)]
-    rows = table_rows([p for p in paths if p.suffix == ".json"])
+    paths = [p for p in found(arguments.inputs, ["*.txt", "*.log", "*.json"]) if is_result(p) and not is_older_log(p)]
+    texts = [p for p in paths if p.suffix != ".json"]
+    logs = [log for _, several in read_all(texts, read_curves) for log in several]
+    finished = {log.path for log in logs if log.scores}
+    rows = table_rows([p for p in paths if p.suffix == ".json" or p in finished])
     figures = curves(pyplot, logs) if logs else {}
     if rows:
         figures |= {"bpb.png": scores(pyplot, rows), "bpb_by_setting.png": score_by_setting(pyplot, rows),
@@ -1119,14 +1200,17 @@ def build_parser():
     p = commands.add_parser("table", help="results side by side",
                             description="Results in a table: settings that differ, steps, "
                             "seconds, bytes, scores (mean ± standard deviation over seeds), violations of a record's rules.")
-    p.add_argument("inputs", type=path, nargs="+", metavar="PATH", help="result files (logs/*.json), or folders with some")
+    p.add_argument("inputs", type=path, nargs="+", metavar="PATH",
+                   help="result files (logs/*.json), text logs, ours or published, or folders with some")
     p.add_argument("--sort", default="last_bpb", metavar="KEY", help="column to sort by, as in the CSV; --sort=-KEY falls")
     p.add_argument("--csv", type=path, metavar="FILE", help="write it with all digits too")
     p.add_argument("--markdown", type=path, metavar="FILE", help="write it as Markdown too")
     p.set_defaults(do=table)
     p = commands.add_parser("plot", help="curves and scores as PNG",
-                            description="Curves of the logs and scores of the results, as PNG files.")
-    p.add_argument("inputs", type=path, nargs="+", metavar="PATH", help="logs (.txt, .log), result files (.json), or folders with some")
+                            description="Curves of the logs and scores of the results, as PNG files; several "
+                            "folders make one picture with a legend.")
+    p.add_argument("inputs", type=path, nargs="+", metavar="PATH",
+                   help="text logs (.txt, .log), ours or published, result files (.json), or folders with some")
     p.add_argument("--out", type=path, required=True, help="folder for the pictures")
     p.set_defaults(do=plot)
     return parser

@@ -461,7 +461,7 @@ def test_the_training_script_is_swept(corpus, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "out" / "MATRIX_LR=0.05_SEED=1337" / "logs"
     result = json.loads(next(folder.glob("*.json")).read_text())
-    log = runs.read_log(next(folder.glob("*.txt")))
+    [log] = runs.read_curves(next(folder.glob("*.txt")))
     assert done.stdout.splitlines()[-1].endswith(f"  {list(result['val_bpb'].values())[-1]:.4f}")
     assert result["settings"]["matrix_lr"] == 0.05
     assert log.settings["ITERATIONS"] == "2" and log.tokens_per_step == 384
@@ -559,6 +559,7 @@ def test_an_unknown_column_is_refused_with_the_known_ones(results, capsys):
 # -- plots
 
 LOG = "\n".join([
+    "import os",
     "'step:7/9 train_loss:9.9 train_time:9ms'  # the script's own source",
     "step:8/9 train_loss:8.8 train_time:8ms", "=" * 100,
     "setting MATRIX_LR=0.1  (set)", "setting VE_LAYERS=9,10", "tokens_per_step:2000",
@@ -571,7 +572,7 @@ LOG = "\n".join([
 
 def test_a_log_is_read(tmp_path):
     (tmp_path / "a.txt").write_text(LOG)
-    log = runs.read_log(tmp_path / "a.txt")
+    [log] = runs.read_curves(tmp_path / "a.txt")
     assert log.settings == {"MATRIX_LR": "0.1", "VE_LAYERS": "9,10"} and log.tokens_per_step == 2000
     np.testing.assert_array_equal(log.curve, [[1, 6.5, 100, 1], [2, 6.0, 100, 0.5],
                                               [4, 5.5, 500, np.nan]])

@@ -203,15 +203,15 @@ FAULTS = {  # what is planted: how, and the finding that must name it
                    "missing or null: val_bpb"),
     "null of a seed": (lambda f: claim(f, seed_results={"42": {"val_bpb": None}}),
                        WARN, "submission.json", r"seed_results\.42\.val_bpb"),
-    "no date": (lambda f: claim(f, date="soon"), FAIL, "submission.json", "'soon'"),
-    "unknown track": (lambda f: claim(f, track="track_5min"), FAIL, "track", "track_5min"),
+    "no date": (lambda f: claim(f, date="soon"), WARN, "submission.json", "'soon'"),
+    "unknown track": (lambda f: claim(f, track="track_5min"), WARN, "track", "track_5min"),
     "oversize model": (lambda f: grown(f, 15_999_999), FAIL, "bytes", "exceeds 16,000,000 by"),
     "oversize code": (lambda f: script(f, "#" * 1_000_000), FAIL, "bytes",
                       "seed 42: 16,000,.* exceeds"),
     "code changed after the run": (lambda f: (f / "train_gpt.py").write_text(SOURCE + "# more\n"),
                                    FAIL, "same code", "train_seed42"),
-    "… and its bytes": (lambda f: (f / "train_gpt.py").write_text(SOURCE + "# more\n"), FAIL,
-                        "bytes", "'Code size'"),
+    "… and its bytes": (lambda f: (f / "train_gpt.py").write_text(SOURCE + "# more\n"), WARN,
+                        "same code", "'Code size'"),
     "other code, one seed": (lambda f: change(f, LOG, "^code_sha256:....", "code_sha256:dead"),
                              FAIL, "same code", "42.log ran dead"),
     "other source, one seed": (lambda f: [change(f, LOG, "^import os$", "import io"),
@@ -219,23 +219,22 @@ FAULTS = {  # what is planted: how, and the finding that must name it
                                FAIL, "same code", "42.log begins with another source"),
     "wrong sum": (lambda f: change(f, LOG, r"^(Total .*?): \d+", r"\1: 15000001"), FAIL, "bytes",
                   "logged as 15,000,001"),
-    "bytes of a small seed claimed": (lambda f: claim(f, bytes_total=15_000_000),
-                                      FAIL, "bytes claimed", "bytes_total is 15000000"),
+    "bytes that no log has": (lambda f: claim(f, bytes_total=15_000_001),
+                                      FAIL, "bytes claimed", "bytes_total is 15000001"),
     "code bytes wrong": (lambda f: claim(f, bytes_code=1), FAIL, "bytes claimed",
                          "bytes_code is 1,"),
     "seed without log": (lambda f: (f / LOG).unlink(), FAIL, "seeds named",
-                         "seeds has 42, without a log"),
+                         "names seeds 42, without a log"),
     "two seeds only": (lambda f: (f / LOG).unlink(), FAIL, "seeds", "2 finished"),
-    "seed kept back": (lambda f: claim(f, seeds=[1337, 42]), FAIL, "seeds named",
-                       "seeds lacks 2025"),
+    "seed kept back": (lambda f: claim(f, seeds=[1337, 42], seed_results=None), WARN,
+                       "seeds named", "lacks 2025, which has a finished log"),
     "swapped logs": (swap, FAIL, "logs distinct", r"42\.log is the log of seed 2025"),
     "one run twice": (lambda f: (f / LOG).write_text(
         (f / "train_seed2025.log").read_text().replace("seed:2025", "seed:42")),
                       FAIL, "logs distinct", "same score ledger"),
     "truncated log": (lambda f: (f / LOG).write_text((f / LOG).read_text()[:len(SOURCE) + 400]),
                       FAIL, "logs whole", "42.log has no"),
-    "empty log": (lambda f: (f / "train_seed7.log").write_text("\n"), FAIL, "logs whole",
-                  "seed7.log has no"),
+    "empty log": (lambda f: (f / LOG).write_text("\n"), FAIL, "logs whole", "42.log has no"),
     "NaN score": (lambda f: change(f, LOG, r"(legal_ttt_exact) val_loss:\S+ val_bpb:\S+",
                                    r"\1 val_loss:nan val_bpb:nan"),
                   FAIL, "logs whole", "legal_ttt is nan"),
@@ -265,7 +264,7 @@ FAULTS = {  # what is planted: how, and the finding that must name it
     "result file of another seed": (lambda f: (f / "result_seed42.json").write_text(
         json.dumps(result_of(42, 1.8))), FAIL,
                                     "seed results",
-                                    r"result_seed42\.json, seed 42: val_loss 1\.8 "),
+                                    r"result_seed42\.json, seed 42: val_bpb .*val_loss 1\.80 where"),
     "result of bytes counted otherwise": (lambda f: result_with(f, bytes_from="text"), FAIL,
                                           "seed results", "bytes_from text where the log has "
                                           "pieces; take both from one run"),
@@ -315,8 +314,8 @@ FAULTS = {  # what is planted: how, and the finding that must name it
 def test_a_sound_folder_passes(sound):
     sub = submission.check(sound, against=BEATEN)
     assert {(s, what) for s, what, _ in sub.findings
-            if s != PASS} == {(UNCHECKED, "artifact"), (UNCHECKED, "bytes of text")
-                              }, submission.verdict_lines(sub)
+            if s != PASS} == {(UNCHECKED, "artifact"), (UNCHECKED, "bytes of text"),
+                              (UNCHECKED, "README's figures")}, submission.verdict_lines(sub)
     assert submission.main(["check", str(sound), "--against", BEATEN]) == 0
 
 
@@ -387,14 +386,14 @@ def test_an_ancestors_folder_is_checked_as_far_as_it_says(tmp_path):
         what for what, s in statuses.items() if s == UNCHECKED}
     assert statuses["same code"] == statuses["val_bpb"] == statuses["bits per byte"] == PASS
     assert {text for _, what, text in sub.findings
-            if what == "eval seconds"} == {"73.0, 73.0, 73.0 of 600"}
+            if what == "eval seconds"} == {"73.0, 73.0, 73.0 of 600, final_int6_sliding_window"}
     assert "final_int6_sliding_window," in next(text for _, what,
                                                 text in sub.findings
                                                 if what == "val_bpb"), "not its alias"
     assert statuses["train seconds"] == WARN, "600.03 s is past the end by less than a step"
 
 
-@pytest.mark.parametrize("what,options", [("same code", dict(source=SOURCE + "# other\n")),
+@pytest.mark.parametrize("what,options", [("same code", dict(source=SOURCE + "OTHER = 1\n")),
                                           ("bits per byte", dict(byte_count=176_300_000))])
 def test_an_ancestors_faults_are_found(tmp_path, what, options):
     folder = write_folder(tmp_path / "a", lambda seed, loss: ancestors_log(seed, loss, **options))
