@@ -29,7 +29,8 @@ LOSS, BPB = rf"\b(?:val_)?loss\s?[:= ]\s*{N}", rf"\b(?:val_)?bpb\s?[:= ]\s*{N}"
 SCORE = re.compile(rf"^(.*?){LOSS}[\s,|]+{BPB}(.*)$")
 REVERSED_SCORE = re.compile(rf"^(.*?){BPB}[\s,|]+{LOSS}(.*)$")
 STEP = re.compile(r"^(?:step[:= ]\s*)?(\d+)/\d+[\s:|]")
-WORD = re.compile(r"\b(train_loss|val_loss|val_bpb|train_time|step_avg|lr_scale)\s?[:=]\s*([-+\w.]+)")
+WORD = re.compile(r"\b(train_loss|val_loss|val_bpb|train_time|step_avg|lr_scale)\s?[:=]"
+                  r"\s*([-+\w.]+)")
 OTHER_BPB = re.compile(r"\b(\w*bpb)\s?[:=]\s*(\d\.\d{3,})\b")
 RUNNING = re.compile(r"\[\s*[\d.]+[/%]|\brunning|_chunk|:done\b|\bquant_gap|\bimprove|\bdelta")
 SOURCE_BEGINS = re.compile(r'^("""|\'\'\'|#!|#\s*coding|import \w|from [\w.]+ import )')
@@ -80,13 +81,15 @@ def half_unit(printed):
 
 
 def agree(a, b):
-    """Whether two printed numbers are one number: equal as far as the one with fewer digits goes."""
+    """Whether two printed numbers are one number: equal as far as the one with fewer digits
+    goes."""
     unit = max(half_unit(a), half_unit(b))
     return abs(float(a) - float(b)) <= unit * (1 + 1e-6)
 
 
 def seconds_of(text):
-    """(seconds, half of the last printed unit) of '599950ms', '7.8m', '600.1s'. Raises ValueError."""
+    """(seconds, half of the last printed unit) of '599950ms', '7.8m', '600.1s'. Raises
+    ValueError."""
     found = re.fullmatch(r"([\d.]+)(ms|s|m|min)?", text)
     if not found:
         raise ValueError(text)
@@ -155,7 +158,8 @@ class Log:
     tokens_per_step: int = 0
     vocab_size: int | None = None
     named_vocabulary: int | None = None
-    adapted: dict = field(default_factory=dict)  # evaluation → optimizer steps on its text before it
+    # evaluation → optimizer steps on its text before it
+    adapted: dict = field(default_factory=dict)
     settings: dict = field(default_factory=dict)  # NAME → value as text
     explicit: set = field(default_factory=set)  # names that the command set
     curve: list = field(default_factory=list)  # (step, loss, milliseconds, learning-rate scale)
@@ -203,16 +207,19 @@ def seed_in(name, before=r"seed[_-]?"):
 
 def without_source(content):
     """(source or None, [lines of the log without it]) of a file's bytes."""
+    wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # what PowerShell's > writes
+    text = content.decode("utf-16" if wide else "utf-8", "replace")
     source, _, rest = content.partition(b"\n" + RULE)
-    begins = bool(rest) and any(map(SOURCE_HAS.match, source.decode("utf-8", "replace").split("\n")))
-    parts = re.split(r"(?m)^={100}\s*$", content.decode("utf-8", "replace"))
+    begins = bool(rest) and any(map(SOURCE_HAS.match,
+                                    source.decode("utf-8", "replace").split("\n")))
+    parts = re.split(r"(?m)^={100}\s*$", re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", text))
     lines = []
     for part in parts[:-1]:
         part = part.split("\n")
         if any(map(SOURCE_HAS.match, part)):  # what stands above is the end of the run before
             part = part[:next(i for i, line in enumerate(part) if SOURCE_BEGINS.match(line))]
         lines += part
-    lines += parts[-1].split("\n")
+    lines += re.split(r"\r\n|[\r\n]", parts[-1])  # a progress bar returns to the line's beginning
     return (source if begins else None), [STAMP.sub("", line.rstrip("\r")) for line in lines]
 
 
@@ -291,7 +298,8 @@ def read_calibration(log, line):
         return
     log.calibration = line.strip()
     if found := CALIBRATED.search(line):
-        log.calibration_seconds = (log.calibration_seconds or 0) + seconds_of(found[1] + found[2])[0]
+        log.calibration_seconds = (log.calibration_seconds
+                                   or 0) + seconds_of(found[1] + found[2])[0]
 
 
 def read_fields(log, line):

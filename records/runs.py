@@ -745,7 +745,7 @@ def run_name(settings, path, seed):
     folders = [f.name for f in Path(path).resolve().parents if f.name not in ("logs", "runs")]
     chosen = re.fullmatch(r"[0-9a-f]{8}-[0-9a-f-]{27}", said.get("RUN_ID", "")) is None  # not a drawn one
     for name in ([said["RUN_ID"]] if chosen and "RUN_ID" in said else []) + folders:
-        if bare := re.sub(rf"(?i)[_-]?(?:seed|s)?[=_-]?(?<!\d){seed}$", "", name):
+        if bare := re.sub(rf"(?i)(?:[_-]?seed[=_-]?|[_-]s?|^){seed}$", "", name):
             return bare
     return Path(path).stem
 

@@ -1,27 +1,27 @@
-"""Make a submission folder out of finished runs, check a folder as a reviewer does, list our folders.
+"""Make a submission folder out of finished runs, check a folder as a reviewer does, list our
+folders.
 
-    python records/submission.py pack runs/1337 runs/42 runs/2025 --name "11 layers" --author "Ada" --track track_10min_16mb
-    python records/submission.py check records/track_10min_16mb/2026-03-20_mine --against records/track_10min_16mb/2026-03-01
-    python records/submission.py index
+    python records/submission.py pack runs/1337 runs/42 runs/2025 --name "11 layers" --author "Ada"
+    --track track_10min_16mb python records/submission.py check
+    records/track_10min_16mb/2026-03-20_mine --against records/track_10min_16mb/2026-03-01 python
+    records/submission.py index
 
 `check` believes the files on disk and the logs, and compares everything else with them: README.md,
-submission.json, the script. It reads our folders and published ones: both forms of logs (records/logs.py),
-logs in subfolders, scripts in wrappers (records/unpack.py), the names that others give to the keys of
-submission.json. Each line says PASS, FAIL, WARN or NOT CHECKED, what was read, and what follows; the last
-line counts them. What the files do not say is NOT CHECKED, never FAIL. The logs that count are those of the
-seeds that submission.json names, told from reruns by their score; --logs chooses others.
-It reads only; `--run` executes the folder's script. `--data FOLDER` counts the bytes of the scored text
-again, with the byte table of this repository's train_gpt.py.
-Exit status: 0; 1 where a check failed; 2 for what the caller can mend.
+submission.json, the script. It reads our folders and published ones: both forms of logs
+(records/logs.py), logs in subfolders, scripts in wrappers (records/unpack.py), the names that
+others give to the keys of submission.json. Each line says PASS, FAIL, WARN or NOT CHECKED, what was
+read, and what follows; the last line counts them. What the files do not say is NOT CHECKED, never
+FAIL. The logs that count are those of the seeds that submission.json names, told from reruns by
+their score; --logs chooses others. It reads only; `--run` executes the folder's script. `--data
+FOLDER` counts the bytes of the scored text again, with the byte table of this repository's
+train_gpt.py. Exit status: 0; 1 where a check failed; 2 for what the caller can mend.
 """
 from __future__ import annotations
 
 import argparse
 import ast
 import datetime
-import fnmatch
 import functools
-import hashlib
 import json
 import math
 import os
@@ -31,19 +31,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.append(str(HERE))
-from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, Log, agree, half_unit, read_logs  # noqa: E402
-from unpack import readable_source as unpacked  # noqa: E402
+from folder import (BPB, CODE, FAIL, LOSS, MODEL, NON_RECORD, PASS, RECORD, STD,  # noqa: E402
+                    TOTAL, UNCHECKED, WARN, Problem, adapts_on_validation, defaults_of, figure,
+                    listed, mean_std, meaning, modules_imported, names_read, number, open_submission,
+                    parsed, read_json, read_log, readable_source, said, sha256, texts_of)
+from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, Log, agree, half_unit  # noqa: E402
 
-RECORD, NON_RECORD = "track_10min_16mb", "track_non_record_16mb"
 CAP_BYTES, CAP_SECONDS, MARGIN_NATS, MOST_P = 16_000_000, 600, 0.005, 0.01
 # Validation targets by vocabulary, and the UTF-8 bytes of their text. Sets are cut to whole rows of
 # a few thousand tokens, which changes the bytes far less than the 16.7 % of a space counted twice.
@@ -53,501 +54,46 @@ SETS = (("SP1024", 1024, 62_021_632), ("SP2048", 2048, 50_905_088), ("SP4096", 4
 OFFICIAL_BYTES, ROW = 151_080_891, 8192
 OFFICIAL_TARGETS = {count: name for name, _, count in SETS}
 BYTES_FROM = ("text", "pieces")  # how a run counts bytes: by side files of the shards, or by pieces
-LIBRARIES = {"torch", "numpy", "sentencepiece", "triton", "zstandard", "brotli", "tqdm", "flash_attn", "flash_attn_interface"}
-NETWORK = {"socket", "ssl", "urllib", "http", "ftplib", "smtplib", "xmlrpc", "webbrowser", "requests", "httpx", "aiohttp",
+LIBRARIES = {"torch", "numpy", "sentencepiece", "triton", "zstandard", "brotli", "tqdm",
+             "flash_attn", "flash_attn_interface"}
+NETWORK = {"socket", "ssl", "urllib", "http", "ftplib", "smtplib", "xmlrpc", "webbrowser",
+           "requests", "httpx", "aiohttp",
            "huggingface_hub", "datasets", "wandb"}
 # Variables in published commands that launchers and libraries read, not the script.
-FOREIGN = ("TORCH", "PYTORCH", "NCCL_", "CUDA_", "OMP_", "MKL_", "OPENBLAS_", "TRITON", "PYTHON", "HF_", "NVIDIA",
-           "GLOO_", "LD_", "PATH", "MATCHED_FINEWEB", "WANDB_", "NPROC", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK",
-           "TOKENIZERS_PARALLELISM", "HUGGING", "MODAL_", "UV_", "PIP_", "VIRTUAL_ENV", "LOG_FILE", "LOGFILE")
+FOREIGN = ("TORCH", "PYTORCH", "NCCL_", "CUDA_", "OMP_", "MKL_", "OPENBLAS_", "TRITON", "PYTHON",
+           "HF_", "NVIDIA", "GLOO_", "LD_", "PATH", "MATCHED_FINEWEB", "WANDB_", "NPROC", "MASTER_",
+           "RANK", "WORLD_SIZE", "LOCAL_RANK", "TOKENIZERS_PARALLELISM", "HUGGING",
+           "MODAL_", "UV_", "PIP_", "VIRTUAL_ENV", "LOG_FILE", "LOGFILE")
 UTF8 = dict(encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
-PASS, FAIL, WARN, UNCHECKED = "PASS", "FAIL", "WARN", "NOT CHECKED"
 
 
-class Problem(Exception):
-    """Something that the caller can mend; the message names what, the value, and the way out."""
-
-
-# -- numbers and text ----------------------------------------------------------------------------------------------------
-
-def number(value):
-    """A finite number as float, or None for anything else (null, text, NaN, a flag)."""
-    try:
-        if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # a whole number of hundreds of digits
-        pass
-    return None
-
-
-def mean_std(values):
-    """(mean, sample standard deviation or None for a single value)."""
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
-
-
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
-
-
-def listed(items):
-    return ", ".join(map(str, items))
-
-
-def read_json(path):
-    """The object in a JSON file, numbers with a point as Decimal, so that it is known how they were rounded. Raises Problem."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_float=Decimal)
-    except (ValueError, RecursionError) as problem:
-        raise Problem(f"{path}: no JSON: {problem}") from None
-    except OSError as problem:
-        raise Problem(f"{path}: cannot be read: {problem.strerror}") from None
-    if not isinstance(value, dict):
-        raise Problem(f"{path}: holds {type(value).__name__} where an object {{…}} belongs")
-    return value
-
-
-def readable_source(path):
-    """Source (bytes) of a script, in a wrapper or plain. Raises Problem."""
-    try:
-        return unpacked(path)
-    except ValueError as problem:
-        raise Problem(str(problem)) from None
-
-
-def read_log(path):
-    """The last run of a log. Raises Problem where it cannot be read."""
-    try:
-        return read_logs(path)[-1]
-    except ValueError as problem:
-        raise Problem(str(problem)) from None
-
-
-# -- what submission.json claims -----------------------------------------------------------------------------------------
-
-# Names that are used for one thing, the usual one first.
-BPB = ("val_bpb", "mean_val_bpb", "val_bpb_mean", "final_val_bpb", "bpb", "mean_bpb", "bpb_mean", "final_bpb", "score")
-LOSS = ("val_loss", "mean_val_loss", "val_loss_mean", "val_loss_nats", "loss")
-STD = ("val_bpb_std", "std_val_bpb", "bpb_std", "std_bpb", "val_bpb_std_dev")
-TOTAL = ("bytes_total", "total_bytes", "artifact_bytes", "artifact_bytes_max", "max_artifact_bytes",
-         "artifact_bytes_mean", "total_submission_bytes", "submission_bytes", "artifact_size_bytes", "bytes_total_max")
-MODEL = ("bytes_model", "model_bytes", "compressed_model_bytes")  # and whatever begins with bytes_model_
-CODE = ("bytes_code", "code_bytes", "code_size_bytes")
-WITHIN = ("results", "metrics", "result", "summary", "aggregate", "final")  # objects that may hold these
-OTHER_SCORE = re.compile(r"std|pre|base|delta|sota|gain|improve|gap|float|record|target|best_|seeds", re.I)
-ELSEWHERE = re.compile(r"supersed|previous|baseline|ablation|compar|reference|verif|sota|prior|\bold", re.I)
-
-
-def figure(value, key=""):
-    """A number of a JSON file, also one in quotes ("15,991,930"), else None; a score has two decimals at least, since
-    writers of JSON drop zeros."""
-    if isinstance(value, str) and re.fullmatch(r"\d[\d,_]*(\.\d+)?", value.strip()) and len(value) < 30:
-        value = Decimal(re.sub("[,_]", "", value.strip()))
-    if number(value) is None:
-        return None
-    score = key in (*BPB, *LOSS) and abs(value) < 1000
-    return Decimal(str(value)).quantize(Decimal("0.01")) if score and half_unit(value) > 0.005 else value
-
-
-def said(claims, names):
-    """(key, number) of the first of these names that an object or its results have, or (None, None)."""
-    inner = [claims[k] for k in WITHIN if isinstance(claims.get(k), dict)]
-    found = [(k, figure(o[k], k)) for o in (claims, *inner) for k in names if k in o]
-    wider = {BPB: lambda k: "bpb" in k and not OTHER_SCORE.search(k), MODEL: lambda k: k.startswith("bytes_model_")}.get(names)
-    found += [(k, figure(o[k], k)) for o in (claims, *inner) for k in o if wider and wider(k)]
-    return next((pair for pair in found if pair[1] is not None), (None, None))
-
-
-def seed_of(key):
-    """Digits of the key '42', 'seed_42', 'seed42', or None."""
-    found = re.fullmatch(r"(?:seed[_ -]?)?(\d{1,9})", str(key), re.I)
-    return found and str(int(found[1]))
-
-
-def seed_rows(value, depth=0, name=""):
-    """{seed: row} of the first object or list in submission.json that is kept by seed."""
-    if ELSEWHERE.search(name) or depth > 3:
-        return {}
-    if isinstance(value, list):
-        return {seed_of(v["seed"]): v for v in value if isinstance(v, dict) and seed_of(v.get("seed"))}
-    if not isinstance(value, dict):
-        return {}
-    rows = {seed_of(k): v if isinstance(v, dict) else {"val_bpb": v} for k, v in value.items()
-            if seed_of(k) and (isinstance(v, dict) or "bpb" in name and figure(v) is not None)}
-    inner = (seed_rows(v, depth + 1, str(k)) for k, v in value.items())
-    return rows or next(filter(None, inner), {})
-
-
-def track_of(claims, folder, readme):
-    """(track, what was said of it, is it certain) from submission.json, the folder above, the README."""
-    stated, above = str(claims.get("track") or ""), folder.resolve().parent.name
-    words = re.sub(r"[^a-z0-9]+", "_", stated.lower())
-    text = f"{claims.get('name')} {claims.get('blurb')} {readme[:400]}".lower()
-    if re.search(r"non_?record|unlimited|unrestricted", words) or above == NON_RECORD:
-        return NON_RECORD, stated, True
-    if above == RECORD or "10min" in words or words == "record":
-        return RECORD, stated, bool(re.search(r"10_?min|^record$", words)) or not stated
-    return (NON_RECORD if re.search(r"non.?record", text) else RECORD), stated, False
-
-
-# -- the script, without executing it ------------------------------------------------------------------------------------
-
-CODE_SUFFIXES = {".py", ".pyx", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".so"}
-
-
-def names_read(tree):
-    """(names of the environment that a script can read, whether it also makes names up). They are fields of its
-    Settings class and names in capitals that it holds as text; with names made up, fields of any class."""
-    texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    names = {t for t in texts if re.fullmatch(r"[A-Z][A-Z0-9_]*", t)} | {name.upper() for name in defaults_of(tree)}
-    made_up = any(isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "upper"
-                  for n in ast.walk(tree)) and any("environ" in ast.unparse(n) for n in ast.walk(tree)
-                                                   if isinstance(n, ast.Attribute) and n.attr == "environ")
-    if made_up:
-        names |= {getattr(target, "id", "").upper() for n in ast.walk(tree) if isinstance(n, ast.ClassDef)
-                  for line in n.body if isinstance(line, (ast.Assign, ast.AnnAssign))
-                  for target in (line.targets if isinstance(line, ast.Assign) else [line.target])}
-    return names
-
-
-def defaults_of(tree):
-    """{setting: default} of a script with a `Settings` class of fields `name: type = default`, or
-    `name: type = section(default, …)` as in earlier ones."""
-    out = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef) and node.name == "Settings":
-            for line in node.body:
-                if isinstance(line, ast.AnnAssign) and line.value:
-                    arguments = getattr(line.value, "args", None)
-                    try:
-                        out[line.target.id] = ast.literal_eval(
-                            arguments[0] if arguments else line.value)
-                    except ValueError:
-                        pass
-    return out
-
-
-def modules_imported(tree):
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {(node.module or alias.name).split(".")[0] for alias in node.names}
-    return found
-
-
-def texts_of(tree):
-    return {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-
-
-def parsed(source):
-    """The tree of a script. Raises SyntaxError, ValueError, RecursionError, MemoryError."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of invalid escapes in others' text
-        return ast.parse(source)
-
-
-@functools.lru_cache(maxsize=16)
-def meaning(source):
-    """A script without comments and docstrings, to compare; its bytes where it cannot be parsed."""
-    try:
-        tree = parsed(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return source.strip()
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            body[0].value.value = None
-    return ast.dump(tree)
-
-
-def adapts_on_validation(tree):
-    """Whether the script calls something named after adaptation with validation tokens."""
-    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and re.search(r"ttt|adapt", ast.unparse(n.func), re.I))
-    return any("val" in str(getattr(a, "id", getattr(a, "attr", getattr(a, "arg", "")))) for n in calls for a in ast.walk(n)
-               if isinstance(a, (ast.Name, ast.Attribute, ast.keyword)))
-
-
-# -- open a folder -------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Submission:
-    """A folder as far as it could be read, and the findings about it: (status, what was checked, figures)."""
-    folder: Path
-    track: str = ""
-    claims: dict | None = None  # submission.json
-    claims_name: str = "submission.json"
-    rows: dict = field(default_factory=dict)  # seed → what submission.json says of it
-    readme: str = ""
-    every_log: list = field(default_factory=list)
-    logs: list = field(default_factory=list)  # those that count
-    kind: str | None = None  # the evaluation whose score is claimed, else the last one
-    script: Path | None = None
-    code: bytes | None = None  # the script as it lies there, whose bytes count
-    source: bytes | None = None  # the same unpacked
-    tree: ast.Module | None = None
-    results: dict = field(default_factory=dict)  # seed → its result file
-    needed: dict = field(default_factory=dict)  # name → bytes of further files that the script imports or names
-    unneeded: dict = field(default_factory=dict)  # name → bytes of further code files
-    findings: list = field(default_factory=list)
-
-    def add(self, status, what, text):
-        self.findings.append((status, what, text))
-
-    def verdict(self, what, problems, good, status=FAIL):
-        """One finding: every problem, or what is good."""
-        self.add(status if problems else PASS, what, "; ".join(problems) if problems else good)
-
-    @property
-    def severity(self):
-        """Of what only a record must keep to."""
-        return FAIL if self.track == RECORD else WARN
-
-    @property
-    def scored(self):
-        return [log for log in self.logs if log.scores]
-
-    def score(self, log):
-        return log.scores.get(self.kind) or log.score
-
-    @property
-    def runs(self):
-        """{seed: log}, by the seed in the log, else in its name, else by name."""
-        return {log.run_seed if log.run_seed is not None else log.name: log for log in self.logs}
-
-    @property
-    def code_bytes(self):
-        return None if self.code is None else len(self.code) + sum(self.needed.values())
-
-    @property
-    def named_seeds(self):
-        claims = self.claims or {}
-        listed_seeds = claims.get("seeds") if isinstance(claims.get("seeds"), list) else [claims.get("seed")]
-        return {*self.rows, *(seed_of(s) for s in listed_seeds if seed_of(s))}
-
-
-def open_claims(sub, there):
-    """submission.json, or another JSON file of the folder with a score and an author or a track."""
-    others = [n for n in sorted(there) if n.endswith(".json") and n != "submission.json"]
-    for name in ["submission.json"] * ("submission.json" in there) or others:
-        try:
-            claims = read_json(sub.folder / name)
-        except Problem as problem:
-            if name == "submission.json":
-                sub.add(FAIL, "submission.json", str(problem))
-            continue
-        like_one = said(claims, BPB)[0] and {"author", "track", "github_id", "submission_name"} & claims.keys()
-        if name == "submission.json" or like_one:
-            sub.claims, sub.claims_name, sub.rows = claims, name, seed_rows(claims)
-            return
-
-
-def open_script(sub, there):
-    """The script, unpacked where it is wrapped, and the code files that it needs."""
-    scripts = sorted((n for n in there if re.fullmatch(r"train\w*\.py", n)), key=lambda n: (n != "train_gpt.py", len(n), n))
-    if not scripts:
-        sub.add(UNCHECKED, "compiles", "no train_gpt.py, so nothing is known of its bytes, settings and imports")
-        return
-    sub.script = sub.folder / scripts[0]
-    sub.code = sub.source = sub.script.read_bytes()
-    name = sub.script.name
-    try:
-        sub.source = readable_source(sub.script)
-    except Problem as problem:
-        sub.add(UNCHECKED, "wrapper", f"{name}: {problem}")
-    try:
-        sub.tree = parsed(sub.source)
-        sub.add(PASS, "compiles", f"{name}, {len(sub.code):,} bytes" + (
-            f", unpacks to {len(sub.source):,}" if sub.source != sub.code else ""))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
-        newer = "f-string" in str(problem) and sys.version_info < (3, 12)
-        sub.add(UNCHECKED if newer else FAIL, "compiles", f"{name} is no Python: {problem}" if not newer else
-                f"{name} has an f-string that only Python 3.12 and later read; check it with such a one: {problem}")
-    find_needed(sub)
-
-
-def find_needed(sub):
-    """Sort the folder's further code files into those that the script imports or names, and the rest."""
-    files = {p.relative_to(sub.folder).as_posix(): p for p in sorted(sub.folder.rglob("*"))
-             if p.suffix in CODE_SUFFIXES and p.is_file() and p != sub.script
-             and not any(part.startswith(".") for part in p.relative_to(sub.folder).parts)}
-    trees = [sub.tree] if sub.tree else []
-    for tree in trees:  # grows while it is walked
-        wanted = modules_imported(tree) | {t.split("/")[-1] for t in texts_of(tree) if 3 < len(t) < 120}
-        for name, path in files.items():
-            top = name.split("/")[0].removesuffix(".py")
-            if name not in sub.needed and (top in wanted or path.name in wanted):
-                sub.needed[name] = path.stat().st_size
-                try:
-                    trees += [parsed(path.read_bytes())] if path.suffix == ".py" else []
-                except (SyntaxError, ValueError, RecursionError, MemoryError):
-                    pass
-    sub.unneeded = {name: path.stat().st_size for name, path in files.items() if name not in sub.needed}
-
-
-LOG_NAME = re.compile(r"(train|log|seed|run).*\.(log|txt|out)$|.*\.log$", re.I)
-NO_LOG = re.compile(r"requirements|readme|license|notes|\.md$", re.I)
-BESIDE = re.compile(r"ablat|baseline|sweep|smoke|dry.?run|debug|compare|superseded|\bold|prev|fail|proxy|screen"
-                    r"|checkpoint|warmup|rerun|reprod|_eval|eval_|quant_", re.I)
-MOST_LOGS, MOST_LOG_BYTES = 80, 32_000_000
-
-
-def find_logs(sub):
-    """All logs of the folder and its subfolders, those at the top first; copies once. Raises Problem."""
-    candidates = []
-    for path in sorted(sub.folder.rglob("*"), key=lambda p: (len(p.parts), p)):
-        name = path.relative_to(sub.folder).as_posix()
-        if path.is_file() and path.suffix in (".log", ".txt", ".out") and 0 < path.stat().st_size < MOST_LOG_BYTES and not (
-                NO_LOG.search(path.name) or any(part.startswith(".") for part in Path(name).parts)):
-            candidates.append((path, name))
-    if len(candidates) > MOST_LOGS:
-        sub.add(UNCHECKED, "logs", f"the first {MOST_LOGS} of {len(candidates)} text files; --logs chooses")
-    seen, logs = set(), []
-    for path, name in candidates[:MOST_LOGS]:
-        digest = sha256(path.read_bytes())
-        if digest in seen and re.search(r"seed", name, re.I) is None:
-            continue
-        seen.add(digest)
-        try:
-            runs = read_logs(path, name)
-        except ValueError as problem:
-            raise Problem(str(problem)) from None
-        if "/" not in name and LOG_NAME.match(name) or any(g.scores or g.curve for g in runs):
-            logs += runs
-    return logs
-
-
-def claimed_bpb(sub, log):
-    """The bpb that submission.json gives for a log: of its seed, else of all."""
-    row = sub.rows.get(str(log.run_seed)) or {}
-    return said(row, BPB)[1] if said(row, BPB)[0] else said(sub.claims or {}, BPB)[1]
-
-
-def distance(log, bpb):
-    """How far the nearest evaluation of a log is from a score."""
-    return min((abs(s.bpb - float(bpb)) for s in log.scores.values() if math.isfinite(s.bpb)), default=math.inf)
-
-
-def choose_logs(sub, globs):
-    """Set the logs that count: those that `globs` name; else for each seed that submission.json names the one that has
-    its score; else one for each seed. Returns {log name: why it does not count}."""
-    aside, known = {}, {}
-    if globs:
-        sub.logs = [g for g in sub.every_log if any(fnmatch.fnmatch(n, p) for p in globs
-                    for n in (g.name, g.path.name, g.path.relative_to(sub.folder).as_posix()))]
-        if not sub.logs:
-            raise Problem(f"--logs {' '.join(globs)}: no log of that name; there are {listed(g.name for g in sub.every_log)}")
-        return {g.name: "not among --logs" for g in sub.every_log if g not in sub.logs}
-    groups = {}
-    for log in sorted(sub.every_log, key=lambda g: g.named_seed is None):  # a copy under another seed's name is not put aside: that is a fault
-        first = known.setdefault(log.identity, log)
-        if first is not log and log.named_seed in (None, first.run_seed):
-            aside[log.name] = f"a copy of {first.name}"
-        else:
-            seed = log.named_seed if log.named_seed is not None else log.seed
-            groups.setdefault(log.name if seed is None else str(seed), []).append(log)
-    named = sub.named_seeds & groups.keys()
-    for seed, logs in groups.items():
-        unnamed = named and seed not in named and (logs[0].run_seed is not None or distance(
-            logs[0], said(sub.claims or {}, BPB)[1] or math.inf) > 5e-5)
-        best = None if unnamed else completed(best_log(sub, logs, len(groups) > 1), logs)
-        sub.logs += [best] if best else []
-        aside |= {g.name: "its seed is not named in submission.json" if unnamed else "a rerun, or another experiment"
-                  for g in logs if g is not best and not (best and g.name in best.name)}
-    if not sub.logs:
-        sub.logs, aside = sub.every_log[:], {}
-    return aside
-
-
-def completed(best, logs):
-    """The log of an evaluation by itself, with the rest from the training log of the same seed."""
-    training = next((g for g in logs if g.curve and best and not best.curve and g.path != best.path), None)
-    if training is None:
-        return best
-    return replace(training, scores=best.scores, other_bpb=training.other_bpb | best.other_bpb, adapted=best.adapted,
-                   name=f"{training.name} + {best.name}", total_eval_seconds=best.total_eval_seconds,
-                   **{n: v for n in ("total_bytes", "model_bytes", "targets", "world_size") if (v := getattr(best, n)) is not None})
-
-
-def best_log(sub, logs, others):
-    """Of the logs of one seed, the finished one nearest to its claimed score; None where all look like side experiments."""
-    def place(log):
-        bpb = claimed_bpb(sub, log)
-        return (not log.scores, 0 if bpb is None else round(distance(log, bpb), 5), bool(BESIDE.search(log.name)),
-                log.name.count("/"))
-    best = min(logs, key=place)
-    side = BESIDE.search(best.name) and best.run_seed is None or not best.scores and best.named_seed is None
-    return None if side and others and sub.rows.get(str(best.run_seed)) is None else best
-
-
-def choose_kind(sub):
-    """Name of the evaluation that counts: the last that all logs have whose score is claimed, else the last."""
-    if not sub.scored:
-        return None
-    last = sub.scored[-1]
-    kinds = [k for k in dict.fromkeys([last.key, *reversed(last.scores)]) if all(k in log.scores for log in sub.scored)]
-    claim = said(sub.claims or {}, BPB)[1]
-    for kind in kinds if claim is not None else ():
-        rows = [log.scores[kind] for log in sub.scored]
-        near = [mean_std([s.bpb for s in rows])[0], *(s.bpb for s in rows)]
-        if any(abs(v - float(claim)) <= half_unit(claim) + max(s.bpb_unit for s in rows) for v in near):
-            return kind
-    return next((k for k in kinds if not DIAGNOSTIC.search(k)), last.key)
-
-
-def open_submission(folder, globs=()):
-    """Read what there is. Raises Problem only where there is no folder, or no log that `globs` name."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise Problem(f"{folder}: no such folder; give one that holds submission.json and train_gpt.py")
-    sub = Submission(folder)
-    there = {p.name for p in folder.iterdir() if p.is_file() and p.stat().st_size}
-    readme = next((n for n in sorted(there) if n.lower() in ("readme.md", "readme.txt", "readme")), None)
-    sub.readme = (folder / readme).read_text(encoding="utf-8", errors="replace") if readme else ""
-    open_claims(sub, there)
-    sub.track, stated, certain = track_of(sub.claims or {}, folder, sub.readme)
-    sub.every_log = find_logs(sub)
-    aside = choose_logs(sub, globs)
-    open_script(sub, there)
-    read = {"README.md": readme, "submission.json": sub.claims is not None and sub.claims_name,
-            "train_gpt.py": sub.script and sub.script.name}
-    lacks = [n for n in read if n not in there and n.lower() != str(read[n]).lower()]
-    missing = [f"{n} is missing or empty" + (f"; {read[n]} is read" if read[n] else "") for n in lacks]
-    severity = FAIL if not all(read[n] for n in lacks) or not sub.logs else sub.severity
-    sub.verdict("files", missing + ([] if sub.logs else ["no training log (train_seed<SEED>.log)"]),
-                f"README.md, submission.json, train_gpt.py; logs that count: {listed(g.name for g in sub.logs)}", severity)
-    sub.findings.insert(0, sub.findings.pop())
-    if aside:
-        shown = [f"{name} ({why})" for name, why in list(aside.items())[:8]]
-        sub.add(PASS, "logs beside", f"{len(aside)} do not count: {listed(shown)}{', …' * (len(aside) > 8)}; --logs chooses")
-    sub.kind = choose_kind(sub)
-    if not certain:
-        sub.add(WARN, "track", f"{sub.claims_name} says {stated or 'nothing'}; checked as {sub.track}")
-    return sub
-
-
-# -- check ---------------------------------------------------------------------------------------------------------------
+# -- check -----------------------------------------------------------------------------------------
 
 def check_claims(sub):
     """submission.json: what must be there, and nulls."""
     if sub.claims is None:
-        sub.add(UNCHECKED, "submission.json", "none that can be read: no claim is compared with the logs")
+        sub.add(UNCHECKED, "submission.json", "none that can be read: no claim is compared with "
+                                              "the logs")
         return
     claims = sub.claims
     scored = said(claims, BPB)[0] or any(said(row, BPB)[0] for row in sub.rows.values())
-    problems = [] if scored and claims.get("val_bpb", 0) is not None else ["missing or null: val_bpb"]
+    whole = scored and claims.get("val_bpb", 0) is not None
+    problems = [] if whole else ["missing or null: val_bpb"]
     sub.verdict("submission.json", problems, f"{len(claims)} keys, a score among them")
-    aliases = dict(author=("github_id", "submitter", "authors", "name"), name=("submission_name", "record_name", "title", "run_name"),
+    aliases = dict(author=("github_id", "submitter", "authors", "name"),
+                   name=("submission_name", "record_name", "title", "run_name"),
                    blurb=("description", "technique_summary", "technique", "summary"))
     lacks = [k for k in ("author", "name", "date", "github_id", "blurb") if not claims.get(k)
              and not any(claims.get(other) for other in aliases.get(k, ()))]
-    lacks += [kind[0] for kind in (LOSS, TOTAL) if not any(said(o, kind)[0] for o in (claims, *sub.rows.values()))]
+    lacks += [kind[0] for kind in (LOSS, TOTAL) if not any(said(o, kind)[0]
+                                                           for o in (claims, *sub.rows.values()))]
     results = claims.get("seed_results")
     for seed, row in results.items() if isinstance(results, dict) else ():
-        lacks += [f"seed_results.{seed}.{k}" for k, v in row.items() if v is None] if isinstance(row, dict) else []
+        lacks += [f"seed_results.{seed}.{k}" for k, v in row.items()
+                  if v is None] if isinstance(row, dict) else []
     try:
-        datetime.datetime.fromisoformat(str(claims.get("date") or "2026-01-01").replace("Z", "+00:00"))
+        date = str(claims.get("date") or "2026-01-01")
+        datetime.datetime.fromisoformat(date.replace("Z", "+00:00"))
     except ValueError:
         lacks.append(f"date (it is {claims['date']!r}, not YYYY-MM-DD)")
     if lacks:
@@ -555,41 +101,55 @@ def check_claims(sub):
 
 
 def check_logs(sub):
-    """Every log that counts whole, of the seed that it is named for, and of another run than the others."""
+    """Every log that counts whole, with finite scores."""
     if not sub.logs:
         sub.add(UNCHECKED, "logs whole", "no log: score, bytes and seconds have no evidence here")
         return
     problems = []
     for log in sub.logs:
-        ours = "\nsetting " in log.body or not log.scores
-        if others := not log.scores and {k: v for k, v in log.other_bpb.items() if k != "last_validation"}:
-            sub.add(UNCHECKED, "logs whole", f"{log.name} has no loss with its score: {listed(f'{k} {v}' for k, v in others.items())}")
+        others = {k: v for k, v in log.other_bpb.items() if k != "last_validation"}
+        if others and not log.scores:
+            sub.add(UNCHECKED, "logs whole", f"{log.name} has no loss with its score: "
+                    + listed(f"{k} {v}" for k, v in others.items()))
             continue
+        ours = "\nsetting " in log.body or not log.scores
         lacks = [] if log.scores else ["final score"]
         lacks += ["'Total submission size'"] if log.total_bytes is None and ours else []
         ending = (log.body.rstrip().splitlines() or [""])[-1][:90]
-        problems += [f"{log.name} has no {' and no '.join(lacks)}; it ends with {ending!r}"] if lacks else []
-        problems += [f"{log.name}: {k} is {s.loss} nats, {s.bpb} bpb" for k, s in log.scores.items()
-                     if not (math.isfinite(s.loss) and math.isfinite(s.bpb) and s.bpb > 0 and s.loss > 0)]
+        if lacks:
+            problems.append(f"{log.name} has no {' and no '.join(lacks)}; it ends with {ending!r}")
+        finite = {k: s for k, s in log.scores.items()
+                  if math.isfinite(s.loss + s.bpb) and s.bpb > 0 and s.loss > 0}
+        problems += [f"{log.name}: {k} is {s.loss} nats, {s.bpb} bpb"
+                     for k, s in log.scores.items() if k not in finite]
+        log.scores = finite  # what comes after divides by them
     if problems or sub.scored:
         sub.verdict("logs whole", problems, f"{len(sub.scored)} with a final score", sub.severity)
-    for log in sub.logs:  # what comes after divides by scores
-        log.scores = {k: s for k, s in log.scores.items() if math.isfinite(s.loss + s.bpb) and s.bpb > 0 and s.loss > 0}
-    problems = [f"{log.name} is the log of seed {log.seed}" for log in sub.logs
-                if log.seed is not None and log.named_seed is not None and log.seed != log.named_seed]
-    if problems and sorted(g.named_seed or 0 for g in sub.logs) in ([*range(len(sub.logs))], [*range(1, len(sub.logs) + 1)]):
-        sub.add(WARN, "logs distinct", f"named by their order, not by seed: {'; '.join(problems)}")
-        problems = []
-    for what, value in (("score ledger", lambda g: g.ledger), ("scores and seconds", lambda g: g.identity),
-                        ("seed", lambda g: g.seed)):
-        same = [[g.name for g in sub.logs if value(g) == v] for v, n in Counter(map(value, sub.logs)).items()
-                if v not in (None, "") and n > 1]
-        problems += [f"{' and '.join(names)} have the same {what}: one run, counted twice; --logs chooses"
-                     for names in same if not any(set(names) == set(p.split(" have ")[0].split(" and ")) for p in problems)]
-    sub.verdict("logs distinct", problems, f"seeds {listed(sub.runs)}")
+    check_distinct(sub)
     keys = {log.key for log in sub.scored}
     if len(keys) > 1 and not all(sub.kind in log.scores for log in sub.scored):
-        sub.add(FAIL, "logs alike", "no evaluation is in all: " + listed(f"{g.name}: {g.key}" for g in sub.scored))
+        sub.add(FAIL, "logs alike", "no evaluation is in all: "
+                + listed(f"{g.name}: {g.key}" for g in sub.scored))
+
+
+def check_distinct(sub):
+    """Every log of the seed that it is named for, and of another run than the others."""
+    problems = [f"{log.name} is the log of seed {log.seed}" for log in sub.logs
+                if None not in (log.seed, log.named_seed) and log.seed != log.named_seed]
+    numbered = sorted(log.named_seed or 0 for log in sub.logs)
+    if problems and numbered in ([*range(len(numbered))], [*range(1, len(numbered) + 1)]):
+        sub.add(WARN, "logs distinct", f"named by their order, not by seed: {'; '.join(problems)}")
+        problems = []
+    reported = []
+    for what, value in (("score ledger", lambda g: g.ledger),
+                        ("scores and seconds", lambda g: g.identity), ("seed", lambda g: g.seed)):
+        for same, count in Counter(map(value, sub.logs)).items():
+            names = [log.name for log in sub.logs if value(log) == same]
+            if count > 1 and same not in (None, "") and names not in reported:
+                reported.append(names)
+                problems.append(f"{' and '.join(names)} have the same {what}: one run, counted "
+                                "twice; --logs chooses")
+    sub.verdict("logs distinct", problems, f"seeds {listed(sub.runs)}")
 
 
 def check_seeds(sub):
@@ -597,21 +157,37 @@ def check_seeds(sub):
     if not sub.logs:
         return
     seeds = [s for s, log in sub.runs.items() if log.scores]
-    few = [f"{len(seeds)} finished (seeds {listed(seeds) or 'none'}); a record needs 3"] if len(seeds) < 3 else []
-    sub.verdict("seeds", few, listed(seeds), sub.severity)
+    few = f"{len(seeds)} finished (seeds {listed(seeds) or 'none'}); a record needs 3"
+    sub.verdict("seeds", [few] if len(seeds) < 3 else [], listed(seeds), sub.severity)
     logged = {str(s) for s in sub.runs}
     finished = {str(g.run_seed) for g in sub.every_log if g.scores and g.run_seed is not None}
     if not sub.named_seeds:
         sub.add(UNCHECKED, "seeds named", f"{sub.claims_name} names no seeds")
     elif not logged & {s for s in logged if s.isdigit()}:
-        sub.add(UNCHECKED, "seeds named", f"the logs do not say their seeds; {sub.claims_name} names {listed(sorted(sub.named_seeds))}")
+        sub.add(UNCHECKED, "seeds named", f"the logs do not say their seeds; {sub.claims_name} "
+                                          f"names {listed(sorted(sub.named_seeds))}")
     else:
         without = sorted(sub.named_seeds - logged)
-        sub.verdict("seeds named", [f"{sub.claims_name} names seeds {listed(without)}, without a log"] if without else [],
-                    f"{sub.claims_name} names {listed(sorted(sub.named_seeds))}: each has a log", sub.severity)
+        sub.verdict("seeds named",
+                    [f"{sub.claims_name} names seeds {listed(without)}, without a log"] if without
+                    else [],
+                    f"{sub.claims_name} names {listed(sorted(sub.named_seeds))}: each has a log",
+                    sub.severity)
         if more := sorted(finished - sub.named_seeds):
-            sub.add(WARN, "seeds named", f"{sub.claims_name} lacks {listed(more)}, which has a finished log: kept back, or "
-                    "another experiment?")
+            sub.add(WARN, "seeds named", f"{sub.claims_name} lacks {listed(more)}, which has a "
+                                         "finished log: kept back, or another experiment?")
+
+
+def same_source(log, sub):
+    """Whether a log begins with the script, apart from comments; None where that is not known."""
+    if log.source is None:
+        return None
+    logged, *own = (text.replace(b"\r\n", b"\n").strip()
+                    for text in (log.source, sub.code, sub.source))
+    if logged in own:
+        return True
+    meanings = meaning(logged), meaning(own[-1])
+    return None if None in meanings else meanings[0] == meanings[1]
 
 
 def check_code(sub):
@@ -620,28 +196,24 @@ def check_code(sub):
         return
     name, problems, unknown, good = sub.script.name, [], [], []
     hashes = {sha256(sub.code), sha256(sub.source)}
-    plain = {text.replace(b"\r\n", b"\n").strip() for text in (sub.code, sub.source)}
     sizes = {len(sub.code), len(sub.source), sub.code_bytes}
     for log in sub.logs:
-        logged = log.source.replace(b"\r\n", b"\n").strip() if log.source is not None else None
-        if log.code_sha256:
-            good += [log.name] * (log.code_sha256 in hashes)
-            problems += [f"{log.name} ran {log.code_sha256[:16]}…, {name} is {sha256(sub.code)[:16]}…"] * (
-                log.code_sha256 not in hashes)
-        elif logged is not None and logged not in plain and meaning(logged) != meaning(sub.source.replace(b"\r\n", b"\n").strip()):
-            problems.append(f"{log.name} begins with another source than {name}'s")
-        elif logged is None:
-            unknown.append(log.name)
-        else:
-            good.append(log.name)
-    logged = {f"{n:,}" for log in sub.logs if log.code_sizes and not sizes & set(log.code_sizes) for n in log.code_sizes}
+        same = log.code_sha256 in hashes if log.code_sha256 else same_source(log, sub)
+        (unknown if same is None else good if same else problems).append(log)
+    logged = {f"{n:,}" for log in sub.logs if log.code_sizes and not sizes & set(log.code_sizes)
+              for n in log.code_sizes}
     if logged:
-        sub.add(WARN, "same code", f"the logs' 'Code size' is {listed(sorted(logged))}, {name} has {len(sub.code):,} bytes: not "
-                "the file that ran, or packed otherwise")
+        sub.add(WARN, "same code", f"the logs' 'Code size' is {listed(sorted(logged))}, {name} has "
+                f"{len(sub.code):,} bytes: not the file that ran, or packed otherwise")
     if problems or good:
-        sub.verdict("same code", problems, f"sha256 {sha256(sub.code)[:16]}…, or its source, in {len(good)} logs", sub.severity)
+        own = sha256(sub.code)[:16]
+        texts = [f"{g.name} ran {g.code_sha256[:16]}…, {name} is {own}…" if g.code_sha256 else
+                 f"{g.name} begins with another source than {name}'s" for g in problems]
+        sub.verdict("same code", texts, f"sha256 {own}…, or its source, in {len(good)} logs",
+                    sub.severity)
     if unknown:
-        sub.add(UNCHECKED, "same code", f"neither hash nor source in {listed(unknown)}")
+        sub.add(UNCHECKED, "same code", "neither hash nor readable source in "
+                + listed(log.name for log in unknown))
 
 
 def check_bytes(sub):
@@ -649,28 +221,36 @@ def check_bytes(sub):
     problems, remarks, totals, silent = [], [], {}, []
     for seed, log in sub.runs.items():
         parts = (log.code_bytes, log.model_bytes)
-        if None not in (*parts, log.total_bytes) and log.total_bytes not in {log.model_bytes + n for n in log.code_sizes or [parts[0]]}:
+        sums = {(log.model_bytes or 0) + n for n in log.code_sizes or parts[:1] if n is not None}
+        if None not in (*parts, log.total_bytes) and log.total_bytes not in sums:
             (problems if log.code_sha256 else remarks).append(
-                f"{log.name}: {parts[0]:,} + {parts[1]:,} is {sum(parts):,}, logged as {log.total_bytes:,}")
-        on_disk = log.model_bytes + sub.code_bytes if None not in (log.model_bytes, sub.code_bytes) else None
+                f"{log.name}: {parts[0]:,} + {parts[1]:,} is {sum(parts):,}, logged as "
+                f"{log.total_bytes:,}")
+        known = None not in (log.model_bytes, sub.code_bytes)
+        on_disk = log.model_bytes + sub.code_bytes if known else None
         total = on_disk if on_disk is not None else log.total_bytes
         if total is None:
             silent.append(log.name)
             continue
         totals[seed] = total
         over = [n for n in (on_disk, log.total_bytes) if n is not None and n > CAP_BYTES]
-        packed = on_disk in over and len(set(log.code_sizes)) > 1 and len(sub.code) == max(log.code_sizes)
+        several = len(set(log.code_sizes)) > 1  # before and after its compression
+        packed = several and on_disk in over and len(sub.code) == max(log.code_sizes)
         if len(over) == 2 or len(over) == 1 and (on_disk in over and not packed or on_disk is None):
-            problems.append(f"seed {seed}: {max(over):,} exceeds {CAP_BYTES:,} by {max(over) - CAP_BYTES:,}")
+            problems.append(f"seed {seed}: {max(over):,} exceeds {CAP_BYTES:,} by "
+                            f"{max(over) - CAP_BYTES:,}")
         elif over:
-            remarks.append(f"{log.name}: {log.total_bytes:,} as logged" + (
-                f", with {sub.script.name} as it lies there ({len(sub.code):,} bytes, not compressed) {on_disk:,}"
-                if packed else f", with the code that lies there {on_disk:,}") + f"; the cap is {CAP_BYTES:,}")
+            how = f" ({len(sub.code):,} bytes, not compressed)" if packed else ""
+            remarks.append(f"{log.name}: {log.total_bytes or 0:,} as logged, with "
+                           f"{sub.script.name} as it lies there{how} {on_disk:,}; the cap is "
+                           f"{CAP_BYTES:,}")
     if (totals or problems) and not (remarks and not problems):
-        how = "code on disk + model of each log" if sub.code is not None else "as logged; no code here"
-        sub.verdict("bytes", problems, f"{listed(f'{t:,}' for t in totals.values())} of {CAP_BYTES:,} ({how})")
+        how = "as logged; no code here" if sub.code is None else "code on disk + model of each log"
+        sub.verdict("bytes", problems, f"{listed(f'{t:,}' for t in totals.values())} of "
+                                       f"{CAP_BYTES:,} ({how})")
     if silent or not sub.logs:
-        sub.add(UNCHECKED, "bytes", f"no model size in {listed(silent) or 'any log: there is none'}")
+        sub.add(UNCHECKED, "bytes",
+                f"no model size in {listed(silent) or 'any log: there is none'}")
     if remarks:
         sub.add(WARN, "bytes", "; ".join(remarks))
     check_code_files(sub, totals)
@@ -683,8 +263,10 @@ def check_code_files(sub, totals):
         more = [f"{n} {b:,} (counted: {sub.script.name} names it)" for n, b in sub.needed.items()]
         rest = [f"{n} {b:,}" for n, b in list(sub.unneeded.items())[:6]]
         largest = max(totals.values(), default=0) + sum(sub.unneeded.values())
-        text = listed(more + ([f"not counted, since the script does not name them: {listed(rest)}"] if rest else []))
-        sub.add(WARN if largest > CAP_BYTES >= max(totals.values(), default=0) > 0 else PASS, "code files", text)
+        text = listed(more + ([f"not counted, since the script does not name them: {listed(rest)}"]
+                              if rest else []))
+        sub.add(WARN if largest > CAP_BYTES >= max(totals.values(), default=0) > 0 else PASS,
+                "code files", text)
 
 
 def check_bytes_claimed(sub, totals):
@@ -700,20 +282,27 @@ def check_bytes_claimed(sub, totals):
             names.setdefault((round(sum(values.values()) / len(values)), what), f"the mean {what}")
             for seed, value in values.items():
                 names.setdefault((value, what), f"seed {seed}'s {what}")
-    codes = {n for log in sub.logs for n in log.code_sizes} | {len(sub.code or b""), len(sub.source or b""), sub.code_bytes}
+    codes = {n for log in sub.logs for n in log.code_sizes} | {len(sub.code or b""),
+                                                               len(sub.source or b""),
+                                                               sub.code_bytes}
     problems, remarks, good = [], [], []
-    for kind, allowed in ((TOTAL, ("total on disk", "logged total", "model")), (MODEL, ("model",)), (CODE, ())):
+    for kind, allowed in ((TOTAL, ("total on disk", "logged total", "model")), (MODEL, ("model",)),
+                          (CODE, ())):
         key, value = said(sub.claims, kind)
-        if key is None or (kind is CODE and codes == {0, None}) or (kind is not CODE and not names):
+        # a smaller one is in MB
+        if key is None or (codes == {0, None} if kind is CODE else not names or value < 100_000):
             continue
-        found = [text for what in allowed for (n, w), text in names.items() if w == what and same_count(value, n)]
-        found += ["the code's"] if kind is CODE and any(same_count(value, n) for n in codes - {None}) else []
+        found = [text for what in allowed for (n, w), text in names.items() if w == what
+                 and same_count(value, n)]
+        found += ["the code's"] if kind is CODE and any(same_count(value, n)
+                                                        for n in codes - {None}) else []
         largest = found and (found[0].startswith("the largest") or kind is CODE)
         if not found and kind is CODE and sub.code and abs(value / len(sub.code) - 1) < 0.05:
             remarks.append(f"{key} is {value}, not {listed(sorted(codes - {None}))}")
         elif not found or found[0].endswith("model") and key in ("bytes_total", "total_bytes"):
-            known = listed(f"{what} {v:,}" for (v, _), what in list(names.items())[:4]) if kind is not CODE else listed(sorted(codes - {None}))
-            problems.append(f"{key} is {value}" + (f", {found[0]}" if found else "") + f", not {known}")
+            known = sorted(codes - {None}) if kind is CODE else [
+                f"{what} {n:,}" for (n, _), what in list(names.items())[:4]]
+            problems.append(listed([f"{key} is {value}", *found[:1], f"not {listed(known)}"]))
         else:
             (good if largest else remarks).append(f"{key} {value} is {found[0]}")
     if problems or good:
@@ -730,6 +319,14 @@ def same_count(claim, count):
     return abs(int(claim) - count) <= (0.5 * 10 ** zeros if zeros >= 4 else 0)
 
 
+def steps_late(log):
+    """Steps by which training, with what read training data after it, ended past the limit: 0, 1,
+    3, or infinity. The ancestors' loops stop by the clock, which they read once a step."""
+    late = log.train_seconds + (log.calibration_seconds or 0) - CAP_SECONDS - log.train_unit
+    limits = ((0, 0), (1, log.step_seconds), (3, max(3 * log.step_seconds, 0.3)))
+    return next((steps for steps, seconds in limits if late <= seconds), math.inf)
+
+
 def check_seconds(sub):
     """Training and evaluation within 600 s each, and what no timer held."""
     problems, close, seen = [], [], []
@@ -737,28 +334,32 @@ def check_seconds(sub):
         if log.train_seconds is None:
             sub.add(UNCHECKED, "train seconds", f"no train_time in {log.name}")
             continue
-        after = log.calibration_seconds or 0
-        total, step = log.train_seconds + after, log.step_seconds
-        text = f"{log.train_seconds:.{1 + (log.train_unit < 0.005)}f}" + (f" + {after:.1f} for {log.calibration[:40]!r}" if after else "")
-        if total > CAP_SECONDS:  # the ancestors' loops stop by the clock, which they read once a step
-            steps = next((n for n in (1, 3) if total <= CAP_SECONDS + max(n * step, 0.3 * (n > 1)) + log.train_unit), None)
-            (close if steps else problems).append(f"{log.name}: {text} s exceeds {CAP_SECONDS}" + (
-                f" by less than {'a step' if steps == 1 else '3 steps or 0.3 s'}" if steps else ""))
+        text = f"{log.train_seconds:.{1 + (log.train_unit < 0.005)}f}"
+        if after := log.calibration_seconds:
+            text += f" + {after:.1f} for {log.calibration[:40]!r}"
+        late = steps_late(log)
+        by = {1: " by less than a step", 3: " by less than 3 steps or 0.3 s"}.get(late, "")
+        if late:
+            (close if by else problems).append(f"{log.name}: {text} s exceeds {CAP_SECONDS}{by}")
         else:
             seen.append(text)
         if log.calibration and log.calibration_seconds is None:
-            close.append(f"{log.name}: {log.calibration[:60]!r} after the last train_time counts as training; no seconds said")
-        if log.calibration and re.search(r"(?<!no )val(idation)? (data|tokens|set)", log.calibration, re.I):
+            close.append(f"{log.name}: {log.calibration[:60]!r} after the last train_time counts "
+                         "as training; no seconds said")
+        if log.calibration and re.search(r"(?<!no )val(idation)? (data|tokens|set)",
+                                         log.calibration, re.I):
             problems.append(f"{log.name}: {log.calibration[:80]!r} calibrates on validation text")
     if seen or problems:
-        sub.verdict("train seconds", problems, f"{listed(dict.fromkeys(seen))} of {CAP_SECONDS}", sub.severity)
+        sub.verdict("train seconds", problems, f"{listed(dict.fromkeys(seen))} of {CAP_SECONDS}",
+                    sub.severity)
     if close:
         sub.add(WARN, "train seconds", "; ".join(close))
     check_eval_seconds(sub)
 
 
 def eval_seconds(sub, log):
-    """Seconds of the evaluation that counts: as the log says in all, else that evaluation's timer; or None."""
+    """Seconds of the evaluation that counts: as the log says in all, else that evaluation's timer;
+    or None."""
     whole = log.eval_seconds if log.eval_seconds is not None else log.total_eval_seconds
     return whole if whole is not None else sub.score(log).seconds
 
@@ -773,21 +374,25 @@ def check_eval_seconds(sub):
             sub.add(UNCHECKED, "eval seconds", f"no eval_time of {sub.kind} in {log.name}")
             continue
         if log.eval_seconds is not None and seconds < timed - 0.2:
-            problems.append(f"{log.name}: {seconds:.1f} s in all, its evaluations alone {timed:.1f} s")
+            problems.append(f"{log.name}: {seconds:.1f} s in all, its evaluations alone "
+                            f"{timed:.1f} s")
         elif seconds > CAP_SECONDS:
             problems.append(f"{log.name}: {seconds:.1f} s exceeds {CAP_SECONDS}")
         seen.append(f"{seconds:.1f}")
         rest.append(None if log.eval_seconds is None else f"{seconds - timed:.1f}")
-        diagnostics.update({k: s.seconds for k, s in log.scores.items() if s.seconds and k != sub.kind})
+        diagnostics.update({k: s.seconds for k, s in log.scores.items() if s.seconds
+                            and k != sub.kind})
     if seen:
         beside = listed(f"{k} {n / len(sub.scored):.0f}" for k, n in diagnostics.items())
         sub.verdict("eval seconds", problems, f"{listed(seen)} of {CAP_SECONDS}, {sub.kind}" + (
             f"; not in it: {beside} s" if beside and None in rest else ""), sub.severity)
     if None in rest:
-        sub.add(UNCHECKED, "outside of timers", "evaluation seconds are the evaluation's own timer; loading, "
+        sub.add(UNCHECKED, "outside of timers", "evaluation seconds are the evaluation's own "
+                                                "timer; loading, "
                 "decompression and compilation are not visible")
     elif rest:
-        sub.add(PASS, "outside of timers", f"between the evaluations, inside the total: {listed(rest)} s; packing, in neither "
+        sub.add(PASS, "outside of timers", f"between the evaluations, inside the total: "
+                                           f"{listed(rest)} s; packing, in neither "
                 f"limit: {listed(log.pack_seconds for log in sub.scored)} s")
 
 
@@ -797,16 +402,19 @@ def check_adaptation(sub):
     if not adapted:
         return
     line = adapted[0].adapted[sub.kind][:80]
-    text = f"{listed(g.name for g in adapted)}: {line!r} and no score in these epochs; {sub.kind} scores after them"
+    text = (f"{listed(g.name for g in adapted)}: {line!r} and no score in these epochs; {sub.kind} "
+            "scores after them")
     if sub.tree is not None and not adapts_on_validation(sub.tree):
-        sub.add(UNCHECKED, "score before update", f"{text}. On which text it steps is not visible in {sub.script.name}")
+        sub.add(UNCHECKED, "score before update", f"{text}. On which text it steps is not visible "
+                                                  f"in {sub.script.name}")
     else:
         sub.add(sub.severity, "score before update", f"{text}: adapted to the text first")
 
 
 def official_set(targets):
     """Name of the validation set of so many targets, or None."""
-    return next((name for count, name in OFFICIAL_TARGETS.items() if abs(targets - count) < ROW), None)
+    return next((name for count, name in OFFICIAL_TARGETS.items() if abs(targets - count) < ROW),
+                None)
 
 
 def check_denominator(sub):
@@ -814,18 +422,24 @@ def check_denominator(sub):
     problems, good, unknown = [], [], []
     for log in sub.scored:
         score = sub.score(log)
-        ratios = [s.bytes_per_target for k, s in log.scores.items() if not DIAGNOSTIC.search(k)] or [score.bytes_per_target]
-        if max(ratios) / min(ratios) - 1 > max(1e-4 if log.ledger else 2e-3, *(2 * s.tolerance for s in log.scores.values())):
+        ratios = [s.bytes_per_target for k, s in log.scores.items()
+                  if not DIAGNOSTIC.search(k)] or [score.bytes_per_target]
+        if max(ratios) / min(ratios) - 1 > max(1e-4 if log.ledger else 2e-3,
+                                               *(2 * s.tolerance for s in log.scores.values())):
             problems.append(f"{log.name}: bytes per target differ between evaluations: "
-                            + listed(f"{k} {s.bytes_per_target:.5f}" for k, s in log.scores.items()))
+                            + listed(f"{k} {s.bytes_per_target:.5f}" for k,
+                                     s in log.scores.items()))
         if log.targets and log.scored_bytes:
             for key, s in log.scores.items():
                 implied = s.bytes_per_target * log.targets
                 if abs(implied / log.scored_bytes - 1) > s.tolerance:
-                    problems.append(f"{log.name}: {key} implies {implied:,.0f} bytes, logged are {log.scored_bytes:,}")
+                    problems.append(f"{log.name}: {key} implies {implied:,.0f} bytes, logged are "
+                                    f"{log.scored_bytes:,}")
             by_ledger = (log.loss_sum or 0) / log.targets
-            if by_ledger and abs(by_ledger - log.score.loss) > 1.01 * log.score.loss_unit + 1e-6 / log.targets:
-                problems.append(f"{log.name}: {log.key} is {log.score.loss} nats, the ledger's sum gives {by_ledger:.8f}")
+            slack = 1.01 * log.score.loss_unit + 1e-6 / log.targets
+            if by_ledger and abs(by_ledger - log.score.loss) > slack:
+                problems.append(f"{log.name}: {log.key} is {log.score.loss} nats, the ledger's "
+                                f"sum gives {by_ledger:.8f}")
         judge_bytes(log, score.bytes_per_target, problems, good, unknown)
     ways = {log.name: log.bytes_from for log in sub.scored if log.bytes_from}
     if len(set(ways.values())) > 1:
@@ -844,10 +458,15 @@ def judge_bytes(log, ratio, problems, good, unknown):
     """Sort what the bytes per target of a log imply for the whole text into one of three lists."""
     if log.targets:
         off = ratio * log.targets / OFFICIAL_BYTES - 1
-        if abs(off) <= 0.01 or not official_set(log.targets):  # else judged by check_validation_set
+        official = official_set(log.targets)
+        if abs(off) <= 0.01 or log.scored_bytes and not official:
             good.append(f"{ratio * log.targets:,.0f}")
+        elif not official:
+            unknown.append(f"{log.name}: {ratio * log.targets:,.0f} bytes implied for "
+                           f"{log.targets:,} targets, whose text is not known")
         else:
-            problems.append(f"{log.name}: {ratio * log.targets:,.0f} bytes implied, the validation text has about "
+            problems.append(f"{log.name}: {ratio * log.targets:,.0f} bytes implied, the "
+                            "validation text has about "
                             f"{OFFICIAL_BYTES:,} ({100 * off:+.1f} %)")
         return
     of_vocabulary = [(name, n) for name, v, n in SETS if v == log.vocabulary]
@@ -855,11 +474,14 @@ def judge_bytes(log, ratio, problems, good, unknown):
     if fits:
         good.append(f"{ratio:.4f} per target, as {fits[0]} has")
     elif any(0.15 < ratio * n / OFFICIAL_BYTES - 1 < 0.18 for _, n in of_vocabulary):
-        off = max(ratio * n / OFFICIAL_BYTES - 1 for _, n in of_vocabulary if ratio * n < 1.18 * OFFICIAL_BYTES)
-        problems.append(f"{log.name}: {ratio:.4f} bytes per target, {100 * off:+.1f} % to what this vocabulary has: each "
+        off = max(ratio * n / OFFICIAL_BYTES - 1 for _, n in of_vocabulary
+                  if ratio * n < 1.18 * OFFICIAL_BYTES)
+        problems.append(f"{log.name}: {ratio:.4f} bytes per target, {100 * off:+.1f} % to what "
+                        "this vocabulary has: each "
                         "space counted twice?")
     else:
-        unknown.append(f"{log.name}: number of targets unknown; loss and bpb imply {ratio:.4f} bytes per target" + listed(
+        unknown.append(f"{log.name}: number of targets unknown; loss and bpb imply {ratio:.4f} "
+                       "bytes per target" + listed(
             f", {name} has {OFFICIAL_BYTES / n:.4f}" for name, n in of_vocabulary))
 
 
@@ -868,19 +490,22 @@ def check_validation_set(sub):
     problems, good = [], []
     for log in sub.scored:
         if shrunk := {k: v for k, v in log.settings.items() if shrinks(k, v)}:
-            problems.append(f"{log.name}: {listed(f'{k}={v}' for k, v in shrunk.items())} scores a part")
+            problems.append(f"{log.name}: {listed(f'{k}={v}' for k, v in shrunk.items())} scores "
+                            "a part")
         elif log.targets and (name := official_set(log.targets)):
             good.append(f"{log.targets:,} targets, all of {name}")
         elif log.targets:
             share = sub.score(log).bytes_per_target * log.targets / OFFICIAL_BYTES
             whole = [n for name, v, n in SETS if v == log.vocabulary]
             if 0.005 < abs(share - 1) <= 0.03:
-                sub.add(UNCHECKED, "validation set", f"{log.name}: {log.targets:,} targets, {100 * share:.1f} % of the text by its "
+                sub.add(UNCHECKED, "validation set", f"{log.name}: {log.targets:,} targets, "
+                                                     f"{100 * share:.1f} % of the text by its "
                         "bytes: another text or tokenizer, or a part")
             elif abs(share - 1) <= 0.005:
-                good.append(f"{log.targets:,} targets, {100 * share:.1f} % of the text by its bytes")
+                good.append(f"{log.targets:,} targets, {100 * share:.1f} % of the text by bytes")
             else:
-                problems.append(f"{log.name}: {log.targets:,} targets, {100 * share:.1f} % of the text by its bytes" + (
+                problems.append(f"{log.name}: {log.targets:,} targets, {100 * share:.1f} % of the "
+                                "text by its bytes" + (
                     f"; the official set has {listed(f'{n:,}' for n in whole)}" if whole else ""))
     if problems or good:
         sub.verdict("validation set", problems, listed(dict.fromkeys(good)), sub.severity)
@@ -890,7 +515,8 @@ def check_validation_set(sub):
 
 def shrinks(name, value):
     """Whether a setting of a log makes the validation set smaller."""
-    off = {"VAL_DOC_FRACTION": ("1", "1.0"), "MAX_VAL_TOKENS": ("0", "-1", "", "None"), "VAL_MAX_TOKENS": ("0", "-1", "", "None"),
+    off = {"VAL_DOC_FRACTION": ("1", "1.0"), "MAX_VAL_TOKENS": ("0", "-1", "", "None"),
+           "VAL_MAX_TOKENS": ("0", "-1", "", "None"),
            "TTT_EVAL_BATCHES": ("", "0", "None")}
     return name in off and value not in off[name]
 
@@ -908,65 +534,105 @@ def check_scores(sub):
             sub.add(UNCHECKED, names[0], f"not in {sub.claims_name} as a number")
         else:
             sub.add(*which_score(sub, key, claim, attribute))
-    (key, stated), (_, std) = said(sub.claims, STD), mean_std([sub.score(log).bpb for log in sub.scored])
+    key, stated = said(sub.claims, STD)
+    _, std = mean_std([sub.score(log).bpb for log in sub.scored])
     if key is None or std is None:
         if std is not None or key and stated:
-            sub.add(WARN, "val_bpb_std", f"{sub.claims_name} has {stated}; the {len(sub.scored)} logs give {std}")
+            sub.add(WARN, "val_bpb_std", f"{sub.claims_name} has {stated}; the {len(sub.scored)} "
+                                         f"logs give {std}")
         return
     population = std * math.sqrt(1 - 1 / len(sub.scored))
-    slack = 2.02 * half_unit(stated) + max(sub.score(log).bpb_unit for log in sub.scored)  # rounded, or cut off
-    sub.verdict(key, [f"{stated}, the logs give {std:.6f} (n−1)"] if min(
-        abs(float(stated) - std), abs(float(stated) - population)) > slack else [], f"{stated}, logs {std:.6f} (n−1)",
-        sub.severity)
+    # rounded, or cut off
+    slack = 2.02 * half_unit(stated) + max(sub.score(log).bpb_unit for log in sub.scored)
+    wrong = min(abs(float(stated) - std), abs(float(stated) - population)) > slack
+    sub.verdict(key, [f"{stated}, the logs give {std:.6f} (n−1)"] if wrong else [],
+                f"{stated}, logs {std:.6f} (n−1)", sub.severity)
 
 
 def which_score(sub, key, claim, attribute):
     """(status, key, text): which figure of the logs a claimed score is."""
-    kinds = [k for k in dict.fromkeys([sub.kind, *reversed(sub.scored[-1].scores)]) if all(k in g.scores for g in sub.scored)]
-    last, means = sub.scored[-1].key, {}
-    for kind in kinds:
-        rows = [log.scores[kind] for log in sub.scored]
-        means[kind] = mean_std([getattr(s, attribute) for s in rows])[0]
-        slack = 1.01 * (half_unit(claim) + max(getattr(s, f"{attribute}_unit") for s in rows))
-        single = [s for s, log in sub.runs.items() if kind in log.scores and agree(claim, log.scores[kind].printed(attribute))]
-        if abs(float(claim) - means[kind]) > slack and not single:
-            continue
-        other = "" if kind == last else f"; the last evaluation is {last}"
-        if abs(float(claim) - means[kind]) <= slack:
-            measured = sub.severity if DIAGNOSTIC.search(kind) else WARN
-            return measured if other else PASS, key, f"{claim} is the mean of {kind}, {means[kind]:.6f}{other}"
-        return WARN, key, f"{claim} is seed {single[0]}'s {kind}; the mean of {len(rows)} logs is {means[kind]:.6f}{other}"
-    cut = next((k for k, m in means.items() if 0 <= m - float(claim) < min(1e-4, 2 * half_unit(claim))), None)
-    if cut:
-        return WARN, key, f"{claim} is the mean of {cut}, {means[cut]:.6f}, cut off and not rounded"
-    stated = [said(row, BPB if attribute == "bpb" else LOSS)[1] for row in sub.rows.values()]
-    lists = [[*map(figure, v)] for k, v in sub.claims.items() if attribute == "bpb" and "bpb" in k and isinstance(v, list)]
-    for values in (stated, *lists):
-        if values and None not in values and abs(float(claim) - sum(map(float, values)) / len(values)) < min(
-                1e-4, 2.02 * half_unit(claim)):
-            without = len(values) > len(sub.scored)
-            return UNCHECKED if without else PASS, key, f"{claim} is the mean of the {len(values)} scores that " \
-                f"{sub.claims_name} lists; {len(sub.scored)} of them have a log"
-    if attribute == "loss" and abs(float(claim) - mean_std([sub.score(g).bpb for g in sub.scored])[0]) < 1e-3:
-        return WARN, key, f"{claim} is the bpb, not nats"
-    for label in sub.scored[-1].other_bpb if attribute == "bpb" else ():
-        values = [float(g.other_bpb[label]) for g in sub.scored if label in g.other_bpb]
-        if agree(claim, f"{mean_std(values)[0]:.5f}") or any(agree(claim, g.other_bpb.get(label, "nan")) for g in sub.scored
-                                                            if label in g.other_bpb):
+    means = {}
+    kinds = dict.fromkeys([sub.kind, *reversed(sub.scored[-1].scores)])
+    for kind in [k for k in kinds if all(k in g.scores for g in sub.scored)]:
+        means[kind] = mean_std([getattr(g.scores[kind], attribute) for g in sub.scored])[0]
+        if found := as_evaluation(sub, claim, attribute, kind, means[kind]):
+            return found[0], key, f"{claim} is {found[1]}"
+    for explain in (as_cut_off, as_listed, as_bpb, as_other):
+        if found := explain(sub, claim, attribute, means):
+            return found[0], key, f"{claim} is {found[1]}"
+    text = f"{claim} is no mean of the logs: " + listed(f"{k} {m:.6f}" for k, m in means.items())
+    aside = [g.name for g in sub.every_log if claim is not None and g not in sub.logs
+             for s in g.scores.values() if agree(claim, s.printed(attribute))]
+    text += f"; {aside[0]} has it, which does not count" if aside else ""
+    return FAIL if attribute == "bpb" else sub.severity, key, text
+
+
+def as_evaluation(sub, claim, attribute, kind, mean):
+    """(status, what it is) of a claim that is an evaluation's mean, or one seed's; or None."""
+    units = [getattr(log.scores[kind], f"{attribute}_unit") for log in sub.scored]
+    single = [s for s, log in sub.runs.items() if kind in log.scores
+              and agree(claim, log.scores[kind].printed(attribute))]
+    last = sub.scored[-1].key
+    other = "" if kind == last else f"; the last evaluation is {last}"
+    if abs(float(claim) - mean) <= 1.01 * (half_unit(claim) + max(units)):
+        doubt = sub.severity if DIAGNOSTIC.search(kind) else WARN
+        return doubt if other else PASS, f"the mean of {kind}, {mean:.6f}{other}"
+    if single:
+        of_all = f"the mean of {len(units)} logs is {mean:.6f}"
+        return WARN, f"seed {single[0]}'s {kind}; {of_all}{other}"
+    return None
+
+
+def as_cut_off(sub, claim, attribute, means):
+    """(status, what it is) of a claim that is a mean with its last digits cut off; or None."""
+    most = min(1e-4, 2 * half_unit(claim))
+    cut = next((k for k, m in means.items() if 0 <= m - float(claim) < most), None)
+    return cut and (WARN, f"the mean of {cut}, {means[cut]:.6f}, cut off and not rounded")
+
+
+def as_listed(sub, claim, attribute, means):
+    """(status, what it is) of a claim that is the mean of what submission.json lists; or None."""
+    several = [[said(row, BPB if attribute == "bpb" else LOSS)[1] for row in sub.rows.values()]]
+    if attribute == "bpb":
+        several += [[*map(figure, v)] for k, v in sub.claims.items()
+                    if "bpb" in k and isinstance(v, list)]
+    for values in several:
+        if values and None not in values:
+            mean = sum(map(float, values)) / len(values)
+            if abs(float(claim) - mean) < min(1e-4, 2.02 * half_unit(claim)):
+                status = UNCHECKED if len(values) > len(sub.scored) else PASS
+                return status, (f"the mean of the {len(values)} scores that {sub.claims_name} "
+                                f"lists; {len(sub.scored)} of them have a log")
+    return None
+
+
+def as_bpb(sub, claim, attribute, means):
+    """(status, what it is) of a loss that is the score in bits; or None."""
+    mean = mean_std([sub.score(g).bpb for g in sub.scored])[0]
+    in_bits = attribute == "loss" and abs(float(claim) - mean) < 1e-3
+    return (WARN, "the bpb, not nats") if in_bits else None
+
+
+def as_other(sub, claim, attribute, means):
+    """(status, what it is) of a claim that stands in the logs outside of an evaluation; or None."""
+    labels = {label for g in sub.scored for label in g.other_bpb} if attribute == "bpb" else set()
+    values = {label: [g.other_bpb[label] for g in sub.scored if label in g.other_bpb]
+              for label in labels}
+    if attribute == "loss":
+        values["last_validation"] = [str(v) for g in sub.scored for _, v in g.validation[-1:]]
+    for label, texts in values.items():
+        mean = [f"{sum(map(float, texts)) / len(texts):.5f}"] if texts else []
+        if any(agree(claim, text) for text in mean + texts):
             before = label == "last_validation"
-            return sub.severity if before else WARN, key, f"{claim} is {label}" + (
-                ", before quantization" if before else "") + f"; {sub.kind} gives {means.get(sub.kind, math.nan):.6f}"
-    last_losses = [v for g in sub.scored for _, v in g.validation[-1:]] if attribute == "loss" else []
-    if any(agree(claim, v) for v in last_losses):
-        return sub.severity, key, f"{claim} is the last validation of the training, before quantization; {sub.kind} gives " \
-            f"{means.get(sub.kind, math.nan):.6f}"
-    everywhere = [g.name for g in sub.every_log for s in g.scores.values() if agree(claim, s.printed(attribute))]
-    return FAIL if attribute == "bpb" else sub.severity, key, f"{claim} is no mean of the logs: " + listed(f"{k} {m:.6f}" for k, m in means.items()) + (
-        f"; {everywhere[0]} has it, which does not count" if everywhere else "")
+            return sub.severity if before else WARN, label + (
+                " of the training, before quantization" if before else "") + (
+                f"; {sub.kind} gives {means.get(sub.kind, math.nan):.6f}")
+    return None
 
 
 def close_to(attribute):
-    """Reader of RESULT_KEYS: what a log gives for a score, printed; any of its evaluations will do."""
+    """Reader of RESULT_KEYS: what a log gives for a score, printed; any of its evaluations will
+    do."""
     return lambda g: [s.printed(attribute) for s in reversed(g.scores.values())]
 
 
@@ -978,21 +644,28 @@ def timed(name):
     return lambda g: [] if getattr(g, name) is None else [f"{getattr(g, name):.1f}"]
 
 
+def step_milliseconds(log):
+    return [f"{1000 * log.step_seconds:.2f}"] if log.step_seconds else []
+
+
 RESULT_KEYS = {**dict.fromkeys(BPB, close_to("bpb")), **dict.fromkeys(LOSS, close_to("loss")),
-               **dict.fromkeys(TOTAL, exactly("total_bytes", "model_bytes")), **dict.fromkeys(MODEL, exactly("model_bytes")),
-               **dict.fromkeys(CODE, exactly("code_bytes")), **dict.fromkeys(("steps", "train_steps", "step_stop"), exactly("steps")),
-               **dict.fromkeys(("step_avg_ms", "ms_per_step"), lambda g: [f"{1000 * g.step_seconds:.2f}"] if g.step_seconds else []),
-               **dict.fromkeys(("train_seconds", "wallclock_seconds", "train_time_s"), timed("train_seconds")),
+               **dict.fromkeys(TOTAL, exactly("total_bytes", "model_bytes")),
+               **dict.fromkeys(MODEL, exactly("model_bytes")),
+               **dict.fromkeys(CODE, exactly("code_bytes")),
+               **dict.fromkeys(("steps", "train_steps", "step_stop"), exactly("steps")),
+               **dict.fromkeys(("step_avg_ms", "ms_per_step"), step_milliseconds),
+               **dict.fromkeys(("train_seconds", "wallclock_seconds", "train_time_s"),
+                               timed("train_seconds")),
                "eval_seconds": timed("eval_seconds"),
-               "scored_targets": exactly("targets"), "scored_bytes": exactly("scored_bytes"), "seed": exactly("seed")}
-
-
-SOFT = ("steps", "train_steps", "step_stop", "step_avg_ms", "ms_per_step", "train_seconds", "wallclock_seconds",
-        "train_time_s", "eval_seconds")  # what does not decide
+               "scored_targets": exactly("targets"), "scored_bytes": exactly("scored_bytes"),
+               "seed": exactly("seed")}
+SOFT = ("steps", "train_steps", "step_stop", "step_avg_ms", "ms_per_step", "train_seconds",
+        "wallclock_seconds", "train_time_s", "eval_seconds")  # what does not decide
 
 
 def differences(row, log, totals=()):
-    """What a row of results says otherwise than the log; `totals` are further sizes that are right."""
+    """What a row of results says otherwise than the log; `totals` are further sizes that are
+    right."""
     out = []
     for key, logged in RESULT_KEYS.items():
         value = row.get(key)
@@ -1011,13 +684,15 @@ def differences(row, log, totals=()):
 
 
 def check_seed_results(sub):
-    """Each seed's row of submission.json, and its result file where there is one, against its log."""
+    """Each seed's row of submission.json, and its result file where there is one, against its
+    log."""
     problems, remarks, compared = [], [], 0
     for seed, log in sub.runs.items():
         if not log.scores:
             continue
-        rows, on_disk = {"seed_results": sub.rows.get(str(seed))}, [log.model_bytes + sub.code_bytes] if (
-            log.model_bytes and sub.code_bytes) else []
+        known = log.model_bytes and sub.code_bytes
+        on_disk = [log.model_bytes + sub.code_bytes] if known else []
+        rows = {"seed_results": sub.rows.get(str(seed))}
         path = sub.folder / f"result_seed{seed}.json"
         if path.is_file():
             try:
@@ -1030,7 +705,8 @@ def check_seed_results(sub):
             compared += 1
             for d in differences(row, log, on_disk):
                 soft = d.split()[0] in SOFT and where == "seed_results"
-                (remarks if soft else problems).append(f"{where}, seed {seed}: {d}; take both from one run")
+                (remarks if soft else problems).append(f"{where}, seed {seed}: {d}; take both "
+                                                       "from one run")
             if row.get("code_sha256") and log.code_sha256 and row["code_sha256"] != log.code_sha256:
                 problems.append(f"{where}, seed {seed}: code_sha256 differs from the log's")
     for key in SOFT:  # of the whole submission
@@ -1039,12 +715,13 @@ def check_seed_results(sub):
     if compared or problems:
         sub.verdict("seed results", problems, f"{compared} rows agree with the logs", sub.severity)
     else:
-        sub.add(UNCHECKED, "seed results", f"no rows by seed in {sub.claims_name}, or no log of such a seed")
+        sub.add(UNCHECKED, "seed results", f"no rows by seed in {sub.claims_name}, or no log of "
+                                           "such a seed")
     if remarks:
         sub.add(WARN, "seed results", "; ".join(remarks))
 
 
-# -- README --------------------------------------------------------------------------------------------------------------
+# -- README ----------------------------------------------------------------------------------------
 
 def readme_rows(text):
     """(header cells, cells) of every row of the README's tables, without the marks of Markdown."""
@@ -1059,19 +736,24 @@ def readme_rows(text):
             yield header, cells
 
 
-# What a column of a table by seed is compared with: pattern of its head, of a number in it, and what the log has.
+# What a column of a table by seed is compared with: pattern of its head, of a number in it, and
+# what the log has.
 COLUMNS = (
-    ("bpb", re.compile(r"bp[bp]\b", re.I), r"\d\.\d{3,}", lambda g: [*close_to("bpb")(g), *g.other_bpb.values()]),
-    ("loss", re.compile(r"\bloss\b", re.I), r"\d\.\d{3,}", lambda g: close_to("loss")(g) + [v for _, v in g.validation[-1:]]),
+    ("bpb", re.compile(r"bp[bp]\b", re.I), r"\d\.\d{3,}", lambda g: [*close_to("bpb")(g),
+                                                                     *g.other_bpb.values()]),
+    ("loss", re.compile(r"\bloss\b", re.I), r"\d\.\d{3,}",
+     lambda g: close_to("loss")(g) + [v for _, v in g.validation[-1:]]),
     ("steps", re.compile(r"^(train )?steps$", re.I), r"\d{3,6}", exactly("steps")),
     ("ms per step", re.compile(r"ms ?/ ?step|step.?avg|ms per step", re.I), r"\d+(?:\.\d+)?",
-     lambda g: [f"{1000 * g.step_seconds:.2f}"] if g.step_seconds else []),
-    ("bytes", re.compile(r"bytes|artifact|size", re.I), r"\d{7,8}", exactly("total_bytes", "model_bytes")))
+     step_milliseconds),
+    ("bytes", re.compile(r"bytes|artifact|size", re.I), r"\d{7,8}",
+     exactly("total_bytes", "model_bytes")))
 NOT_OF_THE_RUN = re.compile(r"gain|delta|Δ|gap|std|vs\b|sota|baseline|improve", re.I)
 
 
 def check_readme(sub):
-    """Scores, steps, milliseconds and bytes of the README's tables by seed, and its headline, against the logs."""
+    """Scores, steps, milliseconds and bytes of the README's tables by seed, and its first scores,
+    against the logs."""
     if not sub.readme or not sub.scored:
         sub.add(UNCHECKED, "README's figures", "no README, or no log with a score")
         return
@@ -1079,35 +761,60 @@ def check_readme(sub):
     wrong, remarks, compared, right = [], [], 0, set()
     for header, cells in readme_rows(sub.readme):
         seed = cells[0].removeprefix("seed ").strip()
-        log = logs.get(seed) if re.match(r"(?i)seed", header[0]) else None
-        scores, differ = 0, []
-        for head, cell in zip(header[1:], cells[1:]) if log else ():
-            what, known, value = column_of(head, cell, log)
-            if what == "bpb":
-                known += [v for row in (sub.rows.get(seed), sub.results.get(seed)) for v in scores_in(row)]
-                known += [v for g in sub.every_log if str(g.run_seed) == seed for v in close_to("bpb")(g)]
-            agrees = any(agree(value, k) for k in known)
-            compared, scores = compared + bool(known), scores + (agrees and what == "bpb")
-            if known and not agrees:
-                differ.append((what, f"seed {seed}, {head!r}: {value}, the log has {listed(dict.fromkeys(known[:3]))}"))
-        right |= {seed} if scores else set()
-        for what, text in differ:  # of several scores, one that no log has may come from another evaluation
-            (wrong if what == "bpb" and not scores else remarks).append((seed, text))
+        if not re.match(r"(?i)seed", header[0]) or seed not in logs:
+            continue
+        agreeing, differing = compare_row(sub, logs[seed], seed, header, cells)
+        compared += len(agreeing) + len(differing)
+        right |= {seed} if "bpb" in agreeing else set()
+        # of several scores, one that no log has may come from another evaluation
+        for what, text in differing:
+            sole = what == "bpb" and "bpb" not in agreeing
+            (wrong if sole else remarks).append((seed, text))
     remarks = [text for _, text in remarks] + [text for seed, text in wrong if seed in right]
     wrong = [text for seed, text in wrong if seed not in right]
-    head = [n for line in [x for x in sub.readme.splitlines() if re.search("bpb", x, re.I)][:6]
-            for n in re.findall(r"(?<![\d.])[0-4]\.\d{3,}\b", line)]
-    ours = [claim for o in (sub.claims or {}, *sub.rows.values()) if (claim := said(o, BPB)[1]) is not None]
-    ours += [text for log in sub.logs for text in (*close_to("bpb")(log), *log.other_bpb.values())]
-    ours.append(f"{mean_std([sub.score(g).bpb for g in sub.scored])[0]:.5f}")
-    if head and not any(agree(n, k) for n in head for k in ours):
-        remarks.append(f"the README's first scores are {listed(head[:3])}; {sub.claims_name} and the logs have none of them")
+    head = first_scores(sub.readme)
+    if head and not any(agree(n, k) for n in head for k in scores_known(sub)):
+        remarks.append(f"the README's first scores are {listed(head[:3])}; {sub.claims_name} and "
+                       "the logs have none of them")
     if wrong or (compared or head) and not remarks:
-        sub.verdict("README's figures", wrong, f"its first scores and {compared} figures by seed agree", sub.severity)
+        sub.verdict("README's figures", wrong, f"its first scores and {compared} figures by seed "
+                                               "agree", sub.severity)
     elif not remarks:
         sub.add(UNCHECKED, "README's figures", "no score near its beginning and no table by seed")
     if remarks:
         sub.add(WARN, "README's figures", "; ".join(remarks[:6]))
+
+
+def compare_row(sub, log, seed, header, cells):
+    """([what agrees with a log], [(what, text) of what does not]) of a row of a table by seed."""
+    agreeing, differing = [], []
+    for head, cell in zip(header[1:], cells[1:]):
+        what, known, value = column_of(head, cell, log)
+        if what == "bpb":
+            rows = (sub.rows.get(seed), sub.results.get(seed))
+            known += [v for row in rows for v in scores_in(row)]
+            known += [v for g in sub.every_log if str(g.run_seed) == seed
+                      for v in close_to(what)(g)]
+        if any(agree(value, k) for k in known):
+            agreeing.append(what)
+        elif known:
+            logged = listed(dict.fromkeys(known[:3]))
+            differing.append((what, f"seed {seed}, {head!r}: {value}, the log has {logged}"))
+    return agreeing, differing
+
+
+def first_scores(text):
+    """Numbers like a score in the first lines of a README that speak of one."""
+    lines = [line for line in text.splitlines() if re.search("bpb", line, re.I)][:6]
+    return [n for line in lines for n in re.findall(r"(?<![\d.])[0-4]\.\d{3,}\b", line)]
+
+
+def scores_known(sub):
+    """All scores of submission.json and of the logs that count, and their mean."""
+    claimed = [said(o, BPB)[1] for o in (sub.claims or {}, *sub.rows.values())]
+    logged = [v for g in sub.logs for v in (*close_to("bpb")(g), *g.other_bpb.values())]
+    mean = mean_std([sub.score(g).bpb for g in sub.scored])[0]
+    return [v for v in claimed if v is not None] + logged + [f"{mean:.5f}"]
 
 
 def scores_in(row, name=""):
@@ -1128,14 +835,16 @@ def column_of(head, cell, log):
 
 
 def commands_in(text):
-    """{NAME: value} that the README's commands give to the script: in lines that lead to it, and in exports before it."""
+    """{NAME: value} that the README's commands give to the script: in lines that lead to it, and in
+    exports before it."""
     out = {}
     for block in re.findall(r"^[ \t]*```.*?^[ \t]*```", text, re.M | re.S):
         if "train_gpt.py" not in block:
             continue
         pending = {}
         for line in re.sub(r"\\\s*\n", " ", block).splitlines():
-            found = re.findall(r"(?<![\w-])([A-Z][A-Z0-9_]{2,})=('[^']*'|\"[^\"]*\"|\S*)", line.split(" #")[0])
+            found = re.findall(r"(?<![\w-])([A-Z][A-Z0-9_]{2,})=('[^']*'|\"[^\"]*\"|\S*)",
+                               line.split(" #")[0])
             if "train_gpt.py" in line:
                 out |= pending | dict(found)
             elif re.match(r"\s*export\b|^\s*(?:[A-Z][A-Z0-9_]*=\S*\s*)+$", line):
@@ -1144,10 +853,13 @@ def commands_in(text):
 
 
 def check_settings(sub):
-    """Names set in the logs and in the README's commands that the script cannot read; settings that differ between seeds."""
+    """Names set in the logs and in the README's commands that the script cannot read; settings that
+    differ between seeds."""
     named = {log.name: log.settings for log in sub.logs if log.settings}
     if len(named) > 1:
-        sub.verdict("same settings", differing_settings(named), f"in {len(named)} of {len(sub.logs)} logs", sub.severity)
+        sub.verdict("same settings", differing_settings(named), f"in {len(named)} of "
+                                                                f"{len(sub.logs)} logs",
+                    sub.severity)
     if sub.tree is None:
         sub.add(UNCHECKED, "settings read", "no script that can be read")
         return
@@ -1166,7 +878,8 @@ def check_settings(sub):
         for name in sorted(n for n in names - known if not n.startswith(FOREIGN)):
             unread.setdefault(name, []).append(log.name)
     if shown:
-        sub.verdict("settings read", [f"{n} (in {listed(where)}): the script does not read it" for n, where in unread.items()],
+        sub.verdict("settings read", [f"{n} (in {listed(where)}): the script does not read it"
+                                      for n, where in unread.items()],
                     f"the script reads all that the logs name, {shown // len(sub.logs)} each",
                     FAIL if any(log.explicit or log.code_sha256 for log in sub.logs) else WARN)
     else:
@@ -1175,22 +888,27 @@ def check_settings(sub):
     unread = sorted(n for n in commands if n not in known and not n.startswith(FOREIGN))
     odd = [f"{n}={v}: is 0.{v[1:]} meant?" for n, v in commands.items() if re.fullmatch(r"0\d+", v)]
     if commands:
-        sub.verdict("README's commands", ([f"{listed(unread)}: the script does not read it"] if unread else []) + odd,
+        problems = [f"{listed(unread)}: the script does not read it"] if unread else []
+        sub.verdict("README's commands", problems + odd,
                     f"the script reads {listed(sorted(commands))}", WARN)
 
 
 def differing_settings(named):
-    """Lines 'NAME: value in a, value in b' of settings that differ, other than those that may; `named` is {name: settings}."""
+    """Lines 'NAME: value in a, value in b' of settings that differ, other than those that may;
+    `named` is {name: settings}."""
     lines = []
-    for key in sorted({k for settings in named.values() for k in settings if not NOT_OF_THE_MODEL.match(k)}):
+    for key in sorted({k for settings in named.values() for k in settings
+                       if not NOT_OF_THE_MODEL.match(k)}):
         values = {name: settings.get(key, "absent") for name, settings in named.items()}
         if len(set(map(str, values.values()))) > 1:
-            lines.append(f"{key.upper()}: " + listed(f"{v} in {name}" for name, v in values.items()))
+            lines.append(f"{key.upper()}: " + listed(f"{v} in {name}" for name,
+                                                     v in values.items()))
     return lines
 
 
 def check_imports(sub):
-    """What the script imports and which addresses and outside paths it holds: a list to look at, no proof."""
+    """What the script imports and which addresses and outside paths it holds: a list to look at, no
+    proof."""
     if sub.tree is None:
         return
     modules = modules_imported(sub.tree)
@@ -1198,8 +916,10 @@ def check_imports(sub):
     for name in sorted((modules - LIBRARIES - set(sys.stdlib_module_names)) | modules & NETWORK):
         here = [n for n in sub.needed if n.split("/")[0] in (name, f"{name}.py")]
         strange.append(f"imports {name}" + (" (network)" if name in NETWORK else "") + (
-            f" (a file here: its {sum(sub.needed[n] for n in here):,} bytes count as code)" if here else ""))
-    strange += [f"holds {t[:60]!r}" for t in sorted(texts_of(sub.tree)) if re.fullmatch(r"(/[\w.]|~/|\.\./|\w+://)\S+|curl|wget|pip", t)]
+            f" (a file here: its {sum(sub.needed[n] for n in here):,} bytes count as code)" if here
+            else ""))
+    strange += [f"holds {t[:60]!r}" for t in sorted(texts_of(sub.tree))
+                if re.fullmatch(r"(/[\w.]|~/|\.\./|\w+://)\S+|curl|wget|pip", t)]
     sub.verdict("imports and paths", strange, f"nothing foreign in {len(modules)} imports", WARN)
 
 
@@ -1208,13 +928,15 @@ def check_compliance(sub):
     promises, problems = (sub.claims or {}).get("compliance"), []
     if not isinstance(promises, dict) or not sub.scored:
         return
+    doubtful = {what for status, what, _ in sub.findings if status in (FAIL, WARN)}
     failed = {what for status, what, _ in sub.findings if status == FAIL}
-    totals = [t for g in sub.logs if (t := g.total_bytes) is not None]
     seconds = [s for log in sub.scored if (s := eval_seconds(sub, log)) is not None]
-    true = dict(train=all((log.train_seconds or 0) <= CAP_SECONDS + log.step_seconds + log.train_unit for log in sub.logs),
-                eval=max(seconds, default=0) <= CAP_SECONDS, bytes=max(totals, default=0) <= CAP_BYTES or "bytes" not in failed,
-                seeds=len(sub.scored) >= 3, set=all(not log.targets or official_set(log.targets) for log in sub.scored))
-    for name, pattern in dict(train="train.*600", eval="eval.*600", bytes="(bytes|artifact).*16", seeds="three_seeds",
+    timed_logs = [log for log in sub.logs if log.train_seconds is not None]
+    true = dict(train=all(steps_late(log) < math.inf for log in timed_logs),
+                eval=max(seconds, default=0) <= CAP_SECONDS, bytes="bytes" not in failed,
+                seeds=len(sub.scored) >= 3, set="validation set" not in doubtful)
+    for name, pattern in dict(train="train.*600", eval="eval.*600", bytes="(bytes|artifact).*16",
+                              seeds="three_seeds",
                               set="full_validation_set").items():
         problems += [f"{key}: true, the logs say otherwise" for key, value in promises.items()
                      if re.match(pattern, key) and value is True and not true[name]]
@@ -1225,18 +947,23 @@ def check_hardware(sub):
     """A record was run on 8 H100s."""
     seen = {(log.world_size, log.device) for log in sub.logs if log.device or log.world_size}
     if not seen:
-        sub.add(UNCHECKED, "hardware", f"not in the logs; submission.json says {(sub.claims or {}).get('hardware')}")
+        sub.add(UNCHECKED, "hardware", f"not in the logs; submission.json says "
+                                       f"{(sub.claims or {}).get('hardware')}")
         return
-    wrong = [f"{n}×{device}" for n, device in seen if n not in (None, 8) or (device and "H100" not in device)]
+    wrong = [f"{n}×{device}" for n, device in seen if n not in (None, 8)
+             or (device and "H100" not in device)]
     text = listed(f"{n or '?'}×{device or '?'}" for n, device in seen)
     if not wrong and not all(device for _, device in seen):
-        sub.add(UNCHECKED, "hardware", f"{text}: the logs do not name the device; submission.json says {(sub.claims or {}).get('hardware')}")
+        sub.add(UNCHECKED, "hardware", f"{text}: the logs do not name the device; submission.json "
+                                       f"says {(sub.claims or {}).get('hardware')}")
         return
-    sub.verdict("hardware", [f"{listed(wrong)}; a record runs on 8×H100"] if wrong and sub.track == RECORD else [], text)
+    sub.verdict("hardware", [f"{listed(wrong)}; a record runs on 8×H100"] if wrong
+                and sub.track == RECORD else [], text)
 
 
 def scores_to_beat(other, ratio):
-    """(mean, std, n) in nats of a folder: from the logs that count, else from its submission.json. Raises Problem."""
+    """(mean, std, n) in nats of a folder: from the logs that count, else from its submission.json.
+    Raises Problem."""
     values = [other.score(log).bpb for log in other.scored]
     rows = [float(v) for row in other.rows.values() if (v := said(row, BPB)[1]) is not None]
     values = values if len(values) > 1 or not rows else rows
@@ -1245,15 +972,18 @@ def scores_to_beat(other, ratio):
         return mean * ratio, None if std is None else std * ratio, len(values)
     (_, mean), (_, std) = said(other.claims or {}, BPB), said(other.claims or {}, STD)
     if mean is None or std is None or len(other.named_seeds) < 2:
-        raise Problem(f"--against {other.folder}: no log with a score, and no mean, deviation and seeds in its "
+        raise Problem(f"--against {other.folder}: no log with a score, and no mean, deviation and "
+                      "seeds in its "
                       "submission.json; give its figures as mean,std,n")
     return float(mean) * ratio, float(std) * ratio, len(other.named_seeds)
 
 
 def reference_scores(against, ratio):
-    """(mean, std, n) in nats per target of what is to be beaten: a folder, or 'mean,std,n[,bpb]'. Raises Problem.
+    """(mean, std, n) in nats per target of what is to be beaten: a folder, or 'mean,std,n[,bpb]'.
+    Raises Problem.
 
-    `ratio` is nats per target for one bit per byte; a folder's bpb is converted by it, since its tokens may be others.
+    `ratio` is nats per target for one bit per byte; a folder's bpb is converted by it, since its
+    tokens may be others.
     """
     if Path(against).is_dir():
         return scores_to_beat(open_submission(against), ratio)
@@ -1261,7 +991,8 @@ def reference_scores(against, ratio):
     scale = ratio if parts[3:] == ["bpb"] else 1
     try:
         mean, std, n = float(parts[0]) * scale, float(parts[1]) * scale, int(parts[2])
-        if parts[3:] not in ([], ["bpb"]) or not (mean > 0 and std >= 0 and n >= 2 and math.isfinite(mean + std)):
+        if parts[3:] not in ([], ["bpb"]) or not (mean > 0 and std >= 0 and n >= 2
+                                                  and math.isfinite(mean + std)):
             raise ValueError
     except (ValueError, IndexError):
         raise Problem(f"--against {against}: neither a folder nor mean,std,n in nats (n ≥ 2), "
@@ -1272,7 +1003,8 @@ def reference_scores(against, ratio):
 def check_improvement(sub, against):
     """Welch's t-test: better than the record by 0.005 nats at p < 0.01."""
     if not against:
-        sub.add(WARN if sub.track == RECORD else UNCHECKED, "improvement", "no record to beat given (--against)")
+        sub.add(WARN if sub.track == RECORD else UNCHECKED, "improvement", "no record to beat "
+                                                                           "given (--against)")
         return
     if not sub.scored:
         return
@@ -1282,16 +1014,19 @@ def check_improvement(sub, against):
     gain = f"{new:.5f} against {old:.5f} nats: {old - new:+.5f} better" + (
         " (is that record in bpb? then append ,bpb)" if old < new / 1.3 else "")
     if new_std is None or old_std is None:
-        sub.add(sub.severity, "improvement", f"{gain}; a single run has no spread, so there is no p")
+        sub.add(sub.severity, "improvement",
+                f"{gain}; a single run has no spread, so there is no p")
         return
     if not new_std and not old_std:
         p = 0.0 if old - new > MARGIN_NATS else 1.0
     else:
         from scipy.stats import ttest_ind_from_stats
-        p = float(ttest_ind_from_stats(old - MARGIN_NATS, old_std, old_n, new, new_std, len(sub.scored), equal_var=False,
+        p = float(ttest_ind_from_stats(old - MARGIN_NATS, old_std, old_n, new, new_std,
+                                       len(sub.scored), equal_var=False,
                                        alternative="greater").pvalue)
     gain += f"; Welch's p = {p:.3g} for {MARGIN_NATS} or less"
-    sub.verdict("improvement", [] if p < MOST_P else [f"{gain}, must be < {MOST_P}"], gain, sub.severity)
+    sub.verdict("improvement", [] if p < MOST_P else [f"{gain}, must be < {MOST_P}"], gain,
+                sub.severity)
 
 
 def check_artifacts(sub, artifacts):
@@ -1301,14 +1036,17 @@ def check_artifacts(sub, artifacts):
         if not path.is_file():
             raise Problem(f"--artifact {path}: no such file")
         if not models:
-            sub.add(UNCHECKED, "artifact", f"{path.name}, {path.stat().st_size:,} bytes; no log says a model's size")
+            sub.add(UNCHECKED, "artifact", f"{path.name}, {path.stat().st_size:,} bytes; no log "
+                                           "says a model's size")
             continue
         size, named = path.stat().st_size, re.search(r"seed[_-]?(\d+)", path.name)
         seeds = [s for s, log in sub.runs.items() if log.model_bytes == size]
         right = str(named[1]) in map(str, seeds) if named else bool(seeds)
         logged = listed(f"seed {s} {log.model_bytes}" for s, log in sub.runs.items())
-        sub.verdict("artifact", [] if right else [f"{path.name} has {size:,} bytes; the logs: {logged}"],
-                    f"{path.name}, {size:,} bytes, is seed {listed(seeds)}'s", WARN if size in models and not named else FAIL)
+        sub.verdict("artifact", [] if right else [f"{path.name} has {size:,} bytes; the logs: "
+                                                  f"{logged}"],
+                    f"{path.name}, {size:,} bytes, is seed {listed(seeds)}'s",
+                    WARN if size in models and not named else FAIL)
     if not artifacts:
         sub.add(UNCHECKED, "artifact", "none at hand (--artifact F): model bytes are the logs'")
 
@@ -1361,26 +1099,33 @@ def check_text(sub, data, tokenizer):
 def ends_well(command, cwd, environ, seconds):
     """('' or what went wrong, last line of its output) of a command."""
     try:
-        done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, errors="replace", timeout=seconds)
+        done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True,
+                              errors="replace", timeout=seconds)
     except subprocess.TimeoutExpired:
         return f"not done after {seconds} s", ""
     lines = (done.stdout + done.stderr).strip().splitlines()
-    return f"exit status {done.returncode}" if done.returncode else "", lines[-1][:200] if lines else ""
+    failed = f"exit status {done.returncode}" if done.returncode else ""
+    return failed, lines[-1][:200] if lines else ""
 
 
 def check_by_running(sub, artifacts, given):
-    """Executes the submission's script: a dry run inside a copy of the folder with the logged settings; audits artifacts."""
+    """Executes the submission's script: a dry run inside a copy of the folder with the logged
+    settings; audits artifacts."""
     if sub.source is None or b"--dry-run" not in sub.source:
         sub.add(UNCHECKED, "dry run", "train_gpt.py knows no --dry-run: started, it would train")
     else:
         known = names_read(sub.tree) if sub.tree else set()
-        environ = {k: v for k, v in os.environ.items() if k not in known and not k.startswith("TORCHELASTIC")}
+        environ = {k: v for k, v in os.environ.items() if k not in known
+                   and not k.startswith("TORCHELASTIC")}
         settings = sub.logs[0].settings if sub.logs else {}
         environ |= {k: settings[k] for k in sub.logs[0].explicit} if sub.logs else {}
         with tempfile.TemporaryDirectory() as scratch:  # a script may write beside itself
             copy = shutil.copytree(sub.folder, Path(scratch) / "folder")
-            problem, line = ends_well([sys.executable, "train_gpt.py", "--dry-run"], copy, environ, 120)
-        sub.verdict("dry run", [f"{problem}: {line}"] if problem else [], f"inside the folder, settings of a log: {line}")
+            problem, line = ends_well([sys.executable, "train_gpt.py", "--dry-run"], copy, environ,
+                                      120)
+        sub.verdict("dry run", [f"{problem}: {line}"] if problem else [], f"inside the folder, "
+                                                                          f"settings of a log: "
+                                                                          f"{line}")
     audit, logged = HERE / "audit.py", sub.logs[0].settings if sub.logs else {}
     data = {name: value or logged[name] for value, name in
             zip(given, ("DATA_PATH", "TOKENIZER_PATH")) if value or name in logged}
@@ -1388,16 +1133,20 @@ def check_by_running(sub, artifacts, given):
         if not audit.is_file():
             sub.add(UNCHECKED, "audit", "records/audit.py is not there")
             break
-        command = [sys.executable, str(audit), str(path.resolve()), "--script", str((sub.folder / "train_gpt.py").resolve())]
+        command = [sys.executable, str(audit), str(path.resolve()), "--script",
+                   str((sub.folder / "train_gpt.py").resolve())]
         problem, line = ends_well(command, ROOT, {**os.environ, **data}, 600)
         if problem == "exit status 2":  # no data here, or nothing that it can read
             sub.add(UNCHECKED, "audit", f"{path.name}: {line}")
         else:
-            sub.verdict("audit", [f"{path.name}: {problem}: {line}"] if problem else [], f"{path.name}: {line}")
+            sub.verdict("audit", [f"{path.name}: {problem}: {line}"] if problem else [],
+                        f"{path.name}: {line}")
 
 
-CHECKS = (check_claims, check_logs, check_seeds, check_code, check_bytes, check_seconds, check_adaptation, check_denominator,
-          check_scores, check_seed_results, check_readme, check_compliance, check_settings, check_imports, check_hardware)
+CHECKS = (check_claims, check_logs, check_seeds, check_code, check_bytes, check_seconds,
+          check_adaptation, check_denominator,
+          check_scores, check_seed_results, check_readme, check_compliance, check_settings,
+          check_imports, check_hardware)
 
 
 def check(folder, against=None, run=False, artifacts=(), data=None, tokenizer=None, logs=()):
@@ -1419,10 +1168,11 @@ def verdict_lines(sub):
     width = max(len(what) for _, what, _ in sub.findings)
     counts = Counter(status for status, *_ in sub.findings)
     lines = [f"{status:<11}  {what:<{width}}  {text}" for status, what, text in sub.findings]
-    return [*lines, f"verdict as {sub.track}: " + listed(f"{counts[s]} {s}" for s in (FAIL, WARN, UNCHECKED, PASS))]
+    return [*lines, f"verdict as {sub.track}: " + listed(f"{counts[s]} {s}"
+                                                         for s in (FAIL, WARN, UNCHECKED, PASS))]
 
 
-# -- pack ----------------------------------------------------------------------------------------------------------------
+# -- pack ------------------------------------------------------------------------------------------
 
 @dataclass
 class Run:

@@ -62,17 +62,22 @@ FORMS = {"colon": COLON, "block": BLOCK}
 
 
 def read(tmp_path, text, name="train.log"):
-    (tmp_path / name).write_text(text, encoding="utf-8")
+    content = text if isinstance(text, bytes) else text.encode("utf-8")
+    (tmp_path / name).write_bytes(content)
     return logs.read_logs(tmp_path / name)
 
 
 def stamped(text):
-    return "".join(f"[2026-04-01 12:00:{i % 60:02}] {line}\n" for i, line in enumerate(text.splitlines()))
+    return "".join(f"[2026-04-01 12:00:{i % 60:02}] {line}\n" for i,
+                   line in enumerate(text.splitlines()))
 
 
 @pytest.mark.parametrize("dress", [str, stamped, lambda t: t.replace("\n", "\r\n"),
-                                   lambda t: f"import os\nx = 1\n{'=' * 100}\nversions\n{'=' * 100}\n{t}"],
-                         ids=["plain", "stamped", "CRLF", "source"])
+                                   lambda t: f"  0%| | 0/9\r 50%|\x1b[A\r{t}",
+                                   lambda t: t.encode("utf-16"),
+                                   lambda t: f"import os\nx = "
+                                             f"1\n{'=' * 100}\nversions\n{'=' * 100}\n{t}"],
+                         ids=["plain", "stamped", "CRLF", "bar", "UTF-16", "source"])
 @pytest.mark.parametrize("form", FORMS)
 def test_both_forms_say_the_same(tmp_path, form, dress):
     [log] = read(tmp_path, dress(FORMS[form]))
@@ -97,18 +102,22 @@ def test_runs_appended_to_one_file_are_split(tmp_path, first, second):
 
 
 @pytest.mark.parametrize("line,key,loss,bpb", [
-    ("final_int8_zlib_roundtrip sliding val_loss:1.9 val_bpb:1.1", "final_int8_zlib_roundtrip_sliding",
+    ("final_int8_zlib_roundtrip sliding val_loss:1.9 val_bpb:1.1",
+     "final_int8_zlib_roundtrip_sliding",
      1.9, 1.1),
     ("final eval: val_bpb=1.1, val_loss=1.9", "final_eval", 1.9, 1.1),
-    ("post_train_ema decay:0.997 val_loss: 1.9 val_bpb: 1.1 eval_time:9ms", "post_train_ema", 1.9, 1.1),
+    ("post_train_ema decay:0.997 val_loss: 1.9 val_bpb: 1.1 eval_time:9ms", "post_train_ema", 1.9,
+     1.1),
     ("slot: loss 1.9 bpb 1.1", "slot", 1.9, 1.1)])
 def test_scores_are_named_by_their_words(tmp_path, line, key, loss, bpb):
     [log] = read(tmp_path, line)
     assert (log.key, log.score.loss, log.score.bpb) == (key, loss, bpb)
 
 
-@pytest.mark.parametrize("line", ["  ttt_chunk [1/474] val_loss:1.9 val_bpb:1.1", "ttt:done val_loss=1.9 val_bpb=1.1",
-                                  "step:9/9 val_loss:1.9 val_bpb:1.1 train_time:9ms", "f(f'val_loss:{a} val_bpb:{b}')",
+@pytest.mark.parametrize("line", ["  ttt_chunk [1/474] val_loss:1.9 val_bpb:1.1",
+                                  "ttt:done val_loss=1.9 val_bpb=1.1",
+                                  "step:9/9 val_loss:1.9 val_bpb:1.1 train_time:9ms",
+                                  "f(f'val_loss:{a} val_bpb:{b}')",
                                   "final val_loss:1.9.9 val_bpb:1.1"])
 def test_what_is_no_evaluation_gives_no_score(tmp_path, line):
     assert not read(tmp_path, line)[0].scores
@@ -137,7 +146,8 @@ def test_numbers_are_compared_to_their_printed_digits(a, b, same):
     assert logs.agree(a, b) == logs.agree(b, a) == same
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 99, b"=" * 100, b"\n" + b"=" * 100 + b"\nstep:1/", b"\x00"])
+@pytest.mark.parametrize("content", [b"", b"\xff" * 99, b"=" * 100, b"\n" + b"=" * 100
+                                     + b"\nstep:1/", b"\x00"])
 def test_any_bytes_are_read(tmp_path, content):
     (tmp_path / "a.log").write_bytes(content)
     [log] = logs.read_logs(tmp_path / "a.log")

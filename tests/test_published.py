@@ -71,11 +71,13 @@ total_eval_time:{evaluation}ms
 """)}
 
 
-def log_text(seed, form="colon", code=len(SOURCE), model=15_900_000, byte_count=151_076_000, **changes):
+def log_text(seed, form="colon", code=len(SOURCE), model=15_900_000, byte_count=151_076_000,
+             **changes):
     targets, template = TEMPLATES[form]
     ratio = math.log(2) * byte_count / targets
     bpb = changes.pop("bpb", BPB.get(seed, 1.12))
-    values = dict(seed=seed, targets=targets, train=595_000, evaluation=400_000, code=code, model=model,
+    values = dict(seed=seed, targets=targets, train=595_000, evaluation=400_000, code=code,
+                  model=model,
                   total=code + model, bpb=bpb, loss=bpb * ratio, other=1.14 * ratio)
     return template.format(**{**values, **changes})
 
@@ -84,7 +86,8 @@ def write(folder, files):
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        path.write_text(content if isinstance(content, str) else json.dumps(content),
+                        encoding="utf-8")
     return folder
 
 
@@ -112,39 +115,50 @@ def readme(code=len(SOURCE), ms="100.0"):
 
 def colon():
     """name:value logs, rows by seed, the script plain."""
-    rows = {str(s): dict(val_bpb=round(b, 5), artifact_bytes=15_900_000 + len(SOURCE)) for s, b in BPB.items()}
-    claims = dict(author="a", github_id="a", name="n", date="2026-04-09", track="10min_16mb", val_bpb=1.1195,
-                  val_bpb_std=0.0004, seeds=list(BPB), seed_results=rows, bytes_total=15_900_000 + len(SOURCE))
+    rows = {str(s): dict(val_bpb=round(b, 5), artifact_bytes=15_900_000 + len(SOURCE)) for s,
+            b in BPB.items()}
+    claims = dict(author="a", github_id="a", name="n", date="2026-04-09", track="10min_16mb",
+                  val_bpb=1.1195,
+                  val_bpb_std=0.0004, seeds=list(BPB), seed_results=rows, bytes_total=15_900_000
+                  + len(SOURCE))
     return {"train_gpt.py": SOURCE, "README.md": readme(), "submission.json": claims,
             **{f"train_seed{s}.log": log_text(s) for s in BPB}}
 
 
 def block():
-    """name: value logs, the script in a wrapper that also lies there readable, results in an object."""
+    """name: value logs, the script in a wrapper that also lies there readable, results in an
+    object."""
     code = WRAPPER.format(base64.b85encode(lzma.compress(SOURCE.encode())).decode())
-    rows = {f"seed_{s}": dict(val_bpb=round(b, 5), artifact_bytes=15_900_000 + len(code)) for s, b in BPB.items()}
+    rows = {f"seed_{s}": dict(val_bpb=round(b, 5), artifact_bytes=15_900_000 + len(code)) for s,
+            b in BPB.items()}
     claims = dict(author="a", record_name="n", track="track_10min_16mb",
                   results={**rows, "mean_val_bpb": round(MEAN, 5), "std_val_bpb": 0.0003})
-    return {"train_gpt.py": code, "train_gpt_human.py": SOURCE, "README.md": readme(len(code), "99.2"),
+    return {"train_gpt.py": code, "train_gpt_human.py": SOURCE, "README.md": readme(len(code),
+                                                                                    "99.2"),
             "submission.json": claims,
             **{f"logs/run_{s}.txt": log_text(s, "block", len(code)) for s in BPB}}
 
 
 def beside():
-    """Reruns, ablations and copies beside the logs that count; scores as a list; another JSON name."""
+    """Reruns, ablations and copies beside the logs that count; scores as a list; another JSON
+    name."""
     files = {f"log_seed{s}_v1.1.txt": log_text(s) for s in BPB}
-    files |= {f"log_seed{s}_v1.0.txt": log_text(s, bpb=b + 0.01, model=16_100_000) for s, b in BPB.items()}
+    files |= {f"log_seed{s}_v1.0.txt": log_text(s, bpb=b + 0.01, model=16_100_000) for s,
+              b in BPB.items()}
     files |= {"train.log": log_text(42), "log_ablation_base.txt": log_text(42, bpb=1.2),
               "requirements.txt": "torch\n"}
-    claims = dict(author="a", github_id="a", name="n", blurb="b", date="2026-03-25T00:00:00Z", val_bpb=round(MEAN, 8),
-                  seeds={str(s): {"val_bpb": round(b, 4)} for s, b in BPB.items()}, artifact_bytes=15_900_000 + len(SOURCE))
+    claims = dict(author="a", github_id="a", name="n", blurb="b", date="2026-03-25T00:00:00Z",
+                  val_bpb=round(MEAN, 8),
+                  seeds={str(s): {"val_bpb": round(b, 4)} for s, b in BPB.items()},
+                  artifact_bytes=15_900_000 + len(SOURCE))
     return {"train_gpt.py": SOURCE, "README.md": readme(), "submission_final.json": claims, **files}
 
 
 def appended():
     """All runs in one file, no seeds named."""
     claims = dict(author="a", github_id="a", name="n", date="2026-03-22", val_bpb=round(MEAN, 5),
-                  val_bpb_seeds=[round(b, 5) for b in BPB.values()], bytes_total=15_900_000 + len(SOURCE), bytes_code=len(SOURCE))
+                  val_bpb_seeds=[round(b, 5) for b in BPB.values()], bytes_total=15_900_000
+                  + len(SOURCE), bytes_code=len(SOURCE))
     return {"train_gpt.py": SOURCE, "README.md": readme(), "submission.json": claims,
             "train.log": "".join(map(log_text, BPB))}
 
@@ -168,11 +182,14 @@ def test_a_clean_folder_of_each_form_has_no_failure(tmp_path, form):
     sub = checked(tmp_path, FORMS[form]())
     missing = [("files", "submission.json is missing or empty; submission_final.json is read")]
     assert said(sub, FAIL) == (missing if form == "beside" else []), submission.verdict_lines(sub)
-    assert {"compiles", "logs whole", "logs distinct", "seeds", "bytes", "train seconds", "eval seconds", "bits per byte",
-            "validation set", "README's figures", "README's commands"} <= {what for what, _ in said(sub, PASS)}
+    assert {"compiles", "logs whole", "logs distinct", "seeds", "bytes", "train seconds",
+            "eval seconds", "bits per byte",
+            "validation set", "README's figures", "README's commands"} <= {what for what,
+                                                                           _ in said(sub, PASS)}
     [score] = [text for what, text in said(sub, PASS) if what in ("val_bpb", "mean_val_bpb")]
     assert re.search(f"is the mean of {sub.kind}, {MEAN:.6f}", score) and len(sub.logs) == 3
-    assert submission.verdict_lines(sub)[-1].startswith(f"verdict as track_10min_16mb: {len(said(sub, FAIL))} FAIL")
+    assert submission.verdict_lines(sub)[-1].startswith(f"verdict as track_10min_16mb: "
+                                                        f"{len(said(sub, FAIL))} FAIL")
 
 
 def edit(name, old, new):
@@ -188,7 +205,8 @@ def logs_with(**changes):
     def plant(files):
         form = "block" if any(p.startswith("logs/") for p in files) else "colon"
         code = len(files["train_gpt.py"])
-        files |= {p: log_text(s, form, code, **changes) for s in BPB for p in files if re.search(rf"(?<!\d){s}\.(log|txt)$", p)}
+        files |= {p: log_text(s, form, code, **changes) for s in BPB for p in files
+                  if re.search(rf"(?<!\d){s}\.(log|txt)$", p)}
     return plant
 
 
@@ -210,68 +228,115 @@ def both(*plants):
 ADAPTED = both(edit(".*log", "final_int6_sliding", "ttt_epoch:1/2 loss:0.6\nfinal_int6_sliding"),
                edit("train_gpt.py", SOURCE, ADAPTING))
 FAULTS = {  # form, what is planted, the finding that must name it
-    "half a set": ("colon", logs_with(targets=31_010_816), FAIL, "validation set", r"31,010,816 targets, 50\.0 %"),
-    "half a CaseOps set": ("block", logs_with(targets=23_925_760), FAIL, "validation set", "23,925,760 targets"),
-    "a part by a setting": ("block", edit("logs/.*", "fraction: 1.0", "fraction: 0.5"), FAIL, "validation set",
+    "half a set": ("colon", logs_with(targets=31_010_816), FAIL, "validation set",
+                   r"31,010,816 targets, 50\.0 %"),
+    "half a CaseOps set": ("block", logs_with(targets=23_925_760), FAIL, "validation set",
+                           "23,925,760 targets"),
+    "a part by a setting": ("block", edit("logs/.*", "fraction: 1.0", "fraction: 0.5"), FAIL,
+                            "validation set",
                             "VAL_DOC_FRACTION=0.5 scores a part"),
-    "bytes counted otherwise": ("block", logs_with(byte_count=164_594_398), FAIL, "bits per byte", r"\+8\.9 %"),
-    "a log over the cap": ("colon", logs_with(model=16_216_058), FAIL, "bytes", "seed 42: 16,216,.* exceeds 16,000,000"),
-    "adapted first": ("colon", ADAPTED, FAIL, "score before update", "'ttt_epoch:1/2 loss:0.6' and no score"),
-    "calibration past the end": ("colon", edit(".*log", "layers in 0.0s", "layers in 9.0s"), FAIL, "train seconds",
+    "bytes counted otherwise": ("block", logs_with(byte_count=164_594_398), FAIL, "bits per byte",
+                                r"\+8\.9 %"),
+    "a log over the cap": ("colon", logs_with(model=16_216_058), FAIL, "bytes",
+                           "seed 42: 16,216,.* exceeds 16,000,000"),
+    "adapted first": ("colon", ADAPTED, FAIL, "score before update", "'ttt_epoch:1/2 loss:0.6' "
+                                                                     "and no score"),
+    "calibration past the end": ("colon", edit(".*log", "layers in 0.0s", "layers in 9.0s"), FAIL,
+                                 "train seconds",
                                  r"595\.00 \+ 9\.0 for 'gptq:cal.* exceeds 600"),
-    "Hessians past the end": ("block", edit("logs/.*", "in 0.0s", "in 9.0s"), FAIL, "train seconds", r"\+ 9\.0 for 'GPTQ"),
-    "calibrated on validation text": ("colon", edit(".*log", "gptq:calibrated", "gptq:val data calibrated"), FAIL,
+    "Hessians past the end": ("block", edit("logs/.*", "in 0.0s", "in 9.0s"), FAIL,
+                              "train seconds", r"\+ 9\.0 for 'GPTQ"),
+    "calibrated on validation text": ("colon", edit(".*log", "gptq:calibrated",
+                                                    "gptq:val data calibrated"), FAIL,
                                       "train seconds", "on validation text"),
-    "training too long": ("block", logs_with(train=602_064), FAIL, "train seconds", r"602\.06.* exceeds 600"),
-    "a moment too long": ("block", logs_with(train=600_081), WARN, "train seconds", "by less than a step"),
-    "evaluation too long": ("block", logs_with(evaluation=601_000), FAIL, "eval seconds", r"601\.0 s exceeds"),
-    "a seed in the name": ("colon", edit("train_seed42.log", "seed:42", "seed:43"), FAIL, "logs distinct",
+    "training too long": ("block", logs_with(train=602_064), FAIL, "train seconds",
+                          r"602\.06.* exceeds 600"),
+    "a moment too long": ("block", logs_with(train=600_081), WARN, "train seconds",
+                          "by less than a step"),
+    "evaluation too long": ("block", logs_with(evaluation=601_000), FAIL, "eval seconds",
+                            r"601\.0 s exceeds"),
+    "a seed in the name": ("colon", edit("train_seed42.log", "seed:42", "seed:43"), FAIL,
+                           "logs distinct",
                            "train_seed42.log is the log of seed 43"),
-    "one seed twice": ("colon", edit("train_seed(42|7).log", "seed:", "seed:1337 was:"), FAIL, "logs distinct",
+    "one seed twice": ("colon", edit("train_seed(42|7).log", "seed:", "seed:1337 was:"), FAIL,
+                       "logs distinct",
                        "42.log and train_seed7.log have the same seed|have the same seed"),
-    "a seed without a log": ("colon", drop("seed7.log"), FAIL, "seeds named", "names seeds 7, without a log"),
-    "a copy under another seed": ("colon", lambda f: f.update({"train_seed7.log": f["train_seed42.log"]}), FAIL,
-                                  "logs distinct", "train_seed7.log is the log of seed 42.*same scores"),
-    "settings that differ": ("block", edit("logs/run_42.txt", "matrix_lr: 0.026", "matrix_lr: 0.03"), FAIL,
+    "a seed without a log": ("colon", drop("seed7.log"), FAIL, "seeds named",
+                             "names seeds 7, without a log"),
+    "a copy under another seed": ("colon",
+                                  lambda f: f.update({"train_seed7.log": f["train_seed42.log"]}),
+                                  FAIL,
+                                  "logs distinct", "train_seed7.log is the log of seed 42.*same "
+                                                   "scores"),
+    "settings that differ": ("block", edit("logs/run_42.txt", "matrix_lr: 0.026",
+                                           "matrix_lr: 0.03"), FAIL,
                              "same settings", "MATRIX_LR: .*0.03 in logs/run_42.txt, 0.026"),
-    "a score one digit off": ("colon", claim(val_bpb=1.1196), FAIL, "val_bpb", "1.1196 is no mean of the logs"),
+    "a score one digit off": ("colon", claim(val_bpb=1.1196), FAIL, "val_bpb",
+                              "1.1196 is no mean of the logs"),
     "a score of two digits": ("colon", claim(val_bpb=1.12), PASS, "val_bpb", "1.12 is the mean"),
-    "the best seed's score": ("colon", claim(val_bpb=1.11912345), WARN, "val_bpb", "is seed 7's .*; the mean of 3 logs is"),
-    "a score before quantization": ("colon", claim(val_bpb=1.15), FAIL, "val_bpb", "before quantization"),
-    "a diagnostic's score": ("block", lambda f: f["submission.json"]["results"].update(mean_val_bpb=1.14), FAIL,
-                             "mean_val_bpb", "mean of diagnostic_pre-quantization.*; the last evaluation is"),
+    "the best seed's score": ("colon", claim(val_bpb=1.11912345), WARN, "val_bpb",
+                              "is seed 7's .*; the mean of 3 logs is"),
+    "a score before quantization": ("colon", claim(val_bpb=1.15), FAIL, "val_bpb",
+                                    "before quantization"),
+    "a diagnostic's score": ("block",
+                             lambda f: f["submission.json"]["results"].update(mean_val_bpb=1.14),
+                             FAIL,
+                             "mean_val_bpb", "mean of diagnostic_pre-quantization.*; the last "
+                                             "evaluation is"),
     "the mean of the bytes": ("colon", both(edit("train_seed7.log", "15900000", "15900300"), edit(
         "train_seed7.log", str(15_900_000 + len(SOURCE)), str(15_900_300 + len(SOURCE))), claim(
-        bytes_total=15_900_100 + len(SOURCE), seed_results=None)), WARN, "bytes claimed", "the mean total on disk"),
-    "bytes that no log has": ("colon", claim(bytes_total=15_123_457), FAIL, "bytes claimed", "bytes_total is 15123457, not"),
-    "a row that no log has": ("colon", claim(seed_results={"42": {"val_bpb": 1.1183}}), FAIL, "seed results",
+        bytes_total=15_900_100 + len(SOURCE), seed_results=None)), WARN, "bytes claimed",
+                              "the mean total on disk"),
+    "bytes that no log has": ("colon", claim(bytes_total=15_123_457), FAIL, "bytes claimed",
+                              "bytes_total is 15123457, not"),
+    "a row that no log has": ("colon", claim(seed_results={"42": {"val_bpb": 1.1183}}), FAIL,
+                              "seed results",
                               "val_bpb 1.1183 where the log has 1.11941234"),
-    "steps of a row": ("colon", claim(seed_results={"42": {"val_bpb": 1.1194, "steps": 6100}}), WARN, "seed results",
+    "steps of a row": ("colon", claim(seed_results={"42": {"val_bpb": 1.1194, "steps": 6100}}),
+                       WARN, "seed results",
                        "steps 6100 where the log has 5999"),
-    "README's score": ("colon", edit("README.md", "**1.1194**", "**1.0810**"), FAIL, "README's figures",
+    "README's score": ("colon", edit("README.md", "**1.1194**", "**1.0810**"), FAIL,
+                       "README's figures",
                        "seed 42, 'val_bpb': 1.0810, the log has 1.11941234"),
     "README's headline": ("colon", edit("README.md", "1.1195", "1.0810"), PASS, "seed results", ""),
-    "README's steps": ("colon", edit("README.md", "5,999", "6,029"), WARN, "README's figures", "'Steps': 6029, the log has 5999"),
-    "README's milliseconds": ("colon", edit("README.md", "100.0", "57.5"), WARN, "README's figures", "'ms/step': 57.5"),
-    "README's bytes": ("colon", edit("README.md", f"{15_900_000 + len(SOURCE):,}", "15,123,456"), WARN, "README's figures",
+    "README's steps": ("colon", edit("README.md", "5,999", "6,029"), WARN, "README's figures",
+                       "'Steps': 6029, the log has 5999"),
+    "README's milliseconds": ("colon", edit("README.md", "100.0", "57.5"), WARN,
+                              "README's figures", "'ms/step': 57.5"),
+    "README's bytes": ("colon", edit("README.md", f"{15_900_000 + len(SOURCE):,}", "15,123,456"),
+                       WARN, "README's figures",
                        "15123456, the log has"),
-    "a setting that nobody reads": ("block", edit("README.md", "MATRIX_LR", "MATRIX_LRR"), WARN, "README's commands",
+    "a setting that nobody reads": ("block", edit("README.md", "MATRIX_LR", "MATRIX_LRR"), WARN,
+                                    "README's commands",
                                     "^MATRIX_LRR: the script does not read it$"),
-    "a value without its point": ("colon", edit("README.md", "=0.03", "=092"), WARN, "README's commands",
+    "a value without its point": ("colon", edit("README.md", "=0.03", "=092"), WARN,
+                                  "README's commands",
                                   r"MATRIX_LR=092: is 0\.92 meant"),
-    "other code": ("colon", edit(".*log", f"Code size: {len(SOURCE)}", "Code size: 99999"), WARN, "same code", "99,999"),
-    "a module that is imported": ("colon", both(edit("train_gpt.py", "import sys", "import helper"), lambda f: f.update(
+    "other code": ("colon", edit(".*log", f"Code size: {len(SOURCE)}", "Code size: 99999"), WARN,
+                   "same code", "99,999"),
+    "a module that is imported": ("colon", both(edit("train_gpt.py", "import sys",
+                                                     "import helper"), lambda f: f.update(
         {"helper.py": "#" * 100_000})), FAIL, "bytes", "exceeds 16,000,000 by"),
-    "a module that is not": ("colon", lambda f: f.update({"prepare_data.py": "#" * 100_000}), WARN, "code files",
-                             "not counted, since the script does not name them: prepare_data.py 100,000"),
-    "a damaged wrapper": ("block", edit("train_gpt.py", "b85decode('", "b85decode('!!"), UNCHECKED, "wrapper", "train_gpt.py"),
+    "a module that is not": ("colon", lambda f: f.update({"prepare_data.py": "#" * 100_000}), WARN,
+                             "code files",
+                             "not counted, since the script does not name them: prepare_data.py "
+                             "100,000"),
+    "a second file": ("colon", both(edit("train_gpt.py", SOURCE,
+                                         "exec(open('source.py').read())\n"), lambda f: f.update(
+        {"source.py": SOURCE})), PASS, "code files", r"source.py 2\d\d \(counted: train_gpt.py "
+                                                     r"names it"),
+    "a damaged wrapper": ("block", edit("train_gpt.py", "b85decode('", "b85decode('!!"), UNCHECKED,
+                          "wrapper", "train_gpt.py"),
     "no log": ("colon", drop(r"\.log$"), UNCHECKED, "bytes", "there is none"),
     "no log, no score": ("colon", drop(r"\.log$"), UNCHECKED, "val_bpb", "no log with a score"),
     "no code": ("colon", drop("train_gpt.py"), UNCHECKED, "settings read", "no script"),
-    "no sizes": ("colon", both(edit(".*log", "Serialized model int6", "x"), edit(".*log", "Total submission size", "y")),
+    "no sizes": ("colon", both(edit(".*log", "Serialized model int6", "x"),
+                               edit(".*log", "Total submission size", "y")),
                  UNCHECKED, "bytes", "no model size in train_seed"),
-    "no timer": ("colon", edit(".*log", "eval_time:400000ms", ""), UNCHECKED, "eval seconds", "no eval_time of final_int6_sl"),
-    "no number of targets": ("colon", edit(".*log", "tokens:62021632", ""), UNCHECKED, "validation set", "no log says"),
+    "no timer": ("colon", edit(".*log", "eval_time:400000ms", ""), UNCHECKED, "eval seconds",
+                 "no eval_time of final_int6_sl"),
+    "no number of targets": ("colon", edit(".*log", "tokens:62021632", ""), UNCHECKED,
+                             "validation set", "no log says"),
     "no claims": ("colon", drop("json"), UNCHECKED, "submission.json", "no claim is compared"),
 }
 
@@ -282,13 +347,35 @@ def test_a_planted_fault_is_named(tmp_path, fault):
     files = FORMS[form]()
     plant(files)
     sub = checked(tmp_path, files)
-    assert [text for name, text in said(sub, status) if name == what and re.search(pattern, text)], "\n".join(
+    assert [text for name, text in said(sub, status) if name == what
+            and re.search(pattern, text)], "\n".join(
         submission.verdict_lines(sub))
     if status != FAIL and not fault.startswith("no "):
         assert not said(sub, FAIL), submission.verdict_lines(sub)
 
 
-@pytest.mark.parametrize("logs,names", [(["*_v1.0.txt"], "v1.0"), (["log_seed42_v1.1.txt", "train.log"], "42_v1.1|train")])
+def test_the_evaluation_of_a_seed_may_have_a_log_of_its_own(tmp_path):
+    files = colon()
+    for seed in BPB:
+        training, evaluation = files.pop(f"train_seed{seed}.log").split("final_int6_sliding", 1)
+        files |= {f"train_seed{seed}.log": training,
+                  f"eval_seed{seed}.log": f"seed:{seed}\nfinal_int6_sliding{evaluation}"}
+    sub = checked(tmp_path, files)
+    assert not said(sub, FAIL) and len(sub.logs) == 3, submission.verdict_lines(sub)
+    assert {"bytes", "train seconds", "eval seconds", "val_bpb",
+            "validation set"} <= {what for what, _ in said(sub, PASS)}
+
+
+def test_without_seeds_the_score_tells_which_log_counts(tmp_path):
+    files = {k: v for k, v in colon().items() if "log" not in k}
+    files |= {f"{name}.log": log_text("x", bpb=b).replace("seed:x", "") for name,
+              b in (("one", 1.2), ("two", 1.1195), ("three", 1.3))}
+    files["submission.json"] |= dict(seeds=None, seed_results=None)
+    assert [log.name for log in checked(tmp_path, files).logs] == ["two.log"]
+
+
+@pytest.mark.parametrize("logs,names", [(["*_v1.0.txt"], "v1.0"),
+                                        (["log_seed42_v1.1.txt", "train.log"], "42_v1.1|train")])
 def test_the_logs_that_count_can_be_chosen(tmp_path, logs, names):
     sub = checked(tmp_path, beside(), logs=logs)
     assert sub.logs and all(re.search(names, log.name) for log in sub.logs)

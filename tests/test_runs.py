@@ -613,3 +613,70 @@ def test_presets_side_by_side_make_no_table_of_forty_columns(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("PRESET  seeds") and "40 more settings differ" in said
     assert "NAME39" in (tmp_path / "t.csv").read_text()
+
+
+# -- text logs without result files, ours and published
+
+PUBLISHED = {
+    "colon": "seed:{s}\ntrain_batch_tokens:2000\nstep:1/9 train_loss:6.5 train_time:100ms\n"
+             "step:9/9 train_loss:5.0 train_time:900ms\nTotal submission size int6+zstd: 999\n"
+             "final_int6_roundtrip val_loss:5.2 val_bpb:2.2\nlegal_ttt val_loss:5.1 val_bpb:2.{s}\n",
+    "block": "Hyperparameters:\n  logfile: {s}.txt\n  matrix_lr: 0.1\n  run_id: {run}_s{s}\n  seed: {s}\n"
+             "1/9 train_loss: 6.5 train_time: 0.0m\n9/9 train_loss: 5.0 train_time: 1.0m\n"
+             "Total submission size quantized+brotli: 999 bytes\n"
+             "quantized_ttt val_loss:5.1 val_bpb:1.{s}\n"}
+
+
+def publish(folder, form, names, run=""):
+    folder.mkdir()
+    for name, seed in names.items():
+        (folder / name).write_text(PUBLISHED[form].format(s=seed, run=run))
+    (folder / "submission.json").write_text("{}")
+    (folder / "requirements.txt").write_text("torch\n")
+    return folder
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Folders of each form: three seeds with an ablation beside, and two with a RUN_ID."""
+    logs = {f"train_seed{s}.log": s for s in (1, 2, 3)}
+    return (publish(tmp_path / "colons", "colon", {**logs, "train_ablation_seed9.txt": 9}),
+            publish(tmp_path / "blocks", "block", {"log_s1.txt": 1, "log_s2.txt": 2}, "mine"))
+
+
+def test_the_table_reads_published_logs(published, capsys):
+    assert runs.main(["table", *map(str, published)]) == 0
+    said = capsys.readouterr()
+    rows = [re.split("  +", line)[:3] for line in said.out.splitlines()[1:4]]
+    assert rows == [["mine", "1 2", "9"], ["colons/train", "1 2 3", "9"],
+                    ["colons/train_ablation", "9", "9"]] and said.err == ""
+    assert all(f"{bpb:.4f} ± " in said.out for bpb in (1.15, 2.2)) and "999" in said.out
+    assert "not said" in said.out, "these logs have no seconds of evaluation"
+
+
+def test_folders_side_by_side_have_a_legend_that_tells_them_apart(published, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    logs = [log for folder in published for path in sorted(folder.glob("*_s*"))
+            for log in runs.read_curves(path)]
+    assert runs.labels_of_logs(logs) == ["colons, train_ablation", *["colons, train"] * 3,
+                                         "mine", "mine"]
+    assert runs.labels_of_logs(logs[-2:]) == ["all runs"] * 2
+    assert runs.main(["plot", *map(str, published), "--out", str(tmp_path / "p")]) == 0
+    assert {p.name for p in (tmp_path / "p").iterdir()} >= {"loss.png", "bpb.png", "bytes.png"}
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("settings,folder,name", [
+    (dict(PRESET="large", RUN_ID="r"), "runs/x", "large"), (dict(PRESET="", RUN_ID="r_s42"), "x", "r"),
+    (dict(RUN_ID="0b2c9df2-8d4e-4a0e-9d3c-2f0f5a1c7d11"), "LR=1_SEED=42/logs", "LR=1"),
+    ({}, "seed_42/wide/logs", "wide"), ({}, "wide/seed42", "wide")])
+def test_a_run_is_named_by_preset_run_id_or_folder(tmp_path, settings, folder, name):
+    assert runs.run_name(settings, tmp_path / folder / "a.txt", 42) == name
+
+
+def test_a_preset_of_some_runs_leaves_no_blank_name(tmp_path, capsys):
+    for seed, preset in ((1, "large"), (2, "")):
+        (tmp_path / f"{seed}.json").write_text(json.dumps(result(2.0, seed, preset=preset)))
+    runs.main(["table", str(tmp_path)])
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]]
+    assert sorted(rows) == ["large", "r2"]
