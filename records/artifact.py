@@ -150,16 +150,20 @@ def minified(source):
 
 def pack_script(script, out, minify, write_whole):
     """Pack a script into a file and say what that saves. Raises OSError, ValueError."""
-    readable = readable_source(script)
-    source = minified(readable) if minify else readable
-    packed = pack_code(source)
+    source = readable = readable_source(script)
+    packed, said = pack_code(readable), ""
+    if minify:
+        small = minified(readable)
+        saved = len(packed) - len(pack_code(small))
+        said = "--minify saves nothing here, so the script is packed as it is"
+        if saved > 0:
+            source, packed = small, pack_code(small)
+            said = (f"--minify saves {saved} bytes; a log holds the minified source: publish the "
+                    f"readable one beside it ({len(readable)} bytes, sha256 "
+                    f"{hashlib.sha256(readable).hexdigest()})")
     write_whole(out, packed)
     print(f"{out}: {len(packed)} bytes for {len(source)}, sha256 "
-          f"{hashlib.sha256(packed).hexdigest()}")
-    if minify:
-        print(f"--minify saves {len(pack_code(readable)) - len(packed)} bytes; a log holds the "
-              f"minified source: publish the readable one beside it ({len(readable)} bytes, sha256 "
-              f"{hashlib.sha256(readable).hexdigest()})")
+          f"{hashlib.sha256(packed).hexdigest()}", *filter(None, [said]), sep="\n")
 
 
 def entropy_bits(codes):

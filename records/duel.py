@@ -158,6 +158,7 @@ def their_side(script, out, settings, steps):
     text = (source or b"").decode("utf-8", "replace")
     side = Side("theirs", [str(HERE / "on_cpu.py"), script.name], folder, {
         "RUN_ID": "theirs", "VAL_BATCH_SIZE": 65536, "VAL_BATCH_TOKENS": 65536,
+        "EMBEDDING_DIM": settings.get("MODEL_DIM", SHAPE["MODEL_DIM"]),
         **scaled(settings, default_in(text), steps)})
     side.unread = [name for name in SHAPE if source and name not in text
                    and not (name.endswith("_PATH") and "DATA_DIR" in text)]
@@ -309,7 +310,8 @@ def main(argv):
     title = (f"{arguments.script.parent.name}/{arguments.script.name} and ours "
              f"({arguments.ours or 'default'}), {steps} steps of {settings['TRAIN_BATCH_TOKENS']} "
              f"tokens, seed {settings['SEED']}")
-    text = f"{title}. Bits per byte.\n\n{table(sides)}\n"
+    text = (f"{title}. Bits per byte; seconds of one CPU thread, theirs in bfloat16 where it asks "
+            f"for that, ours in float32.\n\n{table(sides)}\n")
     (out / "duel.md").write_text(text, encoding="utf-8")
     picture(sides, out / "duel.png", title)
     print(f"\n{text}\n{out / 'duel.md'}, {out / 'duel.png'}")

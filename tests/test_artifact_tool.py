@@ -206,6 +206,14 @@ def test_minify_drops_what_nothing_reads_and_keeps_the_rest(tmp_path, capsys):
     assert "return f" in plain and "# {x!r:>{BLOCK}}" in plain
 
 
+def test_minify_leaves_a_script_alone_that_has_nothing_to_drop(tmp_path, capsys):
+    path = tmp_path / "x.py"
+    path.write_bytes(b"print(1)\n")
+    status, said, _ = told(capsys, "pack-code", path, "--minify", "-o", tmp_path / "p.py")
+    assert status == 0 and "--minify saves nothing here" in said
+    assert artifact.readable_source(tmp_path / "p.py") == b"print(1)\n"
+
+
 def test_minify_says_what_it_lacks(tmp_path, capsys, monkeypatch):
     path = tmp_path / "x.py"
     for source, words in (("print 1", "line 1 is no Python"), ("x = 1", "pip install")):

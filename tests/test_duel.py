@@ -60,7 +60,7 @@ def test_both_stand_in_one_table(done):
     assert int(ours[6].replace(",", "")) == (ROOT / "train_gpt.py").stat().st_size
     assert int(theirs[5].replace(",", "")) > 1000 and float(theirs[8]) > 0
     text = (done.out / "duel.md").read_text(encoding="utf-8")
-    assert "6 steps of 256 tokens, seed 1337" in text and "| theirs" in text and "| ours" in text
+    assert "6 steps of 256 tokens, seed 1337. Bits per byte" in text and "| theirs" in text and "| ours" in text
     assert (done.out / "duel.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -71,6 +71,35 @@ def test_the_numbers_are_those_of_the_logs(done):
     assert done.rows["theirs"][0] == last and done.rows["theirs"][2] == f"{float(stored):.4f}"
     losses = [float(x) for x in re.findall(r"train_loss:(\S+)", log)]
     assert len(losses) == 6 and losses[-1] < losses[0], "it trains"
+
+
+LOGS = {  # as they are published: last weights, averaged, from the file, full context, after TTT
+    """step:9/9 val_loss:3.4000 val_bpb:2.0001 train_time:900ms step_avg:100.00ms
+DIAGNOSTIC post_ema val_loss:3.4000 val_bpb:2.0002 eval_time:10ms
+final_int6_roundtrip val_loss:3.4000 val_bpb:2.0003 eval_time:10ms
+final_int6_roundtrip_exact val_loss:3.40000000 val_bpb:2.00030001
+final_int6_sliding_window_exact val_loss:3.40000000 val_bpb:2.00040001
+final_int8_zlib_roundtrip_exact val_loss:3.40000000 val_bpb:2.00040001
+legal_ttt_exact val_loss:3.40000000 val_bpb:2.00050001
+""": (2.0001, 2.0002, 2.00030001, 2.00040001, 2.00050001),
+    """9/9 val_loss: 3.4000 val_bpb: 2.0001
+pre-quantization post-ema val_loss:3.40000000 val_bpb:2.00020001 eval_time:10ms
+quantized val_loss:3.40000000 val_bpb:2.00030001 eval_time:10ms
+quantized_sliding_window val_loss:3.40000000 val_bpb:2.00040001 eval_time:10ms
+quantized_ttt val_loss:3.40000000 val_bpb:2.00050001 eval_time:10ms
+""": (2.0001, 2.00020001, 2.00030001, 2.00040001, 2.00050001),
+    """step:9/9 val_loss:3.4000 val_bpb:2.0001 train_time:900ms step_avg:100.00ms
+final_int8_zlib_roundtrip val_loss:3.4000 val_bpb:2.0003 eval_time:10ms
+final_int8_zlib_roundtrip_exact val_loss:3.40000000 val_bpb:2.00030001
+""": (2.0001, None, 2.00030001, None, None)}
+
+
+@pytest.mark.parametrize("text", LOGS)
+def test_stages_are_found_in_the_published_logs(tmp_path, text):
+    (tmp_path / "x.txt").write_text(text)
+    [log] = duel.read_logs(tmp_path / "x.txt")
+    found = [duel.bpb_of(log, patterns) for patterns in duel.STAGES.values()]
+    assert [None if x != x else x for x in found] == list(LOGS[text])
 
 
 def test_both_train_alike(done):
