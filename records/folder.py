@@ -109,7 +109,7 @@ WITHIN = ("results", "metrics", "result", "summary", "aggregate", "final")
 OTHER_SCORE = re.compile(r"std|pre|base|delta|sota|gain|improve|gap|float|record|target|best_"
                          r"|seeds", re.I)
 ELSEWHERE = re.compile(r"supersed|previous|baseline|ablation|compar|reference|verif|sota|prior"
-                       r"|\bold", re.I)
+                       r"|\bold|step|layer|stride|iter|histor|curve|epoch|bits", re.I)
 
 
 def figure(value, key=""):
@@ -216,8 +216,8 @@ def modules_imported(tree):
 
 
 def texts_of(tree):
-    return {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value,
-                                                                                          str)}
+    values = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant))
+    return {value for value in values if isinstance(value, str)}
 
 
 def parsed(source):
@@ -236,10 +236,9 @@ def meaning(source):
         return None
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0],
-                                                          ast.Expr) and isinstance(body[0].value,
-                                                                                   ast.Constant):
-            body[0].value.value = None
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            first.value.value = None
     return ast.dump(tree)
 
 
@@ -344,7 +343,8 @@ def open_script(sub, there):
     try:
         sub.source = readable_source(sub.script)
     except Problem as problem:
-        sub.add(UNCHECKED, "wrapper", f"{name}: {problem}")
+        sub.add(UNCHECKED, "wrapper", f"{name}: {problem}: nothing is known of what it holds")
+        return
     try:
         sub.tree = parsed(sub.source)
         sub.add(PASS, "compiles", f"{name}, {len(sub.code):,} bytes" + (
@@ -387,7 +387,7 @@ LOG_NAME = re.compile(r"(train|log|seed|run).*\.(log|txt|out)$|.*\.log$", re.I)
 NO_LOG = re.compile(r"requirements|readme|license|notes|\.md$", re.I)
 BESIDE = re.compile(r"ablat|baseline|sweep|smoke|dry.?run|debug|compare|superseded|\bold|prev|fail"
                     r"|proxy|screen|checkpoint|warmup|rerun|reprod|_eval|eval_|quant_", re.I)
-MOST_LOGS, MOST_LOG_BYTES = 80, 32_000_000
+MOST_LOGS, MOST_LOG_BYTES = 40, 32_000_000
 
 
 def find_logs(sub):
@@ -448,6 +448,8 @@ def choose_logs(sub, globs):
         first = known.setdefault(log.identity, log)
         if first is not log and log.named_seed in (None, first.run_seed):
             aside[log.name] = f"a copy of {first.name}"
+        elif not log.curve and log.run_seed is None and len(sub.every_log) > 1:
+            aside[log.name] = "no training in it"
         else:
             seed = log.named_seed if log.named_seed is not None else log.seed
             groups.setdefault(log.name if seed is None else str(seed), []).append(log)
@@ -463,14 +465,21 @@ def choose_logs(sub, globs):
     if not sub.logs:
         sub.logs, aside = sub.every_log[:], {}
     bpb = said(sub.claims or {}, BPB)[1]
-    right = [g for g in sub.logs if bpb is not None and distance(g, bpb) <= max(half_unit(bpb),
-                                                                                5e-5)]
+    right = [g for g in sub.logs
+             if bpb is not None and distance(g, bpb) <= max(half_unit(bpb), 5e-5)]
     # without seeds, only the score tells experiments apart
     if right and any(g.run_seed is None for g in sub.logs):
         aside |= {g.name: "another score than submission.json's" for g in sub.logs
                   if g not in right}
         sub.logs = right
     return aside
+
+
+def rivals(sub, aside):
+    """Finished logs beside of a seed that counts, which no name tells to be another experiment."""
+    counted = {log.run_seed for log in sub.logs} - {None}
+    return [g for g in sub.every_log if g.name in aside and g.scores and g.run_seed in counted
+            and not BESIDE.search(g.name) and "a copy" not in aside[g.name]]
 
 
 def completed(best, logs):
@@ -492,9 +501,8 @@ def best_log(sub, logs, others):
     like side experiments."""
     def place(log):
         bpb = claimed_bpb(sub, log)
-        return (not log.scores, 0 if bpb is None else round(distance(log, bpb), 5),
-                bool(BESIDE.search(log.name)),
-                log.name.count("/"))
+        return (not log.scores, 0 if bpb is None else round(distance(log, bpb), 5), not log.curve,
+                log.total_bytes is None, bool(BESIDE.search(log.name)), log.name.count("/"))
     best = min(logs, key=place)
     nameless = best.run_seed is None and BESIDE.search(best.name)
     side = nameless or not best.scores and best.named_seed is None
@@ -548,8 +556,8 @@ def open_submission(folder, globs=()):
     sub.findings.insert(0, sub.findings.pop())
     if aside:
         shown = [f"{name} ({why})" for name, why in list(aside.items())[:8]]
-        sub.add(PASS, "logs beside", f"{len(aside)} do not count: "
-                                     f"{listed(shown)}{', …' * (len(aside) > 8)}; --logs chooses")
+        sub.add(WARN if rivals(sub, aside) else PASS, "logs beside", f"{len(aside)} do not count: "
+                f"{listed(shown)}{', …' * (len(aside) > 8)}; --logs chooses")
     sub.kind = choose_kind(sub)
     if not certain:
         sub.add(WARN, "track", f"{sub.claims_name} says {stated or 'nothing'}; checked as "

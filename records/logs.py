@@ -24,6 +24,7 @@ NOT_OF_THE_MODEL = re.compile(r"(?i)^(seed|run_id|rank|local_rank|device"
                               r"|logfile|.*_(dir|path|files|file|name|time|host|port|tag|date))$")
 STAMP = re.compile(r"^(?:\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?Z?\]?\s*[|:-]?\s*"
                    r"|\[?\d\d:\d\d:\d\d(?:[.,]\d+)?\]?\s+|\[(?:rank|default)\d+\]:?\s*|rank\d+: )+")
+MOST_OF_A_LINE = 1000  # a longer one is a payload
 N, INT = r"([-+.\deE]+|nan|inf)", r"([\d,_]+)"
 LOSS, BPB = rf"\b(?:val_)?loss\s?[:= ]\s*{N}", rf"\b(?:val_)?bpb\s?[:= ]\s*{N}"
 SCORE = re.compile(rf"^(.*?){LOSS}[\s,|]+{BPB}(.*)$")
@@ -37,10 +38,13 @@ SOURCE_BEGINS = re.compile(r'^("""|\'\'\'|#!|#\s*coding|import \w|from [\w.]+ im
 SOURCE_HAS = re.compile(r"^(?:import \w|from [\w.]+ import )")
 ENDS_A_RUN = re.compile(r"Total submission size|^\S* ?val_loss|_exact|^seconds:|^ledger:"
                         r"|^code_sha256:|total_eval_time|^phase:|peak memory")
+BLOCK_BEGINS = re.compile(r"\W*hyper.?parameters\W*$", re.I)
+BLOCK_LINE, SETTING = re.compile(r"\s+(\w+)\s?[:=]\s?(.*)$"), re.compile(
+    r"setting (\w+)=(.*?)(  \(set\))?$")
 # Optimizer steps over whole epochs of a text that the same line does not score.
 ADAPTS = re.compile(r"ttt\w*[\s:_-].*?epochs?[\s:=]*\d+/\d+.*\bloss", re.I)
 SCORES_INSIDE = re.compile(r"(?<![\w])(?:running_)?(?:bpb|bb|rb)\s?[:=]\s*\d", re.I)
-CALIBRATES = re.compile(r"(?=.*(?:gptq|hessian))(?=.*(?:calibrat|collect))", re.I)
+CALIBRATES = re.compile(r"^(?=.*(?:gptq|hessian))(?=.*(?:calibrat|collect))", re.I)
 CALIBRATED = re.compile(r"\bin ([\d.]+)\s?(ms|s)\b")
 
 # attribute, a text that such a line holds, the pattern, type of the value; the last line counts.
@@ -220,7 +224,10 @@ def without_source(content):
             part = part[:next(i for i, line in enumerate(part) if SOURCE_BEGINS.match(line))]
         lines += part
     lines += re.split(r"\r\n|[\r\n]", parts[-1])  # a progress bar returns to the line's beginning
-    return (source if begins else None), [STAMP.sub("", line.rstrip("\r")) for line in lines]
+    lines = [line[:MOST_OF_A_LINE].rstrip("\r") for line in lines]
+    stamped = "[0123456789r"  # what a stamp begins with; most lines need no search
+    lines = [STAMP.sub("", line) if line[:1] in stamped else line for line in lines]
+    return (source if begins else None), lines
 
 
 def split_runs(lines):
@@ -321,15 +328,16 @@ def read_run(log, lines):
     block = scored_inside = False
     adapts = None
     for line in lines:
-        if block and (found := re.match(r"\s+(\w+)\s?[:=]\s?(.*)$", line)):
+        if "_loss" in line and (step := STEP.match(line)):
+            read_step(log, line, int(step[1]))
+            continue
+        if block and (found := BLOCK_LINE.match(line)):
             log.settings[found[1].upper()] = found[2].strip()
             continue
-        block = bool(re.match(r"\W*hyper.?parameters\W*$", line, re.I))
-        if found := re.match(r"setting (\w+)=(.*?)(  \(set\))?$", line):
+        block = "arameters" in line and bool(BLOCK_BEGINS.match(line))
+        if line.startswith("setting ") and (found := SETTING.match(line)):
             log.settings[found[1]] = found[2]
             log.explicit |= {found[1]} if found[3] else set()
-        elif (step := STEP.match(line)) and "_loss" in line:
-            read_step(log, line, int(step[1]))
         elif "bpb" in line and (found := SCORE.match(line) or REVERSED_SCORE.match(line)):
             key = read_score(log, found)
             if key and adapts and not scored_inside:

@@ -9,8 +9,9 @@
     python records/runs.py table path/to/published_folder runs/lr
     python records/runs.py plot path/to/published_folder runs/lr --out plots
 
-`table` and `plot` read result files and text logs, ours and published ones in either form (records/logs.py);
-a run is named by its preset, else its RUN_ID, else its folder, where its settings do not tell it apart.
+`table` and `plot` read result files and text logs, ours and published ones in either form
+(records/logs.py); a run is named by its preset, else its RUN_ID, else its folder, where its
+settings do not tell it apart.
 
 A sweep gives settings to the script through environment variables only. It checks every point before the first run,
 skips runs that are finished, and goes on after a kill at any moment when it is given the same command again.
@@ -733,7 +734,8 @@ def conditions(result):
     """What a result depends on besides its seed: all settings, the code, the machine."""
     settings = {k.upper(): v for k, v in result["settings"].items() if k not in ("seed", *PLACE)}
     of_log = {"run": result["run"]} if "run" in result else {}
-    return {**of_log, **settings, "code": result["code_sha256"][:8], "gpus": result.get("world_size"),
+    return {**of_log, **settings, "code": result["code_sha256"][:8],
+            "gpus": result.get("world_size"),
             "device": result.get("device")}
 
 
@@ -743,7 +745,8 @@ def run_name(settings, path, seed):
     if said.get("PRESET", "none") != "none":
         return said["PRESET"]
     folders = [f.name for f in Path(path).resolve().parents if f.name not in ("logs", "runs")]
-    chosen = re.fullmatch(r"[0-9a-f]{8}-[0-9a-f-]{27}", said.get("RUN_ID", "")) is None  # not a drawn one
+    # not a drawn one
+    chosen = re.fullmatch(r"[0-9a-f]{8}-[0-9a-f-]{27}", said.get("RUN_ID", "")) is None
     for name in ([said["RUN_ID"]] if chosen and "RUN_ID" in said else []) + folders:
         if bare := re.sub(rf"(?i)(?:[_-]?seed[=_-]?|[_-]s?|^){seed}$", "", name):
             return bare
@@ -754,7 +757,8 @@ KINDS = (("ttt", "ttt"), ("sliding", "sliding"), (DIAGNOSTIC.pattern, "float"), 
 
 
 def result_of_log(log):
-    """A text log as a result file says it, with None for what it does not say. Raises ValueError without a score."""
+    """A text log as a result file says it, with None for what it does not say. Raises ValueError
+    without a score."""
     if not log.scores:
         raise ValueError(f"{log.path}: {log.name} has no final score")
     settings = {k.lower(): v for k, v in log.settings.items() if not NOT_OF_THE_MODEL.match(k)}
@@ -764,9 +768,12 @@ def result_of_log(log):
         scores.pop(kind, None)
         scores[kind] = log.scores[key].bpb
     whole = log.eval_seconds if log.eval_seconds is not None else log.total_eval_seconds
-    return dict(settings={**settings, "seed": log.run_seed}, run=run_name(log.settings, log.path, log.run_seed), val_bpb=scores,
-                code_sha256=log.code_sha256 or "unknown", steps=log.steps, train_seconds=log.train_seconds,
-                eval_seconds=whole if whole is not None else log.score.seconds, total_bytes=log.total_bytes,
+    return dict(settings={**settings, "seed": log.run_seed},
+                run=run_name(log.settings, log.path, log.run_seed), val_bpb=scores,
+                code_sha256=log.code_sha256 or "unknown", steps=log.steps,
+                train_seconds=log.train_seconds,
+                eval_seconds=whole if whole is not None else log.score.seconds,
+                total_bytes=log.total_bytes,
                 world_size=log.world_size, device=log.device)
 
 
@@ -776,7 +783,8 @@ def bare_stem(path, seed):
 
 
 def told_apart(results):
-    """[(path, result)] with the name of the file in that of the run where files of one folder are of several experiments."""
+    """[(path, result)] with the name of the file in that of the run where files of one folder are
+    of several experiments."""
     stems = collections.defaultdict(set)
     for path, result in results:
         if "run" in result:
@@ -789,12 +797,15 @@ def told_apart(results):
 
 def read_results(path):
     """The results in a result file or a text log. Raises ValueError where there is none."""
-    return [read_result(path)] if path.suffix == ".json" else [result_of_log(log) for log in read_logs(path)]
+    if path.suffix == ".json":
+        return [read_result(path)]
+    return [result_of_log(log) for log in read_logs(path)]
 
 
 def is_log_of_result(path, paths):
     """Whether a text log has its result file among the paths, which then says more."""
-    beside = {path.with_suffix(".json"), path.with_name(path.name.replace("train_seed", "result_seed")).with_suffix(".json")}
+    beside = {path.with_suffix(".json"),
+              path.with_name(path.name.replace("train_seed", "result_seed")).with_suffix(".json")}
     return path.suffix != ".json" and any(other in beside for other in paths)
 
 
@@ -818,13 +829,15 @@ def telling(several, most):
 
 
 def table_rows(paths):
-    """One row per group of runs that differ in the seed alone, from result files and logs; best last score first.
+    """One row per group of runs that differ in the seed alone, from result files and logs; best
+    last score first.
 
     A row is {differing settings…, seeds, steps, …}: a text, or a list of one number per run.
     """
     groups, places = {}, {}
     read = read_all([p for p in paths if not is_log_of_result(p, paths)], read_results)
-    for path, result in told_apart([(path, result) for path, several in read for result in several]):
+    for path, result in told_apart([(path, result) for path, several in read
+                                    for result in several]):
         key = json.dumps(conditions(result), sort_keys=True)
         group, _ = groups.setdefault(key, []), places.setdefault(key, path)
         if result in group:
@@ -864,7 +877,8 @@ def sorted_by(rows, key):
 
     def place(row):
         try:
-            return 0, float(row[name] if isinstance(row[name], str) else np.mean(row[name] or [math.inf])), ""
+            return 0, float(row[name] if isinstance(row[name], str)
+                            else np.mean(row[name] or [math.inf])), ""
         except ValueError:
             return 1, 0.0, row[name]
 
@@ -953,14 +967,16 @@ def table(arguments, _):
 # -- plot ------------------------------------------------------------------------------------------------------------
 
 def is_result(path):
-    """Whether a file is worth reading as a result or a log; what is named otherwise in a published folder is not."""
-    text = path.suffix == ".txt" and path.parent.name != "logs"
-    return path.name != "submission.json" and not (text and not any(log.curve for log in read_logs(path)))
+    """Whether a file is worth reading as a result or a log; what is named otherwise in a published
+    folder is not."""
+    if path.suffix == ".txt" and path.parent.name != "logs":
+        return any(log.curve for log in read_logs(path))
+    return path.name != "submission.json"
 
 
 def read_curves(path):
-    """[Log] of the runs in a text log, `curve` an array [points, 4] of step, loss, milliseconds, learning-rate scale.
-    Raises ValueError where it holds no training steps."""
+    """[Log] of the runs in a text log, `curve` an array [points, 4] of step, loss, milliseconds,
+    learning-rate scale. Raises ValueError where it holds no training steps."""
     logs = [log for log in read_logs(path) if log.curve]
     if not logs:
         raise ValueError(f"{path}: holds no lines step:S/N train_loss:… or S/N train_loss: …")
@@ -970,11 +986,14 @@ def read_curves(path):
 
 
 def labels_of_logs(logs):
-    """For each log a text for the legend: by settings where all have the same names of settings, else by run."""
-    settings = [{k: v for k, v in log.settings.items() if k == "PRESET" or not NOT_OF_THE_MODEL.match(k)} for log in logs]
+    """For each log a text for the legend: by settings where all have the same names of settings,
+    else by run."""
+    settings = [{k: v for k, v in log.settings.items() if k == "PRESET"
+                 or not NOT_OF_THE_MODEL.match(k)} for log in logs]
     names = [run_name(log.settings, log.path, log.run_seed) for log in logs]
     if settings[0] and all(one.keys() == settings[0].keys() for one in settings):
-        named = [one | ({"PRESET": one["PRESET"] or name} if any(s.get("PRESET") for s in settings) else {})
+        named = [one | ({"PRESET": one["PRESET"] or name} if any(s.get("PRESET") for s in settings)
+                        else {})
                  for one, name in zip(settings, names)]
         return labels_of(named)
     folders = [run_name({}, log.path, log.run_seed) for log in logs]
@@ -983,7 +1002,8 @@ def labels_of_logs(logs):
         several = collections.defaultdict(set)
         for name, part in zip(names, more):
             several[name].add(part)
-        names = [f"{name}, {part}" if len(several[name]) > 1 else name for name, part in zip(names, more)]
+        names = [f"{name}, {part}" if len(several[name]) > 1 else name
+                 for name, part in zip(names, more)]
     return names if len(set(names)) > 1 else ["all runs"] * len(logs)
 
 
@@ -1118,7 +1138,8 @@ def sizes(pyplot, rows):
         axis.text(most, y, f"  {most:,} ({100 * most / RECORD_BYTES:.2f} %)  ", va="center", fontsize=8,
                   ha="right" if inside else "left", color="white" if inside else "black")
     axis.axvline(RECORD_BYTES, color="black", ls="--", lw=1)
-    axis.set_xlim(0, 1.05 * max(RECORD_BYTES, *(max(row["total_bytes"], default=0) for row in rows)))
+    axis.set_xlim(0, 1.05 * max(RECORD_BYTES, *(max(row["total_bytes"], default=0)
+                                                for row in rows)))
     axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M")
     return fig
 
@@ -1131,7 +1152,8 @@ def plot(arguments, _):
         raise UserError("plot: matplotlib is not installed; pip install -r records/requirements.txt") from problem
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    paths = [p for p in found(arguments.inputs, ["*.txt", "*.log", "*.json"]) if is_result(p) and not is_older_log(p)]
+    paths = [p for p in found(arguments.inputs, ["*.txt", "*.log", "*.json"]) if is_result(p)
+             and not is_older_log(p)]
     texts = [p for p in paths if p.suffix != ".json"]
     logs = [log for _, several in read_all(texts, read_curves) for log in several]
     finished = {log.path for log in logs if log.scores}
@@ -1201,16 +1223,19 @@ def build_parser():
                             description="Results in a table: settings that differ, steps, "
                             "seconds, bytes, scores (mean ± standard deviation over seeds), violations of a record's rules.")
     p.add_argument("inputs", type=path, nargs="+", metavar="PATH",
-                   help="result files (logs/*.json), text logs, ours or published, or folders with some")
+                   help="result files (logs/*.json), text logs, ours or published, or folders "
+                        "with some")
     p.add_argument("--sort", default="last_bpb", metavar="KEY", help="column to sort by, as in the CSV; --sort=-KEY falls")
     p.add_argument("--csv", type=path, metavar="FILE", help="write it with all digits too")
     p.add_argument("--markdown", type=path, metavar="FILE", help="write it as Markdown too")
     p.set_defaults(do=table)
     p = commands.add_parser("plot", help="curves and scores as PNG",
-                            description="Curves of the logs and scores of the results, as PNG files; several "
+                            description="Curves of the logs and scores of the results, as PNG "
+                                        "files; several "
                             "folders make one picture with a legend.")
     p.add_argument("inputs", type=path, nargs="+", metavar="PATH",
-                   help="text logs (.txt, .log), ours or published, result files (.json), or folders with some")
+                   help="text logs (.txt, .log), ours or published, result files (.json), or "
+                        "folders with some")
     p.add_argument("--out", type=path, required=True, help="folder for the pictures")
     p.set_defaults(do=plot)
     return parser

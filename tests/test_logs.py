@@ -68,8 +68,8 @@ def read(tmp_path, text, name="train.log"):
 
 
 def stamped(text):
-    return "".join(f"[2026-04-01 12:00:{i % 60:02}] {line}\n" for i,
-                   line in enumerate(text.splitlines()))
+    return "".join(f"[2026-04-01 12:00:{i % 60:02}] {line}\n"
+                   for i, line in enumerate(text.splitlines()))
 
 
 @pytest.mark.parametrize("dress", [str, stamped, lambda t: t.replace("\n", "\r\n"),

@@ -115,8 +115,8 @@ def readme(code=len(SOURCE), ms="100.0"):
 
 def colon():
     """name:value logs, rows by seed, the script plain."""
-    rows = {str(s): dict(val_bpb=round(b, 5), artifact_bytes=15_900_000 + len(SOURCE)) for s,
-            b in BPB.items()}
+    rows = {str(s): dict(val_bpb=round(b, 5), artifact_bytes=15_900_000 + len(SOURCE))
+            for s, b in BPB.items()}
     claims = dict(author="a", github_id="a", name="n", date="2026-04-09", track="10min_16mb",
                   val_bpb=1.1195,
                   val_bpb_std=0.0004, seeds=list(BPB), seed_results=rows, bytes_total=15_900_000
@@ -129,12 +129,12 @@ def block():
     """name: value logs, the script in a wrapper that also lies there readable, results in an
     object."""
     code = WRAPPER.format(base64.b85encode(lzma.compress(SOURCE.encode())).decode())
-    rows = {f"seed_{s}": dict(val_bpb=round(b, 5), artifact_bytes=15_900_000 + len(code)) for s,
-            b in BPB.items()}
+    rows = {f"seed_{s}": dict(val_bpb=round(b, 5), artifact_bytes=15_900_000 + len(code))
+            for s, b in BPB.items()}
     claims = dict(author="a", record_name="n", track="track_10min_16mb",
                   results={**rows, "mean_val_bpb": round(MEAN, 5), "std_val_bpb": 0.0003})
     return {"train_gpt.py": code, "train_gpt_human.py": SOURCE, "README.md": readme(len(code),
-                                                                                    "99.2"),
+                                                                                    ms="99.2"),
             "submission.json": claims,
             **{f"logs/run_{s}.txt": log_text(s, "block", len(code)) for s in BPB}}
 
@@ -143,8 +143,8 @@ def beside():
     """Reruns, ablations and copies beside the logs that count; scores as a list; another JSON
     name."""
     files = {f"log_seed{s}_v1.1.txt": log_text(s) for s in BPB}
-    files |= {f"log_seed{s}_v1.0.txt": log_text(s, bpb=b + 0.01, model=16_100_000) for s,
-              b in BPB.items()}
+    files |= {f"log_seed{s}_v1.0.txt": log_text(s, bpb=b + 0.01, model=16_100_000)
+              for s, b in BPB.items()}
     files |= {"train.log": log_text(42), "log_ablation_base.txt": log_text(42, bpb=1.2),
               "requirements.txt": "torch\n"}
     claims = dict(author="a", github_id="a", name="n", blurb="b", date="2026-03-25T00:00:00Z",
@@ -184,8 +184,8 @@ def test_a_clean_folder_of_each_form_has_no_failure(tmp_path, form):
     assert said(sub, FAIL) == (missing if form == "beside" else []), submission.verdict_lines(sub)
     assert {"compiles", "logs whole", "logs distinct", "seeds", "bytes", "train seconds",
             "eval seconds", "bits per byte",
-            "validation set", "README's figures", "README's commands"} <= {what for what,
-                                                                           _ in said(sub, PASS)}
+            "validation set", "README's figures", "README's commands"} <= {
+        what for what, _ in said(sub, PASS)}
     [score] = [text for what, text in said(sub, PASS) if what in ("val_bpb", "mean_val_bpb")]
     assert re.search(f"is the mean of {sub.kind}, {MEAN:.6f}", score) and len(sub.logs) == 3
     assert submission.verdict_lines(sub)[-1].startswith(f"verdict as track_10min_16mb: "
@@ -327,6 +327,21 @@ FAULTS = {  # form, what is planted, the finding that must name it
                                                      r"names it"),
     "a damaged wrapper": ("block", edit("train_gpt.py", "b85decode('", "b85decode('!!"), UNCHECKED,
                           "wrapper", "train_gpt.py"),
+    "two runs of a seed": ("colon", lambda f: f.update({"again.log": log_text(42, bpb=1.1234)}),
+                           WARN, "logs beside",
+                           "again.log .a rerun, or another experiment"),
+    "a summary of the logs": ("colon", lambda f: f.update({"results.txt": "final val_loss:1.8 "
+                                                                          "val_bpb:1.1\n"}), PASS,
+                              "logs beside", "results.txt .no training in it"),
+    "steps that look like seeds": ("colon", claim(step_results={"1000": {"val_bpb": 1.3}},
+                                                  seed_results=None), PASS,
+                                   "seeds named", ""),
+    "a promise that nobody can confirm": ("colon", both(claim(compliance={"no_slot": True})),
+                                          UNCHECKED, "compliance", ""),
+    "a promise that is not kept": ("colon", both(claim(compliance={"eval_under_600s": True}),
+                                                 logs_with(evaluation=700_000)),
+                                   FAIL, "compliance", "eval_under_600s: true, the logs say "
+                                                       "otherwise"),
     "no log": ("colon", drop(r"\.log$"), UNCHECKED, "bytes", "there is none"),
     "no log, no score": ("colon", drop(r"\.log$"), UNCHECKED, "val_bpb", "no log with a score"),
     "no code": ("colon", drop("train_gpt.py"), UNCHECKED, "settings read", "no script"),
@@ -368,8 +383,8 @@ def test_the_evaluation_of_a_seed_may_have_a_log_of_its_own(tmp_path):
 
 def test_without_seeds_the_score_tells_which_log_counts(tmp_path):
     files = {k: v for k, v in colon().items() if "log" not in k}
-    files |= {f"{name}.log": log_text("x", bpb=b).replace("seed:x", "") for name,
-              b in (("one", 1.2), ("two", 1.1195), ("three", 1.3))}
+    files |= {f"{name}.log": log_text("x", bpb=b).replace("seed:x", "")
+              for name, b in (("one", 1.2), ("two", 1.1195), ("three", 1.3))}
     files["submission.json"] |= dict(seeds=None, seed_results=None)
     assert [log.name for log in checked(tmp_path, files).logs] == ["two.log"]
 

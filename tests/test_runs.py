@@ -620,8 +620,10 @@ def test_presets_side_by_side_make_no_table_of_forty_columns(tmp_path, capsys):
 PUBLISHED = {
     "colon": "seed:{s}\ntrain_batch_tokens:2000\nstep:1/9 train_loss:6.5 train_time:100ms\n"
              "step:9/9 train_loss:5.0 train_time:900ms\nTotal submission size int6+zstd: 999\n"
-             "final_int6_roundtrip val_loss:5.2 val_bpb:2.2\nlegal_ttt val_loss:5.1 val_bpb:2.{s}\n",
-    "block": "Hyperparameters:\n  logfile: {s}.txt\n  matrix_lr: 0.1\n  run_id: {run}_s{s}\n  seed: {s}\n"
+             "final_int6_roundtrip val_loss:5.2 val_bpb:2.2\n"
+             "legal_ttt val_loss:5.1 val_bpb:2.{s}\n",
+    "block": "Hyperparameters:\n  logfile: {s}.txt\n  matrix_lr: 0.1\n  run_id: {run}_s{s}\n  "
+             "seed: {s}\n"
              "1/9 train_loss: 6.5 train_time: 0.0m\n9/9 train_loss: 5.0 train_time: 1.0m\n"
              "Total submission size quantized+brotli: 999 bytes\n"
              "quantized_ttt val_loss:5.1 val_bpb:1.{s}\n"}
@@ -667,7 +669,8 @@ def test_folders_side_by_side_have_a_legend_that_tells_them_apart(published, tmp
 
 
 @pytest.mark.parametrize("settings,folder,name", [
-    (dict(PRESET="large", RUN_ID="r"), "runs/x", "large"), (dict(PRESET="", RUN_ID="r_s42"), "x", "r"),
+    (dict(PRESET="large", RUN_ID="r"), "runs/x", "large"), (dict(PRESET="", RUN_ID="r_s42"), "x",
+                                                            "r"),
     (dict(RUN_ID="0b2c9df2-8d4e-4a0e-9d3c-2f0f5a1c7d11"), "LR=1_SEED=42/logs", "LR=1"),
     ({}, "seed_42/wide/logs", "wide"), ({}, "wide/seed42", "wide")])
 def test_a_run_is_named_by_preset_run_id_or_folder(tmp_path, settings, folder, name):
