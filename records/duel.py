@@ -289,6 +289,8 @@ def main(argv):
         arguments.settings, arguments.theirs_only, arguments.ours_only))
     if not arguments.script.is_file():
         parser.error(f"{arguments.script}: no such file")
+    if arguments.script.resolve().is_relative_to(arguments.out.resolve()):
+        parser.error(f"{arguments.script} lies in --out {arguments.out}, whose folders are emptied")
     if min(arguments.steps, arguments.val_tokens) < 1:
         parser.error("--steps and --val-tokens must be 1 or more")
     out, steps = arguments.out.resolve(), arguments.steps

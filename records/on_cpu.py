@@ -97,8 +97,9 @@ def replace_cuda():
     answers = dict(
         is_available=True, is_initialized=True, device_count=1, current_device=0,
         memory_allocated=0, memory_reserved=0, max_memory_allocated=0, max_memory_reserved=0,
-        is_bf16_supported=True, mem_get_info=(80 << 30, 80 << 30), get_device_capability=(9, 0), get_device_name="CPU",
-        get_device_properties=properties, memory_stats={}, memory_summary="")
+        is_bf16_supported=True, mem_get_info=(80 << 30, 80 << 30),
+        get_device_capability=(9, 0), get_device_name="CPU", get_device_properties=properties,
+        memory_stats={}, memory_summary="")
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *given, answer=answer, **named: answer)
     for name in ("set_device", "synchronize", "manual_seed", "manual_seed_all", "empty_cache",
@@ -151,8 +152,15 @@ def replace_arithmetic():
     with contextlib.suppress(ImportError):
         from torch.nn.attention import flex_attention
         flex_attention.create_block_mask = cpu_arguments(flex_attention.create_block_mask)
-    # inference tensors of a script that later trains (TTT) would be refused by the CPU's kernels
-    torch.inference_mode = torch.no_grad
+    torch.inference_mode = inference_mode
+
+
+def inference_mode(mode=True):
+    """no_grad instead: without the compiler, tables that a model keeps from an evaluation would be
+    inference tensors, which a later TTT cannot train through."""
+    if callable(mode):  # a bare decorator
+        return torch.no_grad()(mode)
+    return torch.no_grad() if mode else contextlib.nullcontext()
 
 
 def attention(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), **others):
