@@ -81,7 +81,7 @@ final_int6_roundtrip val_loss:3.4000 val_bpb:2.0003 eval_time:10ms
 final_int6_roundtrip_exact val_loss:3.40000000 val_bpb:2.00030001
 final_int6_sliding_window_exact val_loss:3.40000000 val_bpb:2.00040001
 final_int8_zlib_roundtrip_exact val_loss:3.40000000 val_bpb:2.00040001
-legal_ttt_exact val_loss:3.40000000 val_bpb:2.00050001
+final_int6_ttt_sliding_exact val_loss:3.40000000 val_bpb:2.00050001
 """: (2.0001, 2.0002, 2.00030001, 2.00040001, 2.00050001),
     """9/9 val_loss: 3.4000 val_bpb: 2.0001
 pre-quantization post-ema val_loss:3.40000000 val_bpb:2.00020001 eval_time:10ms
