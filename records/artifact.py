@@ -1,18 +1,26 @@
 """Look at an artifact, and pack the script that made it.
 
-    python records/artifact.py pack-code [train_gpt.py] [-o packed/train_gpt.py]
+    python records/artifact.py pack-code [train_gpt.py] [-o packed/train_gpt.py] [--minify]
     python records/artifact.py inspect final_model.ptz [--float final.fp16.ptz]
 
 pack-code writes one Python file of a third of the size that unpacks the readable script, byte for
-byte, and runs it. A run counts that file's bytes and hash; its log holds the readable source.
+byte, and runs it; a script in a wrapper is unpacked first. A run counts that file's bytes and hash;
+its log holds the readable source. With --minify the packed source is the script without comments,
+docstrings and annotations of functions: it computes the same, a log holds it in place of the
+readable one, and its first line names the SHA-256 of the readable one, to be published beside it.
 inspect prints what every tensor got and costs.
 """
 from __future__ import annotations
 
 import argparse
+import ast
+import base64
 import hashlib
+import itertools
 import lzma
 import pickle
+import platform
+import re
 import sys
 from pathlib import Path
 
@@ -29,13 +37,13 @@ from unpack import readable_source  # noqa: E402
 # Prose and code: literal contexts of three bits serve best; the dictionary holds the whole file.
 FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=3, lp=0, pb=0,
                 dict_size=1 << 20)]
-# The payload stands in a Latin-1 string, one character a byte. The source goes into linecache under
-# the file's name: inspect, torch.compile and Triton read it there, and no change on disk makes it
-# stale.
+# The payload stands in a Latin-1 string, one character a byte. Where the script may read its own
+# file as text, which is then decoded as UTF-8, it stands in base85, a quarter longer. The source
+# goes into linecache under the file's name: inspect, torch.compile and Triton read it there, and no
+# change on disk makes it stale.
 LOADER = """\
-#coding:latin1
-import linecache,lzma
-UNPACKED=lzma.decompress('{payload}'.encode('latin1'),3,None,
+{head}linecache,lzma
+UNPACKED=lzma.decompress({payload},3,None,
 [{{'id':33,'dict_size':1<<20,'lc':3,'lp':0,'pb':0}}])
 linecache.cache[__file__]=len(UNPACKED),None,UNPACKED.decode().splitlines(True),__file__
 exec(compile(UNPACKED,__file__,'exec'))
@@ -43,12 +51,119 @@ exec(compile(UNPACKED,__file__,'exec'))
 ESCAPES = {b"\\": b"\\\\", b"'": b"\\'", b"\0": b"\\x00", b"\n": b"\\n", b"\r": b"\\r"}
 
 
+def may_read_itself_as_text(source):
+    """Whether a script (bytes) knows its own path and reads some file as text; True for Python
+    that this one cannot parse."""
+    if not re.search(rb"__file__|\bargv\[0\]", source):
+        return False
+    try:
+        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    except (SyntaxError, ValueError):
+        return True
+    for call in calls:
+        name = ast.unparse(call.func)
+        modes = {a.value for a in (*call.args, *(k.value for k in call.keywords))
+                 if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+        if (name.endswith(".read_text") or name.endswith(".decode") and "__file__" in name
+                or name.split(".")[-1] == "open" and name != "os.open"
+                and not any(re.fullmatch("[rt+]*[bwax][rwaxbt+]*", mode) for mode in modes)):
+            return True
+    return False
+
+
 def pack_code(source):
     """The self-extracting script (bytes) of a script's source (bytes)."""
     payload = lzma.compress(source, lzma.FORMAT_RAW, filters=FILTERS)
+    if may_read_itself_as_text(source):
+        return LOADER.format(head="import base64,", payload=f"base64.b85decode("
+                             f"'{base64.b85encode(payload).decode()}')").encode()
     for plain, escaped in ESCAPES.items():
         payload = payload.replace(plain, escaped)
-    return LOADER.format(payload=payload.decode("latin1")).encode("latin1")
+    return LOADER.format(head="#coding:latin1\nimport ", payload=f"'{payload.decode('latin1')}'"
+                         ".encode('latin1')").encode("latin1")
+
+
+class Plainer(ast.NodeTransformer):
+    """Drops docstrings, and annotations that nothing reads: a decorator may read those of its
+    function, Triton those that say constexpr, and a dataclass those of its attributes. What the
+    script itself may read stays: docstrings where it says `.__doc__`, a class whose text it looks
+    for in its source ("class Settings:")."""
+
+    def __init__(self, source):
+        self.docstrings, self.module = b".__doc__" in source, b"__doc__" in source
+        self.in_function = False
+        self.as_written = {name for node in ast.walk(ast.parse(source))
+                           if isinstance(node, ast.Constant) and isinstance(node.value, str)
+                           for name in re.findall(r"\bclass (\w+)", node.value)}
+
+    def without_docstring(self, node):
+        outside, self.in_function = self.in_function, not isinstance(node, ast.ClassDef)
+        self.generic_visit(node)
+        self.in_function = outside
+        if not self.docstrings and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        return node
+
+    def visit_Module(self, node):
+        return self.generic_visit(node) if self.module else self.without_docstring(node)
+
+    visit_ClassDef = without_docstring
+
+    def visit_FunctionDef(self, node):
+        if not node.decorator_list:
+            node.returns = None
+            for argument in ast.walk(node.args):
+                if isinstance(argument, ast.arg) and "constexpr" not in ast.unparse(argument):
+                    argument.annotation = None
+        return self.without_docstring(node)
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_AnnAssign(self, node):
+        return ast.Assign([node.target], node.value) if self.in_function and node.value else node
+
+
+def minified(source):
+    """A script's source (bytes) without comments, needless spaces and what Plainer drops; the rest
+    of its syntax tree is the same. Its first line names the readable source. Raises ValueError."""
+    try:
+        import python_minifier
+    except ImportError as problem:
+        raise ValueError("--minify needs python-minifier: pip install -r records/requirements.txt"
+                         ) from problem
+    try:
+        plainer, tree = Plainer(source), ast.parse(source)
+    except SyntaxError as problem:
+        raise ValueError(f"--minify: line {problem.lineno} is no Python "
+                         f"{platform.python_version()} ({problem.msg})") from problem
+    lines, parts = source.decode().splitlines(True), []
+    for written, group in itertools.groupby(
+            plainer.visit(tree).body,
+            lambda node: isinstance(node, ast.ClassDef) and node.name in plainer.as_written):
+        for nodes in ([node] for node in group) if written else [list(group)]:
+            first = min(n.lineno for n in (nodes[0], *getattr(nodes[0], "decorator_list", [])))
+            parts.append("".join(lines[first - 1: nodes[0].end_lineno]).rstrip() if written else
+                         python_minifier.unparse(ast.Module(nodes, [])))
+    digest = hashlib.sha256(source).hexdigest()
+    return "\n".join([f"# minified; SHA-256 of the readable source: {digest}", *parts, ""]).encode()
+
+
+def pack_script(script, out, minify, write_whole):
+    """Pack a script into a file and say what that saves. Raises OSError, ValueError."""
+    source = readable = readable_source(script)
+    packed, said = pack_code(readable), ""
+    if minify:
+        small = minified(readable)
+        saved = len(packed) - len(pack_code(small))
+        said = "--minify saves nothing here, so the script is packed as it is"
+        if saved > 0:
+            source, packed = small, pack_code(small)
+            said = (f"--minify saves {saved} bytes; a log holds the minified source: publish the "
+                    f"readable one beside it ({len(readable)} bytes, sha256 "
+                    f"{hashlib.sha256(readable).hexdigest()})")
+    write_whole(out, packed)
+    print(f"{out}: {len(packed)} bytes for {len(source)}, sha256 "
+          f"{hashlib.sha256(packed).hexdigest()}", *filter(None, [said]), sep="\n")
 
 
 def entropy_bits(codes):
@@ -129,6 +244,8 @@ def main(argv):
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack-code", help="make a small self-extracting script")
     pack.add_argument("script", nargs="?", default=ROOT / "train_gpt.py", type=user_path)
+    pack.add_argument("--minify", action="store_true",
+                      help="drop comments, docstrings and annotations first")
     pack.add_argument("-o", "--out", default=Path("packed/train_gpt.py"), type=user_path)
     look = commands.add_parser("inspect", help="what every tensor got and costs")
     look.add_argument("artifact", type=user_path)
@@ -144,11 +261,7 @@ def main(argv):
             for line in inspect(arguments.artifact, arguments.float, arguments.code):
                 print(line)
             return 0
-        source = readable_source(arguments.script)
-        packed = pack_code(source)
-        write_whole(arguments.out, packed)
-        print(f"{arguments.out}: {len(packed)} bytes for {len(source)}, sha256 "
-              f"{hashlib.sha256(packed).hexdigest()}")
+        pack_script(arguments.script, arguments.out, arguments.minify, write_whole)
         return 0
     except BrokenPipeError:
         raise

@@ -19,7 +19,6 @@ import zlib
 from pathlib import Path
 
 MOST_BYTES, MOST_WRAPPERS, MOST_CALLS = 64 << 20, 8, 1000  # against bombs and endless loops
-CODE_SUFFIXES = {".py", ".pyx", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".sh"}
 EXECUTES = {"exec": 0, "eval": 0, "runpy.run_path": 0,  # name: which argument is executed
             "importlib.util.spec_from_file_location": 1}
 
@@ -295,12 +294,6 @@ def readable_source(path):
             return content
         content = inner
     raise ValueError(f"{path}: more than {MOST_WRAPPERS} wrappers inside one another")
-
-
-def code_files(folder):
-    """{path: bytes} of all files of a folder, at any depth, that are code by their names."""
-    return {path: path.stat().st_size for path in sorted(Path(folder).rglob("*"))
-            if path.suffix in CODE_SUFFIXES and path.is_file()}
 
 
 def main(arguments):

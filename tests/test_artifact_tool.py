@@ -1,11 +1,17 @@
 """records/artifact.py: the packed script is the readable one in fewer bytes, and what inspect says
 adds up."""
 
+import ast
+import base64
+import contextlib
 import hashlib
+import importlib.util
+import io
 import lzma
 import re
 import subprocess
 import sys
+import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -41,7 +47,7 @@ def packed(tmp_path_factory):
 def test_a_packed_script_is_small_and_unpacks_to_the_readable_one(packed, capsys, tmp_path):
     for path in (packed.path, packed.readable):
         assert artifact.readable_source(path) == packed.source
-    assert len(packed.content) < 0.4 * len(packed.source)
+    assert len(packed.content) < 0.33 * len(packed.source)
     status, out, _ = told(capsys, "pack-code", packed.path, "-o", tmp_path / "p.py")
     assert status == 0 and (tmp_path / "p.py").read_bytes() == packed.content, "packed once"
     digest = hashlib.sha256(packed.content).hexdigest()
@@ -72,6 +78,150 @@ def test_a_damaged_packed_script_is_refused_in_words(packed, capsys, tmp_path):
         assert status == 2 and re.match(f"error: {re.escape(str(path))}: (looks like a wrapper and "
                                         "cannot be parsed|executes code that cannot be read)", said)
         assert not (tmp_path / "out.py").exists()
+
+
+@pytest.mark.parametrize("reads", [
+    "open(__file__, encoding='utf-8').read()", "open(__file__).read()",
+    "Path(__file__).read_text(encoding='utf-8')", "open(sys.argv[0], 'r').read()",
+    "open(file=__file__, mode='rt', encoding='utf-8').read()",
+    "open(__file__, 'rb').read().decode()", "Path(__file__).open(encoding='utf-8').read()"])
+def test_a_packed_script_may_read_its_own_file_as_text(tmp_path, reads):
+    """Noise makes the payload long enough to hold bytes that are no UTF-8."""
+    noise = hashlib.sha256(b"noise").hexdigest() * 3 + hashlib.sha512(b"more").hexdigest()
+    source = (f"import sys\nfrom pathlib import Path\nNOISE = '{noise}'\ntext = {reads}\n"
+              "print(len(text), len(text.encode()))").encode()
+    path, found = tmp_path / "x.py", []
+    path.write_bytes(artifact.pack_code(source))
+    assert artifact.readable_source(path) == source
+    scope = {"__file__": str(path), "print": lambda *said: found.append(said)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path)])
+        exec(compile(path.read_bytes(), str(path), "exec"), scope)
+    assert found == [(path.stat().st_size,) * 2]
+
+
+@pytest.mark.parametrize("reads", [
+    "Path(__file__).read_bytes()", "open(__file__, 'rb').read()", "open('x.txt').read()",
+    "open(__file__ + '.log', 'w', encoding='utf-8')", "Path('log').open('a')",
+    "os.open(os.devnull, os.O_WRONLY)"])
+def test_a_script_that_reads_its_file_as_bytes_or_not_at_all_stays_small(reads):
+    source = f"from pathlib import Path\ntext = {reads}\n".encode()
+    assert artifact.pack_code(source).startswith(b"#coding:latin1")
+
+
+def test_a_wrapped_script_is_packed_once(packed, capsys, tmp_path):
+    path, code = tmp_path / "wrapped.py", base64.b64encode(zlib.compress(packed.source))
+    path.write_bytes(b"import base64, zlib\nexec(zlib.decompress(base64.b64decode('%b')))" % code)
+    status, _, _ = told(capsys, "pack-code", path, "-o", tmp_path / "p.py")
+    assert status == 0 and (tmp_path / "p.py").read_bytes() == packed.content
+
+
+# -- minified
+
+@pytest.fixture(scope="module")
+def small(packed, tmp_path_factory):
+    """A minified packed copy of the script, the source in it, and what the tool said."""
+    folder, said = tmp_path_factory.mktemp("minified"), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert artifact.main(["pack-code", str(packed.readable), "--minify", "-o",
+                              str(folder / "train_gpt.py")]) == 0
+    path = folder / "train_gpt.py"
+    return SimpleNamespace(path=path, content=path.read_bytes(), said=said.getvalue(),
+                           source=artifact.readable_source(path))
+
+
+def test_a_minified_script_is_smaller_and_names_the_readable_one(packed, small):
+    saved = len(packed.content) - len(small.content)
+    assert saved > 0.2 * len(packed.content) and f"--minify saves {saved} bytes" in small.said
+    digest = hashlib.sha256(packed.source).hexdigest()
+    assert small.source.startswith(b"# minified; ") and digest.encode() in small.source[:120]
+    assert f"{len(packed.source)} bytes, sha256 {digest}" in small.said
+
+
+def test_a_minified_script_runs_and_scores_as_the_readable_one(both, small, corpus, tmp_path,
+                                                               monkeypatch):
+    """The same artifact to the byte and the same scores; --help loses nothing; Triton's kernels
+    compile from the source that stands in the file."""
+    spec = importlib.util.spec_from_file_location("minified", small.path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "minified", module)
+    spec.loader.exec_module(module)
+    environ = environment(corpus, OUT_DIR=tmp_path, **TRAINING)
+    for arguments in (["--dry-run"], []):
+        assert module.main(arguments, environ) == 0
+    done, readable = left(tmp_path), both[0]
+    assert done.content == readable.content
+    for key in ("val_loss", "val_bpb", "ledger_sha256"):
+        assert done.result[key] == readable.result[key]
+    assert done.log.startswith(small.source.decode())
+    assert done.result["code_sha256"] == hashlib.sha256(small.content).hexdigest()
+    assert module.help_text() == train_gpt.help_text()
+    if module.triton:  # interpreted
+        logits, targets = torch.randn(5, 9), torch.arange(5)
+        torch.testing.assert_close(module.SoftcapNLL.apply(logits, targets, 5.0),
+                                   module.softcap_nll(logits, targets, 5.0))
+
+
+MANY = b'''"""Module."""
+from __future__ import annotations
+import torch
+CODE = open(__file__).read().partition("\\nclass Settings:")  # comment
+
+class Empty(Exception):
+    """Nothing else."""
+
+class Settings:
+    """Kept."""
+    depth: int = 3  # kept, too
+
+class Row:
+    name: str = ""
+    def grow(self, by: int = 1, *more: int, last: float = 0.5, **rest: str) -> int:
+        """Docstring."""
+        total: int = by
+        return total  # comment
+
+@torch.library.custom_op("a::b", mutates_args=())
+def op(x: torch.Tensor) -> torch.Tensor:
+    """Its schema is made of the annotations."""
+    return x
+
+def kernel(x: int, BLOCK: tl.constexpr): return f"# {x!r:>{BLOCK}} 'text'"
+'''
+
+
+def test_minify_drops_what_nothing_reads_and_keeps_the_rest(tmp_path, capsys):
+    path = tmp_path / "many.py"
+    path.write_bytes(MANY)
+    assert told(capsys, "pack-code", path, "--minify", "-o", tmp_path / "p.py")[0] == 0
+    text = artifact.readable_source(tmp_path / "p.py").decode()
+    for gone in ("Module", "Nothing", "Docstring", "comment", "schema", "total:", "->int"):
+        assert gone not in text
+    assert 'class Settings:\n    """Kept."""\n    depth: int = 3  # kept, too\n' in text
+    plain = ast.unparse(ast.parse(text))
+    for kept in ("name: str = ''", "def grow(self, by=1, *more, last=0.5, **rest):",
+                 "def op(x: torch.Tensor) -> torch.Tensor:", "total = by",
+                 "def kernel(x, BLOCK: tl.constexpr):", "class Empty(Exception):\n    pass"):
+        assert kept in plain
+    assert "return f" in plain and "# {x!r:>{BLOCK}}" in plain
+
+
+def test_minify_leaves_a_script_alone_that_has_nothing_to_drop(tmp_path, capsys):
+    path = tmp_path / "x.py"
+    path.write_bytes(b"print(1)\n")
+    status, said, _ = told(capsys, "pack-code", path, "--minify", "-o", tmp_path / "p.py")
+    assert status == 0 and "--minify saves nothing here" in said
+    assert artifact.readable_source(tmp_path / "p.py") == b"print(1)\n"
+
+
+def test_minify_says_what_it_lacks(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "x.py"
+    for source, words in (("print 1", "line 1 is no Python"), ("x = 1", "pip install")):
+        path.write_text(source)
+        status, _, said = told(capsys, "pack-code", path, "--minify", "-o", tmp_path / "p.py")
+        monkeypatch.setitem(sys.modules, "python_minifier", None)
+        assert status == 2 and said.startswith("error: --minify") and words in said
+    assert not (tmp_path / "p.py").exists()
 
 
 TRAINING = dict(ITERATIONS=3, EVAL_STRIDE=0, TTT_ENABLED=0, VAL_LOSS_EVERY=2)

@@ -161,12 +161,3 @@ def test_the_command_prints_the_source(wrapped):
     path.write_text("exec(x)")
     done = subprocess.run([*command, path], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith(f"error: {path}: ")
-
-
-def test_code_files_are_counted_by_their_bytes(wrapped, tmp_path):
-    (tmp_path / "kernels").mkdir()
-    for name in ("train_gpt.py", "kernels/fast.cu", "README.md"):
-        wrapped("12345", name)
-    assert unpack.code_files(tmp_path) == {tmp_path / "kernels/fast.cu": 5,
-                                           tmp_path / "second.py": len(SOURCE),
-                                           tmp_path / "train_gpt.py": 5}
