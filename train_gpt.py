@@ -49,6 +49,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 LAUNCHED = time.perf_counter()  # before torch is imported, which takes seconds
+# OpenMP reads it with torch. By default a thread that waits for another spins for so long that on
+# busy cores two threads did 3 steps of the demo in the time of 38.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
 import sentencepiece
 import torch
