@@ -282,7 +282,7 @@ CHEATS = {
         "x = x0 = self.embed(tokens_BT)\n",
         "x = x0 = self.embed(tokens_BT) + 0.01 * torch.roll(self.embed(tokens_BT), -1, 1)\n")),
     "attention sees one token ahead": (["1"], "int8 scores target", (
-        "F.scaled_dot_product_attention(q, k, v, mask, is_causal=not window,",
+        "F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,",
         "F.scaled_dot_product_attention(q, k, v, torch.ones(2 * q.shape[2:3]).tril(1).bool(),")),
     "a temperature fitted to the tokens that it scores": (
         ["1"], "ttt scores target", SHARPER, (SCORE, SCORE + """\
