@@ -58,6 +58,7 @@ def test_index_leaves_the_rest_of_the_page(tmp_path, capsys):
     assert submission.index(tmp_path / "records") == 0 and readme.read_text("utf-8") == before
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_from_the_logs_that_are_here(tmp_path):
     pytest.importorskip("matplotlib")
     done = subprocess.run([sys.executable, ROOT / "tests/bench/pictures.py", "--out", tmp_path],
