@@ -49,9 +49,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 LAUNCHED = time.perf_counter()  # before torch is imported, which takes seconds
-# OpenMP reads it with torch. By default a thread that waits for another spins for so long that on
-# busy cores two threads did 3 steps of the demo in the time of 38.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# OpenMP reads it with torch, so it cannot wait for main. By default a thread that waits for another
+# spins for so long that on busy cores two threads did 3 steps of the demo in the time of 38.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
 import sentencepiece
 import torch
@@ -1500,14 +1501,14 @@ def flex(q_BTHE, k_BTKE, v_BTKE, window, starts_BT=None):
 
 def cumulative_lengths(starts_BT):
     """The positions in the flat batch [B·T] where rows and documents start, then B·T up to a fixed
-    number, int32: what variable-length kernels take. It holds a document in 32 tokens, more than
-    any text has; the last ones would be joined.
+    number, int32: what variable-length kernels take. Beyond a document in 32 tokens of the batch
+    the last ones are joined, within their rows; ordinary text has one in hundreds.
     """
     B, T = starts_BT.shape
-    starts = torch.cat((torch.ones_like(starts_BT[:, :1]), starts_BT[:, 1:]), dim=1).flatten()
-    position = torch.arange(B * T, device=starts.device)
-    found = torch.where(starts, position, B * T).sort().values[: B + B * T // 32]
-    return F.pad(found, (0, 1), value=B * T).int()
+    position = torch.arange(B * T, device=starts_BT.device)
+    documents = torch.where(starts_BT.flatten(), position, B * T).sort().values[: B * T // 32]
+    borders = torch.cat((position[::T], documents)).sort().values
+    return F.pad(borders, (0, 1), value=B * T).int()
 
 
 # In the order that ATTENTION=auto tries: packages of FlashAttention, and PyTorch's kernels.
@@ -3474,7 +3475,7 @@ class Trainer:
         self.optimizers = training_optimizers(model, s, rt)
         self.averages = WeightAverage(model, s)
         self.step, self.elapsed, self.step_ms, self.reserve_ms = 0, 0.0, 0.0, 0.0
-        self.loss = math.nan  # as last read from the device
+        self.seen = ""  # the last loss that was read from the device
         # Both stay on once set. Without LATE_PASSES there is one list: `late` is on from the start.
         self.fake_quant, self.late = False, not s.late_passes
 
@@ -3510,8 +3511,8 @@ class Trainer:
                 self.elapsed = clock.read(exact=True)
             self.step_ms = 0.9 * self.step_ms + 0.1 * (self.elapsed - before)
             self.check_and_log(loss, norm, scale)
-            rt.progress("train", progress_of(s, self.step, self.elapsed), f"step:{self.step} "
-                        f"train_loss:{self.loss:.4f} {self.step_ms:.0f}ms ")
+            rt.progress("train", progress_of(s, self.step, self.elapsed),
+                        f"step:{self.step} {self.seen} {self.step_ms:.0f}ms ")
         if s.max_wallclock_seconds and (self.step < s.iterations or not s.iterations):
             rt.log(f"stopping_early: wallclock_cap train_time:{self.elapsed:.0f}ms "
                    f"step:{self.step}/{s.iterations}")
@@ -3567,9 +3568,10 @@ class Trainer:
         rank = next((n for n, x in enumerate(losses) if not math.isfinite(x)), rt.rank)
         if not math.isfinite(losses[rank]) or not math.isfinite(norm):
             raise self.diverged(f"rank {rank}: train_loss {losses[rank]}, gradient norm {norm:g}")
-        self.loss = statistics.fmean(losses)
+        found = f"train_loss:{statistics.fmean(losses):.4f}"
+        self.seen = found if rt.device.type == "cpu" else f"{found} at {self.step}"
         if logged:  # a terminal shows the progress line instead
-            self.log(f"train_loss:{self.loss:.4f}", f" lr_scale:{scale:.4f}", not rt.terminal)
+            self.log(found, f" lr_scale:{scale:.4f}", not rt.terminal)
 
     def log(self, found, more="", console=True):
         self.rt.log(f"step:{self.step}/{self.s.iterations} {found} train_time:{self.elapsed:.0f}ms "
@@ -3923,6 +3925,11 @@ def settings_of_artifact(path, environ, world_size=1):
         except ValueError as problem:
             raise ArtifactError(f"{path}: holds {name}={value}, which {problem}") from problem
     s, explicit = resolve_settings(environ, stored, world_size)
+    unsaid = [name.upper() for name, (section, _) in DESCRIBED.items()
+              if section == "Model" and name not in stored and name.upper() not in explicit]
+    if unsaid:
+        raise ArtifactError(f"{path}: made by an earlier version, which stored no "
+                            f"{', '.join(unsaid)}: set them as it computed, mostly to 0")
     fixed = ("vocab_size", "train_seq_len", "attn_bits", "mlp_bits", "codec")
     other = [f"{name.upper()}={stored[name]}, not {getattr(s, name)}" for name in stored
              if getattr(s, name) != stored[name]

@@ -200,10 +200,11 @@ def test_eval_only_takes_the_settings_from_the_file(trained, corpus, tmp_path, c
     assert train_gpt.main([], environ) == 0, capsys.readouterr().err
 
 
-def forged(trained, **stored):
+def forged(trained, without=None, **stored):
     """The trained artifact with other settings inside and a right checksum."""
     header, index, side, codes = taken_apart(trained.content)
     index["settings"].update(stored)
+    index["settings"].pop(without, None)
     return put_together(index, side, codes, dict(codec=header["codec"]))
 
 
@@ -237,6 +238,16 @@ def test_an_artifact_with_bad_settings_is_refused_before_a_model_is_built(
     assert said.startswith("error: ")
     name, = stored
     assert name.upper() in said.upper() or "does not hold this model" in said
+
+
+def test_what_an_earlier_version_did_not_store_must_be_said(trained, corpus, tmp_path, capsys):
+    """A preset must not decide it: the model would be another one."""
+    (tmp_path / "in.ptz").write_bytes(forged(trained, without="doc_attention"))
+    variables = eval_only(corpus, tmp_path / "in.ptz", tmp_path / "out", PRESET="pr1855",
+                          VAL_LIMIT_TOKENS=64)
+    assert train_gpt.main([], variables) == 2
+    assert "stored no DOC_ATTENTION: set them" in capsys.readouterr().err
+    assert train_gpt.main([], {**variables, "DOC_ATTENTION": "0"}) == 0
 
 
 def test_only_the_file_that_was_written_is_scored(trained, run_script, monkeypatch, tmp_path):

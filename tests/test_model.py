@@ -652,6 +652,7 @@ def test_right_flash_attention_is_accepted(tiny, monkeypatch, result):
 def varlen(q_NHE, k_NKE, v_NKE, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size=(-1, 0)):
     """FlashAttention's variable lengths, one sequence after the other; empty ones are none."""
     assert causal and max_seqlen_q == max_seqlen_k and cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q_NHE)
+    assert cu_seqlens_q.diff().min() >= 0 and cu_seqlens_q.diff().max() <= max_seqlen_q
     parts = [sdpa(*(x[a:b][None] for x in (q_NHE, k_NKE, v_NKE)), window_size[0] + 1)[0]
              for a, b in zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist()[1:]) if a < b]
     return torch.cat(parts), None
@@ -668,6 +669,10 @@ def test_flash_attention_ends_at_documents_by_variable_lengths(tiny, monkeypatch
     starts[0, 0] = starts[1, 9] = starts[2, 39] = True
     for window in (0, 7):
         torch.testing.assert_close(kernels.attend(q, k, v, window, starts), sdpa(q, k, v, window, starts))
+    many = (torch.arange(40) % 4 == 0).repeat(3, 1)  # too many: joined inside of their rows
+    y = kernels.attend(q, k, v, 0, many)
+    torch.testing.assert_close(y[0, :4], sdpa(q, k, v, 0, many)[0, :4])
+    torch.testing.assert_close(y[1:], sdpa(q, k, v)[1:])
     whole = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, 256]))
     sys.modules["flash_attn_interface"].flash_attn_varlen_func = lambda *x, **how: varlen(*x, **{**how, **whole})
     assert train_gpt.choose_attention(tiny(DOC_ATTENTION=1), rt)[0]["attention"] != "fa3", "documents meet"
