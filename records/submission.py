@@ -1318,6 +1318,7 @@ def settings_table(run, source):
         if not same and key != "preset" and not NOT_OF_THE_MODEL.match(key):
             rows.append([f"`{key.upper()}`", f"`{value}`", f"`{default}`", "command"
                          if key.upper() in run.log.explicit else
+                         "the validation set" if key == "ttt_chunk_tokens" and not default else
                          f"preset {run.result['settings'].get('preset') or 'none'}"])
     return table(["setting", "value", "default", "set by"], rows) if rows else "None differs from the default."
 
