@@ -3,6 +3,7 @@ both stands in one table; what cannot run says why."""
 
 import base64
 import re
+import shutil
 import subprocess
 import sys
 import zlib
@@ -125,6 +126,41 @@ def test_what_cannot_run_says_how_it_ended(tmp_path):
     duel.run(side)
     assert side.status == 1 and duel.why(side) == "it ended with status 1"
     assert duel.last_lines(side) == "begun\nthe reactor is cold"
+
+
+def test_a_log_that_lay_beside_the_script_is_not_the_runs(tmp_path):
+    (tmp_path / "train.txt").write_text("x val_loss:1.0 val_bpb:0.5\n")
+    side = side_of(tmp_path, "assert open('train.txt')\nopen('new.txt', 'w').write("
+                             "'final val_loss:3.4 val_bpb:2.0\\n')")
+    duel.run(side)
+    assert side.status == 0 and side.log.score.bpb == 2.0
+
+
+def test_a_script_with_steps_of_its_own_is_told(tmp_path):
+    side = side_of(tmp_path, "import os\nos.environ.get('NUM_ITERATIONS')\n"
+                             "print('step:3/3 val_loss:3.4 val_bpb:2.0 train_time:9ms')")
+    duel.run(side)
+    assert side.unread[-2:] == ["ITERATIONS", "VOCAB_SIZE"]
+    assert "last step in the log of theirs is 3, not 10" in duel.notes([side], 10)
+    assert duel.notes([side], 3) == ""
+
+
+def test_the_data_are_not_written_over(corpus, tmp_path):
+    data = tmp_path / "data"
+    shards, model = data / "datasets" / "fineweb10B_sp320", data / "tokenizers" / "tiny.model"
+    shutil.copytree(corpus.folder, shards)
+    model.parent.mkdir()
+    shutil.copy(corpus.model, model)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "data").symlink_to(data)
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    for out, paths in ((tmp_path, (shards, corpus.model)), (tmp_path, (corpus.folder, model)),
+                       (linked, (shards, corpus.model)), (linked, (corpus.folder, model))):
+        settings = {**duel.SHAPE, "DATA_PATH": paths[0], "TOKENIZER_PATH": paths[1]}
+        with pytest.raises(duel.DataError, match="lies in --out .*say --out with another"):
+            duel.lay_out_data(out / "data", settings, 512)
+    assert before == {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow
