@@ -1,6 +1,7 @@
 """`submission.py check` on small folders of each form that others publish: sound ones have no FAIL,
 planted faults are named, and what the files do not say is NOT CHECKED."""
 
+import ast
 import base64
 import json
 import lzma
@@ -407,3 +408,15 @@ def test_a_record_to_beat_without_logs_is_read_from_its_figures(tmp_path, capsys
     assert "1.89" in found["improvement"] and "Welch's p = " in found["improvement"]
     assert submission.main(["check", str(new), "--against", str(new)]) == 1
     assert "FAIL         improvement" in capsys.readouterr().out
+
+
+def test_what_nobody_can_read_is_said(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"val_bpb": 1e9999999999999999999999}')
+    with pytest.raises(submission.Problem, match="x.json: no JSON"):
+        submission.read_json(path)
+    function = ast.Name("ttt", ast.Load())
+    for _ in range(3000):
+        function = ast.Attribute(function, "a", ast.Load())
+    call = ast.Call(function, [ast.Name("val", ast.Load())], [])
+    assert submission.adapts_on_validation(ast.Expr(call)) is False
