@@ -48,6 +48,8 @@ STAGES = {  # column: the labels of its lines in the logs, the best first
     "full context": (r"banded", r"sliding"),
     "after TTT": (r"ttt",)}
 REASONS = (  # what the output says: why, in words
+    (r"stand-in for attention does not know (\w+)",
+     "its attention has {0}, for which there is no stand-in"),
     (r"No module named '?([\w.]+)", "it needs the module {0}, which is not installed"),
     (r"active driver|triton\S* .*(driver|cuda)|Triton kernel", "its Triton kernels need a GPU"),
     (r"CUDA_HOME|nvcc|cpp_extension|load_inline", "it compiles CUDA code, for which there is no "

@@ -978,6 +978,9 @@ def test_report_shows_what_the_packed_model_writes(tmp_path, demo_manifest, corp
     assert first == again and first.startswith("The packed model goes on") and len(first.splitlines()) > 1
     assert build_dataset.loss_picture(result).endswith("run.png")
     assert (tmp_path / "logs/run.png").read_bytes().startswith(b"\x89PNG")
+    relative = json.loads(result.read_text()) | {"artifact": "runs/x/final_model.ptz"}
+    result.write_text(json.dumps(relative))  # as with a relative OUT_DIR
+    assert build_dataset.sample(result, demo_manifest, tokens=20) == first
     changed = json.loads(result.read_text()) | {"artifact_sha256": "0" * 64}
     result.write_text(json.dumps(changed))
     assert "No sample: " in build_dataset.sample(result, demo_manifest)

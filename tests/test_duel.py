@@ -258,6 +258,21 @@ def test_attention_is_flash_attentions(window, causal, S):
     torch.testing.assert_close(found, reference(q, k, v, allowed))
 
 
+@pytest.mark.parametrize("more", [dict(softcap=15.0), dict(alibi_slopes=torch.ones(4)),
+                                  dict(return_lse=True), dict(dropout_p=0.1), dict(anything=None)])
+def test_what_would_change_attention_is_refused(more):
+    q, starts = torch.ones(4, 4, 8), torch.tensor([0, 4])
+    harmless = dict(deterministic=True, dropout_p=0.0, softcap=0.0, alibi_slopes=None)
+    on_cpu.attention(q[None], q[None], q[None], causal=True, **harmless)
+    on_cpu.attention_of_documents(q, q, q, starts, starts, 4, 4, causal=True, **harmless)
+    with pytest.raises(NotImplementedError, match=next(iter(more))):
+        on_cpu.attention(q[None], q[None], q[None], **more)
+    with pytest.raises(NotImplementedError, match=next(iter(more))):
+        on_cpu.attention_of_documents(q, q, q, starts, starts, 4, 4, **more)
+    with pytest.raises(NotImplementedError, match="argument 8=0.5"):
+        on_cpu.attention_of_documents(q, q, q, starts, starts, 4, 4, 0.5)
+
+
 def test_documents_do_not_see_each_other():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(9, h, 8, generator=generator) for h in (4, 2, 2))
@@ -320,6 +335,9 @@ y = flex_attention(*(x.transpose(1, 2) for _ in range(3)), block_mask=mask).tran
 for function in (flash_attn_func, flash_attn_4_func, get_kernel("any/kernel").flash_attn_func):
     torch.testing.assert_close(function(x, x, x, causal=True), y)
 assert "no GPU" in subprocess.check_output(["nvidia-smi"], text=True)
+assert "no GPU" in subprocess.check_output(["nvidia-smi"]).decode()
+assert "no GPU" in subprocess.run(["nvidia-smi"], stdout=-1, encoding="utf-8").stdout
+assert b"no GPU" in subprocess.run(["nvidia-smi"], stdout=-1).stdout
 assert subprocess.run("nvidia-smi -L", shell=True, capture_output=True).returncode == 0
 
 @torch.compile(dynamic=False, fullgraph=True)
