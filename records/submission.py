@@ -867,7 +867,8 @@ def commands_in(text):
                                line.split(" #")[0])
             if "train_gpt.py" in line:
                 out |= pending | dict(found)
-            elif re.match(r"\s*(?:export\b|(?:[A-Z][A-Z0-9_]*=\S*\s+)*[A-Z][A-Z0-9_]*=\S*\s*$)", line):
+            elif re.match(r"\s*(?:export\b|(?:[A-Z][A-Z0-9_]*=\S*\s+)*"
+                          r"[A-Z][A-Z0-9_]*=\S*\s*$)", line):
                 pending |= dict(found)
     return out
 

@@ -144,8 +144,9 @@ def test_a_seed_in_the_name(tmp_path, name, said, seed):
 @pytest.mark.parametrize("line", [
     "ttt_" * 100 + " epoch 1/1" * 50 + " los loss" * 9, "ttt_" * 100 + " epoch 1/1" * 50 + "_loss",
     "ttt " * 200 + "epoch " * 30 + "_loss", "val_loss:1 " * 89 + "bpb", "loss" + " " * 990 + "bpb",
-    "loss:1" + " |," * 300 + "bpb", "loss: " * 160 + "bpb:", "bpb:1 " * 160, "device: " + "a:" * 490,
-    "gptq calibrat " * 70, "Total submission size " * 45, "step: " * 160, "(Code size " * 90])
+    "loss:1" + " |," * 300 + "bpb", "loss: " * 160 + "bpb:", "bpb:1 " * 160,
+    "device: " + "a:" * 490, "gptq calibrat " * 70, "Total submission size " * 45, "step: " * 160,
+    "(Code size " * 90])
 def test_no_line_takes_long(tmp_path, line):
     started = time.perf_counter()
     read(tmp_path, "\n".join([line] * 50))

@@ -264,7 +264,8 @@ FAULTS = {  # what is planted: how, and the finding that must name it
     "result file of another seed": (lambda f: (f / "result_seed42.json").write_text(
         json.dumps(result_of(42, 1.8))), FAIL,
                                     "seed results",
-                                    r"result_seed42\.json, seed 42: val_bpb .*val_loss 1\.80 where"),
+                                    r"result_seed42\.json, seed 42: val_bpb .*val_loss 1\.80 "
+                                    "where"),
     "result of bytes counted otherwise": (lambda f: result_with(f, bytes_from="text"), FAIL,
                                           "seed results", "bytes_from text where the log has "
                                           "pieces; take both from one run"),

@@ -99,7 +99,8 @@ def test_brotli_is_read_where_the_module_is_and_named_where_it_is_not(wrapped, m
     brotli = pytest.importorskip("brotli")
     path.write_text(f"import brotli\nexec(brotli.decompress({brotli.compress(SOURCE)!r}))")
     assert unpack.readable_source(path) == SOURCE
-    path.write_text(f"import brotli\nexec(brotli.decompress({brotli.compress(bytes(1 << 27), quality=1)!r}))")
+    bomb = brotli.compress(bytes(1 << 27), quality=1)
+    path.write_text(f"import brotli\nexec(brotli.decompress({bomb!r}))")
     with pytest.raises(ValueError, match="holds more than"):
         unpack.readable_source(path)
 
