@@ -174,8 +174,8 @@ class Reader:
             elif isinstance(node, ast.AugAssign):
                 self.assign(node, node.target, ast.BinOp(node.target, node.op, node.value))
             elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.Expr)) and node.value:
-                target = node.targets[0] if isinstance(node, ast.Assign) else getattr(
-                    node, "target", None)
+                targets = getattr(node, "targets", [getattr(node, "target", None)])
+                target = targets[0] if len(targets) == 1 else ast.Tuple(targets)
                 self.assign(node, target, node.value)
             elif not isinstance(node, NO_EFFECT):
                 reason = Unreadable(f"line {node.lineno}: {type(node).__name__} is not followed")
@@ -201,7 +201,7 @@ class Reader:
             value = problem
         if isinstance(target, ast.Name):
             self.names[target.id] = value
-        if isinstance(value, Unreadable) or isinstance(target, (ast.Attribute, ast.Subscript)):
+        if isinstance(value, Unreadable) or not isinstance(target, (ast.Name, type(None))):
             held = {n for n, v in self.names.items() if not isinstance(v, (Dotted, Unreadable))}
             names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
             if not names & held - {"__file__"}:

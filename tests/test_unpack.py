@@ -144,6 +144,8 @@ def test_a_script_that_executes_a_small_part_is_no_wrapper(wrapped, content):
      "line 3: not followed"),
     ("a = 'decoy'\nfor b in 'xy':\n    a = b\nexec(a)", "line 2: For is not followed"),
     ("a = ['decoy']\na[0] = open('second.py').read()\nexec(a[0])", "line 2: what it changes"),
+    ("a = 'decoy'\na, b = open('second.py').read(), 1\nexec(a)", "line 2: what it changes"),
+    ("a = 'decoy'\nb = a = open('second.py').read()\nexec(a)", "line 2: what it changes"),
     ("def f(a):\n    b = 'decoy'\n    for c in a:\n        b = c\n    return b\nexec(f('x'))",
      "line 3: For is not followed"),
     ("def f(a):\n    for c in a:\n        return c\n    return 'decoy'\nexec(f('x'))",
