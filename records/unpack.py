@@ -48,12 +48,12 @@ def unbrotli(data):
         import brotli
     except ImportError as problem:
         raise Unreadable("the payload is compressed by brotli; pip install brotli") from problem
-    decoder, content = brotli.Decompressor(), b""
+    decoder, content = brotli.Decompressor(), bytearray()
     for start in range(0, len(data), 16):  # so few bytes that no piece of the output grows large
         content += decoder.process(data[start: start + 16])
         if len(content) > MOST_BYTES:
             raise Unreadable(f"the payload holds more than {MOST_BYTES} bytes")
-    return content
+    return bytes(content)
 
 
 def bounded(size):
