@@ -829,7 +829,10 @@ def sample(result_path: Path, manifest_path: Path, tokens: int = 200, heat: floa
     result, manifest = _read_json(result_path, "a result"), _read_json(manifest_path, "a manifest")
     sys.path.insert(0, str(DATA_ROOT.parent))
     try:
-        artifact = result_path.resolve().parent.parent / result["artifact"]  # OUT_DIR/logs/x.json
+        # OUT_DIR/logs/x.json, whose OUT_DIR may have been relative to another folder; EVAL_ONLY may
+        # have named a file elsewhere
+        artifact = result_path.resolve().parent.parent / Path(result["artifact"]).name
+        artifact = artifact if artifact.is_file() else Path(result["artifact"])
         pieces = manifest_path.parents[2] / manifest["tokenizer"]["path"]
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
         import torch

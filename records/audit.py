@@ -46,7 +46,8 @@ from shards import exit_code_of, user_path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CAP_BYTES = 16_000_000
-LOGITS = ("logits", "raw_logits", "products")  # methods of the model that answer for a whole vocabulary (the last: earlier scripts)
+# methods of the model that answer for a whole vocabulary (the last: earlier scripts)
+LOGITS = ("logits", "raw_logits", "products")
 NEEDED = ("Settings UserError Runtime ByteTable ScoreLedger load_validation settings_of_artifact build_model run_evaluations "
           "read_artifact find_upward main").split()
 
@@ -76,9 +77,10 @@ def load_script(path):
 
 
 def shapes_of(s):
-    """(tokens read, targets scored, keys of each layer) of a pass of scoring and of one of adapting. Earlier scripts call
-    them plans, the first have sliding windows alone."""
-    scoring = getattr(s, "scoring_shape", None) or getattr(s, "scoring_plan", (s.window, s.eval_stride, 0))
+    """(tokens read, targets scored, keys of each layer) of a pass of scoring and of one of
+    adapting. Earlier scripts call them plans, the first have sliding windows alone."""
+    windows = (s.window, s.eval_stride, 0)
+    scoring = getattr(s, "scoring_shape", None) or getattr(s, "scoring_plan", windows)
     return scoring, getattr(s, "ttt_shape", None) or getattr(s, "adapting_plan", scoring)
 
 
@@ -100,7 +102,8 @@ def settings_for(script, path, environ, targets):
         targets = 32 * max(row, adapting[0]) if adapters else 16 * row
     environ["VAL_LIMIT_TOKENS"] = str(targets)
     targets = len(script.load_validation(replace(s, val_limit_tokens=targets))) - 1
-    if not adapters and "TTT_CHUNK_TOKENS" not in explicit:  # set, it would mean weights adapted by chunks
+    # set, it would mean weights adapted by chunks
+    if not adapters and "TTT_CHUNK_TOKENS" not in explicit:
         environ["TTT_CHUNK_TOKENS"] = str(min(chunk or targets, max(row, targets // 4)))
     return script.settings_of_artifact(path, environ)[0], environ, chunk
 
@@ -804,7 +807,8 @@ def describe(audit, script_path, own_chunk):
     if s.ttt_enabled:
         ttt = f"TTT {getattr(s, 'ttt_optimizer', 'sgd')}, {s.ttt_epochs} epochs over chunks of {s.ttt_chunk_tokens}"
         if getattr(s, "ttt_lora_rank", 0):
-            ttt = f"TTT adapters of rank {s.ttt_lora_rank}, {adapting[1]} targets of each stream a step"
+            ttt = (f"TTT adapters of rank {s.ttt_lora_rank}, {adapting[1]} targets of each stream "
+                   "a step")
         elif own_chunk not in (0, s.ttt_chunk_tokens):
             ttt += f" (the artifact's: {own_chunk}; --targets {4 * own_chunk} takes those)"
     return (f"{audit.path} ({audit.path.stat().st_size:,} bytes) scored by {script_path} "

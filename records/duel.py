@@ -48,6 +48,8 @@ STAGES = {  # column: the labels of its lines in the logs, the best first
     "full context": (r"banded", r"sliding"),
     "after TTT": (r"ttt",)}
 REASONS = (  # what the output says: why, in words
+    (r"stand-in for attention does not know (\w+)",
+     "its attention has {0}, for which there is no stand-in"),
     (r"No module named '?([\w.]+)", "it needs the module {0}, which is not installed"),
     (r"active driver|triton\S* .*(driver|cuda)|Triton kernel", "its Triton kernels need a GPU"),
     (r"CUDA_HOME|nvcc|cpp_extension|load_inline", "it compiles CUDA code, for which there is no "
@@ -116,7 +118,8 @@ def default_in(source):
 def lay_out_data(folder, settings, val_tokens):
     """Shards for both in `folder`: theirs to train on, and one with the first validation tokens.
     Where a script wants them under DATA_DIR by its usual names, they are there, too. Returns the
-    settings that name them. Raises OSError, DataError."""
+    settings that name them. Raises OSError, DataError, also where that would write over what it
+    reads."""
     import sentencepiece
 
     source, model = (user_path(settings[n]).resolve() for n in ("DATA_PATH", "TOKENIZER_PATH"))
@@ -131,6 +134,11 @@ def lay_out_data(folder, settings, val_tokens):
     tokens = read_shard(val[0])[:val_tokens // row * row + 1]
     shards = folder / "datasets" / f"fineweb10B_sp{vocab_size}"
     tokenizer = folder / "tokenizers" / f"fineweb_{vocab_size}_bpe.model"
+    for name, read, written in (("DATA_PATH", source, shards),
+                                ("TOKENIZER_PATH", model.parent, tokenizer.parent)):
+        if read.is_relative_to(folder.parent.resolve()) or read == written.resolve():
+            raise DataError(f"{name}={settings[name]} lies in --out {folder.parent}, where files "
+                            "would be written over it; say --out with another folder")
     for path in (shards, tokenizer.parent):
         path.mkdir(parents=True, exist_ok=True)
     write_shard(shards / "fineweb_val_000000.bin", [tokens], len(tokens))
@@ -160,7 +168,8 @@ def their_side(script, out, settings, steps):
         "RUN_ID": "theirs", "VAL_BATCH_SIZE": 65536, "VAL_BATCH_TOKENS": 65536,
         "EMBEDDING_DIM": settings.get("MODEL_DIM", SHAPE["MODEL_DIM"]),
         **scaled(settings, default_in(text), steps)})
-    side.unread = [name for name in SHAPE if source and name not in text
+    side.unread = [name for name in (*SHAPE, "ITERATIONS", "VOCAB_SIZE")
+                   if source and not re.search(rf"\b{name}\b", text)
                    and not (name.endswith("_PATH") and "DATA_DIR" in text)]
     return side
 
@@ -185,7 +194,8 @@ def our_side(preset, out, settings, steps):
 
 def run(side):
     """Run one script and read its log: of what it printed and what it wrote, the one that says
-    more."""
+    more. Logs that were copied with a published script are not of this run."""
+    before = set(side.folder.rglob("*"))
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
                **{name: str(value) for name, value in side.settings.items()}}
     started = time.perf_counter()
@@ -193,8 +203,9 @@ def run(side):
         side.status = subprocess.run([sys.executable, *side.command], env=environ, stdout=said,
                                      cwd=side.folder, stderr=subprocess.STDOUT).returncode
     side.seconds = time.perf_counter() - started
-    logs = [log for path in (side.said, *side.folder.rglob("*.txt"), *side.folder.rglob("*.log"))
-            for log in read_logs(path)[-1:]]
+    wrote = [path for path in side.folder.rglob("*")
+             if path.suffix in (".txt", ".log") and path.is_file() and path not in before]
+    logs = [log for path in (side.said, *wrote) for log in read_logs(path)[-1:]]
     side.log = max(logs, key=lambda log: (len(log.scores), len(log.curve)))
 
 
@@ -245,6 +256,13 @@ def table(sides):
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |"
                      for row in rows)
+
+
+def notes(sides, steps):
+    """What the table must not be read without: other numbers of steps than were asked for."""
+    last = {side.name: side.log.steps for side in sides if side.log.steps != steps}
+    return "".join(f"\nThe last step in the log of {name} is {step or 'unknown'}, not {steps}.\n"
+                   for name, step in last.items())
 
 
 def picture(sides, path, title):
@@ -313,7 +331,7 @@ def main(argv):
              f"({arguments.ours or 'default'}), {steps} steps of {settings['TRAIN_BATCH_TOKENS']} "
              f"tokens, seed {settings['SEED']}")
     text = (f"{title}. Bits per byte; seconds of one CPU thread, theirs in bfloat16 where it asks "
-            f"for that, ours in float32.\n\n{table(sides)}\n")
+            f"for that, ours in float32.\n\n{table(sides)}\n{notes(sides, steps)}")
     (out / "duel.md").write_text(text, encoding="utf-8")
     picture(sides, out / "duel.png", title)
     print(f"\n{text}\n{out / 'duel.md'}, {out / 'duel.png'}")

@@ -66,7 +66,7 @@ def read_json(path):
     rounded. Raises Problem."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_float=Decimal)
-    except (ValueError, RecursionError) as problem:
+    except (ValueError, ArithmeticError, RecursionError) as problem:  # also 1e9999999999999999999
         raise Problem(f"{path}: no JSON: {problem}") from None
     except OSError as problem:
         raise Problem(f"{path}: cannot be read: {problem.strerror}") from None
@@ -200,7 +200,7 @@ def defaults_of(tree):
                     try:
                         out[line.target.id] = ast.literal_eval(
                             arguments[0] if arguments else line.value)
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         pass
     return out
 
@@ -239,16 +239,23 @@ def meaning(source):
         first = body[0] if isinstance(body, list) and body else None
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
             first.value.value = None
-    return ast.dump(tree)
+    try:
+        return ast.dump(tree)
+    except RecursionError:
+        return None
 
 
 def adapts_on_validation(tree):
-    """Whether the script calls something named after adaptation with validation tokens."""
+    """Whether the script calls something named after adaptation with validation tokens; no where
+    its expressions are too deep to be read."""
     calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call)
              and re.search(r"ttt|adapt", ast.unparse(n.func), re.I))
-    return any("val" in str(getattr(a, "id", getattr(a, "attr", getattr(a, "arg", ""))))
-               for n in calls for a in ast.walk(n)
-               if isinstance(a, (ast.Name, ast.Attribute, ast.keyword)))
+    try:
+        return any("val" in str(getattr(a, "id", getattr(a, "attr", getattr(a, "arg", ""))))
+                   for n in calls for a in ast.walk(n)
+                   if isinstance(a, (ast.Name, ast.Attribute, ast.keyword)))
+    except RecursionError:
+        return False
 
 
 # -- open a folder ---------------------------------------------------------------------------------

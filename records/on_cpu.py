@@ -163,8 +163,25 @@ def inference_mode(mode=True):
     return torch.no_grad() if mode else contextlib.nullcontext()
 
 
+# Arguments of the attention: those that change no result, and those that do not where they are off.
+HARMLESS = {"deterministic", "num_splits", "pack_gqa", "sm_margin"}
+OFF = {"dropout_p", "softcap", "alibi_slopes", "return_attn_probs", "return_lse", "attention_chunk",
+       "qv", "q_descale", "k_descale", "v_descale", "block_table", "seqused_q", "seqused_k",
+       "learnable_sink"}
+
+
+def refuse(others):
+    """Raise where an argument would change the result and has no stand-in."""
+    for name, value in others.items():
+        off = value is None or isinstance(value, (int, float)) and not value
+        if name not in HARMLESS and not (name in OFF and off):
+            raise NotImplementedError(f"the stand-in for attention does not know {name}={value!r}; "
+                                      "run the script on a GPU")
+
+
 def attention(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), **others):
     """FlashAttention's function on [B, T, H, E], by PyTorch's."""
+    refuse(others)
     T, S, (left, right) = q.size(1), k.size(1), window_size
     mask = None
     if (left, right) != (-1, -1) or (causal and T != S):  # aligned at the last position
@@ -179,6 +196,7 @@ def attention(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), *
 
 def attention_of_documents(q, k, v, cu_seqlens_q, cu_seqlens_k, *most, **named):
     """The variable-length function on [tokens, H, E]: each document by itself."""
+    refuse({f"argument {6 + i}": value for i, value in enumerate(most) if i > 1})  # two are lengths
     named = {n: x for n, x in named.items() if not n.startswith("max_seqlen")}
     starts = zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], cu_seqlens_k.tolist(),
                  cu_seqlens_k.tolist()[1:])
@@ -228,8 +246,10 @@ def answered(function):
     @functools.wraps(function)
     def call(command, *given, **named):
         if "nvidia-smi" in str(command):
-            return ("no GPU" if function is CHECK_OUTPUT else
-                    subprocess.CompletedProcess(command, 0, "no GPU", ""))
+            as_text = any(map(named.get, ("text", "encoding", "errors", "universal_newlines")))
+            said, empty = ("no GPU", "") if as_text else (b"no GPU", b"")
+            return (said if function is CHECK_OUTPUT else
+                    subprocess.CompletedProcess(command, 0, said, empty))
         return function(command, *given, **named)
     return call
 

@@ -753,7 +753,9 @@ def run_name(settings, path, seed):
     return Path(path).stem
 
 
-KINDS = (("ttt", "ttt"), ("sliding", "sliding"), (DIAGNOSTIC.pattern, "float"), ("", "quantized"))
+# The first that the name of an evaluation, without no_ttt, has; weights not of the file come first.
+KINDS = ((DIAGNOSTIC.pattern, "float"), ("ttt", "ttt"), ("sliding", "sliding"),
+         ("banded", "banded"), ("", "quantized"))
 
 
 def result_of_log(log):
@@ -764,7 +766,8 @@ def result_of_log(log):
     settings = {k.lower(): v for k, v in log.settings.items() if not NOT_OF_THE_MODEL.match(k)}
     scores = {}
     for key in (*log.scores, log.key):  # the one that counts is the last
-        kind = next(name for pattern, name in KINDS if re.search(pattern, key, re.I))
+        words = re.sub("no_ttt", "", key, flags=re.I)
+        kind = next(name for pattern, name in KINDS if re.search(pattern, words, re.I))
         scores.pop(kind, None)
         scores[kind] = log.scores[key].bpb
     whole = log.eval_seconds if log.eval_seconds is not None else log.total_eval_seconds

@@ -1,10 +1,10 @@
-"""Make a submission folder out of finished runs, check a folder as a reviewer does, list our
-folders.
+r"""Make a submission folder out of finished runs, check one as a reviewer does, list our folders.
 
-    python records/submission.py pack runs/1337 runs/42 runs/2025 --name "11 layers" --author "Ada"
-    --track track_10min_16mb python records/submission.py check
-    records/track_10min_16mb/2026-03-20_mine --against records/track_10min_16mb/2026-03-01 python
-    records/submission.py index
+    python records/submission.py pack runs/1337 runs/42 runs/2025 --name "11 layers" \
+        --author "Ada" --track track_10min_16mb
+    python records/submission.py check records/track_10min_16mb/2026-03-20_mine \
+        --against records/track_10min_16mb/2026-03-01
+    python records/submission.py index
 
 `check` believes the files on disk and the logs, and compares everything else with them: README.md,
 submission.json, the script. It reads our folders and published ones: both forms of logs
@@ -422,19 +422,14 @@ def check_denominator(sub):
     problems, good, unknown = [], [], []
     for log in sub.scored:
         score = sub.score(log)
-        ratios = [s.bytes_per_target for k, s in log.scores.items()
-                  if not DIAGNOSTIC.search(k)] or [score.bytes_per_target]
-        if max(ratios) / min(ratios) - 1 > max(1e-4 if log.ledger else 2e-3,
-                                               *(2 * s.tolerance for s in log.scores.values())):
-            problems.append(f"{log.name}: bytes per target differ between evaluations: "
-                            + listed(f"{k} {s.bytes_per_target:.5f}"
-                                     for k, s in log.scores.items()))
+        compare_evaluations(sub, log, problems, unknown)
         if log.targets and log.scored_bytes:
             for key, s in log.scores.items():
                 implied = s.bytes_per_target * log.targets
                 if abs(implied / log.scored_bytes - 1) > s.tolerance:
-                    problems.append(f"{log.name}: {key} implies {implied:,.0f} bytes, logged are "
-                                    f"{log.scored_bytes:,}")
+                    (problems if s is score else unknown).append(
+                        f"{log.name}: {key} implies {implied:,.0f} bytes, logged are "
+                        f"{log.scored_bytes:,}")
             by_ledger = (log.loss_sum or 0) / log.targets
             slack = 1.01 * log.score.loss_unit + 1e-6 / log.targets
             if by_ledger and abs(by_ledger - log.score.loss) > slack:
@@ -452,6 +447,25 @@ def check_denominator(sub):
     if unknown or not sub.scored:
         sub.add(UNCHECKED, "bits per byte", "; ".join(unknown) or "no log with a loss and a score")
     check_validation_set(sub)
+
+
+def compare_evaluations(sub, log, problems, unknown):
+    """All evaluations of a log have the same bytes per target, or scored other parts of the text.
+    It is a problem unless another evaluation or the bytes of the text confirm the score that
+    counts."""
+    score, kinds = sub.score(log), {k: s for k, s in log.scores.items() if not DIAGNOSTIC.search(k)}
+    ratios = [s.bytes_per_target for s in kinds.values()] or [score.bytes_per_target]
+    most = max(1e-4 if log.ledger else 2e-3, *(2 * s.tolerance for s in log.scores.values()))
+    if max(ratios) / min(ratios) - 1 <= most:
+        return
+    ratio, targets = score.bytes_per_target, log.targets or 0
+    known = [s.bytes_per_target for s in log.scores.values() if s is not score]
+    known += [log.scored_bytes / targets] if targets and log.scored_bytes else []
+    known += [OFFICIAL_BYTES / targets] if official_set(targets) else []
+    confirmed = any(abs(ratio / other - 1) <= most for other in known)
+    (unknown if confirmed else problems).append(
+        f"{log.name}: bytes per target differ between evaluations: "
+        + listed(f"{k} {s.bytes_per_target:.5f}" for k, s in log.scores.items()))
 
 
 def judge_bytes(log, ratio, problems, good, unknown):
@@ -663,19 +677,24 @@ SOFT = ("steps", "train_steps", "step_stop", "step_avg_ms", "ms_per_step", "trai
         "wallclock_seconds", "train_time_s", "eval_seconds")  # what does not decide
 
 
-def differences(row, log, totals=()):
-    """What a row of results says otherwise than the log; `totals` are further sizes that are
-    right."""
-    out = []
+def comparable(row, log, totals=()):
+    """(key, figure, what the log has for it) of what a row of results and the log both say."""
     for key, logged in RESULT_KEYS.items():
         value = row.get(key)
         if isinstance(value, dict):  # a result file's {kind: value}, the last of which counts
             value = next(reversed(value.values()), None)
         value, known = figure(value, key), logged(log)
         known += totals if known and key in TOTAL else []
-        if value is not None and known and not any(
-                agree(value, k) if isinstance(k, str) or key in BPB else value == k for k in known):
-            out.append(f"{key} {value} where the log has {known[0]}")
+        if value is not None and known:
+            yield key, value, known
+
+
+def differences(row, log, totals=()):
+    """What a row of results says otherwise than the log; `totals` are further sizes that are
+    right."""
+    out = [f"{key} {value} where the log has {known[0]}"
+           for key, value, known in comparable(row, log, totals) if not any(
+               agree(value, k) if isinstance(k, str) or key in BPB else value == k for k in known)]
     way = row.get("bytes_from")
     if way is not None and (way not in BYTES_FROM or way != (log.bytes_from or way)):
         known = log.bytes_from or " or ".join(BYTES_FROM)
@@ -702,7 +721,7 @@ def check_seed_results(sub):
         for where, row in rows.items():
             if not isinstance(row, dict):
                 continue
-            compared += 1
+            compared += len(list(comparable(row, log)))
             for d in differences(row, log, on_disk):
                 soft = d.split()[0] in SOFT and where == "seed_results"
                 (remarks if soft else problems).append(f"{where}, seed {seed}: {d}; take both "
@@ -713,10 +732,11 @@ def check_seed_results(sub):
         lines = [differences({key: (sub.claims or {}).get(key)}, log) for log in sub.scored]
         remarks += [f"{sub.claims_name}: {d[0]}" for d in lines[:1]] if lines and all(lines) else []
     if compared or problems:
-        sub.verdict("seed results", problems, f"{compared} rows agree with the logs", sub.severity)
+        sub.verdict("seed results", problems, f"{compared} figures agree with the logs",
+                    sub.severity)
     else:
-        sub.add(UNCHECKED, "seed results", f"no rows by seed in {sub.claims_name}, or no log of "
-                                           "such a seed")
+        sub.add(UNCHECKED, "seed results", f"no rows by seed in {sub.claims_name}, no log of such "
+                                           "a seed, or no figure that both have")
     if remarks:
         sub.add(WARN, "seed results", "; ".join(remarks))
 
@@ -847,7 +867,8 @@ def commands_in(text):
                                line.split(" #")[0])
             if "train_gpt.py" in line:
                 out |= pending | dict(found)
-            elif re.match(r"\s*(?:export\b|(?:[A-Z][A-Z0-9_]*=\S*\s+)*[A-Z][A-Z0-9_]*=\S*\s*$)", line):
+            elif re.match(r"\s*(?:export\b|(?:[A-Z][A-Z0-9_]*=\S*\s+)*"
+                          r"[A-Z][A-Z0-9_]*=\S*\s*$)", line):
                 pending |= dict(found)
     return out
 
@@ -959,9 +980,9 @@ def check_hardware(sub):
     wrong = [f"{n}×{device}" for n, device in seen if n not in (None, 8)
              or (device and "H100" not in device)]
     text = listed(f"{n or '?'}×{device or '?'}" for n, device in seen)
-    if not wrong and not all(device for _, device in seen):
-        sub.add(UNCHECKED, "hardware", f"{text}: the logs do not name the device; submission.json "
-                                       f"says {(sub.claims or {}).get('hardware')}")
+    if not wrong and not all(n and device for n, device in seen):
+        sub.add(UNCHECKED, "hardware", f"{text}: the logs do not name device and number; "
+                                       f"submission.json says {(sub.claims or {}).get('hardware')}")
         return
     sub.verdict("hardware", [f"{listed(wrong)}; a record runs on 8×H100"] if wrong
                 and sub.track == RECORD else [], text)
@@ -1014,9 +1035,10 @@ def check_improvement(sub, against):
         return
     if not sub.scored:
         return
-    ratio = mean_std([log.score.loss / log.score.bpb for log in sub.scored])[0]
+    scores = [sub.score(log) for log in sub.scored]  # those that are claimed
+    ratio = mean_std([score.loss / score.bpb for score in scores])[0]
     old, old_std, old_n = reference_scores(against, ratio)
-    new, new_std = mean_std([log.score.loss for log in sub.scored])
+    new, new_std = mean_std([score.loss for score in scores])
     gain = f"{new:.5f} against {old:.5f} nats: {old - new:+.5f} better" + (
         " (is that record in bpb? then append ,bpb)" if old < new / 1.3 else "")
     if new_std is None or old_std is None:

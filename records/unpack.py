@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import base64
 import bz2
+import codecs
 import lzma
 import operator
 import os.path
@@ -18,7 +19,11 @@ import sys
 import zlib
 from pathlib import Path
 
-MOST_BYTES, MOST_WRAPPERS, MOST_CALLS = 64 << 20, 8, 1000  # against bombs and endless loops
+# Against bombs and endless loops; a list of one text's letters is far larger than the text.
+MOST_BYTES, MOST_WRAPPERS, MOST_CALLS, MOST_ITEMS = 64 << 20, 8, 1000, 10_000
+MOST_BYTES_IN_ALL, MOST_BYTES_OF_LINES = 4 * MOST_BYTES, 1 << 20
+CODECS = {"utf-8", "utf-8-sig", "utf-16", "utf-32", "ascii", "iso8859-1", "cp1252"}  # the fast ones
+NO_EFFECT = (ast.Pass, ast.Global, ast.Nonlocal, ast.Return, ast.Raise)
 EXECUTES = {"exec": 0, "eval": 0, "runpy.run_path": 0,  # name: which argument is executed
             "importlib.util.spec_from_file_location": 1}
 
@@ -43,17 +48,49 @@ def unbrotli(data):
         import brotli
     except ImportError as problem:
         raise Unreadable("the payload is compressed by brotli; pip install brotli") from problem
-    decoder, content = brotli.Decompressor(), b""
+    decoder, content = brotli.Decompressor(), bytearray()
     for start in range(0, len(data), 16):  # so few bytes that no piece of the output grows large
         content += decoder.process(data[start: start + 16])
         if len(content) > MOST_BYTES:
             raise Unreadable(f"the payload holds more than {MOST_BYTES} bytes")
-    return content
+    return bytes(content)
 
 
 def bounded(size):
     if size > MOST_BYTES:
         raise Unreadable(f"a text of more than {MOST_BYTES} bytes")
+
+
+def size_of(value):
+    """Bytes of a text or path, for any value. Raises Unreadable where it is too large."""
+    if isinstance(value, (list, dict)) and len(value) > MOST_ITEMS:
+        raise Unreadable(f"a list of more than {MOST_ITEMS} items")
+    size = len(str(value)) if isinstance(value, Path) else (
+        len(value) if isinstance(value, (str, bytes)) else 0)
+    bounded(size)
+    return size
+
+
+def text_of(value, *coding):
+    if not isinstance(value, (str, bytes, int, Path)):
+        raise Unreadable(f"str of a {type(value).__name__} is not followed")
+    return coded(str, value, *coding) if coding else str(value)
+
+
+def coded(function, value, encoding="utf-8", errors="strict"):
+    if codecs.lookup(encoding).name not in CODECS:
+        raise Unreadable(f"the encoding {encoding} is not followed")
+    return function(value, encoding, errors)
+
+
+def split(text, sep=None, maxsplit=-1):
+    return text.split(sep, maxsplit if 0 <= maxsplit < MOST_ITEMS else MOST_ITEMS)
+
+
+def lines(text, keepends=False):
+    if len(text) > MOST_BYTES_OF_LINES:
+        raise Unreadable(f"lines of a text of more than {MOST_BYTES_OF_LINES} bytes")
+    return text.splitlines(keepends)
 
 
 def replaced(text, old, new, *count):
@@ -83,26 +120,29 @@ FUNCTIONS = {
     "gzip.decompress": lambda data: decompressed(zlib.decompressobj(31), data),
     "bz2.decompress": lambda data: decompressed(bz2.BZ2Decompressor(), data),
     "brotli.decompress": unbrotli, "pathlib.Path": Path, "bytes.fromhex": bytes.fromhex,
-    "str": lambda value, *encoding: str(value, *encoding),
+    "str": text_of,
     "__import__": Dotted, "importlib.import_module": Dotted}
 OPERATORS = {ast.Add: added, ast.BitOr: operator.or_, ast.Div: operator.truediv,
              ast.LShift: lambda number, bits: number << min(bits, 64)}
 METHODS = {  # open(…) gives the content of the file
     **{(kind, name): getattr(kind, name) for kind in (str, bytes)
-       for name in ("strip", "split", "splitlines", "removeprefix")},
+       for name in ("strip", "removeprefix")},
     **{(kind, name): function for kind in (str, bytes)
        for name, function in (("read", lambda content: content), ("replace", replaced),
-                              ("join", joined))},
-    (str, "encode"): str.encode, (bytes, "decode"): bytes.decode,
+                              ("join", joined), ("split", split), ("splitlines", lines))},
+    (str, "encode"): lambda text, *coding, **named: coded(str.encode, text, *coding, **named),
+    (bytes, "decode"): lambda data, *coding, **named: coded(bytes.decode, data, *coding, **named),
     **{(type(Path()), name): getattr(Path, name) for name in ("resolve", "with_name", "joinpath")}}
 
 
 class Reader:
     """Reads the statements of one file. .code: sources (bytes) that they would execute; .others:
-    the text of statements that do something else; .problem: why something executed is unknown."""
+    the text of statements that do something else; .problem: why something executed is unknown;
+    .consumed: ids of the calls that execute."""
 
     def __init__(self, path):
-        self.folder, self.calls = path.resolve().parent, 0
+        self.folder, self.consumed = path.resolve().parent, set()
+        self.calls = self.bytes = self.inside = 0  # inside: so many functions
         self.names = {"__file__": str(self.folder / path.name), "__name__": "__main__"}
         self.imports, self.code, self.others, self.problem = [], [], [], None
         self.functions = {**FUNCTIONS, "open": self.opened}
@@ -110,7 +150,8 @@ class Reader:
                         (type(path), "read_bytes"): lambda path: self.opened(path, "rb")}
 
     def run(self, statements):
-        """The value that the statements return, if any."""
+        """The value that the statements return, if any. Raises Unreadable where that depends on a
+        statement that is not followed, such as a loop."""
         for node in statements:
             if isinstance(node, ast.Return) and node.value:
                 return self.value(node.value)
@@ -133,9 +174,23 @@ class Reader:
             elif isinstance(node, ast.AugAssign):
                 self.assign(node, node.target, ast.BinOp(node.target, node.op, node.value))
             elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.Expr)) and node.value:
-                target = node.targets[0] if isinstance(node, ast.Assign) else getattr(
-                    node, "target", None)
+                targets = getattr(node, "targets", [getattr(node, "target", None)])
+                target = targets[0] if len(targets) == 1 else ast.Tuple(targets)
                 self.assign(node, target, node.value)
+            elif not isinstance(node, NO_EFFECT):
+                reason = Unreadable(f"line {node.lineno}: {type(node).__name__} is not followed")
+                if self.inside and any(isinstance(n, ast.Return) for n in ast.walk(node)):
+                    raise reason
+                self.others.append(ast.unparse(node))
+                self.forget(node, reason)
+
+    def forget(self, node, reason):
+        """What a statement that is not followed may have changed is unknown from here on."""
+        for part in ast.walk(node):
+            if isinstance(part, ast.Name) and (
+                    not isinstance(part.ctx, ast.Load)
+                    or isinstance(self.names.get(part.id), (list, dict))):
+                self.names[part.id] = reason
 
     def assign(self, node, target, expression):
         """Give the target the value of the expression, or the reason why there is none. A statement
@@ -146,16 +201,23 @@ class Reader:
             value = problem
         if isinstance(target, ast.Name):
             self.names[target.id] = value
-        if isinstance(value, Unreadable) or isinstance(target, (ast.Attribute, ast.Subscript)):
+        if isinstance(value, Unreadable) or not isinstance(target, (ast.Name, type(None))):
             held = {n for n, v in self.names.items() if not isinstance(v, (Dotted, Unreadable))}
             names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
             if not names & held - {"__file__"}:
                 self.others.append(ast.unparse(node))
+            self.forget(node, value if isinstance(value, Unreadable) else Unreadable(
+                f"line {node.lineno}: what it changes is not followed"))
 
     def value(self, node):
         """The value of an expression. Raises Unreadable with the reason."""
         try:
-            return self.computed(node)
+            value = self.computed(node)
+            if isinstance(node, (ast.Call, ast.BinOp, ast.List, ast.Dict)):
+                self.bytes += size_of(value)
+                if self.bytes > MOST_BYTES_IN_ALL:
+                    raise Unreadable(f"texts of more than {MOST_BYTES_IN_ALL} bytes in all")
+            return value
         except Unreadable:
             raise
         except Exception as problem:  # whatever a pure function says about bad arguments
@@ -214,22 +276,32 @@ class Reader:
             return self.known(node.args[0])
         given = [self.known(argument) for argument in node.args]
         options = {k.arg: self.known(k.value) for k in node.keywords}
+        bounded(sum(map(size_of, given)))
         if isinstance(function, ast.FunctionDef):
             outside = self.names
             self.names = {**outside, **dict(zip((a.arg for a in function.args.args), given)),
                           **options}
+            self.inside += 1
             try:
                 return self.run(function.body)
             finally:
                 self.names = outside
+                self.inside -= 1
         if (type(owner), name) in self.methods:
             return self.methods[type(owner), name](owner, *given, **options)
         if function in self.functions:
             return self.functions[function](*given, **options)
         raise Unreadable(f"line {node.lineno}: {ast.unparse(node.func)[:60]}(…) is not followed")
 
+    def name_of(self, node):
+        """The dotted name of a function, whatever it is called here."""
+        first, _, rest = ast.unparse(node).partition(".")
+        meant = self.names.get(first)
+        return ".".join(filter(None, (meant if isinstance(meant, Dotted) else first, rest)))
+
     def executed(self, function, node):
         """Note the source that an exec or the like would execute, or why it is unknown."""
+        self.consumed.add(id(node))
         try:
             source = self.known(node.args[EXECUTES[function]])
             if EXECUTES[function] or "." in function:
@@ -246,11 +318,19 @@ class Reader:
         if path.stat().st_size > MOST_BYTES:
             raise Unreadable(f"{name} has more than {MOST_BYTES} bytes")
         content = path.read_bytes()
-        return content if "b" in mode else content.decode(encoding)
+        return content if "b" in mode else coded(bytes.decode, content, encoding)
 
 
 def unwrapped(content, path):
     """The source inside of one wrapper, or None where the content is none. Raises ValueError."""
+    try:
+        return source_inside(content, path)
+    except (RecursionError, MemoryError) as problem:
+        raise ValueError(f"{path}: too deep or too large to be read ({type(problem).__name__})"
+                         ) from problem
+
+
+def source_inside(content, path):
     if not re.search(rb"\b(exec|eval|run_path|spec_from_file_location|decompress)\b", content):
         return None
     try:
@@ -275,9 +355,11 @@ def unwrapped(content, path):
         first = max((future.end() for future in futures), default=0)
         others = "\n".join([*reader.imports, *reader.others, ""])
         code = code[:first] + others.encode() + code[first:]
-    calls = [f"line {node.lineno}: not followed" for node in nodes if ast.ClassDef not in kinds
-             and isinstance(node, ast.Call) and ast.unparse(node.func) in EXECUTES]
-    problem = reader.problem or (calls[0] if calls and not reader.code else "")
+    calls = [f"line {node.lineno}: not followed" for node in nodes
+             if isinstance(node, ast.Call) and id(node) not in reader.consumed
+             and reader.name_of(node.func) in EXECUTES]
+    left_out = calls and (reader.code or ast.ClassDef not in kinds)
+    problem = reader.problem or (calls[0] if left_out else "")
     if problem:
         raise ValueError(f"{path}: executes code that cannot be read ({problem})")
     return code if reader.code else None

@@ -963,10 +963,12 @@ def test_report_compares_the_best_score(tmp_path, demo_manifest, capsys):
     build_dataset.main(["--report", str(result), "--out-root", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines[1:5]] == [
-        ["xz", "-9e", "2.0000"], ["float", "1.4000", "the"], ["int6", "1.6000", "the"], ["sliding", "1.5000", "the"]]
-    assert lines[5] == ("The model (sliding) needs 25.0% less than xz. Scored: 99.0% of 1,000 bytes. "
-                        "Code + model: 900 bytes.")
-    assert lines[6].startswith("No sample: ") and lines[7].startswith("No picture: ") and len(lines) == 8
+        ["xz", "-9e", "2.0000"], ["float", "1.4000", "the"], ["int6", "1.6000", "the"],
+        ["sliding", "1.5000", "the"]]
+    assert lines[5] == ("The model (sliding) needs 25.0% less than xz. Scored: 99.0% of 1,000 "
+                        "bytes. Code + model: 900 bytes.")
+    assert lines[6].startswith("No sample: ") and lines[7].startswith("No picture: ")
+    assert len(lines) == 8
 
 
 def test_report_shows_what_the_packed_model_writes(tmp_path, demo_manifest, corpus, run_script):
@@ -975,9 +977,13 @@ def test_report_shows_what_the_packed_model_writes(tmp_path, demo_manifest, corp
     result = tmp_path / "logs/run.json"
     demo_manifest.write_text(json.dumps({"tokenizer": {"path": str(corpus.model)}}))
     first, again = (build_dataset.sample(result, demo_manifest, tokens=20) for _ in range(2))
-    assert first == again and first.startswith("The packed model goes on") and len(first.splitlines()) > 1
+    assert first == again and first.startswith("The packed model goes on")
+    assert len(first.splitlines()) > 1
     assert build_dataset.loss_picture(result).endswith("run.png")
     assert (tmp_path / "logs/run.png").read_bytes().startswith(b"\x89PNG")
+    relative = json.loads(result.read_text()) | {"artifact": "runs/x/final_model.ptz"}
+    result.write_text(json.dumps(relative))  # as with a relative OUT_DIR
+    assert build_dataset.sample(result, demo_manifest, tokens=20) == first
     changed = json.loads(result.read_text()) | {"artifact_sha256": "0" * 64}
     result.write_text(json.dumps(changed))
     assert "No sample: " in build_dataset.sample(result, demo_manifest)

@@ -3,6 +3,7 @@ both stands in one table; what cannot run says why."""
 
 import base64
 import re
+import shutil
 import subprocess
 import sys
 import zlib
@@ -127,6 +128,41 @@ def test_what_cannot_run_says_how_it_ended(tmp_path):
     assert duel.last_lines(side) == "begun\nthe reactor is cold"
 
 
+def test_a_log_that_lay_beside_the_script_is_not_the_runs(tmp_path):
+    (tmp_path / "train.txt").write_text("x val_loss:1.0 val_bpb:0.5\n")
+    side = side_of(tmp_path, "assert open('train.txt')\nopen('new.txt', 'w').write("
+                             "'final val_loss:3.4 val_bpb:2.0\\n')")
+    duel.run(side)
+    assert side.status == 0 and side.log.score.bpb == 2.0
+
+
+def test_a_script_with_steps_of_its_own_is_told(tmp_path):
+    side = side_of(tmp_path, "import os\nos.environ.get('NUM_ITERATIONS')\n"
+                             "print('step:3/3 val_loss:3.4 val_bpb:2.0 train_time:9ms')")
+    duel.run(side)
+    assert side.unread[-2:] == ["ITERATIONS", "VOCAB_SIZE"]
+    assert "last step in the log of theirs is 3, not 10" in duel.notes([side], 10)
+    assert duel.notes([side], 3) == ""
+
+
+def test_the_data_are_not_written_over(corpus, tmp_path):
+    data = tmp_path / "data"
+    shards, model = data / "datasets" / "fineweb10B_sp320", data / "tokenizers" / "tiny.model"
+    shutil.copytree(corpus.folder, shards)
+    model.parent.mkdir()
+    shutil.copy(corpus.model, model)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "data").symlink_to(data)
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    for out, paths in ((tmp_path, (shards, corpus.model)), (tmp_path, (corpus.folder, model)),
+                       (linked, (shards, corpus.model)), (linked, (corpus.folder, model))):
+        settings = {**duel.SHAPE, "DATA_PATH": paths[0], "TOKENIZER_PATH": paths[1]}
+        with pytest.raises(duel.DataError, match="lies in --out .*say --out with another"):
+            duel.lay_out_data(out / "data", settings, 512)
+    assert before == {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("code, words", [
     ("import nowhere_to_be_found", "it needs the module nowhere_to_be_found"),
@@ -222,6 +258,21 @@ def test_attention_is_flash_attentions(window, causal, S):
     torch.testing.assert_close(found, reference(q, k, v, allowed))
 
 
+@pytest.mark.parametrize("more", [dict(softcap=15.0), dict(alibi_slopes=torch.ones(4)),
+                                  dict(return_lse=True), dict(dropout_p=0.1), dict(anything=None)])
+def test_what_would_change_attention_is_refused(more):
+    q, starts = torch.ones(4, 4, 8), torch.tensor([0, 4])
+    harmless = dict(deterministic=True, dropout_p=0.0, softcap=0.0, alibi_slopes=None)
+    on_cpu.attention(q[None], q[None], q[None], causal=True, **harmless)
+    on_cpu.attention_of_documents(q, q, q, starts, starts, 4, 4, causal=True, **harmless)
+    with pytest.raises(NotImplementedError, match=next(iter(more))):
+        on_cpu.attention(q[None], q[None], q[None], **more)
+    with pytest.raises(NotImplementedError, match=next(iter(more))):
+        on_cpu.attention_of_documents(q, q, q, starts, starts, 4, 4, **more)
+    with pytest.raises(NotImplementedError, match="argument 8=0.5"):
+        on_cpu.attention_of_documents(q, q, q, starts, starts, 4, 4, 0.5)
+
+
 def test_documents_do_not_see_each_other():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(9, h, 8, generator=generator) for h in (4, 2, 2))
@@ -284,6 +335,9 @@ y = flex_attention(*(x.transpose(1, 2) for _ in range(3)), block_mask=mask).tran
 for function in (flash_attn_func, flash_attn_4_func, get_kernel("any/kernel").flash_attn_func):
     torch.testing.assert_close(function(x, x, x, causal=True), y)
 assert "no GPU" in subprocess.check_output(["nvidia-smi"], text=True)
+assert "no GPU" in subprocess.check_output(["nvidia-smi"]).decode()
+assert "no GPU" in subprocess.run(["nvidia-smi"], stdout=-1, encoding="utf-8").stdout
+assert b"no GPU" in subprocess.run(["nvidia-smi"], stdout=-1).stdout
 assert subprocess.run("nvidia-smi -L", shell=True, capture_output=True).returncode == 0
 
 @torch.compile(dynamic=False, fullgraph=True)

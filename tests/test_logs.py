@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 
 import pytest
 
@@ -126,7 +127,8 @@ def test_what_is_no_evaluation_gives_no_score(tmp_path, line):
 @pytest.mark.parametrize("lines,adapted", [
     ("ttt_epoch:1/2 loss:0.6 time:23.0s\nttt_epoch:2/2 loss:0.5 time:45s", True),
     ("  ttt_train [1] epoch=1/3 loss=2.3\n  ttt_chunk [1/474] bpb=1.2 time=1.3s", False),
-    ("ttt:start chunks=474 epochs=3 lr=0.1", False)])
+    ("ttt:start chunks=474 epochs=3 lr=0.1", False), ("loss ttt epoch 1/2 of", False),
+    ("TTT pass, epochs = 1/2, mean loss 0.6", True)])
 def test_adapting_before_scoring_is_told_from_scoring_first(tmp_path, lines, adapted):
     text = COLON.replace("final_sliding", f"{lines}\nfinal_sliding", 1)
     assert set(read(tmp_path, text)[0].adapted) == ({"final_sliding_window"} if adapted else set())
@@ -137,6 +139,18 @@ def test_adapting_before_scoring_is_told_from_scoring_first(tmp_path, lines, ada
     ("train.log", "", None), ("train_s7.log", "seed:42", None), ("train_seed7.log", "seed:42", 7)])
 def test_a_seed_in_the_name(tmp_path, name, said, seed):
     assert read(tmp_path, said, name)[0].named_seed == seed
+
+
+@pytest.mark.parametrize("line", [
+    "ttt_" * 100 + " epoch 1/1" * 50 + " los loss" * 9, "ttt_" * 100 + " epoch 1/1" * 50 + "_loss",
+    "ttt " * 200 + "epoch " * 30 + "_loss", "val_loss:1 " * 89 + "bpb", "loss" + " " * 990 + "bpb",
+    "loss:1" + " |," * 300 + "bpb", "loss: " * 160 + "bpb:", "bpb:1 " * 160,
+    "device: " + "a:" * 490, "gptq calibrat " * 70, "Total submission size " * 45, "step: " * 160,
+    "(Code size " * 90])
+def test_no_line_takes_long(tmp_path, line):
+    started = time.perf_counter()
+    read(tmp_path, "\n".join([line] * 50))
+    assert time.perf_counter() - started < 2
 
 
 @pytest.mark.parametrize("a,b,same", [

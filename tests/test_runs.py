@@ -656,6 +656,17 @@ def test_the_table_reads_published_logs(published, capsys):
     assert "not said" in said.out, "these logs have no seconds of evaluation"
 
 
+def test_every_kind_of_score_has_its_column(tmp_path):
+    [demo] = runs.read_results(ROOT / "tests" / "bench" / "results" / "demo.txt")
+    assert {kind: round(bpb, 4) for kind, bpb in demo["val_bpb"].items()} == {
+        "float": 1.7487, "quantized": 1.7488, "banded": 1.6619, "ttt": 1.6135}
+    (tmp_path / "x.txt").write_text("final_int6_no_ttt val_loss:5.2 val_bpb:2.2\n"
+                                    "pre_quant_ttt val_loss:5.0 val_bpb:2.0\n"
+                                    "final_ttt val_loss:5.1 val_bpb:2.1\n")
+    [found] = runs.read_results(tmp_path / "x.txt")
+    assert found["val_bpb"] == {"quantized": 2.2, "float": 2.0, "ttt": 2.1}
+
+
 def test_folders_side_by_side_have_a_legend_that_tells_them_apart(published, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     logs = [log for folder in published for path in sorted(folder.glob("*_s*"))

@@ -99,7 +99,8 @@ def test_brotli_is_read_where_the_module_is_and_named_where_it_is_not(wrapped, m
     brotli = pytest.importorskip("brotli")
     path.write_text(f"import brotli\nexec(brotli.decompress({brotli.compress(SOURCE)!r}))")
     assert unpack.readable_source(path) == SOURCE
-    path.write_text(f"import brotli\nexec(brotli.decompress({brotli.compress(bytes(1 << 27), quality=1)!r}))")
+    bomb = brotli.compress(bytes(1 << 27), quality=1)
+    path.write_text(f"import brotli\nexec(brotli.decompress({bomb!r}))")
     with pytest.raises(ValueError, match="holds more than"):
         unpack.readable_source(path)
 
@@ -137,6 +138,29 @@ def test_a_script_that_executes_a_small_part_is_no_wrapper(wrapped, content):
     ("a = 'a'\n" + "a = a.join([a, a, a])\n" * 40 + "exec(a)", "more than 67108864"),
     ("def f():\n    return f()\nexec(f())", "calls|Recursion"),
     ("for code in ('a', 'b'):\n    exec(code)", "line 2: not followed"),
+    ("exec('a = 1')\nfor code in ('a', 'b'):\n    exec(code)", "line 3: not followed"),
+    ("exec('a = 1')\n[exec(code) for code in ('a', 'b')]", "line 2: not followed"),
+    ("from runpy import run_path as r\nexec('a = 1')\nwhile r('second.py'):\n    pass",
+     "line 3: not followed"),
+    ("a = 'decoy'\nfor b in 'xy':\n    a = b\nexec(a)", "line 2: For is not followed"),
+    ("a = ['decoy']\na[0] = open('second.py').read()\nexec(a[0])", "line 2: what it changes"),
+    ("a = 'decoy'\na, b = open('second.py').read(), 1\nexec(a)", "line 2: what it changes"),
+    ("a = 'decoy'\nb = a = open('second.py').read()\nexec(a)", "line 2: what it changes"),
+    ("def f(a):\n    b = 'decoy'\n    for c in a:\n        b = c\n    return b\nexec(f('x'))",
+     "line 3: For is not followed"),
+    ("def f(a):\n    for c in a:\n        return c\n    return 'decoy'\nexec(f('x'))",
+     "line 2: For is not followed"),
+    ("a = ['x']\n" + "a = [a, a]\n" * 40 + "exec(str(a))", "str of a list is not followed"),
+    ("a = [0]\n" + "a += a\n" * 26 + "exec(a)", "a list of more than 10000"),
+    ("a = 'x '\n" + "a += a\n" * 24 + "exec(a.split()[0])", "a list of more than 10000"),
+    ("a = 'x\\n'\n" + "a += a\n" * 24 + "exec(a.splitlines()[0])", "lines of a text of more"),
+    ("a = 'x'\n" + "a = a.encode('utf-32').decode('latin1')\n" * 20 + "exec(a)",
+     "more than 67108864"),
+    ("exec('x'.encode('punycode'))", "encoding punycode is not followed"),
+    ("import os\na = 'x'\n" + "a = os.path.join(a, a)\n" * 40 + "exec(a)", "more than 67108864"),
+    ("a = 'x'\n" + "a += a\n" * 25 + "b = a.strip()\n" * 9 + "exec(b)", "bytes in all"),
+    ("exec(" + "-" * 900 + "a)", "read"),
+    ("exec('a = 1')\nx." + "a." * 900 + "b = 1", "too deep or too large"),
     (PUBLISHED[:200], "looks like a wrapper and cannot be parsed"),
     ("exec(" + "(" * 5000, "cannot be parsed")])
 def test_a_wrapper_that_cannot_be_read_is_refused_with_path_and_reason(wrapped, content, reason):
@@ -144,6 +168,12 @@ def test_a_wrapper_that_cannot_be_read_is_refused_with_path_and_reason(wrapped, 
     with pytest.raises(ValueError, match=reason) as raised:
         unpack.readable_source(path)
     assert str(raised.value).startswith(f"{path}: ")
+
+
+def test_loops_beside_the_payload_stand_in_the_source(wrapped):
+    loop = "for name in ('A', 'B'):\n    os.environ[name] = '1'\n"
+    path = wrapped(f"import os\n{loop}exec('x = 1')")
+    assert unpack.readable_source(path).decode() == f"import os\n{loop}x = 1"
 
 
 def test_nothing_of_a_wrapper_is_executed(wrapped, tmp_path):
