@@ -127,10 +127,12 @@ def attention(p, s, i, u, row, first, weight):
         if s.key_offset:
             r = s.rope_dims or E
             stays = [t == 0 or (s.doc_attention and row[t] == train_gpt.BOS) for t in range(T)]
-            kh = torch.stack([torch.cat((kh[t, :r], kh[t if stays[t] else t - 1, r:])) for t in range(T)])
+            kh = torch.stack([torch.cat((kh[t, :r], kh[t if stays[t] else t - 1, r:]))
+                              for t in range(T)])
         rows = []
         for t in range(T):
-            begin = max([j for j in range(t + 1) if row[j] == train_gpt.BOS], default=0) if s.doc_attention else 0
+            begins = [j for j in range(t + 1) if s.doc_attention and row[j] == train_gpt.BOS]
+            begin = max(begins, default=0)
             share = torch.softmax(qh[t] @ kh[begin: t + 1].T / math.sqrt(E), 0)
             y = share @ v[begin: t + 1, g]
             if i % s.cores >= s.cores - s.xsa_last_n:
@@ -199,7 +201,8 @@ VARIANTS = [
     dict(), dict(VALUE_RESIDUAL="sigmoid"),
     dict(VALUE_RESIDUAL=0), dict(VE_LAYERS="0,2"), dict(VE_LAYERS="0,1,2", VALUE_RESIDUAL="sigmoid"), dict(VE_LAYERS=""),
     dict(GATED_ATTENTION=0), dict(SMEAR_GATE=1), dict(SMEAR_GATE=0), dict(XSA_LAST_N=0),
-    dict(XSA_LAST_N=1), dict(KEY_OFFSET=0), dict(DOC_ATTENTION=1), dict(DOC_ATTENTION=1, KEY_OFFSET=0), dict(NUM_KV_HEADS=4), dict(NUM_KV_HEADS=1), dict(ROPE_DIMS=0), dict(ROPE_DIMS=6),
+    dict(XSA_LAST_N=1), dict(KEY_OFFSET=0), dict(DOC_ATTENTION=1),
+    dict(DOC_ATTENTION=1, KEY_OFFSET=0), dict(NUM_KV_HEADS=4), dict(NUM_KV_HEADS=1), dict(ROPE_DIMS=0), dict(ROPE_DIMS=6),
     dict(ROPE_DIMS=2, ROPE_NTK_REFERENCE=0), dict(ROPE_NTK_REFERENCE=32), dict(LEAKY_SLOPE=0), dict(LEAKY_SLOPE=0.75, MLP_MULT=1.5),
     dict(UNET_SKIPS=0), dict(NUM_LAYERS=4), dict(NUM_LAYERS=5, VE_LAYERS="3"), dict(NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS=""),
     dict(NUM_LAYERS=4, UNIQUE_LAYERS=3, XSA_LAST_N=2), dict(UNIQUE_LAYERS=1, XSA_LAST_N=1), dict(LN_SCALE=0),
@@ -246,7 +249,8 @@ def test_nll_and_gradients_equal_the_reference(tiny, float64, variables):
 def test_with_doc_attention_a_document_is_scored_as_if_alone(tiny, window):
     """Whole rows and windows of keys; without it, what came before is felt."""
     for on in (1, 0):
-        s = tiny(DOC_ATTENTION=on, BIGRAM_VOCAB_SIZE=0, SMEAR_GATE="embed", PARALLEL="lanes", PARALLEL_FROM=1)
+        s = tiny(DOC_ATTENTION=on, BIGRAM_VOCAB_SIZE=0, SMEAR_GATE="embed", PARALLEL="lanes",
+                 PARALLEL_FROM=1)
         model, rows = randomized(s), random_rows(s, length=24)
         rows[:, [7, 19]] = train_gpt.BOS
         together = model(rows[:, :-1], rows[:, 1:], window=window)
@@ -649,9 +653,11 @@ def test_right_flash_attention_is_accepted(tiny, monkeypatch, result):
     assert not train_gpt.why_unusable(train_gpt.attention_kernel("fa3"), sdpa, inputs_of(tiny()), CPU)
 
 
-def varlen(q_NHE, k_NKE, v_NKE, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size=(-1, 0)):
+def varlen(q_NHE, k_NKE, v_NKE, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
+           window_size=(-1, 0)):
     """FlashAttention's variable lengths, one sequence after the other; empty ones are none."""
-    assert causal and max_seqlen_q == max_seqlen_k and cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q_NHE)
+    assert causal and max_seqlen_q == max_seqlen_k
+    assert cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q_NHE)
     assert cu_seqlens_q.diff().min() >= 0 and cu_seqlens_q.diff().max() <= max_seqlen_q
     parts = [sdpa(*(x[a:b][None] for x in (q_NHE, k_NKE, v_NKE)), window_size[0] + 1)[0]
              for a, b in zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist()[1:]) if a < b]
@@ -668,14 +674,17 @@ def test_flash_attention_ends_at_documents_by_variable_lengths(tiny, monkeypatch
     starts = torch.zeros(3, 40, dtype=torch.bool)
     starts[0, 0] = starts[1, 9] = starts[2, 39] = True
     for window in (0, 7):
-        torch.testing.assert_close(kernels.attend(q, k, v, window, starts), sdpa(q, k, v, window, starts))
+        y = kernels.attend(q, k, v, window, starts)
+        torch.testing.assert_close(y, sdpa(q, k, v, window, starts))
     many = (torch.arange(40) % 4 == 0).repeat(3, 1)  # too many: joined inside of their rows
     y = kernels.attend(q, k, v, 0, many)
     torch.testing.assert_close(y[0, :4], sdpa(q, k, v, 0, many)[0, :4])
     torch.testing.assert_close(y[1:], sdpa(q, k, v)[1:])
     whole = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, 256]))
-    sys.modules["flash_attn_interface"].flash_attn_varlen_func = lambda *x, **how: varlen(*x, **{**how, **whole})
-    assert train_gpt.choose_attention(tiny(DOC_ATTENTION=1), rt)[0]["attention"] != "fa3", "documents meet"
+    monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_varlen_func",
+                        lambda *x, **how: varlen(*x, **{**how, **whole, "max_seqlen_q": 256}))
+    names, _ = train_gpt.choose_attention(tiny(DOC_ATTENTION=1), rt)
+    assert names["attention"] != "fa3", "documents meet"
 
 
 def test_the_first_kernel_that_is_right_is_taken_every_time(tiny, monkeypatch):
