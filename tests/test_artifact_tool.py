@@ -138,6 +138,7 @@ def test_a_minified_script_is_smaller_and_names_the_readable_one(packed, small):
     assert f"{len(packed.source)} bytes, sha256 {digest}" in small.said
 
 
+@pytest.mark.slow
 def test_a_minified_script_runs_and_scores_as_the_readable_one(both, small, corpus, tmp_path,
                                                                monkeypatch):
     """The same artifact to the byte and the same scores; --help loses nothing; Triton's kernels

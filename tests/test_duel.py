@@ -355,6 +355,7 @@ print("all of it", torch.cuda.max_memory_allocated(), torch.cuda.get_device_name
 """
 
 
+@pytest.mark.slow
 def test_the_stand_in_answers_what_scripts_call(tmp_path):
     (tmp_path / "calls.py").write_text(CALLS)
     done = subprocess.run([sys.executable, ROOT / "records" / "on_cpu.py", "calls.py"],
