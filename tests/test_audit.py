@@ -70,7 +70,9 @@ HONEST = {
 TARGETS = {"banded": 256, "adapters": 0}  # 0: several streams; three fill up batches of two
 
 
-@pytest.mark.parametrize("name", HONEST)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("muon", "adamw") else name
+    for name in HONEST])
 def test_the_honest_script_passes(run, artifact, name):
     script = pack_code(SCRIPT.encode()) if name == "packed" else SCRIPT
     path = artifact.with_name("adapters") if name == "adapters" else artifact

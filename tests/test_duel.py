@@ -121,6 +121,7 @@ def side_of(tmp_path, code):
     return duel.their_side(tmp_path / "train_gpt.py", tmp_path / "out", {}, 10)
 
 
+@pytest.mark.slow
 def test_what_cannot_run_says_how_it_ended(tmp_path):
     side = side_of(tmp_path, "print('begun')\nimport sys\nsys.exit('the reactor is cold')")
     duel.run(side)

@@ -400,6 +400,7 @@ def trials(stub):
     return optuna.load_study(storage=f"sqlite:///{stub.out}/study.db", study_name="sweep").trials
 
 
+@pytest.mark.slow
 def test_a_study_is_killed_and_goes_on_to_its_number_of_trials(stub):
     process = stub.start(*STUDY, **stub.held(4))
     until(lambda: len(stub.notes()) == 4)
