@@ -49,8 +49,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 LAUNCHED = time.perf_counter()  # before torch is imported, which takes seconds
-# OpenMP reads it with torch, so it cannot wait for main. By default a thread that waits for another
-# spins for so long that on busy cores two threads did 3 steps of the demo in the time of 38.
+# OpenMP reads this when torch is imported, before main. By default a waiting thread spins for so
+# long that on busy cores two threads did 3 steps of the demo in the time of 38.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
@@ -952,8 +952,10 @@ def write_whole(path, content):
 # ---- 3. Data: shards, the training stream, validation tokens ------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
-GET_DATA = ("python data/cached_challenge_fineweb.py downloads the challenge's, "
-            "python data/build_dataset.py makes your own")
+WAYS = ("python data/cached_challenge_fineweb.py{} downloads the challenge's, "
+        "python data/build_dataset.py TEXT makes your own, "
+        "python data/build_dataset.py --demo makes those of PRESET=demo")
+GET_DATA = WAYS.format("")
 
 
 def get_data(s):
@@ -962,9 +964,7 @@ def get_data(s):
         return "python data/build_dataset.py --demo makes them"
     variant = re.fullmatch(r"fineweb10B_(sp\d+)", Path(s.data_path).name)
     variant = f" --variant {variant[1]}" if variant else ""
-    return (f"get tokens:\n  the challenge's: python data/cached_challenge_fineweb.py{variant}; "
-            "your own: python data/build_dataset.py TEXT; a demo: python data/build_dataset.py "
-            "--demo, then PRESET=demo")
+    return f"get tokens:\n  {WAYS.format(variant)}"
 
 
 def open_shard(path):
@@ -3929,7 +3929,7 @@ def settings_of_artifact(path, environ, world_size=1):
               if section == "Model" and name not in stored and name.upper() not in explicit]
     if unsaid:
         raise ArtifactError(f"{path}: made by an earlier version, which stored no "
-                            f"{', '.join(unsaid)}: set them as it computed, mostly to 0")
+                            f"{', '.join(unsaid)}: set each, to 0 where that version lacked it")
     fixed = ("vocab_size", "train_seq_len", "attn_bits", "mlp_bits", "codec")
     other = [f"{name.upper()}={stored[name]}, not {getattr(s, name)}" for name in stored
              if getattr(s, name) != stored[name]
