@@ -59,7 +59,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 try:  # optional packages; a broken installation is as good as none
@@ -126,9 +126,9 @@ class Settings:
     seed: Annotated[int, 0, 2**31 - 1] = 1337  # of the weights and of the order of training rows
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU where there is one
     compile: Literal["auto", "0", "1"] = "auto"  # torch.compile; auto: on a GPU only
-    attention: Literal["auto", "fa3", "cudnn", "flash", "fa2", "fa4", "flex", "sdpa"] = "auto"
-        # kernel of attention; auto: the first of fa3 to fa4 that gives the right result here;
-        # flex, sdpa: PyTorch's choice
+    attention: Literal["auto", "fa3", "cudnn", "flash", "fa2", "fa4", "sdpa"] = "auto"
+        # kernel; auto: the first of fa3 to fa4 that gives the right result here; sdpa: PyTorch's
+        # choice
     kernels: Literal["auto", "plain", "triton"] = "auto"
         # MLP and loss; auto: Triton's in a compiled model on a GPU, where right
     out_dir: str = "."  # folder of the artifact, checkpoints/ and logs/
@@ -1491,14 +1491,6 @@ def sdpa(q_BTHE, k_BTKE, v_BTKE, window=0, starts_BT=None):
     return y.transpose(1, 2).reshape(B, -1, H, E)[:, :T]
 
 
-def flex(q_BTHE, k_BTKE, v_BTKE, window, starts_BT=None):
-    """FlexAttention without `starts`; `window` is a BlockMask from Kernels.window: it skips hidden
-    blocks."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
-    return flex_attention.flex_attention(q, k, v, block_mask=window,
-                                         enable_gqa=True).transpose(1, 2)
-
-
 def cumulative_lengths(starts_BT):
     """The positions in the flat batch [B·T] where rows and documents start, then B·T up to a fixed
     number, int32: what variable-length kernels take. Beyond a document in 32 tokens of the batch
@@ -1518,8 +1510,8 @@ ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
 
 def attention_kernel(name, strict=False):
     """attend() for a name in ATTENTION; None if its package is missing. For other names PyTorch
-    chooses. If a PyTorch kernel refuses an input (masks, rows of one token), the next one takes
-    it. The last is MATH, which stores all attention scores. strict: no other kernel is tried."""
+    chooses. If a PyTorch kernel refuses an input, the next one takes it. The last is MATH, which
+    stores all attention scores. strict: no other one takes rows without a mask."""
     kernel = ATTENTION.get(name)
     if kernel is None:
         return sdpa
@@ -1538,12 +1530,13 @@ def attention_kernel(name, strict=False):
                     cu_seqlens_k=borders, max_seqlen_q=T, max_seqlen_k=T, causal=True, **band)
             return (out[0] if isinstance(out, tuple) else out).view_as(q)
         return attend if flash else None
-    others = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
-              SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-    order = [kernel, *(other for other in others if other != kernel and not strict)]
+    order = [kernel, *(other for other in (
+        SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH) if other != kernel)]
 
     def attend(q, k, v, window=0, starts_BT=None):
-        with sdpa_kernel(order, set_priority=True):
+        masked = window or starts_BT is not None
+        with sdpa_kernel(order[:1] if strict and not masked else order, set_priority=True):
             return sdpa(q, k, v, window, starts_BT)
     return attend
 
@@ -1552,24 +1545,12 @@ def attention_kernel(name, strict=False):
 class Kernels:
     """The functions a model computes with. `mlp` and `nll` are for compiled code; an eager
     forward, in which calibration observes each product, takes the plain functions."""
-    whole: object = sdpa  # attention without a window
-    windowed: object = sdpa
+    attend: object = sdpa
     mlp: object = leaky_square_mlp
     nll: object = softcap_nll
 
-    def attend(self, q_BTHE, k_BTKE, v_BTKE, window=0, starts_BT=None):
-        return (self.windowed if window else self.whole)(q_BTHE, k_BTKE, v_BTKE, window, starts_BT)
-
     def now(self):
         return self if torch.compiler.is_compiling() else PLAIN
-
-    def window(self, length, keys, device):
-        """What `attend` takes for a window of `keys` in rows of `length`, 0: none. FlexAttention's
-        mask must be made outside of compiled code."""
-        if not keys or self.windowed is not flex:
-            return keys
-        return flex_attention.create_block_mask(lambda b, h, q, k: (q >= k) & (q - k < keys),
-                                                None, None, length, length, device)
 
 
 PLAIN = Kernels()
@@ -1609,62 +1590,44 @@ def random_inputs(rt, *shapes):
             for shape in shapes]
 
 
-def choose_attention(s, rt):
-    """({part: name}, Kernels). Whole rows: the kernel asked for, or the first of ATTENTION that is
-    right. Windows: the first that is right of these: the same kernel (if a package), FlexAttention
-    (if compiled, on a GPU, without DOC_ATTENTION), sdpa's blocks. Raises UserError."""
-    inputs = random_inputs(rt, *((1, 256, heads, s.head_dim) for heads in (
-        s.num_heads, s.num_kv_heads, s.num_kv_heads)))
-    name, cuda = "sdpa", rt.device.type == "cuda"
-    starts = torch.arange(256, device=rt.device)[None] % 100 == 50 if s.doc_attention else None
-
-    def as_used(attend, window=0):
-        return attend and functools.partial(attend, window=window, starts_BT=starts)
-    if cuda and rt.dtype == torch.bfloat16 and s.attention != "sdpa":
-        order = ATTENTION if s.attention == "auto" else [s.attention]
-        candidates = {n: as_used(attention_kernel(n, strict=True)) for n in order}
-        name = first_right("attention", candidates, as_used(sdpa), inputs, rt) or "sdpa"
-    if s.attention not in ("auto", name):
-        raise UserError(f"ATTENTION={s.attention}: not installed, or not right on {rt.device} with "
-                        f"{rt.dtype}; ATTENTION=auto takes the first that works")
-    names, whole = dict(attention=name), attention_kernel(name)
-    if not s.scoring_shape[2]:
-        return names, Kernels(whole)
-    own = isinstance(ATTENTION.get(name), str)
-    windows = {name: as_used(whole, 128)} if own else {}
-    if cuda and rt.compile and not s.doc_attention:
-        windows["flex"] = as_used(flex, Kernels(windowed=flex).window(256, 128, rt.device))
-    reference = as_used(sdpa, 128)
-    names["windows"] = first_right("windows", windows, reference, inputs, rt) or "blocks"
-    blocks = attention_kernel("cudnn") if own else whole
-    return names, Kernels(whole, dict(flex=flex, blocks=blocks).get(names["windows"], whole))
-
-
 def choose_kernels(s, rt):
-    """({part: name}, Kernels) for this device; Triton's where right. Raises UserError."""
-    names, kernels = choose_attention(s, rt)
-    names |= dict(mlp="plain", nll="plain")
-    usable = triton and rt.compile and rt.device.type == "cuda"
-    if s.kernels == "triton" and not usable:
-        raise UserError(f"KERNELS=triton: needs the package triton, a GPU (here: {rt.device}) "
-                        f"and a compiled model (COMPILE={s.compile}); KERNELS=auto takes the "
-                        "kernels where they run")
-    if s.kernels == "plain" or not usable:
-        return names, kernels
-    D, R, V, N = s.model_dim, s.mlp_hidden, s.vocab_size, 256
-    targets = torch.randint(V, (N,), device=rt.device)
-    candidates = [("nll", SoftcapNLL.apply, softcap_nll, [
-        *random_inputs(rt, (N, V)), targets, s.logit_softcap])]
-    if R % MLP_TILE["BN"] == 0 and D % MLP_TILE["BK"] == 0:  # the kernel reads whole tiles
-        candidates.append(("mlp", LeakySquareMLP.apply, leaky_square_mlp, [
-            *random_inputs(rt, (N, D), (R, D), (D, R)), s.leaky_slope]))
-    for part, kernel, plain, inputs in candidates:
-        if first_right(part, {"triton": kernel}, plain, inputs, rt):
-            names[part], kernels = "triton", replace(kernels, **{part: kernel})
-        elif s.kernels == "triton":
-            raise UserError(f"KERNELS=triton: the {part} kernel is not right on {rt.device}, "
-                            "see above; KERNELS=auto leaves it out")
-    return names, kernels
+    """({part: name}, Kernels): of each part the kernel that the settings ask for, or the first that
+    is right here. Attention is tried on whole rows and, if scoring is banded, in windows. Raises
+    UserError where a kernel that was asked for is not right."""
+    gpu, N, D, R, V = rt.device.type == "cuda", 256, s.model_dim, s.mlp_hidden, s.vocab_size
+    starts = torch.arange(N, device=rt.device)[None] % 100 == 50 if s.doc_attention else None
+
+    def as_used(attend):
+        windows = (0, 128) if s.scoring_shape[2] else (0,)
+        return attend and (lambda *qkv: torch.cat([attend(*qkv, w, starts) for w in windows]))
+
+    attention = {n: as_used(attention_kernel(n, strict=True)) for n in ATTENTION if gpu}
+    heads = s.num_heads, s.num_kv_heads, s.num_kv_heads
+    by_triton = gpu and triton and rt.compile
+    parts = {
+        "attention": ("attention", "sdpa", attention, as_used(sdpa),
+                      random_inputs(rt, *((1, N, count, s.head_dim) for count in heads))),
+        "mlp": ("kernels", "plain", {"triton": LeakySquareMLP.apply} if by_triton else {},
+                leaky_square_mlp, [*random_inputs(rt, (N, D), (R, D), (D, R)), s.leaky_slope]),
+        "nll": ("kernels", "plain", {"triton": SoftcapNLL.apply} if by_triton else {}, softcap_nll,
+                [*random_inputs(rt, (N, V)), torch.randint(V, (N,), device=rt.device),
+                 s.logit_softcap])}
+    names = {part: plain for part, (_, plain, *_) in parts.items()}
+    if R % MLP_TILE["BN"] or D % MLP_TILE["BK"]:
+        del parts["mlp"]  # its kernel reads whole tiles
+    for part, (setting, plain, candidates, reference, inputs) in parts.items():
+        asked = getattr(s, setting)
+        if asked not in ("auto", plain):
+            candidates = {asked: candidates.get(asked)}
+        if asked != plain:
+            names[part] = first_right(part, candidates, reference, inputs, rt) or plain
+        if asked not in ("auto", names[part]):
+            raise UserError(f"{setting.upper()}={asked}: not installed, or its {part} not right on "
+                            f"{rt.device} with COMPILE={s.compile} (triton needs a GPU and compiled "
+                            f"code); {setting.upper()}=auto takes the first that works")
+    fused = Kernels(mlp=LeakySquareMLP.apply, nll=SoftcapNLL.apply)
+    return names, Kernels(attention_kernel(names["attention"]), *(
+        getattr(fused if names[part] == "triton" else PLAIN, part) for part in ("mlp", "nll")))
 
 
 @dataclass(frozen=True)
@@ -3020,11 +2983,10 @@ class Scorer:
     (see stream_plan) one window of each stream.
     """
 
-    def __init__(self, model, tokens, shape, s, rt, kernels=PLAIN, chunk_tokens=1 << 22, streams=0):
+    def __init__(self, model, tokens, shape, s, rt, chunk_tokens=1 << 22, streams=0):
         (length, stride, band), targets = shape, len(tokens) - 1
         self.length, self.stride, self.rt, self.streams = min(length, targets), stride, rt, streams
-        attended = kernels.window(self.length, band, rt.device)
-        self.model = functools.partial(model, window=attended) if band else model
+        self.model = functools.partial(model, window=band)
         self.start, self.first, self.last = (
             stream_plan(targets, self.length, stride, streams) if streams
             else window_plan(targets, self.length, stride))
@@ -3081,8 +3043,7 @@ def stretches(first, last):
     return [(a, b) for a, b in ends if a < b]
 
 
-def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opened=None,
-             kernels=PLAIN):
+def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opened=None):
     """Score every target of `tokens` once, in windows of this shape (see Scorer); an adapter (a
     WeightTTT or LoraTTT) trains after each chunk but the last.
 
@@ -3091,7 +3052,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opene
     `seconds` and `tokens_read`, and the ledger.
     """
     how = adapter.chunks(len(tokens) - 1) if adapter else {}
-    scorer = Scorer(model, tokens, shape, s, rt, kernels, **how)
+    scorer = Scorer(model, tokens, shape, s, rt, **how)
     ledger, chunks, scoring = ScoreLedger(tokens), scorer.chunks, []
     rt.any_rank(False)  # a barrier: no rank's clock counts what another does before
     started = time.perf_counter()
@@ -3825,10 +3786,10 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
         return
     started, shapes = time.perf_counter(), [(s.window, s.window, 0)]
     for shape in shapes + [s.scoring_shape] * bool(s.scoring_shape[1]):
-        Scorer(forward, tokens, shape, s, rt, model.kernels).warm_up(s.vocab_size)
+        Scorer(forward, tokens, shape, s, rt).warm_up(s.vocab_size)
     if s.ttt_enabled:
         adapter = chosen_ttt(model, forward, s, rt)
-        adapter.warm_up(Scorer(forward, tokens, s.ttt_shape, s, rt, model.kernels,
+        adapter.warm_up(Scorer(forward, tokens, s.ttt_shape, s, rt,
                                **adapter.chunks(len(tokens) - 1)))
         model.requires_grad_(True)
     rt.synchronize()
@@ -3843,7 +3804,7 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha
     def timed(stage, key, shape, note="", adapter=None):
         try:
             results[stage], ledger = evaluate(forward, tokens, byte_table, s, rt, stage, shape,
-                                             adapter, opened, model.kernels)
+                                             adapter, opened)
         except LedgerError as problem:
             hint = f"; lower TTT_LR={s.ttt_lr}?" if adapter else ""
             raise LedgerError(f"{path}, {stage}: {problem}{hint}") from problem

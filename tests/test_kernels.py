@@ -209,24 +209,24 @@ def gpu():
 
 
 PLAIN_NAMES = dict(attention="sdpa", mlp="plain", nll="plain")
-WHOLE_ROWS = dict(EVAL_ATTENTION="window")  # no banded windows to choose for
+SDPA = dict(ATTENTION="sdpa")
 
 
 def test_right_kernels_are_taken_and_wrong_ones_named(tiny, gpu, monkeypatch):
-    s = tiny(MLP_MULT=2, KERNELS="triton", **WHOLE_ROWS)
+    s = tiny(MLP_MULT=2, KERNELS="triton", **SDPA)
     names, kernels = train_gpt.choose_kernels(s, gpu)
     assert names == dict(attention="sdpa", mlp="triton", nll="triton") and not gpu.lines
     assert kernels == train_gpt.Kernels(mlp=triton_mlp, nll=triton_nll)
-    assert train_gpt.choose_kernels(tiny(MLP_MULT=2, KERNELS="plain", **WHOLE_ROWS), gpu) == (PLAIN_NAMES, train_gpt.PLAIN)
+    assert train_gpt.choose_kernels(tiny(MLP_MULT=2, KERNELS="plain", **SDPA), gpu) == (PLAIN_NAMES, train_gpt.PLAIN)
     monkeypatch.setattr(train_gpt, "why_unusable", lambda *_: "gives another result")
-    assert train_gpt.choose_kernels(tiny(MLP_MULT=2, **WHOLE_ROWS), gpu) == (PLAIN_NAMES, train_gpt.PLAIN)
+    assert train_gpt.choose_kernels(tiny(MLP_MULT=2, **SDPA), gpu) == (PLAIN_NAMES, train_gpt.PLAIN)
     assert sorted(gpu.lines) == [f"{part}: not triton: gives another result" for part in ("mlp", "nll")]
-    with pytest.raises(UserError, match="KERNELS=triton: the nll kernel is not right on cpu"):
+    with pytest.raises(UserError, match="KERNELS=triton: not installed, or its (mlp|nll) not right on cpu"):
         train_gpt.choose_kernels(s, gpu)
 
 
 def test_kernels_that_cannot_run_are_refused_by_name(tiny):
-    for value, word in ((0, "COMPILE=0"), (1, "here: cpu")):
+    for value, word in ((0, "COMPILE=0"), (1, "on cpu")):
         s = tiny(KERNELS="triton", COMPILE=value)
         with pytest.raises(UserError, match=f"KERNELS=triton.*{word}"):
             train_gpt.choose_kernels(s, train_gpt.Runtime(s))
@@ -234,7 +234,7 @@ def test_kernels_that_cannot_run_are_refused_by_name(tiny):
 
 def test_a_width_that_fills_no_tile_keeps_the_plain_mlp(tiny, gpu):
     """The kernel reads whole tiles of columns; 40 hidden units are none of these."""
-    names, kernels = train_gpt.choose_kernels(tiny(MLP_MULT=1.25, KERNELS="triton", **WHOLE_ROWS), gpu)
+    names, kernels = train_gpt.choose_kernels(tiny(MLP_MULT=1.25, KERNELS="triton", **SDPA), gpu)
     assert names == dict(attention="sdpa", mlp="plain", nll="triton") and kernels.mlp is leaky_square_mlp
 
 
@@ -243,4 +243,4 @@ def test_nothing_is_tried_without_a_gpu(tiny):
     s = tiny(COMPILE=1)
     rt = train_gpt.Runtime(s)
     rt.log = lambda line: pytest.fail(line)
-    assert train_gpt.choose_kernels(s, rt) == (dict(attention="sdpa", windows="blocks", mlp="plain", nll="plain"), train_gpt.PLAIN)
+    assert train_gpt.choose_kernels(s, rt) == (PLAIN_NAMES, train_gpt.PLAIN)

@@ -568,12 +568,12 @@ def test_sdpa_is_causal_grouped_attention():
 
 @pytest.mark.parametrize("name", ["fa3", "fa4", "fa2", "cudnn"])
 def test_absent_attention_is_refused_by_name(tiny, name):
-    with pytest.raises(UserError, match=f"ATTENTION={name}: not installed, or not right on cpu"):
-        train_gpt.choose_attention(tiny(ATTENTION=name), CPU)
+    with pytest.raises(UserError, match=f"ATTENTION={name}: not installed, or its attention not right on cpu"):
+        train_gpt.choose_kernels(tiny(ATTENTION=name), CPU)
 
 
 def test_auto_falls_back_on_pytorch(tiny):
-    assert train_gpt.choose_attention(tiny(), CPU) == (dict(attention="sdpa", windows="blocks"), train_gpt.PLAIN)
+    assert train_gpt.choose_kernels(tiny(), CPU) == (dict(attention="sdpa", mlp="plain", nll="plain"), train_gpt.PLAIN)
 
 
 class DetachedValue(torch.autograd.Function):
@@ -633,14 +633,14 @@ def test_wrong_flash_attention_is_rejected(tiny, monkeypatch, case):
 
 
 @pytest.mark.parametrize("case", WRONG_IN_A_WINDOW)
-def test_a_kernel_that_is_wrong_in_a_window_trains_but_scores_no_windows(tiny, monkeypatch, case):
+def test_a_kernel_that_is_wrong_in_a_window_is_for_whole_rows_alone(tiny, monkeypatch, case):
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", WRONG_IN_A_WINDOW[case])
     rt = one_rank(device=Graphics("cpu"), dtype=torch.bfloat16)
-    names, kernels = train_gpt.choose_attention(tiny(ATTENTION="fa3"), rt)
-    assert names == dict(attention="fa3", windows="blocks")
-    assert any(line.startswith("windows: not fa3: ") for line in rt.lines)
-    q, k, v = (torch.randn(1, 40, heads, 8) for heads in (4, 2, 2))
-    torch.testing.assert_close(kernels.attend(q, k, v, 7), sdpa(q, k, v, 7))
+    names, _ = train_gpt.choose_kernels(tiny(EVAL_ATTENTION="window"), rt)
+    assert names["attention"] == "fa3"
+    names, _ = train_gpt.choose_kernels(tiny(), rt)
+    assert names["attention"] != "fa3"
+    assert any(line.startswith("attention: not fa3: ") for line in rt.lines)
 
 
 @pytest.mark.parametrize("result", [lambda y: y, lambda y: (y, None), lambda y: y + 1e-4 * torch.randn_like(y)])
@@ -668,8 +668,8 @@ def test_flash_attention_ends_at_documents_by_variable_lengths(tiny, monkeypatch
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", refuse)
     sys.modules["flash_attn_interface"].flash_attn_varlen_func = varlen
     rt = one_rank(device=Graphics("cpu"), dtype=torch.bfloat16)
-    names, kernels = train_gpt.choose_attention(tiny(DOC_ATTENTION=1), rt)
-    assert names == dict(attention="fa3", windows="fa3")
+    names, kernels = train_gpt.choose_kernels(tiny(DOC_ATTENTION=1), rt)
+    assert names["attention"] == "fa3"
     q, k, v = (torch.randn(3, 40, heads, 8) for heads in (4, 2, 2))
     starts = torch.zeros(3, 40, dtype=torch.bool)
     starts[0, 0] = starts[1, 9] = starts[2, 39] = True
@@ -683,7 +683,7 @@ def test_flash_attention_ends_at_documents_by_variable_lengths(tiny, monkeypatch
     whole = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, 256]))
     monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_varlen_func",
                         lambda *x, **how: varlen(*x, **{**how, **whole, "max_seqlen_q": 256}))
-    names, _ = train_gpt.choose_attention(tiny(DOC_ATTENTION=1), rt)
+    names, _ = train_gpt.choose_kernels(tiny(DOC_ATTENTION=1), rt)
     assert names["attention"] != "fa3", "documents meet"
 
 
@@ -692,10 +692,10 @@ def test_the_first_kernel_that_is_right_is_taken_every_time(tiny, monkeypatch):
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend_all)
     for _ in range(2):
         rt = one_rank(device=Graphics("cpu"), dtype=torch.bfloat16)
-        assert train_gpt.choose_attention(tiny(), rt)[0]["attention"] == "flash"
+        assert train_gpt.choose_kernels(tiny(EVAL_ATTENTION="window"), rt)[0]["attention"] == "flash"
         assert [line[:38] for line in rt.lines] == ["attention: not fa3: gives another resu", "attention: not cudnn: RuntimeError: No"]
     with pytest.raises(UserError, match="ATTENTION=fa3"):
-        train_gpt.choose_attention(tiny(ATTENTION="fa3"), rt)
+        train_gpt.choose_kernels(tiny(ATTENTION="fa3"), rt)
 
 
 def test_a_kernel_must_be_right_on_every_rank():
@@ -712,17 +712,6 @@ def test_pytorchs_kernels_fall_back_on_others_unless_strict():
         torch.testing.assert_close(attend(q, k, v, window), sdpa(q, k, v, window))
     with pytest.raises(RuntimeError):  # there is no such kernel here
         train_gpt.attention_kernel("cudnn", strict=True)(q, k, v)
-
-
-def test_the_mask_of_windows_is_made_outside_of_the_model():
-    from torch.nn.attention.flex_attention import BlockMask
-    kernels = train_gpt.Kernels(windowed=train_gpt.flex)
-    assert train_gpt.PLAIN.window(64, 16, "cpu") == 16 and kernels.window(64, 0, "cpu") == 0
-    mask = kernels.window(256, 128, "cpu")
-    assert isinstance(mask, BlockMask)
-    q, k, v = (torch.randn(1, 256, heads, 16) for heads in (4, 2, 2))
-    for window, plain in ((mask, 128), (0, 0)):
-        torch.testing.assert_close(kernels.attend(q, k, v, window), sdpa(q, k, v, plain), rtol=1e-4, atol=1e-5)
 
 
 def test_fake_quant_is_an_argument_of_forward():

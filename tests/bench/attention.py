@@ -24,14 +24,8 @@ import train_gpt as T  # noqa: E402
 
 def kernels(rt):
     """{name: function} of the kernels to try here; None where a package is missing."""
-    names = [*T.ATTENTION, "flex", "sdpa"] if rt.device.type == "cuda" else ["flash", "sdpa"]
+    names = [*T.ATTENTION, "sdpa"] if rt.device.type == "cuda" else ["flash", "sdpa"]
     return {name: T.attention_kernel(name, strict=True) for name in names}
-
-
-def windowed(name, attend, length, keys, rt):
-    """attend with a window of `keys`; FlexAttention's mask is made outside of compiled code."""
-    chosen = T.Kernels(attend, T.flex if name == "flex" else attend)
-    return functools.partial(chosen.attend, window=chosen.window(length, keys, rt.device))
 
 
 def milliseconds(rt, work, repeats):
@@ -65,9 +59,9 @@ def line_of(name, attend, qkv, small, args, flops, rt):
         return f"{name:8}  not installed"
     keys = min(args.window, 128)
     try:
-        why = T.why_unusable(windowed(name, attend, 256, keys, rt),
-                        functools.partial(T.sdpa, window=keys), small, rt)
-        forward, backward = measured(windowed(name, attend, args.tokens, args.window, rt), qkv, rt,
+        why = T.why_unusable(functools.partial(attend, window=keys),
+                             functools.partial(T.sdpa, window=keys), small, rt)
+        forward, backward = measured(functools.partial(attend, window=args.window), qkv, rt,
                                      args.repeats)
     except Exception as problem:  # a kernel that does not run here is a line of the table
         text = (str(problem).splitlines() or [""])[0][:60]
