@@ -2049,43 +2049,41 @@ NEWTON_SCHULZ = {  # a triple (a, b, c) per iteration
 
 
 def newton_schulz(g_NRC, coefficients, dtype):
-    """N matrices with g's singular vectors and singular values near 1 (R ≤ C):
-    X ← aX + (bA + cA²)X with A = XXᵀ."""
-    x = g_NRC.to(dtype)
+    """N matrices with g's singular vectors and singular values near 1: X ← aX + (bA + cA²)X with
+    A = XXᵀ, X transposed where that is smaller."""
+    tall = g_NRC.size(1) > g_NRC.size(2)
+    x = (g_NRC.mT if tall else g_NRC).to(dtype)
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in coefficients:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+    return x.mT if tall else x
 
 
 class Muon:
     """A group of matrices under Muon (Jordan et al. 2024): Nesterov momentum, orthogonalized.
 
-    Matrices of one shape, up to transposition, form a stack, padded to a multiple of the world
-    size. Each rank sums the gradients of its part, updates its momentum, sends the directions.
+    Matrices of one shape form a stack, padded to a multiple of the world size. Each rank sums the
+    gradients of its part, updates its momentum, sends the directions.
     """
     sharded = True
 
     def __init__(self, params, lr, decay, s, rt):
         self.params, self.lr, self.decay, self.rt = params, lr, decay, rt
-        coefficients = NEWTON_SCHULZ[s.muon_coefficients]
+        self.row_norm = s.muon_row_norm
         self.orthogonalize = rt.compiled(functools.partial(
-            newton_schulz, coefficients=coefficients, dtype=rt.dtype))
+            newton_schulz, coefficients=NEWTON_SCHULZ[s.muon_coefficients], dtype=rt.dtype))
         self.stacks = {}
         for p in params:
-            self.stacks.setdefault((min(p.shape), max(p.shape)), []).append(p)
-        self.row_norm = s.muon_row_norm
-        self.momenta = [torch.zeros(-(-len(stack) // rt.world_size), *shape,
-                                    device=params[0].device)
+            self.stacks.setdefault(p.shape, []).append(p)
+        self.momenta = [torch.zeros(-(-len(stack) // rt.world_size), *shape, device=stack[0].device)
                         for shape, stack in self.stacks.items()]
 
     def reduce(self):
         """Start to sum the gradients over ranks."""
         self.pending = []
-        for (rows, columns), stack in self.stacks.items():
-            grads = [(p.grad if p.grad is not None else torch.zeros_like(p)) for p in stack]
-            grads = [g if g.shape == (rows, columns) else g.mT for g in grads]
+        for stack in self.stacks.values():
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in stack]
             grads += [torch.zeros_like(grads[0])] * (-len(stack) % self.rt.world_size)
             self.pending.append(self.rt.reduce_scatter(torch.stack(grads)))
 
@@ -2099,34 +2097,21 @@ class Muon:
         """Start the step: the new directions travel until `finish`."""
         self.step_size = self.lr * lr_scale
         self.pending = []
-        for stack, grads, buffer in zip(self.stacks.values(), self.shares, self.momenta):
+        for grads, buffer in zip(self.shares, self.momenta):
             buffer.mul_(momentum).add_(grads)
             direction = grads.add(buffer, alpha=momentum)
-            if self.row_norm:  # rows of the weight are columns where the stack is transposed
-                along = (direction.norm(dim=d, keepdim=True).clamp_min(1e-7) for d in (-2, -1))
-                direction = direction / torch.where(self._transposed(stack, buffer), *along)
+            if self.row_norm:
+                direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-7)
             self.pending.append(self.rt.all_gather(self.orthogonalize(direction)))
 
     @torch.no_grad()
     def finish(self):
         """Decay the weights and subtract lr·√max(1, rows/columns) times the directions."""
         torch._foreach_mul_(self.params, 1 - self.step_size * self.decay)
-        for stack, wait in zip(self.stacks.values(), self.pending):
-            for scale in {self._scale(p) for p in stack}:
-                pairs = [(p, u if p.shape == u.shape else u.mT)
-                         for p, u in zip(stack, wait().float()) if self._scale(p) == scale]
-                torch._foreach_add_(*map(list, zip(*pairs)), alpha=-self.step_size * scale)
-
-    def _transposed(self, stack, buffer):
-        """For each matrix of this rank's part of a stack: is it transposed? [n, 1, 1]"""
-        tall = [p.size(0) > p.size(1) for p in stack]
-        tall += [False] * (-len(tall) % self.rt.world_size)
-        mine = tall[len(buffer) * self.rt.rank:][: len(buffer)]
-        return torch.tensor(mine, device=buffer.device)[:, None, None]
-
-    @staticmethod
-    def _scale(p):
-        return math.sqrt(max(1, p.size(0) / p.size(1)))
+        for ((rows, columns), stack), wait in zip(self.stacks.items(), self.pending):
+            directions = wait().float().unbind()[: len(stack)]
+            torch._foreach_add_(stack, directions,
+                                alpha=-self.step_size * math.sqrt(max(1, rows / columns)))
 
     def state(self):
         """The momenta of all ranks, [n, R, C] each; a collective."""
