@@ -25,6 +25,7 @@ import functools
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import lzma
 import math
@@ -1077,30 +1078,20 @@ class TrainStream:
         return torch.from_numpy(rows.astype(np.int32))
 
 
-class Batches:
-    """This rank's rows of each step, read by a thread four steps ahead of the device."""
-    AHEAD = 4
+def batches_of(stream, rt, rows_per_step, step=0, ahead=4):
+    """Yield this rank's rows of each step, int32 [rows of this rank, T + 1], on the device. A
+    thread reads some steps ahead of it."""
+    def load(step):
+        begin, end = (step * rows_per_step + n for n in rt.share(rows_per_step))
+        rows = stream.rows(begin, end)
+        return rows.pin_memory() if rt.device.type == "cuda" else rows
 
-    def __init__(self, stream, rt, rows_per_step, step=0):
-        self.stream, self.rt, self.rows_per_step = stream, rt, rows_per_step
-        self.worker = ThreadPoolExecutor(1)
-        self.waiting = [self.worker.submit(self._load, step + i) for i in range(self.AHEAD)]
-        self.next_step = step + self.AHEAD
-
-    def _load(self, step):
-        begin, end = (step * self.rows_per_step + n for n in self.rt.share(self.rows_per_step))
-        rows = self.stream.rows(begin, end)
-        return rows.pin_memory() if self.rt.device.type == "cuda" else rows
-
-    def next(self):
-        """Rows of the next step, int32 [rows of this rank, T + 1], on the device."""
-        rows = self.waiting.pop(0).result().to(self.rt.device, non_blocking=True)
-        self.waiting.append(self.worker.submit(self._load, self.next_step))
-        self.next_step += 1
-        return rows
-
-    def close(self):
-        self.worker.shutdown(wait=True, cancel_futures=True)
+    with ThreadPoolExecutor(1) as worker:
+        waiting = [worker.submit(load, step + i) for i in range(ahead)]
+        for following in itertools.count(step + ahead):
+            rows = waiting.pop(0).result().to(rt.device, non_blocking=True)
+            waiting.append(worker.submit(load, following))
+            yield rows
 
 
 def load_validation(s):
@@ -3451,7 +3442,7 @@ class Trainer:
                 clock.go_on(self.elapsed)
             if over:
                 break
-            loss, norm, scale = self.train_step(batches.next())
+            loss, norm, scale = self.train_step(next(batches))
             before, self.elapsed = self.elapsed, clock.read()
             if self.over(steps=4):  # the GPU may be two steps behind that reading
                 self.elapsed = clock.read(exact=True)
@@ -3574,7 +3565,7 @@ class Trainer:
         self.rt.log("gptq_calibration:start")
 
         def micro_batches(longest=0.0):
-            for rows in (batches.next() for _ in range(s.gptq_batches)):
+            for rows in (next(batches) for _ in range(s.gptq_batches)):
                 for part in rows.split(self.calibration_rows):
                     yield part
                     before, self.elapsed = self.elapsed, clock.read(exact=True)
@@ -3716,8 +3707,8 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     trainer = Trainer(model, forward, s, rt, checkpoints)
     trainer.warm_up()
     checkpoints.resume(trainer)
-    batches = Batches(stream, rt, trainer.rows_per_step, trainer.step)
-    with contextlib.closing(batches):
+    with contextlib.closing(
+            batches_of(stream, rt, trainer.rows_per_step, trainer.step)) as batches:
         trainer.train(batches, lambda: plain("validation", trainer.late))
         calibration = trainer.calibration(batches) if s.gptq else None
     floating = plain("float")

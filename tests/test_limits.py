@@ -130,7 +130,7 @@ def test_hessians_do_not_depend_on_the_number_of_ranks(tiny):
             model, _ = build_model(s, rt)
             trainer = train_gpt.Trainer(model, model, s, rt, None)
             rt.rank, rt.world_size, rt.sum_ = rank, ranks, lambda x: x
-            batches = train_gpt.Batches(stream, rt, trainer.rows_per_step, 3)
+            batches = train_gpt.batches_of(stream, rt, trainer.rows_per_step, 3)
             for name, h in trainer.calibration(batches).hessians.items():
                 total[name] = total.get(name, 0) + h
         sums.append(total)

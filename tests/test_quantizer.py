@@ -380,7 +380,7 @@ def calibrated(s, stream, elapsed=0.0):
     lines = []
     trainer = a_trainer(s, lines)
     trainer.elapsed = elapsed
-    batches = train_gpt.Batches(stream, trainer.rt, trainer.rows_per_step, 6)
+    batches = train_gpt.batches_of(stream, trainer.rt, trainer.rows_per_step, 6)
     assert set(trainer.calibration(batches).hessians) == calibrated_names(trainer.model)
     batches.close()
     return trainer.elapsed - elapsed, lines

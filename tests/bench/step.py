@@ -175,7 +175,7 @@ class Version:
         self.trainer = module.Trainer(self.model, self.forward, s, rt, *more)
         self.averages = module.WeightAverage(self.model, s)
         self.optimizers, self.weights = self.trainer.optimizers, list(self.model.parameters())
-        self.batches = module.Batches(module.TrainStream(s), rt, self.trainer.rows_per_step)
+        self.batches = module.batches_of(module.TrainStream(s), rt, self.trainer.rows_per_step)
         with self.kernels():
             self.step()
             memory(rt)
@@ -193,7 +193,7 @@ class Version:
 
     def step(self):
         step = getattr(self.trainer, "optimize", None) or self.trainer.step
-        return step(self.batches.next(), LR_SCALE, MOMENTUM, False)
+        return step(next(self.batches), LR_SCALE, MOMENTUM, False)
 
     def stacks(self):
         """[(Newton–Schulz, matrices of one shape)] of Muon."""
@@ -224,7 +224,7 @@ class Version:
         with self.kernels():
             # Two batches: one is ready before.
             ms["loader"], (_, rows) = timed(
-                rt, lambda: (self.batches.next(), self.batches.next()), ahead=False)
+                rt, lambda: (next(self.batches), next(self.batches)), ahead=False)
             self.model.zero_grad(set_to_none=True)
             ms["forward"], loss = timed(rt, forward)
             ms["backward"] = timed(rt, loss.backward)[0]
@@ -251,7 +251,7 @@ class Version:
     def saved_bytes(self):
         """Bytes per token that an eager forward keeps for its backward, each storage once: two rows
         less one, so that weights and tables drop out."""
-        storages, row, sizes = {}, self.batches.next()[:1], []
+        storages, row, sizes = {}, next(self.batches)[:1], []
 
         def keep(x):
             storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
