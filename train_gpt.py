@@ -14,7 +14,8 @@ Contents: 1 Settings · 2 Runtime · 3 Data · 4 Bits per byte · 5 Model · 6 O
 
 Shape letters: B batch, T time, D model, H query heads, K key/value heads, E head dim,
 V vocabulary, R rows, C columns, N tokens of a batch or matrices of a stack.
-A "target" is a token that is predicted: target i is token i+1, given tokens up to token i.
+A "target" is a token that is predicted: target i is token i+1, given tokens up to token i. A "row"
+of tokens is a training sequence or one that is read like it. A "step" is one of the optimizer.
 """
 from __future__ import annotations
 
@@ -232,17 +233,17 @@ class Settings:
     proj_bits: Bits = 8  # of gates and of the small embeddings' projections
     fp16_keep_name_patterns: str = ""  # parts of names of tensors kept as fp16, commas between
     quant_fit: Literal["level", "scale"] = "level"
-        # to fit the budget; level: one minimum step for all rows (with GPTQ × the tolerance of the
-        # row); scale: all finest steps × one factor
+        # to fit the budget; level: one minimum scale for all rows (with GPTQ × the row's
+        # tolerance); scale: all finest scales × one factor
     quant_clip: Literal["max", "row", "std"] = "max"
         # clip of a row: its maximum, a searched quantile, or its root mean square times
         # *_CLIP_SIGMAS (SDClip, #1394)
     attn_clip_sigmas: Amount = 12.85  # attention, gates and projections
     mlp_clip_sigmas: Amount = 12.85  # MLP
     embed_clip_sigmas: Amount = 20.0  # embedding tables
-    quant_step_floor: Amount = 0.0  # minimum of finest steps below 8 bits; #1218: 0.03226 (1/31)
+    quant_step_floor: Amount = 0.0  # minimum of finest scales below 8 bits; #1218: 0.03226 (1/31)
     prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # share of a quantized tensor to zero, least first
-    gptq: Flag = 1  # calibrate: GPTQ, and with QUANT_FIT=level steps by the cost of errors
+    gptq: Flag = 1  # calibrate: GPTQ, and with QUANT_FIT=level scales by the cost of errors
     gptq_batches: Positive = 8  # of TRAIN_BATCH_TOKENS, for calibration; fewer if time is short
     gptq_act_order: Flag = 0  # columns in descending order of the Hessian's diagonal
     codec: Literal["rans", "lzma", "zstd"] = "rans"  # of the codes; zstd needs zstandard
@@ -1614,8 +1615,8 @@ def choose_kernels(s, rt):
             names[part] = first_right(part, candidates, reference, inputs, rt) or plain
         if asked not in ("auto", names[part]):
             raise UserError(f"{setting.upper()}={asked}: not installed, or its {part} not right on "
-                            f"{rt.device} with COMPILE={s.compile} (triton needs a GPU and compiled "
-                            f"code); {setting.upper()}=auto takes the first that works")
+                            f"{rt.device} with COMPILE={s.compile} (triton needs a GPU and "
+                            f"compiled code); {setting.upper()}=auto takes the first that works")
     fused = Kernels(mlp=LeakySquareMLP.apply, nll=SoftcapNLL.apply)
     return names, Kernels(attention_kernel(names["attention"]), *(
         getattr(fused if names[part] == "triton" else PLAIN, part) for part in ("mlp", "nll")))
@@ -2322,11 +2323,11 @@ class WeightAverage:
         return " and ".join(averages)
 
 
-# ---- 9. Quantizer: weights → finest steps → steps at a level → codes, and back ------------------
+# ---- 9. Quantizer: weights → finest scales → scales at a level → codes, and back ----------------
 #
-# One number, the level, decides the file's size. The step of a row of weights is the larger of its
-# finest step and level × tolerance. Codes are weights over steps, rounded. A code takes its entropy
-# in the file, given its row and column. `pack` searches the lowest level whose file fits.
+# One number, the level, decides the file's size. The scale of a row of weights is the larger of
+# its finest scale and level × tolerance. Codes are weights over scales, rounded. A code takes its
+# entropy in the file, given its row and column. `pack` searches the lowest level whose file fits.
 
 def bits_of(name, s):
     """Bits of a parameter in the artifact: its kind's, unless its name is kept as fp16."""
@@ -2339,14 +2340,14 @@ def as_fp16(x):
     return x.clamp(max=65504.0).half().float()
 
 
-def to_codes(w_RC, steps_R, bits):
-    """Integer codes of w at these steps, clamped to ±(2^(bits−1)−1); step 0: all zero."""
-    inverse, limit = steps_R.reciprocal().nan_to_num(posinf=0.0), code_limit(bits)
+def to_codes(w_RC, scales_R, bits):
+    """Integer codes of w at these scales, clamped to ±(2^(bits−1)−1); scale 0: all zero."""
+    inverse, limit = scales_R.reciprocal().nan_to_num(posinf=0.0), code_limit(bits)
     return (w_RC * inverse[:, None]).round().clamp(-limit, limit).to(torch.int8)
 
 
-def finest_steps(w_RC, bits, s, deviations=0.0):
-    """The finest step of each row [R], fp16: that of its clip by QUANT_CLIP.
+def finest_scales(w_RC, bits, s, deviations=0.0):
+    """The finest scale of each row [R], fp16: that of its clip by QUANT_CLIP.
 
     row: the quantile of |w| with the least squared error (GPTQ-lite); std: a multiple of the root
     mean square (SDClip, #1394).
@@ -2360,13 +2361,13 @@ def finest_steps(w_RC, bits, s, deviations=0.0):
         clips = torch.quantile(w_RC.abs(), quantiles, dim=1)
     floor = s.quant_step_floor if bits < 8 else 0.0
     candidates = as_fp16((clips / code_limit(bits)).clamp_min(floor))
-    errors = torch.stack([(w_RC - to_codes(w_RC, steps, bits) * steps[:, None]).square().sum(1)
-                          for steps in candidates])
+    errors = torch.stack([(w_RC - to_codes(w_RC, scales, bits) * scales[:, None]).square().sum(1)
+                          for scales in candidates])
     return candidates.gather(0, errors.argmin(0)[None])[0]
 
 
 def tolerances(row_energy, column_energy):
-    """Relative steps of rows [R] and columns [C]: energy^(−1/2) of the tensor, times energy^(−1/4)
+    """Relative scales of rows [R] and columns [C]: energy^(−1/2) of the tensor, times energy^(−1/4)
     of the row and the column relative to their mean. Energy: Calibration.energies.
 
     An exponent of −1/2 for rows and columns would make the cost of errors equal everywhere; −1/4
@@ -2402,10 +2403,10 @@ def compensation(hessian_CC, s):
                 raise
 
 
-def gptq_codes(w_RC, steps_R, bits, order, factor_CC, block=64):
+def gptq_codes(w_RC, scales_R, bits, order, factor_CC, block=64):
     """Codes with error compensation: later columns make up for the errors of earlier ones (GPTQ,
     Frantar et al. 2022). On a GPU the products are TF32."""
-    w_CR = (w_RC / steps_R[:, None]).nan_to_num(0.0, 0.0, 0.0).T[order]  # in steps; step 0: zero
+    w_CR = (w_RC / scales_R[:, None]).nan_to_num(0.0, 0.0, 0.0).T[order]  # scale 0: zero
     codes, limit = torch.empty_like(w_CR, dtype=torch.int8), code_limit(bits)
     for begin in range(0, len(w_CR), block):
         part = slice(begin, begin + block)
@@ -2472,24 +2473,24 @@ def calibrate(model, batches_of_rows, rt):
 
 @dataclass
 class Quantized:
-    """A tensor as stored: int8 codes [R, C] with steps [R] and column factors [C]; or, with 16
+    """A tensor as stored: int8 codes [R, C] with scales [R] and column factors [C]; or, with 16
     bits, its fp16 values as codes."""
     bits: int
     codes: Tensor
-    steps: Tensor | None = None
+    scales: Tensor | None = None
     columns: Tensor | None = None
 
     def weights(self):
         """The fp32 tensor that the file stands for."""
         w = self.codes.float()
-        return w if self.bits == 16 else w * self.steps[:, None] * self.columns
+        return w if self.bits == 16 else w * self.scales[:, None] * self.columns
 
 
 class Quantizer:
-    """Quantizes all tensors at a level, one number; level 0 gives every row its finest step.
+    """Quantizes all tensors at a level, one number; level 0 gives every row its finest scale.
 
-    step of a row = max(finest step, level × tolerance). QUANT_FIT=level: tolerances are 1, or those
-    of tolerances() where there is a Calibration; scale: they are the finest steps.
+    scale of a row = max(finest scale, level × tolerance). QUANT_FIT=level: tolerances are 1, or
+    those of tolerances() where there is a Calibration; scale: they are the finest scales.
     Raises UserError where a weight is not finite or too large for fp16.
     """
 
@@ -2509,7 +2510,7 @@ class Quantizer:
             if calibration and s.quant_fit == "level":
                 rows, columns = tolerances(*calibration.energies[name])
             w = w / columns
-            finest = finest_steps(w, bits, s, getattr(s, kind_of(name).clip))
+            finest = finest_scales(w, bits, s, getattr(s, kind_of(name).clip))
             rows = finest if s.quant_fit == "scale" else rows
             hessian = calibration.hessians.get(name) if calibration else None
             prepared = None if hessian is None else compensation(
@@ -2520,34 +2521,34 @@ class Quantizer:
         """{name: Quantized} at a level; `compensate`: GPTQ where a Hessian was recorded."""
         tensors = dict(self.halves)
         for name, (bits, w, finest, rows, columns, prepared) in self.parts.items():
-            steps = as_fp16(torch.maximum(finest, level * rows))
-            codes = (gptq_codes(w, steps, bits, *prepared) * (w != 0)  # zero stays zero
-                     if compensate and prepared else to_codes(w, steps, bits))
-            tensors[name] = Quantized(bits, codes.cpu(), steps.cpu(), columns.cpu())
+            scales = as_fp16(torch.maximum(finest, level * rows))
+            codes = (gptq_codes(w, scales, bits, *prepared) * (w != 0)  # zero stays zero
+                     if compensate and prepared else to_codes(w, scales, bits))
+            tensors[name] = Quantized(bits, codes.cpu(), scales.cpu(), columns.cpu())
         return tensors
 
 
 def error_report(state, tensors):
-    """A line for each kind: order-0 entropy of the codes, mean step, relative error of weights."""
+    """A line for each kind: order-0 entropy of the codes, mean scale, relative error of weights."""
     kinds = {}
     for name, t in tensors.items():
         if t.bits < 16:
             w, count = state[name].detach().float().cpu(), t.codes.numel()
             p = torch.bincount(t.codes.flatten().int() + 128).double() / count
-            sums = (count, -count * torch.xlogy(p, p).sum() / math.log(2), count * t.steps.mean(),
+            sums = (count, -count * torch.xlogy(p, p).sum() / math.log(2), count * t.scales.mean(),
                     (w - t.weights()).square().sum(), w.square().sum())
             kind = kind_of(name).kind
             kinds[kind] = kinds.get(kind, 0) + np.array(sums, float)
-    for kind, (count, bits, steps, error, total) in kinds.items():
+    for kind, (count, bits, scales, error, total) in kinds.items():
         yield (f"quantized {kind} weights:{count:.0f} bits_per_code:{bits / count:.3f} "
-               f"mean_step:{steps / count:.5f} "
+               f"mean_scale:{scales / count:.5f} "
                f"weight_error:{math.sqrt(error / max(total, 1e-30)):.5f}")
 
 
 # ---- 10. Artifact: codes → bytes → file, and back; data only, nothing in it is executed ---------
 #
 # magic | header length, u32 | header, JSON | side, lzma | codes | SHA-256 of all before. "side" is
-# side information: an index (JSON: settings, tensors), then steps and fp16 arrays. The codes are
+# side information: an index (JSON: settings, tensors), then scales and fp16 arrays. The codes are
 # those of every quantized tensor, tensors of equal bits together.
 
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
@@ -2699,13 +2700,13 @@ def compact_json(**values):
 
 
 def encode_artifact(tensors, s, note=""):
-    """The file's bytes from {name: Quantized}; `note` says how the steps were fitted.
+    """The file's bytes from {name: Quantized}; `note` says how the scales were fitted.
 
     Steps and column factors are stored as indices into the table of their distinct values.
     """
     order = sorted(tensors, key=lambda name: tensors[name].bits)
     coded = [tensors[name] for name in order if tensors[name].bits < 16]
-    factors = [x.half().numpy().tobytes() for t in coded for x in (t.steps, t.columns)]
+    factors = [x.half().numpy().tobytes() for t in coded for x in (t.scales, t.columns)]
     distinct, ranks = np.unique(np.frombuffer(b"".join(factors), np.uint16), return_inverse=True)
     halves = [tensors[n].codes.numpy().tobytes() for n in order if tensors[n].bits == 16]
     halves = np.frombuffer(b"".join(halves), np.uint16)
@@ -2816,7 +2817,7 @@ def fitted(encoded, budget_bytes, coded, level, start):
 
 
 def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
-    """The artifact's bytes, at most `budget_bytes`: with the finest steps, or at the lowest level
+    """The artifact's bytes, at most `budget_bytes`: with the finest scales, or at the lowest level
     that `fitted` finds within the budget. Raises UserError where even the coarsest do not fit."""
     quantizer, level = Quantizer(state, s, calibration), 0.0
     coded = sum(w.numel() for _, w, *_ in quantizer.parts.values())
@@ -2831,7 +2832,7 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
         if len(found) <= budget_bytes:
             content, level = found, near
         elif not compensate:
-            raise UserError(f"the model takes {len(found)} bytes at the coarsest steps, "
+            raise UserError(f"the model takes {len(found)} bytes at the coarsest scales, "
                             f"{len(found) - budget_bytes} more than the {budget_bytes} that "
                             f"ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes} leaves beside the "
                             "code; shrink the model")
@@ -2858,7 +2859,7 @@ def load_quantized(model, tensors, path):
 
 
 def size_forecast(s):
-    """Bytes of the model at the finest steps for Gaussian weights: entropy of codes, and fp16."""
+    """Bytes of the model at the finest scales for Gaussian weights: entropy of codes, and fp16."""
     total = 4096  # index and header
     for name, shape in parameter_shapes(s).items():
         bits = bits_of(name, s)
@@ -3633,9 +3634,9 @@ def dry_run(s, world_size):
     code, model = len(SHIPPED), size_forecast(s)
     room = s.artifact_budget_bytes - code
     weights = sum(parameter_counts(s).values())
-    fits = "" if model <= room else (f"; coarser steps will fit the model into {room}, "
+    fits = "" if model <= room else (f"; coarser scales will fit the model into {room}, "
                                      f"{8 * room / weights:.2f} bits a weight")
-    say(f"size: code {code} + model {model} at the finest steps (Gaussian weights) = "
+    say(f"size: code {code} + model {model} at the finest scales (Gaussian weights) = "
         f"{code + model} of {s.artifact_budget_bytes} bytes{fits}")
     try:
         say(f"data: {len(shard_paths(s, 'train'))} training shards in {find_upward(s.data_path)}")

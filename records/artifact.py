@@ -198,7 +198,7 @@ def rows_of(tensors, exact):
             yield name, shape, "fp16", "", "", str(2 * count), error
         else:
             entropy = entropy_bits(t.codes.numpy())
-            step = float((t.steps[:, None] * t.columns).median()) if count else 0.0
+            step = float((t.scales[:, None] * t.columns).median()) if count else 0.0
             yield (name, shape, f"int{t.bits}", f"{step:.5f}", f"{entropy / max(count, 1):.3f}",
                    f"{entropy / 8:.0f}", error)
 

@@ -168,7 +168,7 @@ def stored_tensors(draw):
 
 def raw(t):
     """A tensor's stored content, bit for bit."""
-    arrays = [a for a in (t.codes, t.steps, t.columns) if a is not None]
+    arrays = [a for a in (t.codes, t.scales, t.columns) if a is not None]
     return t.bits, *[(a.dtype, a.shape, a.numpy().tobytes()) for a in arrays]
 
 
@@ -262,15 +262,15 @@ def test_pack_fits_every_reachable_budget_and_wastes_little(codec, draw, fit):
         assert lines == [f"artifact:{note} takes {len(content)} of {budget} bytes"]
         for name, t in tensors.items():
             if t.bits < 16:
-                expected = finest[name].steps
+                expected = finest[name].scales
                 expected = expected * level if fit == "scale" else expected.clamp_min(level)
-                torch.testing.assert_close(t.steps, expected, rtol=2e-3, atol=1e-6)
+                torch.testing.assert_close(t.scales, expected, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_pack_lands_under_any_budget_or_raises(seed):
     """Weights of other size, other spread of rows, other tails: whatever the budget, no file is
-    larger; at most 0.2 % is left where anybody would ship it; below the coarsest steps it raises,
+    larger; at most 0.2 % is left where anybody would ship it; below the coarsest scales it raises,
     and says how many bytes more would do."""
     rng, fit = np.random.default_rng(seed), ("level", "scale")[seed // 2 % 2]
     state = weights_of(("gaussian", "heavy")[seed % 2], seed, rows=0.15 * seed)
@@ -285,7 +285,7 @@ def test_pack_lands_under_any_budget_or_raises(seed):
     for budget in (-50_000, 0, int(rng.uniform(0.1, 0.98) * least)):
         with pytest.raises(UserError, match="ARTIFACT_BUDGET_BYTES") as refusal:
             pack(state, s, budget)
-        size, over = map(int, re.search(r"takes (\d+) .* steps, (\d+) more",
+        size, over = map(int, re.search(r"takes (\d+) .* scales, (\d+) more",
                                         str(refusal.value)).groups())
         assert size - over == budget
     assert 0.98 * size < len(pack(state, s, size)) <= size
@@ -337,7 +337,7 @@ def test_a_calibrated_pack_fits_with_the_codes_of_gptq(monkeypatch):
         tensors = decode_artifact(content)[1]
         for n, x in inputs.items():
             t = tensors[n]
-            rounded = train_gpt.to_codes(state[n] / t.columns, t.steps, t.bits)
+            rounded = train_gpt.to_codes(state[n] / t.columns, t.scales, t.bits)
             plain = replace(t, codes=rounded)
             error, plain = ((x @ (state[n] - q.weights()).T).norm() for q in (t, plain))
             assert error < 0.8 * plain

@@ -378,7 +378,7 @@ def test_inspect_has_a_row_for_every_tensor(files, capsys, kind):
             continue
         counts = torch.bincount(t.codes.flatten().int() + 128).double()
         p = counts[counts > 0] / t.codes.numel()
-        entropy, step = -float((p * p.log2()).sum()), (t.steps[:, None] * t.columns).median()
+        entropy, step = -float((p * p.log2()).sum()), (t.scales[:, None] * t.columns).median()
         assert [float(cell) for cell in cells[3:5]] == pytest.approx([float(step), entropy],
                                                                      abs=6e-4)
         assert float(cells[5]) == pytest.approx(entropy * t.codes.numel() / 8, abs=1)

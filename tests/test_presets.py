@@ -149,7 +149,7 @@ def slow_gptq(w, steps, limit, hessian, damp, order):
 @pytest.mark.parametrize("act_order", [0, 1])
 def test_gptq_equals_the_explicit_inverse(tiny, act_order):
     s, (w, x) = tiny(GPTQ_ACT_ORDER=act_order), weights_and_inputs()
-    hessian, steps = x.T @ x, train_gpt.finest_steps(w, 6, s)
+    hessian, steps = x.T @ x, train_gpt.finest_scales(w, 6, s)
     order = (hessian.diagonal().argsort(descending=True) if act_order else torch.arange(40)).tolist()
     slow, prepared = slow_gptq(w, steps, 31, hessian, 0.01, order), train_gpt.compensation(hessian, s)
     for block in (8, 128):
@@ -165,7 +165,7 @@ def test_a_hessian_that_is_not_positive_gets_more_damping(tiny):
 
 def test_gptq_lowers_the_error_of_the_outputs(tiny):
     s, (w, x) = tiny(), weights_and_inputs()
-    steps, prepared = train_gpt.finest_steps(w, 4, s), train_gpt.compensation(x.T @ x, s)
+    steps, prepared = train_gpt.finest_scales(w, 4, s), train_gpt.compensation(x.T @ x, s)
     error = [float((x @ (w - codes * steps[:, None]).T).square().sum())
              for codes in (train_gpt.to_codes(w, steps, 4), train_gpt.gptq_codes(w, steps, 4, *prepared))]
     assert error[1] < 0.65 * error[0]
@@ -174,7 +174,7 @@ def test_gptq_lowers_the_error_of_the_outputs(tiny):
 def test_gptq_bears_an_input_that_is_always_zero(tiny):
     w, x = weights_and_inputs()
     x[:, 3] = 0
-    steps = train_gpt.finest_steps(w, 6, tiny())
+    steps = train_gpt.finest_scales(w, 6, tiny())
     codes = train_gpt.gptq_codes(w, steps, 6, *train_gpt.compensation(x.T @ x, tiny()))
     assert torch.equal(codes[:, 3], train_gpt.to_codes(w, steps, 6)[:, 3])
 

@@ -34,7 +34,7 @@ def heavy(rows, columns, seed=0):
 
 
 def quantized(tiny, w, level=0.0, calibration=None, **variables):
-    """The matrix at a level; at its finest steps by default."""
+    """The matrix at a level; at its finest scales by default."""
     return Quantizer({MATRIX: w}, tiny(**variables), calibration).at(level)[MATRIX]
 
 
@@ -71,13 +71,13 @@ def test_clip_of_every_row_is_the_best_of_the_quantiles(tiny, bits, draw):
         magnitude = np.abs(w[r].numpy().astype(np.float64))
         steps = [np.float16(clip / limit) for clip in np.quantile(magnitude, QUANTILES)]
         errors = [row_error(w[r], step, limit) for step in steps]
-        mine, best = row_error(w[r], found.steps[r], limit), steps[int(np.argmin(errors))]
+        mine, best = row_error(w[r], found.scales[r], limit), steps[int(np.argmin(errors))]
         # A quantile interpolated in fp32 may round to the fp16 step beside the one found here.
         beside = [np.nextafter(best, np.float16(0)), best, np.nextafter(best, np.float16(np.inf))]
         assert mine <= max(row_error(w[r], step, limit) for step in beside) * (1 + 1e-6), r
         assert mine <= errors[-1] * (1 + 1e-6), f"row {r}: worse than the row's maximum"
         better += mine < errors[-1] * 0.999
-        assert plain.steps[r] == np.float16(np.float32(magnitude.max()) / limit)
+        assert plain.scales[r] == np.float16(np.float32(magnitude.max()) / limit)
     if draw is heavy and bits < 8:
         assert better > 5, "the search must matter on heavy tails"
 
@@ -90,8 +90,8 @@ def test_huge_tiny_and_zero_rows_give_finite_fp16_steps_and_leave_others_alone(
     for size in (0, 1e-30, 1e-12, 1e-8, 1e-6, 1e-4, 1e4, 1e6, 1e12, 1e30):
         w = torch.stack((gaussian(1, 64)[0] * size, gaussian(1, 64, 1)[0]))
         t, alone = quantized(tiny, w, **names), quantized(tiny, w[1:], **names)
-        assert torch.equal(t.steps.half().float(), t.steps)
-        assert torch.isfinite(t.steps).all() and (t.steps >= 0).all()
+        assert torch.equal(t.scales.half().float(), t.scales)
+        assert torch.isfinite(t.scales).all() and (t.scales >= 0).all()
         most = w.abs().amax(1) * 1.01 + 2**-24 * limit_of(bits)
         assert torch.isfinite(t.weights()).all()
         assert search == "std" or (t.weights().abs().amax(1) <= most).all()
@@ -138,9 +138,9 @@ def test_scale_multiplies_the_searched_steps(tiny, scale):
     """Those of QUANT_CLIP, all by one number, whatever a calibration says of rows and columns."""
     w, s = heavy(10, 300), tiny(QUANT_FIT="scale", ATTN_BITS=6, QUANT_CLIP="row")
     quantizer = Quantizer({MATRIX: w, "skip_weights": w}, s)
-    t, searched = quantizer.at(scale), train_gpt.finest_steps(w, 6, s)
-    assert torch.equal(t[MATRIX].steps, (searched * max(scale, 1.0)).half().float())
-    assert torch.equal(t[MATRIX].codes, to_codes(w, t[MATRIX].steps, 6))
+    t, searched = quantizer.at(scale), train_gpt.finest_scales(w, 6, s)
+    assert torch.equal(t[MATRIX].scales, (searched * max(scale, 1.0)).half().float())
+    assert torch.equal(t[MATRIX].codes, to_codes(w, t[MATRIX].scales, 6))
     assert torch.equal(t["skip_weights"].codes, w.half()), "fp16 has no steps to widen"
     calibration = Calibration({}, {MATRIX: energies_of(10, 300)})
     same = Quantizer({MATRIX: w}, s, calibration).at(scale)[MATRIX]
@@ -158,11 +158,11 @@ def test_a_step_is_the_level_times_its_tolerance_but_not_below_the_finest(tiny, 
     wanted = (level * rows).half().float()
     assert torch.equal(t.columns, columns)
     assert (len(set(columns.tolist())) > 3) == bool(energies)
-    assert torch.equal(t.steps, torch.maximum(fine.steps, wanted))
-    assert torch.equal(t.codes, to_codes(w / columns, t.steps, 8))
-    torch.testing.assert_close(t.weights(), t.codes * t.steps[:, None] * columns)
+    assert torch.equal(t.scales, torch.maximum(fine.scales, wanted))
+    assert torch.equal(t.codes, to_codes(w / columns, t.scales, 8))
+    torch.testing.assert_close(t.weights(), t.codes * t.scales[:, None] * columns)
     assert torch.equal(quantizer.at(level)["skip_weights"].codes, w.half())
-    raised = int((wanted > fine.steps).sum())
+    raised = int((wanted > fine.scales).sum())
     assert {0.0: raised == 0, 0.02: 0 < raised < 30, 10.0: raised == 30}.get(level, True), raised
 
 
@@ -177,7 +177,7 @@ def test_clip_by_deviations_is_so_many_root_mean_squares(tiny, bits, name, setti
              **{f"{setting}_CLIP_SIGMAS": 2.5})
     t = Quantizer({name: w}, s).at(0.0)[name]
     clips = 2.5 * np.sqrt(np.square(w.numpy().astype(np.float64)).mean(1))
-    np.testing.assert_allclose(t.steps.numpy(), clips / limit_of(bits), rtol=2**-10)
+    np.testing.assert_allclose(t.scales.numpy(), clips / limit_of(bits), rtol=2**-10)
     assert int(t.codes.abs().max()) == limit_of(bits), "heavy tails are clipped"
 
 
@@ -240,7 +240,7 @@ def test_an_energy_of_zero_is_borne():
             assert torch.isfinite(factors).all() and (factors > 0).all()
         calibration = Calibration({}, {MATRIX: energies})
         t = Quantizer({MATRIX: w}, train_gpt.Settings(), calibration).at(2.0**-24)[MATRIX]
-        assert torch.isfinite(t.weights()).all() and torch.equal(t.steps.half().float(), t.steps)
+        assert torch.isfinite(t.weights()).all() and torch.equal(t.scales.half().float(), t.scales)
 
 
 def slow_gptq(w, steps, hessian):
@@ -280,10 +280,10 @@ def test_gptq_with_column_factors_is_gptq_of_the_rescaled_problem(tiny, act_orde
     t, plain = (quantizer.at(0.1, compensate)[MATRIX] for compensate in (True, False))
     scaled = x * t.columns
     prepared = train_gpt.compensation(scaled.T @ scaled, s)
-    codes = train_gpt.gptq_codes(w / t.columns, t.steps, t.bits, *prepared)
+    codes = train_gpt.gptq_codes(w / t.columns, t.scales, t.bits, *prepared)
     assert (t.codes != codes).float().mean() < 0.002
     error, rounded = ((x @ (w - q.weights()).T).norm() for q in (t, plain))
-    assert torch.equal(plain.steps, t.steps) and error < 0.8 * rounded
+    assert torch.equal(plain.scales, t.scales) and error < 0.8 * rounded
     pruned, smallest = (quantized(tiny, w, 0.1, calibration, PRUNE_FRAC=0.3),
                         w.abs() <= w.abs().flatten().kthvalue(288).values)
     assert not pruned.codes[smallest].any() and t.codes[smallest].any()
@@ -433,8 +433,8 @@ def test_the_report_says_what_every_kind_got(tiny):
         w, back = (torch.cat(x) for x in ([state[n] for n in names],
                                           [tensors[n].weights() for n in names]))
         expected = (300 * len(names), np.mean([entropies[n] for n in names]),
-                    np.mean([float(tensors[n].steps.mean()) for n in names]),
+                    np.mean([float(tensors[n].scales.mean()) for n in names]),
                     float((w - back).norm() / w.norm()))
-        found = re.fullmatch(rf"quantized {kind} weights:(\d+) bits_per_code:(.*) mean_step:(.*) "
+        found = re.fullmatch(rf"quantized {kind} weights:(\d+) bits_per_code:(.*) mean_scale:(.*) "
                              "weight_error:(.*)", line).groups()
         assert [float(x) for x in found] == pytest.approx(expected, abs=6e-4)

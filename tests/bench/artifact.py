@@ -86,7 +86,7 @@ def ancestors_bytes(tensors):
     saved = {}
     for name, t in tensors.items():
         saved.update({name: t.codes} if t.bits == 16 else
-                     {f"{name}.q": t.codes, f"{name}.scale": t.steps.half()})
+                     {f"{name}.q": t.codes, f"{name}.scale": t.scales.half()})
     buffer = io.BytesIO()
     torch.save({"w": saved, "m": {name: t.bits for name, t in tensors.items()}}, buffer)
     return len(lzma.compress(buffer.getvalue(), preset=6))
