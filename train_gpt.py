@@ -84,12 +84,13 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def explained(what, way_out, error=UserError):
-    """Turn an OSError of the block into a UserError that says what failed and what to do."""
+def explained(what, way_out, error=UserError, kinds=OSError):
+    """Turn an exception of these kinds into a UserError that says what failed and what to do."""
     try:
         yield
-    except OSError as problem:
-        raise error(f"{what}: {problem.strerror or problem}; {way_out}") from problem
+    except kinds as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"{what}: {reason}; {way_out}") from problem
 
 
 # ---- 1. Settings: only this section and main read the environment -------------------------------
@@ -331,10 +332,6 @@ class Settings:
         return block_list(self.late_passes, end) if self.late_passes else list(range(end))
 
     @property
-    def first_parallel(self):
-        return self.parallel_from or round(8 * self.num_layers / 11)
-
-    @property
     def quant_label(self):
         """The quantized model in log keys: int6, or int5_6 for int5 MLP and int6 attention."""
         same = self.mlp_bits == self.attn_bits
@@ -355,10 +352,10 @@ _SP1024 = dict(
 _PR414 = dict(
     _SP1024, train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, key_offset=0,
     xsa_last_n=4, smear_gate="1", value_residual="0", gated_attention="0",
-    muon_coefficients="classic",
-    lr_floor=0.0, ema_decay=0.997, swa_enabled=1, quant_fit="scale", quant_clip="row",
-    codec="lzma", gptq=0, attn_bits=6, mlp_bits=6, proj_bits=16, eval_attention="window",
-    ttt_enabled=0, muon_row_norm=0, ttt_lora_rank=0, ttt_lr=0.002, ttt_chunk_tokens=32768)
+    muon_coefficients="classic", lr_floor=0.0, ema_decay=0.997, swa_enabled=1, quant_fit="scale",
+    quant_clip="row", codec="lzma", gptq=0, attn_bits=6, mlp_bits=6, proj_bits=16,
+    eval_attention="window", ttt_enabled=0, muon_row_norm=0, ttt_lora_rank=0, ttt_lr=0.002,
+    ttt_chunk_tokens=32768)
 _PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw",
               ttt_enabled=1)
 # For two CPU cores: short rows and steps.
@@ -378,9 +375,8 @@ _PR1493 = dict(
     _PR1855, doc_attention=0, parallel="one", parallel_from=7, smear_gate="0",
     gated_attention="0", muon_coefficients="classic", qk_gain_init=5.25, matrix_lr=0.022,
     muon_momentum=0.99, beta2=0.95, warmdown_frac=0.72, lr_floor=0.0, mlp_clip_sigmas=12.85,
-    attn_clip_sigmas=12.85,
-    embed_bits=8, embed_clip_sigmas=20.0, gptq_batches=8,
-    eval_stride=64, ttt_lora_rank=0, ttt_lr=0.005, ttt_chunk_tokens=32768)
+    attn_clip_sigmas=12.85, embed_bits=8, embed_clip_sigmas=20.0, gptq_batches=8, eval_stride=64,
+    ttt_lora_rank=0, ttt_lr=0.005, ttt_chunk_tokens=32768)
 _PR1394 = dict(
     _PR1493, late_passes="0-5,4-5,4-5,6-10", late_passes_from=0.5, parallel="0", qk_gain_init=4.0,
     matrix_lr=0.02, muon_wd=0.085, ema_decay=0.997, warmdown_frac=0.667, ttt_enabled=0)
@@ -393,8 +389,7 @@ PRESETS = {  # a row holds only what differs from the defaults, or from the row 
         _SMALL, data_path="./data/datasets/demo", run_id="demo",
         tokenizer_path="./data/tokenizers/demo_1024_bpe.model", train_batch_tokens=2048,
         num_layers=3, xsa_last_n=3, ve_layers="1,2", bigram_vocab_size=8192,
-        max_wallclock_seconds=170.0, warmdown_iters=800,
-        muon_momentum_warmup_steps=100),
+        max_wallclock_seconds=170.0, warmdown_iters=800, muon_momentum_warmup_steps=100),
     "laptop": dict(_SMALL, max_wallclock_seconds=900.0),
     "sp1024": _SP1024,
     "pr414": _PR414,
@@ -440,24 +435,16 @@ ALIASES = {
     "VAL_BATCH_SIZE": lambda text: {"EVAL_BATCH_SEQS": str(max(1, int(text) // 16384))},
 }
 
-# Published names that nothing here reads: (the only value accepted, the setting to use instead).
-REFUSED = {
-    "DTG_ENABLED": ("0", ""), "MTP_NUM_HEADS": ("0", ""), "MTP_LOSS_WEIGHT": ("0.2", ""),
-    "LAWA_ENABLED": ("0", "EMA_ENABLED"), "LAWA_K": ("10", ""), "LAWA_FREQ": ("100", ""),
-    "TIE_EMBEDDINGS": ("1", "TIED_EMBED_LR"), "EMBED_LR": ("0.6", "TIED_EMBED_LR"),
-    "HEAD_LR": ("0.008", "TIED_EMBED_LR"), "GRAD_QUANT": ("0", ""), "MUON_BETA2": ("0.95", ""),
-    "MUON_BACKEND_STEPS": ("5", ""), "ADAM_EPS": ("1e-8", ""), "SWA_START_FRAC": ("0.2", ""),
-    "BETA1": ("0.9", ""), "ROPE_BASE": ("10000", ""), "TTT_MOMENTUM": ("0.9", ""),
-    "TTT_GRAD_CLIP": ("1", ""), "GPTQ_RESERVE_SECONDS": ("0", ""),
-    "TIED_EMBED_INIT_STD": ("0.005", ""), "CROWNQ_LAMBDA": ("0", ""),
-    "CROWNQ_WARMDOWN_ONLY": ("1", ""),
-    "TRIGRAM_VOCAB_SIZE": ("0", "BIGRAM_VOCAB_SIZE"), "TRIGRAM_DIM": ("128", ""),
-    "TTT_UNFREEZE_BLOCKS": ("2", "TTT_FREEZE_BLOCKS"),
-    "XSA_START_LAYER": ("-4", "XSA_LAST_N"), "TTT_TEMP": ("1", ""), "TTT_TEMPERATURE": ("1", ""),
-    "QUANT_EVAL_EVERY": ("0", ""), "INT8_CLIP_PERCENTILE": ("99.99984", "QUANT_CLIP"),
-    "CONTROL_TENSOR_NAME_PATTERNS": ("", "FP16_KEEP_NAME_PATTERNS"),
-    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": ("", "FP16_KEEP_NAME_PATTERNS"),
-}
+# Published names that nothing here reads: the only value accepted, which changes nothing.
+UNREAD = dict(pair.split("=") for pair in """DTG_ENABLED=0 MTP_NUM_HEADS=0 MTP_LOSS_WEIGHT=0.2
+    LAWA_ENABLED=0 LAWA_K=10 LAWA_FREQ=100 TIE_EMBEDDINGS=1 EMBED_LR=0.6 HEAD_LR=0.008 GRAD_QUANT=0
+    MUON_BETA2=0.95 MUON_BACKEND_STEPS=5 ADAM_EPS=1e-8 SWA_START_FRAC=0.2 BETA1=0.9 ROPE_BASE=10000
+    TTT_MOMENTUM=0.9 TTT_GRAD_CLIP=1 GPTQ_RESERVE_SECONDS=0 TIED_EMBED_INIT_STD=0.005
+    CROWNQ_LAMBDA=0 CROWNQ_WARMDOWN_ONLY=1 TRIGRAM_VOCAB_SIZE=0 TRIGRAM_DIM=128
+    TTT_UNFREEZE_BLOCKS=2 XSA_START_LAYER=-4 TTT_TEMP=1 TTT_TEMPERATURE=1 QUANT_EVAL_EVERY=0
+    INT8_CLIP_PERCENTILE=99.99984 CONTROL_TENSOR_NAME_PATTERNS= INT8_KEEP_FLOAT_FP32_NAME_PATTERNS=
+    """.split())
+ALIASES |= {name: {value: {}} for name, value in UNREAD.items()}
 
 
 # Variables about training the weights on chunks: each, where it is set, implies TTT_LORA_RANK=0.
@@ -528,10 +515,10 @@ def near_misses(environ):
     Names without an underscore, short ones, names of paths and those like RUN_ID and DATA_PATH are
     common words that other programs use as well: MODEL_DIR or DEVICES must not end a run.
     """
-    known = {f.name.upper() for f in fields(Settings)} | set(ALIASES) | set(REFUSED)
+    known = {*_NAMES, *ALIASES}
     ours = [n.upper() for n, (section, _) in DESCRIBED.items()
             if section not in ("Run", "Data") or n.count("_") > 1]
-    ours += [n for n in ALIASES if "_" in n]
+    ours += [n for n in ALIASES if "_" in n and n not in UNREAD]
     prefixes = ("TTT_", "MUON_", "EMA_", "SWA_", "XSA_", "BIGRAM_", "ROPE_", "QAT_", "WARMDOWN_",
                 "GPTQ_")
     paths = ("_DIR", "_PATH", "_FILE", "_HOME", "_NAME")
@@ -546,91 +533,59 @@ def near_misses(environ):
             yield f"{name}={environ[name]}: no such setting{hint}"
 
 
-def model_rules(s):
-    """(condition that must hold, message) of settings that make the model."""
-    return [
-        (s.model_dim % s.num_heads == 0,
-         f"MODEL_DIM={s.model_dim} must be a multiple of NUM_HEADS={s.num_heads}"),
-        (s.num_heads % s.num_kv_heads == 0,
-         f"NUM_HEADS={s.num_heads} must be a multiple of NUM_KV_HEADS={s.num_kv_heads}"),
-        (s.head_dim % 2 == 0 and s.rope_dims % 2 == 0 and s.rope_dims <= s.head_dim,
-         f"ROPE_DIMS={s.rope_dims} and MODEL_DIM/NUM_HEADS={s.head_dim} must be even, in this "
-         "order"),
-        ((s.rope_dims or s.head_dim) != 2 or not s.rope_ntk_reference,
-         f"ROPE_DIMS={s.rope_dims}: two channels cannot be stretched: set ROPE_NTK_REFERENCE=0"),
-        (max(s.unique_layers, s.ttt_freeze_blocks) <= s.num_layers,
-         f"UNIQUE_LAYERS={s.unique_layers} or TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} exceeds "
-         f"NUM_LAYERS={s.num_layers}"),
-        (s.late_order and s.late_order[0] == 0 and len({*s.late_order}) == s.num_layers,
-         f"LATE_PASSES={s.late_passes} must be blocks of 0..{s.num_layers - 1} and ranges of them, "
-         "commas between, 0 first and each at least once: 0-5,3-5,6-10; or auto, or empty"),
-        (not s.late_passes or s.late_passes_from < 1,
-         f"LATE_PASSES_FROM={s.late_passes_from}: LATE_PASSES={s.late_passes} would be scored and "
-         "never trained; lower it, or empty LATE_PASSES"),
-        (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks),
-         f"VE_LAYERS={s.ve_layers} must be different blocks of 0..{s.num_layers - 1}, commas "
-         "between: 9,10; or empty"),
-        (s.bigram_vocab_size != 1,
-         "BIGRAM_VOCAB_SIZE=1: 0 or at least 2, one bucket is that of row beginnings"),
-    ]
-
-
-def run_rules(s, world_size):
-    """(condition that must hold, message) of settings of the run, its ranks and packages."""
-    T, rows = s.train_seq_len, s.train_batch_tokens // s.train_seq_len
-    return [
-        (s.train_batch_tokens % T == 0 and (s.eval_only or rows % world_size == 0),
-         f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} must be rows of TRAIN_SEQ_LEN={T}, as many on "
-         f"each of {world_size} ranks: start a number of processes that divides the rows"),
-        (s.micro_batch_tokens >= T,
-         f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} must hold a row of TRAIN_SEQ_LEN={T}"),
-        (s.scoring_shape[2] or s.eval_stride <= s.window,
-         f"EVAL_STRIDE={s.eval_stride} exceeds the scoring window of {s.window} tokens"),
-        (not s.ttt_enabled or s.eval_stride,
-         "TTT_ENABLED=1 scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
-        (not s.ttt_enabled or s.ttt_lora_rank or s.ttt_chunk_tokens == 0
-         or s.ttt_chunk_tokens >= s.least_chunk,
-         f"TTT_CHUNK_TOKENS={s.ttt_chunk_tokens} must hold {s.least_chunk} tokens, a row and what "
-         "a window scores: raise it, or set it to 0"),
-        (len(s.run_id.encode("utf-8", "surrogateescape")) <= 200 and "/" not in s.run_id,
-         f"RUN_ID={s.run_id} is no file name of at most 200 bytes"),
-        (not s.scores_path or Path(s.scores_path).suffix == ".npy",
-         f"SCORES_PATH={s.scores_path} must name a file .npy"),
-        (s.embed_wd >= 0 or s.embed_wd == -1,
-         f"EMBED_WD={s.embed_wd} must be at least 0, or -1 for ADAM_WD"),
-        (s.iterations or s.max_wallclock_seconds or s.eval_only,
-         "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: nothing ends the training"),
-        (s.artifact_budget_bytes > len(SHIPPED), f"ARTIFACT_BUDGET_BYTES="
-         f"{s.artifact_budget_bytes}: the code alone has {len(SHIPPED)} bytes; raise it"),
-        (s.codec != "zstd" or zstandard,
-         "CODEC=zstd: the package zstandard does not import: pip install zstandard, or CODEC=rans"),
-    ]
-
-
 def contradictions(s, world_size):
     """Problems with combinations of settings, ranks and packages that are each fine alone."""
-    problems = [message for holds, message in model_rules(s) + run_rules(s, world_size)
-                if not holds]
+    T, rows = s.train_seq_len, s.train_batch_tokens // s.train_seq_len
+    last = s.num_layers - 1
+    rules = [  # (condition that must hold, settings it is about, what they must be)
+        (s.model_dim % s.num_heads == 0, "MODEL_DIM NUM_HEADS", "must be a multiple of NUM_HEADS"),
+        (s.num_heads % s.num_kv_heads == 0, "NUM_HEADS NUM_KV_HEADS",
+         "must be a multiple of NUM_KV_HEADS"),
+        (s.head_dim % 2 == 0 and s.rope_dims % 2 == 0 and s.rope_dims <= s.head_dim, "ROPE_DIMS",
+         f"must be even and at most MODEL_DIM/NUM_HEADS={s.head_dim}, which must be even"),
+        ((s.rope_dims or s.head_dim) != 2 or not s.rope_ntk_reference,
+         "ROPE_DIMS ROPE_NTK_REFERENCE", "two channels cannot be stretched: set it to 0"),
+        (max(s.unique_layers, s.ttt_freeze_blocks) <= s.num_layers,
+         "UNIQUE_LAYERS TTT_FREEZE_BLOCKS NUM_LAYERS", "there are not as many blocks"),
+        (s.late_order and s.late_order[0] == 0 and len({*s.late_order}) == s.num_layers,
+         "LATE_PASSES", f"must be blocks of 0..{last} and ranges of them, commas between, 0 first "
+         "and each at least once: 0-5,3-5,6-10; or auto, or empty"),
+        (not s.late_passes or s.late_passes_from < 1, "LATE_PASSES_FROM LATE_PASSES",
+         "would be scored and never trained; lower the first, or empty the second"),
+        (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks), "VE_LAYERS",
+         f"must be different blocks of 0..{last}, commas between: 9,10; or empty"),
+        (s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "0 or at least 2: one bucket is special"),
+        (s.train_batch_tokens % T == 0 and (s.eval_only or rows % world_size == 0),
+         "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN", "must be whole rows, as many on each of "
+         f"{world_size} ranks: start a number of processes that divides the rows"),
+        (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN", "must hold a row"),
+        (s.scoring_shape[2] or s.eval_stride <= s.window, "EVAL_STRIDE",
+         f"exceeds the scoring window of {s.window} tokens"),
+        (not s.ttt_enabled or s.eval_stride, "TTT_ENABLED EVAL_STRIDE",
+         "scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
+        (not s.ttt_enabled or s.ttt_lora_rank or s.ttt_chunk_tokens == 0
+         or s.ttt_chunk_tokens >= s.least_chunk, "TTT_CHUNK_TOKENS",
+         f"must hold {s.least_chunk} tokens, a row and what a window scores; or 0"),
+        (len(s.run_id.encode("utf-8", "surrogateescape")) <= 200 and "/" not in s.run_id,
+         "RUN_ID", "is no file name of at most 200 bytes"),
+        (not s.scores_path or Path(s.scores_path).suffix == ".npy", "SCORES_PATH",
+         "must name a file .npy"),
+        (s.embed_wd >= 0 or s.embed_wd == -1, "EMBED_WD", "must be at least 0, or -1 for ADAM_WD"),
+        (s.iterations or s.max_wallclock_seconds or s.eval_only,
+         "ITERATIONS MAX_WALLCLOCK_SECONDS", "nothing ends the training"),
+        (s.artifact_budget_bytes > len(SHIPPED), "ARTIFACT_BUDGET_BYTES",
+         f"the code alone has {len(SHIPPED)} bytes"),
+        (s.codec != "zstd" or zstandard, "CODEC",
+         "the package zstandard does not import: pip install zstandard, or CODEC=rans"),
+    ]
+    problems = [f"{', '.join(f'{n}={getattr(s, n.lower())}' for n in names.split())}: {message}"
+                for holds, names, message in rules if not holds]
     if not problems and s.ttt_enabled and not s.ttt_lora_rank and not any(
             ttt_factor(name, s) for name in parameter_shapes(s)):
         problems.append(
             f"TTT_PARAMS={s.ttt_params}, TTT_OPTIMIZER={s.ttt_optimizer}, TTT_FREEZE_BLOCKS="
             f"{s.ttt_freeze_blocks} leave nothing to adapt: change one, or set TTT_ENABLED=0")
     return problems
-
-
-def import_or_none(module):
-    """The imported module, or None if its import fails in any way."""
-    try:
-        return importlib.import_module(module)
-    except Exception:
-        return None
-
-
-def number_or_text(text):
-    with contextlib.suppress(ValueError):
-        return float(text)
-    return text
 
 
 def translated(environ):
@@ -640,23 +595,18 @@ def translated(environ):
         if name in environ:
             texts[name] = name, environ[name]
     for name in (n for n in ALIASES if n in environ):
-        text, meaning = plain_text(environ[name]), ALIASES[name]
+        text, meaning = plain_text(environ[name]).removesuffix(".0"), ALIASES[name]
         try:
             stands_for = (meaning(text) if callable(meaning) else meaning[text]
                           if isinstance(meaning, dict) else {meaning: text})
         except (KeyError, ValueError):
-            choices = f"one of {', '.join(meaning)}" if isinstance(meaning, dict) else "a number"
-            problems.append(f"{name}={text}: must be {choices}")
+            way_out = ("nothing here reads it: unset it" if name in UNREAD else "must be a number"
+                       if callable(meaning) else f"must be one of {', '.join(meaning)}")
+            problems.append(f"{name}={text}: {way_out}")
             continue
         for target, value in stands_for.items():
             if target not in environ and (text == "0" or target not in texts):
                 texts[target] = name, value
-    for name in (n for n in REFUSED if n in environ):
-        text, (harmless, instead) = plain_text(environ[name]), REFUSED[name]
-        if text != harmless and (not harmless or number_or_text(text) != float(harmless)):
-            hint = f"set {instead}" if instead else "unset it"
-            problems.append(f"{name}={text}: nothing here reads it, and only the published default "
-                            f"{harmless or '(empty)'} changes nothing; {hint}")
     return texts, problems
 
 
@@ -715,9 +665,7 @@ def help_text():
 
 def find_upward(path):
     """`path` if absolute or found from the working directory, else from the script's folder up."""
-    with contextlib.suppress(RuntimeError):  # ~nobody stays as it is, and is not found
-        path = Path(path).expanduser()
-    path = Path(path)
+    path = Path(os.path.expanduser(path))  # ~nobody stays as it is, and is not found
     if path.is_absolute():
         return path
     return next((p for p in (path, *(folder / path for folder in SCRIPT.parents)) if p.exists()),
@@ -742,19 +690,16 @@ class Runtime:
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.compile = s.compile == "1" or (s.compile == "auto" and cuda)
         self.log_path, self.console, self.phase = None, True, ("", 0.0, 0.0)
-        self.terminal = on_terminal(sys.stdout) and on_terminal(sys.stderr)
+        self.terminal = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))
         self.training, self.signal = False, 0
         if cuda:
             torch.cuda.set_device(self.device)
         torch.set_float32_matmul_precision("high" if cuda else "highest")
         torch.manual_seed(s.seed)
         if self.world_size > 1:
-            try:
+            with explained(f"WORLD_SIZE={self.world_size}: the ranks do not find each other",
+                           "start with torchrun", kinds=(ValueError, dist.DistError)):
                 dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-            except (ValueError, dist.DistError) as problem:
-                raise UserError(f"WORLD_SIZE={self.world_size}: the ranks do not find each other "
-                                f"({problem}); start with torchrun, or unset WORLD_SIZE"
-                                ) from problem
 
     def close(self):
         if dist.is_initialized():
@@ -787,7 +732,7 @@ class Runtime:
     def reduce_scatter(self, x):
         """Start a sum over ranks of x [n·W, ...]; each rank gets its n rows."""
         mine = x.tensor_split(self.world_size)[self.rank]
-        if self.device.type == "cpu":  # gloo has no reduce-scatter
+        if self.device.type == "cpu":  # gloo had no reduce-scatter until torch 2.13
             return self._started(mine, dist.all_reduce, x)
         out = torch.empty_like(mine) if self.world_size > 1 else mine
         return self._started(out, dist.reduce_scatter_tensor, out, x)
@@ -884,23 +829,18 @@ def in_a_line(problem):
     return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:160]}"
 
 
-def on_terminal(stream):
-    with contextlib.suppress(AttributeError, ValueError):  # there is no stream, or it is closed
-        return stream.isatty()
-    return False
-
-
 def printed(line, stream, end="\n"):
     """Print a line in any encoding, on a terminal in place of a progress line. False where nobody
     reads the stream any more."""
     encoding = getattr(stream, "encoding", None) or "utf-8"  # None where it was closed before
-    line = "\r\033[K" * on_terminal(stream) + line
     try:
+        line = "\r\033[K" * stream.isatty() + line
         print(line.encode(encoding, "backslashreplace").decode(encoding), end=end, file=stream,
               flush=True)
         return True
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):  # Python must not fail at its exit either
+    except (AttributeError, OSError, ValueError):
+        # Python must not fail at its exit either.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False
 
@@ -911,11 +851,7 @@ class StepClock:
 
     def __init__(self, rt, spent_ms=0.0):
         self.rt, self.events, self.interrupted = rt, [], False
-        self.go_on(spent_ms)
-
-    def go_on(self, spent_ms):
-        """Restart at `spent_ms`: the time since the last reading does not count as training."""
-        self.rt.synchronize()
+        rt.synchronize()
         self.start = time.perf_counter() - spent_ms / 1000
 
     def read(self, exact=False):
@@ -945,28 +881,17 @@ def write_whole(path, content):
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(part, path)
-        except BaseException:
+        finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
-            raise
 
 
 # ---- 3. Data: shards, the training stream, validation tokens ------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
-WAYS = ("python data/cached_challenge_fineweb.py{} downloads the challenge's, "
-        "python data/build_dataset.py TEXT makes your own, "
-        "python data/build_dataset.py --demo makes those of PRESET=demo")
-GET_DATA = WAYS.format("")
-
-
-def get_data(s):
-    """The ways to what DATA_PATH and TOKENIZER_PATH name."""
-    if Path(s.data_path).name == "demo":
-        return "python data/build_dataset.py --demo makes them"
-    variant = re.fullmatch(r"fineweb10B_(sp\d+)", Path(s.data_path).name)
-    variant = f" --variant {variant[1]}" if variant else ""
-    return f"get tokens:\n  {WAYS.format(variant)}"
+GET_DATA = ("python data/cached_challenge_fineweb.py --variant sp8192 (or sp4096, sp1024) "
+            "downloads the challenge's, python data/build_dataset.py TEXT makes your own, "
+            "python data/build_dataset.py --demo makes those of PRESET=demo")
 
 
 def open_shard(path):
@@ -974,16 +899,12 @@ def open_shard(path):
     with explained(f"{path} cannot be read", GET_DATA):
         size = path.stat().st_size
         header = np.fromfile(path, "<i4", 256)
-    if size < SHARD_HEADER_BYTES:
-        raise UserError(f"{path}: {size} bytes, a shard's header alone has {SHARD_HEADER_BYTES}; "
-                        f"{GET_DATA}")
-    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path}: begins with {header[0]}, {header[1]}, not a token shard's "
-                        f"{SHARD_MAGIC}, {SHARD_VERSION}; {GET_DATA}")
-    expected = SHARD_HEADER_BYTES + 2 * int(header[2])
-    if size != expected or not header[2]:
-        raise UserError(f"{path}: {size} bytes where its header promises {header[2]} tokens = "
-                        f"{expected} bytes; delete it and fetch it again: {GET_DATA}")
+    magic, version, count = [*header[:3].tolist(), 0, 0, 0][:3]
+    expected = SHARD_HEADER_BYTES + 2 * count
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or size != expected or count < 1:
+        raise UserError(f"{path}: {size} bytes, begins with {magic}, {version} and promises "
+                        f"{count} tokens = {expected} bytes; a shard begins with {SHARD_MAGIC}, "
+                        f"{SHARD_VERSION}; {GET_DATA}")
     return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
 
 
@@ -993,7 +914,7 @@ def shard_paths(s, split):
     paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
         raise UserError(f"DATA_PATH={s.data_path}: no fineweb_{split}_*.bin in {folder}; "
-                        f"{get_data(s)}")
+                        f"{GET_DATA}")
     return paths
 
 
@@ -1108,8 +1029,7 @@ def load_validation(s):
     row = -(-s.window // s.train_seq_len) * s.train_seq_len
     if len(tokens) <= row:
         raise UserError(f"{paths[0].parent}: {len(tokens)} validation tokens, a row needs {row} + "
-                        "1; shorten TRAIN_SEQ_LEN and EVAL_SEQ_LEN, raise VAL_LIMIT_TOKENS, or "
-                        "get more")
+                        "1; shorten TRAIN_SEQ_LEN and EVAL_SEQ_LEN, or raise VAL_LIMIT_TOKENS")
     return tokens[: (len(tokens) - 1) // s.train_seq_len * s.train_seq_len + 1]
 
 
@@ -1137,12 +1057,10 @@ class ByteTable:
     def __init__(self, s):
         path = self.path = find_upward(s.tokenizer_path)
         if not path.is_file():
-            raise UserError(f"TOKENIZER_PATH={s.tokenizer_path}: no such file; {get_data(s)}")
-        try:
+            raise UserError(f"TOKENIZER_PATH={s.tokenizer_path}: no such file; {GET_DATA}")
+        with explained(f"TOKENIZER_PATH={path}: not a SentencePiece model", GET_DATA,
+                       kinds=(RuntimeError, OSError)):
             sp = self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as problem:
-            raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({problem}); "
-                            f"{GET_DATA}") from problem
         V = sp.vocab_size()
         if V != s.vocab_size:
             raise UserError(f"TOKENIZER_PATH={path}: has {V} pieces where VOCAB_SIZE="
@@ -1186,14 +1104,11 @@ class ByteTable:
     def _check_pieces(self, path, pieces):
         pieces = [p for p, edge in zip(pieces, self.boundary) if not edge]
         inside = [p for p in pieces if "▁" in p[1:] or " " in p]
-        way_out = ("build the dataset with data/build_dataset.py, which counts the bytes of the "
-                   "text (fineweb_val_bytes_*.bin)")
-        if inside:
-            raise UserError(f"TOKENIZER_PATH={path}: {len(inside)} pieces such as {inside[0]!r} "
-                            f"hold spaces that the table of pieces miscounts: {way_out}")
-        if "▁" not in pieces:
-            raise UserError(f"TOKENIZER_PATH={path}: no piece is a single space, so that runs of "
-                            f"spaces are lost: {way_out}")
+        if inside or "▁" not in pieces:
+            what = (f"{len(inside)} pieces such as {inside[0]!r} hold spaces, which the table of "
+                    "pieces miscounts" if inside else "no piece is a single space")
+            raise UserError(f"TOKENIZER_PATH={path}: {what}; build the dataset with "
+                            "data/build_dataset.py, which counts the bytes of the text")
 
     def check_text(self, tokens, path, scored=True):
         """Refuse tokens and a tokenizer that do not belong together: whole documents of the
@@ -1458,29 +1373,18 @@ def exclusive(y_BTHE, v_BTKE):
 # keys; with starts [B, T], true where a document starts, only those of its document.
 
 def sdpa(q_BTHE, k_BTKE, v_BTKE, window=0, starts_BT=None):
-    """Causal attention of grouped heads by PyTorch; windows as blocks of W queries × 2W keys."""
-    q, k, v, mask, (B, T, H, E) = q_BTHE, k_BTKE, v_BTKE, None, q_BTHE.shape
-    document = None if starts_BT is None else starts_BT.cumsum(1)
-    if document is not None and not window:
-        past = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-        mask = (past & (document[:, :, None] == document[:, None]))[:, None]
-    if window:
-        blocks = -(-T // window)
-        rest = blocks * window - T
-        q = F.pad(q, (0, 0, 0, 0, 0, rest)).reshape(B * blocks, window, H, E)
-        k, v = (F.pad(x, (0, 0, 0, 0, window, rest)).unfold(1, 2 * window, window)
-                .permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))
-        query = torch.arange(blocks * window, device=q.device).view(blocks, window, 1)
-        key = query[:, :1] - window + torch.arange(2 * window, device=q.device)
-        seen = (key >= 0) & (key <= query) & (key > query - window)
-        mask = seen.repeat(B, 1, 1)[:, None]
-        if document is not None:
-            query = F.pad(document, (0, rest)).view(B * blocks, 1, window, 1)
-            key = F.pad(document, (window, rest)).unfold(1, 2 * window, window)
-            mask = mask & (query == key.reshape(B * blocks, 1, 1, 2 * window))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    """Causal attention of grouped heads by PyTorch."""
+    mask, T = None, q_BTHE.size(1)
+    if window or starts_BT is not None:
+        position = torch.arange(T, device=q_BTHE.device)
+        behind = position[:, None] - position  # how far each key lies behind each query
+        mask = (behind >= 0) & (behind < (window or T))
+        if starts_BT is not None:
+            document = starts_BT.cumsum(1)
+            mask = (mask & (document[:, :, None] == document[:, None]))[:, None]
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-    return y.transpose(1, 2).reshape(B, -1, H, E)[:, :T]
+    return y.transpose(1, 2)
 
 
 def cumulative_lengths(starts_BT):
@@ -1508,20 +1412,22 @@ def attention_kernel(name, strict=False):
     if kernel is None:
         return sdpa
     if isinstance(kernel, str):
-        module = import_or_none(kernel)
-        flash = getattr(module, "flash_attn_func", None)
+        try:
+            module = importlib.import_module(kernel)
+        except Exception:  # a broken installation is as good as none
+            return None
 
         def attend(q, k, v, window=0, starts_BT=None):
             band = {"window_size": (window - 1, 0)} if window else {}
             if starts_BT is None:
-                out = flash(q, k, v, causal=True, **band)
+                out = module.flash_attn_func(q, k, v, causal=True, **band)
             else:
                 borders, T = cumulative_lengths(starts_BT), q.size(1)
                 out = module.flash_attn_varlen_func(
                     *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q=borders,
                     cu_seqlens_k=borders, max_seqlen_q=T, max_seqlen_k=T, causal=True, **band)
             return (out[0] if isinstance(out, tuple) else out).view_as(q)
-        return attend if flash else None
+        return attend
     order = [kernel, *(other for other in (
         SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
         SDPBackend.MATH) if other != kernel)]
@@ -1642,9 +1548,10 @@ def pass_list(s, late=False):
     """
     order = s.late_order if late else list(range(s.num_layers))
     half, passes = len(order) // 2, []
+    first_parallel = s.parallel_from or round(8 * s.num_layers / 11)
     for position, block in enumerate(order):
         core, row, skips = block % s.cores, position - half, s.unet_skips != "0"
-        parallel = block >= s.first_parallel and (row >= 0 or s.parallel == "one")
+        parallel = block >= first_parallel and (row >= 0 or s.parallel == "one")
         passes.append(Pass(
             block, core, push=skips and row < 0, skip=row if skips and 0 <= row < half else None,
             xsa=core >= s.cores - s.xsa_last_n, form=s.parallel if parallel else "0"))
@@ -1695,13 +1602,13 @@ class Attention(nn.Module):
                                           self.heads + 2 * self.kv_heads], dim=2)
         return qk, v, gate.flatten(2)[..., : self.heads]
 
-    def forward(self, u_BTD, out_scale_D, rotary, xsa, value_embedding, mix_value, fake_quant,
-                window, starts_BT):
-        """Scaled output [B,T,D] and v [B,T,K,E] before the value residual, `mix_value`."""
+    def forward(self, u_BTD, block, first_v, rotary, xsa, value_embedding, fake_quant, window,
+                starts_BT):
+        """Output [B,T,D], scaled for the block, and v [B,T,K,E] before the value residual."""
         fake_quant = fake_quant and self.coded
         qk, v, gate = self.project(u_BTD, fake_quant)
         unmixed_v = v if value_embedding is None else v + value_embedding.view_as(v)
-        v = mix_value(unmixed_v)
+        v = block.mix_value(unmixed_v, first_v)
         gain = torch.cat((self.q_gain, self.q_gain.new_ones(self.kv_heads)))
         q, k = rotate(scaled_rms_norm(qk, gain), *rotary).split([self.heads, self.kv_heads], dim=2)
         k = offset_keys(k, 2 * rotary[0].size(-1), starts_BT) if self.key_offset else k
@@ -1712,7 +1619,7 @@ class Attention(nn.Module):
         elif self.gate == "sparse":
             read = linear(u_BTD[..., : self.gate_weight.size(1)], self.gate_weight)
             y = y * torch.sigmoid(0.5 * read).unsqueeze(-1)
-        return linear(y.flatten(-2), self.o, fake_quant, out_scale_D), unmixed_v
+        return linear(y.flatten(-2), self.o, fake_quant, block.attn_scale), unmixed_v
 
 
 class MLP(nn.Module):
@@ -1727,14 +1634,6 @@ class MLP(nn.Module):
         up, down = (weight_of(w, u_BTD.dtype, fake_quant and self.coded, scale)
                     for w, scale in ((self.up, None), (self.down, out_scale_D)))
         return self.kernels.now().mlp(u_BTD.flatten(0, 1), up, down, self.slope).view_as(u_BTD)
-
-
-class Core(nn.Module):
-    """The matrices of a block; several blocks may have the same core."""
-
-    def __init__(self, s, kernels):
-        super().__init__()
-        self.attn, self.mlp = Attention(s, kernels), MLP(s, kernels)
 
 
 class Block(nn.Module):
@@ -1765,10 +1664,8 @@ class Block(nn.Module):
     def attention(self, z_BTD, core, first_v, adapter, *context):
         """a⊙Attn(u) + B·A·u with u = s·rms_norm(z), and v before the value residual; context: the
         other arguments of Attention.forward."""
-        rotary, xsa, value_embedding, fake_quant, *reach = context
         u = self.input_scale * rms_norm(z_BTD)
-        a, v = core.attn(u, self.attn_scale, rotary, xsa, value_embedding,
-                         lambda v: self.mix_value(v, first_v), fake_quant, *reach)
+        a, v = core.attn(u, self, first_v, *context)
         return adapted(a, u, adapter), v
 
     def mlp(self, y_BTD, core, fake_quant, adapter):
@@ -1824,7 +1721,9 @@ class GPT(nn.Module):
         self.ve = ValueEmbedding(s) if s.ve_blocks else None
         smeared = {"0": 0, "embed": 1 + min(12, D)}.get(s.smear_gate, D)
         self.smear = nn.Parameter(torch.zeros(smeared)) if smeared else None
-        self.cores = nn.ModuleList(Core(s, kernels) for _ in range(s.cores))
+        self.cores = nn.ModuleList(  # the matrices of a block; several blocks may share a core
+            nn.ModuleDict(dict(attn=Attention(s, kernels), mlp=MLP(s, kernels)))
+            for _ in range(s.cores))
         self.blocks = nn.ModuleList(Block(s, i) for i in range(s.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(skip_rows, D)) if skip_rows else None
         gated = skip_rows and s.unet_skips == "gated"
@@ -1916,35 +1815,13 @@ class GPT(nn.Module):
 
 # -- kinds of parameters: one table says how each parameter is initialized, trained and stored
 
-def orthogonal(p, s):
-    nn.init.orthogonal_(p)
-
-
-def orthogonal_small(p, s):
-    """× 1/√(2L) under Muon (#414; not so in #549)."""
-    gain = 1 / math.sqrt(2 * s.num_layers) if s.proj_optimizer == "muon" else 1.0
-    nn.init.orthogonal_(p, gain=gain)
-
-
-def normal(std):
-    return lambda p, s: p.normal_(std=std)
-
-
-def zero(p, s):
-    p.zero_()
-
-
-def constructed(p, s):
-    """The module's constructor gave the value."""
-
-
 @dataclass(frozen=True)
 class Kind:
     """How parameters whose names match are initialized, trained, stored, adapted. The text fields
     are names of settings; `optimizer` may also be a name of OPTIMIZERS."""
     kind: str
     pattern: str
-    init: object
+    init: object      # "orthogonal", a standard deviation; None: the constructor's value
     optimizer: str
     lr: str
     decay: str
@@ -1959,20 +1836,20 @@ _SCALAR = ("adamw", "scalar_lr", "adam_wd")
 _ATTN, _MLP = ("attn_bits", "attn_clip_sigmas"), ("mlp_bits", "mlp_clip_sigmas")
 _EMBED, _SMALL_BITS = ("embed_bits", "embed_clip_sigmas"), ("proj_bits", "attn_clip_sigmas")
 KINDS = (
-    Kind("attn", r"cores\.\d+\.attn\.[qkv]", orthogonal, *_MATRIX, *_ATTN, True),
-    Kind("attn", r"cores\.\d+\.attn\.o", zero, *_MATRIX, *_ATTN, True),
-    Kind("mlp", r"cores\.\d+\.mlp\.up", orthogonal, *_MATRIX, *_MLP, True, "ttt_fc_lr_mult"),
-    Kind("mlp", r"cores\.\d+\.mlp\.down", zero, *_MATRIX, *_MLP, True, "ttt_proj_lr_mult"),
-    Kind("proj", r"(bigram|ve)\.proj", orthogonal_small, "proj_optimizer", *_MATRIX[1:],
+    Kind("attn", r"cores\.\d+\.attn\.[qkv]", "orthogonal", *_MATRIX, *_ATTN, True),
+    Kind("attn", r"cores\.\d+\.attn\.o", 0.0, *_MATRIX, *_ATTN, True),
+    Kind("mlp", r"cores\.\d+\.mlp\.up", "orthogonal", *_MATRIX, *_MLP, True, "ttt_fc_lr_mult"),
+    Kind("mlp", r"cores\.\d+\.mlp\.down", 0.0, *_MATRIX, *_MLP, True, "ttt_proj_lr_mult"),
+    Kind("proj", r"(bigram|ve)\.proj", "orthogonal", "proj_optimizer", *_MATRIX[1:],
          *_SMALL_BITS, False),
-    Kind("table", "tok_emb", normal(0.005), *_TABLE, *_EMBED, True),  # as the head
-    Kind("table", r"ve\.table", normal(0.01), *_TABLE, *_EMBED, False),
-    Kind("hashed", r"bigram\.table", zero, *_TABLE, "bigram_bits", "embed_clip_sigmas", False),
-    Kind("gate", r"cores\.\d+\.attn\.gate_weight", constructed, *_SCALAR, *_SMALL_BITS, False),
+    Kind("table", "tok_emb", 0.005, *_TABLE, *_EMBED, True),  # as the head
+    Kind("table", r"ve\.table", 0.01, *_TABLE, *_EMBED, False),
+    Kind("hashed", r"bigram\.table", 0.0, *_TABLE, "bigram_bits", "embed_clip_sigmas", False),
+    Kind("gate", r"cores\.\d+\.attn\.gate_weight", None, *_SCALAR, *_SMALL_BITS, False),
     Kind("control", r"cores\.\d+\.attn\.(q_gain|gate_bias)"
          r"|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|value_residual)"
          r"|smear|skip_weights|skip_gates|lanes|(bigram|ve)\.scale|ve\.block_scales",
-         constructed, *_SCALAR, "", "", False),
+         None, *_SCALAR, "", "", False),
 )
 
 
@@ -1994,19 +1871,26 @@ def setting_or(s, name, default=None):
 def init_weights(model, s):
     """Fill every parameter by its row of KINDS. Raises AssertionError where one stays empty."""
     for name, p in model.named_parameters():
-        kind_of(name).init(p, s)
+        row = kind_of(name)
+        if row.init == "orthogonal":  # × 1/√(2L) for projections under Muon (#414; not so in #549)
+            small = row.kind == "proj" and s.proj_optimizer == "muon"
+            nn.init.orthogonal_(p, gain=1 / math.sqrt(2 * s.num_layers) if small else 1.0)
+        elif row.init is not None:
+            p.normal_(std=row.init) if row.init else p.zero_()
         assert torch.isfinite(p).all(), f"{name} was left without an initial value"
+
+
+def too_large(s):
+    return explained(f"MODEL_DIM={s.model_dim}, BIGRAM_VOCAB_SIZE={s.bigram_vocab_size}: no memory "
+                     "for such a model", "make it smaller", kinds=RuntimeError)
 
 
 def build_model(s, rt):
     """(model with its initial weights on the device, equal on every rank; names of its kernels)."""
     names, kernels = choose_kernels(s, rt)
     torch.manual_seed(s.seed)
-    try:
+    with too_large(s):
         model = GPT(s, rt.dtype, kernels)
-    except RuntimeError as problem:
-        raise UserError(f"MODEL_DIM={s.model_dim}, BIGRAM_VOCAB_SIZE={s.bigram_vocab_size}: no "
-                        f"memory for such a model ({problem})") from problem
     init_weights(model, s)
     return model.to(rt.device), names
 
@@ -2014,12 +1898,8 @@ def build_model(s, rt):
 @functools.lru_cache(8)
 def parameter_shapes(s):
     """{name: shape}, without allocating. Raises UserError where the settings make no model."""
-    try:
-        with torch.device("meta"):
-            return {name: tuple(p.shape) for name, p in GPT(s).named_parameters()}
-    except RuntimeError as problem:
-        raise UserError(f"MODEL_DIM={s.model_dim}, MLP_MULT={s.mlp_mult}: too large for any memory "
-                        f"({problem})") from problem
+    with too_large(s), torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in GPT(s).named_parameters()}
 
 
 def parameter_counts(s):
@@ -2560,10 +2440,8 @@ INDEX_MOST_BYTES, MOST_WEIGHTS_PER_BYTE = 1 << 20, 64
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORMAL,
                      mf=lzma.MF_BT4, nice_len=64, depth=1, dict_size=1 << 16)]
 # Settings that are not stored: where files are and how this machine computes.
-TIED_TO_THE_RUN = (
-    "preset", "run_id", "device", "compile", "attention", "kernels", "out_dir", "eval_only",
-    "scores_path", "data_path", "tokenizer_path", "val_limit_tokens", "checkpoint_every_seconds",
-    "resume")
+TIED_TO_THE_RUN = {name for name, (section, _) in DESCRIBED.items() if section == "Run"} - {
+    "seed"} | {"data_path", "tokenizer_path", "val_limit_tokens"}
 
 
 class ArtifactError(UserError):
@@ -2789,8 +2667,7 @@ def read_artifact(path, sha256=""):
         content = Path(path).expanduser().read_bytes()
     if sha256 and sha256 != (found := hashlib.sha256(content).hexdigest()):
         raise UserError(f"{path}: SHA-256 {found}, where this run wrote or found {sha256}: the "
-                        f"file was replaced, and is not scored; EVAL_ONLY={path} scores what is "
-                        "there, an OUT_DIR of its own keeps others away")
+                        f"file was replaced; EVAL_ONLY={path} scores what is there")
     return decode_artifact(content, path)
 
 
@@ -2833,9 +2710,8 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
             content, level = found, near
         elif not compensate:
             raise UserError(f"the model takes {len(found)} bytes at the coarsest scales, "
-                            f"{len(found) - budget_bytes} more than the {budget_bytes} that "
-                            f"ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes} leaves beside the "
-                            "code; shrink the model")
+                            f"{len(found) - budget_bytes} more than ARTIFACT_BUDGET_BYTES="
+                            f"{s.artifact_budget_bytes} leaves beside the code; shrink the model")
     log(f"artifact:{s.quant_fit} {level:.6g} takes {len(content)} of {budget_bytes} bytes")
     return content
 
@@ -2928,8 +2804,6 @@ class ScoreLedger:
 def window_plan(targets, length, stride):
     """The plan from left to right: the first window scores all its targets, each later one the
     `stride` after those scored before, the last one what is left."""
-    if targets < length:
-        raise ValueError(f"{targets} targets do not fill a window of {length}")
     last = np.append(np.arange(length, targets, stride, dtype=np.int64), targets)
     return last - length, np.concatenate(([0], last[:-1])), last
 
@@ -2944,11 +2818,10 @@ def stream_plan(targets, length, stride, streams):
     return np.maximum(last - length, 0), first, last
 
 
-def chunk_plan(first, targets, chunk):
+def chunk_plan(first, chunk):
     """Ranges of windows [(begin, end)] whose first targets are in one stretch of `chunk`."""
-    borders = np.searchsorted(first, np.arange(0, targets, chunk))
-    borders = np.unique(np.append(borders, len(first)))
-    return list(zip(borders[:-1].tolist(), borders[1:].tolist()))
+    borders = [0, *(np.flatnonzero(np.diff(first // chunk)) + 1).tolist(), len(first)]
+    return list(zip(borders, borders[1:]))
 
 
 class Scorer:
@@ -2968,9 +2841,8 @@ class Scorer:
             stream_plan(targets, self.length, stride, streams) if streams
             else window_plan(targets, self.length, stride))
         self.chunks = ([(n, n + streams) for n in range(0, len(self.first), streams)] if streams
-                       else chunk_plan(self.first, targets, chunk_tokens))
-        self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(rt.device)
-        self.offsets = torch.arange(self.length + 1, device=rt.device)
+                       else chunk_plan(self.first, chunk_tokens))
+        self.tokens = tokens.astype(np.int64)
         most = max(-(-(end - begin) // rt.world_size) for begin, end in self.chunks)
         batches = -(-most // max(1, s.eval_batch_seqs * s.window // self.length))
         self.batch = -(-most // batches)
@@ -2987,30 +2859,23 @@ class Scorer:
     def score(self, begin, end, tick=lambda windows: None, more_of=lambda windows: {}):
         """nll of the targets of windows [begin, end), in the order of the windows, on every rank.
         more_of(windows): more arguments for the model."""
-        start, first, last = (torch.from_numpy(x[begin:end]).to(self.rt.device)
-                              for x in (self.start, self.first, self.last))
-        offset = (last - first).cumsum(0) - last  # of a window's targets to their places in `out`
-        total = int((last - first).sum())
-        # scores, and how often each target was scored; the last slot is discarded
-        out = torch.zeros(2, total + 1, device=self.rt.device)
-        low, high = self.rt.share(end - begin)
+        fresh = self.last - self.first  # how many targets each window scores
+        low, high = (begin + n for n in self.rt.share(end - begin))
+        place = int(fresh[begin:low].sum())
+        out = torch.zeros(int(fresh[begin:end].sum()), device=self.rt.device)
         for b in range(low, high, self.batch):
-            w = torch.arange(b, b + self.batch, device=self.rt.device)
-            mine, w = (w < high)[:, None], w.clamp(max=high - 1)  # a short batch repeats a window
-            at = start[w, None] + self.offsets
-            rows, at = self.tokens[at].long(), at[:, :-1]
-            nll = self.model(rows[:, :-1], rows[:, 1:], **more_of(w))
-            fresh = (at >= first[w, None]) & (at < last[w, None]) & mine
-            place = torch.where(fresh, at + offset[w, None], total).flatten()
-            out[0].scatter_(0, place, nll.flatten())
-            out[1].scatter_add_(0, place, torch.ones_like(nll).flatten())
+            w = np.arange(b, b + self.batch).clip(max=high - 1)  # a short batch repeats a window
+            at = self.start[w, None] + np.arange(self.length + 1)
+            new = (at[:, :-1] >= self.first[w, None]) & (at[:, :-1] < self.last[w, None])
+            new[high - b:] = False
+            rows, new, w = (torch.from_numpy(x).to(self.rt.device)
+                            for x in (self.tokens[at], new, w - begin))
+            scores = self.model(rows[:, :-1], rows[:, 1:], **more_of(w))[new]
+            out[place: place + len(scores)] = scores
+            place += len(scores)
             tick((min(b + self.batch, high) - low) * self.rt.world_size)
         self.tokens_read += (end - begin) * self.length
-        scores, times = self.rt.sum_(out)[:, :-1].cpu().numpy()
-        if not (times == 1).all():
-            raise LedgerError(f"score number {int(np.argmax(times != 1))} of windows {begin} to "
-                              f"{end} made {int(times[times != 1][0])} times")
-        return scores
+        return self.rt.sum_(out).cpu().numpy()
 
 
 def stretches(first, last):
@@ -3034,7 +2899,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opene
     rt.any_rank(False)  # a barrier: no rank's clock counts what another does before
     started = time.perf_counter()
     if adapter:
-        adapter.begin(scorer, byte_table)
+        adapter.begin(scorer)
     deadline, windows = math.inf, len(scorer.first)
     if s.eval_wallclock_seconds:  # 2 % for what no forecast knows
         deadline = (opened or started) + 0.98 * s.eval_wallclock_seconds
@@ -3080,8 +2945,7 @@ class WeightTTT:
     and log; the optimizer's state lasts for the evaluation."""
 
     def __init__(self, model, forward, s, rt):
-        self.s, self.rt, self.forward = s, rt, forward
-        self.label = "ttt_banded" if s.scoring_shape[2] else "ttt_sliding"
+        self.s, self.rt, self.forward, self.step_seconds = s, rt, forward, []
         groups = {}
         for name, p in model.named_parameters():
             factor = ttt_factor(name, s)
@@ -3093,13 +2957,9 @@ class WeightTTT:
         self.optimizers = Optimizers([make(params, factor * s.ttt_lr, 0.0, s, rt)
                                       for factor, params in groups.items()], 1.0, rt)
         self.params = self.optimizers.params
-        self.trained = sum(p.numel() for p in self.params)
-        self.frozen = sum(p.numel() for p in model.parameters()) - self.trained
-        self.step_seconds, self.byte_count, self.loss = [], 0, 0.0
         rows = min(s.ttt_batch_seqs, s.ttt_chunk_tokens // s.train_seq_len)
         self.pass_rows = max(1, min(-(-rows // rt.world_size),
                                     s.micro_batch_tokens // s.train_seq_len))
-        rt.log(f"{self.label}:params unfrozen={self.trained} frozen={self.frozen}")
 
     def chunks(self, targets):
         """The Scorer's argument for what it scores between two calls of adapt()."""
@@ -3109,13 +2969,11 @@ class WeightTTT:
         """What the model gets beside tokens."""
         return {}
 
-    def begin(self, scorer, byte_table):
+    def begin(self, scorer):
         """Log the plan."""
-        s, self.started, self.byte_table = self.s, time.perf_counter(), byte_table
-        self.rt.log(
-            f"{self.label}:start chunks={len(scorer.chunks)} chunk_tokens={s.ttt_chunk_tokens} "
-            f"total_windows={len(scorer.first)} stride={s.scoring_shape[1]} ttt_lr={s.ttt_lr} "
-            f"ttt_epochs={s.ttt_epochs} freeze_blocks={s.ttt_freeze_blocks}")
+        self.started = time.perf_counter()
+        self.rt.log(f"ttt_weights:start chunks={len(scorer.chunks)} chunk_tokens="
+                    f"{self.s.ttt_chunk_tokens} parameters={sum(p.numel() for p in self.params)}")
 
     def warm_up(self, scorer):
         """Compile for the one shape of a micro-batch, on random tokens; no weight changes."""
@@ -3135,8 +2993,6 @@ class WeightTTT:
         """
         s, (first, last) = self.s, (parts[0][0], parts[-1][1])
         rows = ledger.rows_for_adapting(first, last, s.train_seq_len)
-        self.byte_count += self.byte_table.count(ledger.tokens[first: last + 1], first)
-        self.loss += float(ledger.nll[first:last].sum(dtype=np.float64))
         batches = rows.split(s.ttt_batch_seqs) if len(rows) else ()
         epochs = s.ttt_epochs if s.ttt_epochs >= 0 else 10 if self.step_seconds else 1
         if self.step_seconds:
@@ -3154,19 +3010,16 @@ class WeightTTT:
             if k + 1 in (1, steps):
                 self.rt.synchronize()
             self.step_seconds.append(time.perf_counter() - started)
-        self._log(chunk, chunks, epochs)
-        return epochs
-
-    def _log(self, chunk, chunks, epochs):
-        wanted = self.s.ttt_epochs if self.s.ttt_epochs >= 0 else 1
+        wanted = s.ttt_epochs if s.ttt_epochs >= 0 else 1
         if epochs < wanted:
-            self.rt.log(f"{self.label}:late chunk={chunk + 1}/{chunks} epochs={epochs} of "
-                        f"{wanted}: EVAL_WALLCLOCK_SECONDS="
-                        f"{self.s.eval_wallclock_seconds:g} must hold the scoring that is left")
+            self.rt.log(f"ttt_weights:late chunk={chunk + 1}/{chunks} epochs={epochs} of {wanted}: "
+                        f"EVAL_WALLCLOCK_SECONDS={s.eval_wallclock_seconds:g} must hold the "
+                        "scoring that is left")
         if chunk % 10 == 0 or chunk + 2 == chunks:
-            self.rt.log(f"  ttt_chunk [{chunk + 1}/{chunks}] "
-                        f"bpb={bits_per_byte(self.loss, max(self.byte_count, 1)):.6f} "
+            self.rt.log(f"  ttt_chunk [{chunk + 1}/{chunks}] val_loss="
+                        f"{np.nanmean(ledger.nll, dtype=np.float64):.6f} "
                         f"time={time.perf_counter() - self.started:.1f}s")
+        return epochs
 
     def _backward(self, batch):
         """This rank's part of the gradients of the batch's mean nll. Compiled
@@ -3204,7 +3057,7 @@ class LoraTTT:
         streams = min(self.s.ttt_batch_seqs, targets // (16 * self.s.ttt_shape[0]))
         return dict(streams=max(1, streams))
 
-    def begin(self, scorer, byte_table=None):
+    def begin(self, scorer):
         """The adapters of this rank's streams, [n, r, D] and [n, R, r] of each site, and their
         state. A rank without a stream still holds one set, to compile with."""
         self.scorer, self.started = scorer, time.perf_counter()
@@ -3251,7 +3104,12 @@ class LoraTTT:
             new = torch.arange(length, 0, -1, device=rt.device) <= new
             ends = new & (rows[:, 1:] == BOS)  # the target that ends a document
             new &= ends.flip(1).cumsum(1).flip(1) == 0
-            self._begin_anew(ends.any(1)[:, None, None])
+            kept = ~ends.any(1)[:, None, None]
+            with torch.no_grad():
+                for p, initial in zip(self.params, self.initial):
+                    p.copy_(torch.where(kept, p, initial))
+                for state in (*self.squares, *self.moved, self.steps):
+                    state.mul_(kept)
             if not late:
                 self._backward(rows, new / new.sum(1, keepdim=True).clamp(min=1))
         if scored and not late:
@@ -3270,14 +3128,6 @@ class LoraTTT:
             nll = self.scorer.model(rows[stream, :-1], rows[stream, 1:],
                                     **self.arguments(stream + self.low))
             (nll * weights[stream] * inside).sum().backward()
-
-    @torch.no_grad()
-    def _begin_anew(self, streams_n11):
-        for p, square, moved, initial in zip(self.params, self.squares, self.moved, self.initial):
-            p.copy_(torch.where(streams_n11, initial, p))
-            square.mul_(~streams_n11)
-            moved.mul_(~streams_n11)
-        self.steps.mul_(~streams_n11)
 
     @torch.no_grad()
     def _step(self, active_n11):
@@ -3319,7 +3169,7 @@ class Checkpoints:
         self.folder = Path(s.out_dir).expanduser() / "checkpoints"
         data = [[p.name, len(t), hashlib.sha256(t[: 1 << 16].tobytes()).hexdigest()]
                 for p, t in zip(stream.paths, stream.shards)]
-        free = (*TIED_TO_THE_RUN, "micro_batch_tokens", "train_log_every")
+        free = TIED_TO_THE_RUN | {"micro_batch_tokens", "train_log_every"}
         self.key = {name: getattr(s, name) for name, (section, _) in DESCRIBED.items()
                     if section != "Evaluation" and name not in free}
         self.key.update(data=hashlib.sha256(compact_json(data=data)).hexdigest(),
@@ -3440,7 +3290,7 @@ class Trainer:
                 self.elapsed = clock.read(exact=True)
                 result = validate()
                 self.log(f"val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}")
-                clock.go_on(self.elapsed)
+                clock = StepClock(rt, self.elapsed)
             if over:
                 break
             loss, norm, scale = self.train_step(next(batches))
@@ -3665,13 +3515,11 @@ def claim_places(s, rt, path, log_path):
             print(f"process {os.getpid()} on {platform.node()}, RUN_ID={s.run_id}", end="",
                   file=rt.lock, flush=True)
         if free < s.artifact_budget_bytes:
-            raise UserError(f"OUT_DIR={s.out_dir}: {free} bytes free are less than "
-                            f"ARTIFACT_BUDGET_BYTES={s.artifact_budget_bytes}; make room, or set "
-                            "another OUT_DIR")
+            raise UserError(f"OUT_DIR={s.out_dir}: {free} bytes free are less than ARTIFACT_BUDGET_"
+                            f"BYTES={s.artifact_budget_bytes}; make room, or set another OUT_DIR")
     for place in path, log_path.with_suffix(".json"):
         if place.is_dir():
-            raise UserError(f"OUT_DIR={s.out_dir}: {place} is a folder; move it, or set another "
-                            "OUT_DIR")
+            raise UserError(f"OUT_DIR={s.out_dir}: {place} is a folder; move it away")
     if s.scores_path:
         with explained(f"SCORES_PATH={s.scores_path} cannot be written", "name another file"):
             target = Path(s.scores_path).expanduser()
@@ -3856,12 +3704,10 @@ def settings_of_artifact(path, environ, world_size=1):
     variables where that does not contradict the model or its training. Raises UserError."""
     stored, tensors, _ = read_artifact(path)
     for name, value in stored.items():
-        try:
+        with explained(f"{path}: holds {name}={value}", "make it again", ArtifactError, ValueError):
             if name not in TYPES or name in TIED_TO_THE_RUN:  # none says where to write
-                raise ValueError("no artifact of this script has")
+                raise ValueError("no artifact of this script has that")
             stored[name] = parse_value(name, value)
-        except ValueError as problem:
-            raise ArtifactError(f"{path}: holds {name}={value}, which {problem}") from problem
     s, explicit = resolve_settings(environ, stored, world_size)
     unsaid = [name.upper() for name, (section, _) in DESCRIBED.items()
               if section == "Model" and name not in stored and name.upper() not in explicit]
@@ -3924,7 +3770,6 @@ def main(argv, environ):
         printed(text, sys.stderr if unknown else sys.stdout)
         return 2 if unknown else 0
     rt, s, rank = None, None, 0
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         ranks = rank, world_size, _ = launched_ranks(environ)
         artifact = environ.get("EVAL_ONLY", "").strip()
@@ -3939,7 +3784,7 @@ def main(argv, environ):
             torch._dynamo.config.cache_size_limit = 64
         rt = Runtime(s, ranks)
         for number in SIGNALS:
-            if handlers[number] != signal.SIG_IGN:  # as nohup does
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
                 signal.signal(number, rt.on_signal)
         run_job(s, rt, explicit)
         rt.close()
@@ -3957,9 +3802,6 @@ def main(argv, environ):
                        f"EVAL_BATCH_SEQS={s.eval_batch_seqs} (scoring and TTT): {problem}")
         printed(f"error{f' on rank {rank}' if rank else ''}: {problem}", sys.stderr)
         return 2
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

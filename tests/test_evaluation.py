@@ -37,7 +37,7 @@ def test_every_target_is_in_one_window_and_every_window_in_one_chunk(plan, chunk
         times[first: start + length] += 1
     assert (times == 1).all() and (np.diff(firsts) > 0).all()
     assert len(starts) == 1 + math.ceil((targets - length) / stride)
-    chunks = chunk_plan(firsts, targets, chunk)
+    chunks = chunk_plan(firsts, chunk)
     assert [w for begin, end in chunks for w in range(begin, end)] == list(range(len(firsts)))
     stretches = [{int(f) // chunk for f in firsts[begin:end]} for begin, end in chunks]
     assert all(len(s) == 1 for s in stretches) and len(set.union(*stretches)) == len(chunks)
@@ -57,12 +57,6 @@ def test_every_target_is_in_one_pass_of_its_stream_and_streams_go_from_left_to_r
     assert len(first) == -(-int(sizes.max()) // stride), "and no pass more than needed"
 
 
-@pytest.mark.parametrize("targets, length", [(0, 1), (31, 32)])
-def test_too_few_targets_are_refused(targets, length):
-    with pytest.raises(ValueError):
-        window_plan(targets, length, 1)
-
-
 class Onlooker:
     """Stands for an adapter: keeps what it is given and does act(ledger, first, last)."""
 
@@ -72,7 +66,7 @@ class Onlooker:
     def chunks(self, targets):
         return dict(chunk_tokens=self.chunk_tokens)
 
-    def begin(self, scorer, byte_table):
+    def begin(self, scorer):
         assert not self.given, "before the first score"
 
     def arguments(self, passes):
@@ -105,7 +99,7 @@ def test_every_target_gets_its_own_score_and_all_but_the_last_chunk_are_trained_
     result, book = train_gpt.evaluate(model, tokens, table, s, rt, "test", plan, onlooker)
     assert (book.nll == tokens[1:]).all()
     length = min(prefix + segment, targets)
-    count = len(chunk_plan(window_plan(targets, length, segment)[1], targets, segment + chunk))
+    count = len(chunk_plan(window_plan(targets, length, segment)[1], segment + chunk))
     ends = [last for _, last, *_ in onlooker.given]
     assert [first for first, *_ in onlooker.given] == [0, *ends[:-1]][:len(ends)]
     assert all(end < targets for end in ends)

@@ -16,7 +16,7 @@ def chunks_of(w):
     """How many chunks the plan makes; an epoch of each is one step."""
     targets = len(w.tokens) - 1
     return len(train_gpt.chunk_plan(train_gpt.window_plan(targets, *w.s.scoring_shape[:2])[1],
-                                    targets, w.s.ttt_chunk_tokens))
+                                    w.s.ttt_chunk_tokens))
 
 
 def timed(tiny, seconds, pass_seconds=0.0, **variables):

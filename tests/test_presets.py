@@ -219,4 +219,4 @@ def test_every_published_name_is_understood():
     GPTQ_LITE QUANT_EVAL_EVERY TTT_PERLAYER_LR TTT_PROJ_LR_MULT TTT_FC_LR_MULT TTT_INTRA_COSINE FP16_KEEP_NAME_PATTERNS
     INT8_CLIP_PERCENTILE""".split()
     own = {f.name.upper() for f in train_gpt.fields(train_gpt.Settings)}
-    assert not set(published) - own - set(train_gpt.ALIASES) - set(train_gpt.REFUSED)
+    assert not set(published) - own - set(train_gpt.ALIASES)
