@@ -1736,8 +1736,8 @@ class Attention(nn.Module):
             padding = self.gate_weight.new_zeros(-self.heads % self.head_dim, u_BTD.size(-1))
             weights += [self.gate_weight, padding]
         heads = linear(u_BTD, torch.cat(weights)).unflatten(-1, (-1, self.head_dim))
-        qk, v, gate = heads.tensor_split([self.heads + self.kv_heads,
-                                          self.heads + 2 * self.kv_heads], dim=2)
+        qk, v, gate = heads.split([self.heads + self.kv_heads, self.kv_heads,
+                                   heads.size(2) - self.heads - 2 * self.kv_heads], dim=2)
         return qk, v, gate.flatten(2)[..., : self.heads]
 
     def forward(self, u_BTD, out_scale_D, rotary, xsa, value_embedding, mix_value, fake_quant,
