@@ -17,7 +17,13 @@ part() {  # part <most seconds> <name> NAME=value... <command...>
     shift 2
     if ((left < 10)); then SUMMARY+=("$name: left out, no time"); return; fi
     echo "== $name, at $SECONDS s"
-    timeout --signal=KILL $((most < left ? most : left)) env "$@" 2>&1 | tee "$OUT/$name.txt"
+    {  # what a killed part leaves behind is killed too: it would hold the pipe, and the script would wait for it
+        timeout --signal=KILL $((most < left ? most : left)) env "$@" &
+        wait $!
+        status=$?
+        kill -KILL -- -$! 2>/dev/null
+        exit $status
+    } 2>&1 | tee "$OUT/$name.txt"
     status=${PIPESTATUS[0]}
     SUMMARY+=("$name: $([ "$status" = 0 ] && echo done || echo "ended with status $status") at $SECONDS s")
 }
