@@ -1820,8 +1820,9 @@ class Block(nn.Module):
         (σ(λ), 1 − σ(λ)) (VRL, #657). Block 0 has none, so it must run first."""
         if self.value_residual is None:
             return v
-        p = self.value_residual.to(v.dtype)
-        return p[0] * first_v + p[1] * v if len(p) == 2 else torch.lerp(v, first_v, p.sigmoid())
+        p = self.value_residual.expand(*v.shape[:3], -1)  # so that one sum over E serves both
+        a, *b = p.to(v.dtype).split(1, dim=-1)
+        return a * first_v + b[0] * v if b else torch.lerp(v, first_v, a.sigmoid())
 
     def mix(self, x_BTD, x0_BTD):
         """m₀⊙x + m₁⊙x₀."""

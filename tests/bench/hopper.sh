@@ -47,7 +47,7 @@ run() {  # run <most seconds> <name> NAME=value...: train_gpt.py with its files 
     part "$most" "$name" "${DATA[@]}" RUN_ID="$name" OUT_DIR="$OUT/$name" "$@" "$PYTHON" train_gpt.py
 }
 
-run 90 everything_small "${SMALL[@]}" ITERATIONS=6 WARMUP_STEPS=2 GPTQ_BATCHES=1 VAL_LIMIT_TOKENS=65536
+run 90 everything_small "${SMALL[@]}" ITERATIONS=6 WARMUP_STEPS=2 GPTQ_BATCHES=1 VAL_LIMIT_TOKENS=$((TARGETS < 65536 ? TARGETS : 65536))
 part 40 attention "${SHAPE[@]}" "$PYTHON" tests/bench/attention.py
 part 40 attention_banded "${SHAPE[@]}" "$PYTHON" tests/bench/attention.py --rows 10 --tokens 6144 --window 2048
 part 110 step "${SHAPE[@]}" "$PYTHON" tests/bench/step.py
