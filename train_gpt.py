@@ -1477,7 +1477,7 @@ class Exclusive(torch.autograd.Function):
             along = (d * v).sum(-1, keepdim=True) / energy
             dy.append(d - along * v)
             dv = dv - share * d - along * (rest - share * v)
-        dv = dv.as_strided(dv.shape, dv.stride())  # makes the compiler store it, not compute it anew
+        dv = dv.as_strided(dv.shape, dv.stride())  # stored, not computed anew by its users
         return torch.stack(dy, 3).flatten(2, 3), dv, torch.stack(dgate, 3).flatten(2)
 
 
