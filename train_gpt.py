@@ -1342,31 +1342,51 @@ def rotary_tables(s, length):
     return angle.cos().float(), angle.sin().float()
 
 
-def rotate(x_BTHE, cos, sin):
-    """Rotary embedding of the first 2·cos.size(-1) channels of each head, halves paired."""
+def rotate(x_BTHE, cos, sin, change=None):
+    """Rotary embedding of the first 2·cos.size(-1) channels of each head, halves paired.
+    `change` is applied to the other channels."""
     half, T = cos.size(-1), x_BTHE.size(1)
     cos, sin = (t[:T, None].to(x_BTHE.dtype) for t in (cos, sin))
     x1, x2, rest = x_BTHE.split([half, half, x_BTHE.size(-1) - 2 * half], dim=-1)
+    rest = change(rest) if change else rest
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
-def offset_keys(k_BTKE, rotated, starts_BT=None):
-    """The channels from `rotated` on of the position before; the first position, and those where
-    documents start, keep their own. A query that matches a token then reads the value of the one
-    that followed it, in one layer (partial key offset, nanogpt speedrun #49)."""
-    fixed = k_BTKE[..., rotated:]
-    moved = torch.cat((fixed[:, :1], fixed[:, :-1]), dim=1)
-    if starts_BT is not None:
-        moved = torch.where(starts_BT[..., None, None], fixed, moved)
-    return torch.cat((k_BTKE[..., :rotated], moved), dim=-1)
+def offset_keys(k_BTKE, starts_BT=None):
+    """The channels of the position before; the first position, and those where documents start,
+    keep their own. A query that matches a token then reads the value of the one that followed it,
+    in one layer (partial key offset, nanogpt speedrun #49)."""
+    moved = torch.cat((k_BTKE[:, :1], k_BTKE[:, :-1]), dim=1)
+    return moved if starts_BT is None else torch.where(starts_BT[..., None, None], k_BTKE, moved)
 
 
-def exclusive(y_BTHE, v_BTKE):
-    """XSA: the attention output less its projection on the position's v (of its group)."""
-    B, T, H, E = y_BTHE.shape
-    v, y = v_BTKE.unsqueeze(3), y_BTHE.view(B, T, v_BTKE.size(2), -1, E)
-    share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
-    return (y - share * v).view(B, T, H, E)
+class Exclusive(torch.autograd.Function):
+    """XSA: the attention output less its projection on the position's v (of its group), times the
+    gate of each head. The gradients, one head of a group after the other, are one kernel."""
+
+    @staticmethod
+    def forward(ctx, y_BTHE, v_BTKE, gate_BTH):
+        ctx.save_for_backward(y_BTHE, v_BTKE, gate_BTH)
+        y, gate = (x.unflatten(2, (v_BTKE.size(2), -1)) for x in (y_BTHE, gate_BTH.unsqueeze(-1)))
+        v = v_BTKE.unsqueeze(3)
+        share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
+        return ((y - share * v) * gate).flatten(2, 3)
+
+    @staticmethod
+    def backward(ctx, grad):
+        y_BTHE, v, gate_BTH = ctx.saved_tensors
+        dy, dv, dgate, energy = [], 0, [], v.square().sum(-1, keepdim=True).clamp_min(1e-24)
+        for y, d, gate in zip(*(x.unflatten(2, (v.size(2), -1)).unbind(3) for x in (
+                y_BTHE, grad, gate_BTH.unsqueeze(-1)))):
+            share = (y * v).sum(-1, keepdim=True) / energy
+            rest = y - share * v
+            dgate.append((d * rest).sum(-1))
+            d = d * gate
+            along = (d * v).sum(-1, keepdim=True) / energy
+            dy.append(d - along * v)
+            dv = dv - share * d - along * (rest - share * v)
+        dv = dv.as_strided(dv.shape, dv.stride())  # stored, not computed anew by its users
+        return torch.stack(dy, 3).flatten(2, 3), dv, torch.stack(dgate, 3).flatten(2)
 
 
 # -- attention: functions attend(q, k, v, window, starts). With window W a query sees the last W
@@ -1591,34 +1611,36 @@ class Attention(nn.Module):
             self.gate_weight = nn.Parameter(torch.zeros(s.num_heads, min(12, D)))
 
     def project(self, u_BTD, fake_quant):
-        """q and k [B,T,H+K,E], v [B,T,K,E] and the logits of a "head" gate [B,T,H] (else empty), by
+        """q [B,T,H,E], k and v [B,T,K,E] and the logits of a "head" gate [B,T,H] (else empty), by
         one product: it reads u once, forward and backward."""
         weights = [fake_quantize(w) if fake_quant else w for w in (self.q, self.k, self.v)]
         if self.gate == "head":  # padded to whole heads: one kernel then joins all gradients
             padding = self.gate_weight.new_zeros(-self.heads % self.head_dim, u_BTD.size(-1))
             weights += [self.gate_weight, padding]
         heads = linear(u_BTD, torch.cat(weights)).unflatten(-1, (-1, self.head_dim))
-        qk, v, gate = heads.tensor_split([self.heads + self.kv_heads,
-                                          self.heads + 2 * self.kv_heads], dim=2)
-        return qk, v, gate.flatten(2)[..., : self.heads]
+        q, k, v, gate = heads.split([self.heads, self.kv_heads, self.kv_heads,
+                                     heads.size(2) - self.heads - 2 * self.kv_heads], dim=2)
+        return q, k, v, gate.flatten(2)[..., : self.heads]
 
     def forward(self, u_BTD, block, first_v, rotary, xsa, value_embedding, fake_quant, window,
                 starts_BT):
         """Output [B,T,D], scaled for the block, and v [B,T,K,E] before the value residual."""
         fake_quant = fake_quant and self.coded
-        qk, v, gate = self.project(u_BTD, fake_quant)
+        q, k, v, gate = self.project(u_BTD, fake_quant)
         unmixed_v = v if value_embedding is None else v + value_embedding.view_as(v)
         v = block.mix_value(unmixed_v, first_v)
-        gain = torch.cat((self.q_gain, self.q_gain.new_ones(self.kv_heads)))
-        q, k = rotate(scaled_rms_norm(qk, gain), *rotary).split([self.heads, self.kv_heads], dim=2)
-        k = offset_keys(k, 2 * rotary[0].size(-1), starts_BT) if self.key_offset else k
+        q = rotate(scaled_rms_norm(q, self.q_gain), *rotary)
+        offset = functools.partial(offset_keys, starts_BT=starts_BT) if self.key_offset else None
+        k = rotate(rms_norm(k), *rotary, offset)
         y = self.attend(q, k, v, window, starts_BT)
-        y = exclusive(y, v) if xsa else y
         if self.gate == "head":
-            y = y * torch.sigmoid(gate + self.gate_bias.to(y.dtype)).unsqueeze(-1)
+            gate = torch.sigmoid(gate + self.gate_bias.to(y.dtype))
         elif self.gate == "sparse":
             read = linear(u_BTD[..., : self.gate_weight.size(1)], self.gate_weight)
-            y = y * torch.sigmoid(0.5 * read).unsqueeze(-1)
+            gate = torch.sigmoid(0.5 * read)
+        else:
+            gate = y.new_ones(y.shape[:-1])
+        y = Exclusive.apply(y, v, gate) if xsa else y * gate.unsqueeze(-1)
         return linear(y.flatten(-2), self.o, fake_quant, block.attn_scale), unmixed_v
 
 
@@ -1653,8 +1675,9 @@ class Block(nn.Module):
         (σ(λ), 1 − σ(λ)) (VRL, #657). Block 0 has none, so it must run first."""
         if self.value_residual is None:
             return v
-        p = self.value_residual.to(v.dtype)
-        return p[0] * first_v + p[1] * v if len(p) == 2 else torch.lerp(v, first_v, p.sigmoid())
+        p = self.value_residual.expand(*v.shape[:3], -1)  # so that one sum over E serves both
+        a, *b = p.to(v.dtype).split(1, dim=-1)
+        return a * first_v + b[0] * v if b else torch.lerp(v, first_v, a.sigmoid())
 
     def mix(self, x_BTD, x0_BTD):
         """m₀⊙x + m₁⊙x₀."""

@@ -319,7 +319,7 @@ def test_rotary_base_of_the_published_shape():
 def test_exclusive_attention_leaves_nothing_along_the_own_value():
     y, v = torch.randn(2, 5, 6, 8, dtype=torch.float64), torch.randn(2, 5, 3, 8, dtype=torch.float64)
     v[0, 0] = 0  # no direction: nothing is taken away
-    out = train_gpt.exclusive(y, v)
+    out = train_gpt.Exclusive.apply(y, v, torch.ones(2, 5, 6, dtype=torch.float64))
     for h in range(6):
         assert (out[:, :, h] * v[:, :, h // 2]).sum(-1).abs().max() < 1e-12
     assert torch.equal(out[0, 0], y[0, 0])

@@ -17,7 +17,13 @@ part() {  # part <most seconds> <name> NAME=value... <command...>
     shift 2
     if ((left < 10)); then SUMMARY+=("$name: left out, no time"); return; fi
     echo "== $name, at $SECONDS s"
-    timeout --signal=KILL $((most < left ? most : left)) env "$@" 2>&1 | tee "$OUT/$name.txt"
+    {  # what a killed part leaves behind is killed too: it would hold the pipe, and the script would wait for it
+        timeout --signal=KILL $((most < left ? most : left)) env "$@" &
+        wait $!
+        status=$?
+        kill -KILL -- -$! 2>/dev/null
+        exit $status
+    } 2>&1 | tee "$OUT/$name.txt"
     status=${PIPESTATUS[0]}
     SUMMARY+=("$name: $([ "$status" = 0 ] && echo done || echo "ended with status $status") at $SECONDS s")
 }
@@ -41,7 +47,7 @@ run() {  # run <most seconds> <name> NAME=value...: train_gpt.py with its files 
     part "$most" "$name" "${DATA[@]}" RUN_ID="$name" OUT_DIR="$OUT/$name" "$@" "$PYTHON" train_gpt.py
 }
 
-run 90 everything_small "${SMALL[@]}" ITERATIONS=6 WARMUP_STEPS=2 GPTQ_BATCHES=1 VAL_LIMIT_TOKENS=65536
+run 90 everything_small "${SMALL[@]}" ITERATIONS=6 WARMUP_STEPS=2 GPTQ_BATCHES=1 VAL_LIMIT_TOKENS=$((TARGETS < 65536 ? TARGETS : 65536))
 part 40 attention "${SHAPE[@]}" "$PYTHON" tests/bench/attention.py
 part 40 attention_banded "${SHAPE[@]}" "$PYTHON" tests/bench/attention.py --rows 10 --tokens 6144 --window 2048
 part 110 step "${SHAPE[@]}" "$PYTHON" tests/bench/step.py
