@@ -367,8 +367,7 @@ def test_planted_cheats_are_found(run, names):
         assert script.count(old) == 1, f"the script changed; plant this again: {old}"
         script = script.replace(old, new)
     streams = dict(TTT_LORA_RANK=2, EVAL_STRIDE=32) if "adapters" in names else {}
-    status, failed, said = run(script, "--targets", "0" if streams else "128", "--places", "0",
-                               TTT_EPOCHS=1, **streams)
+    status, failed, said = run(script, "--targets", "128", "--places", "0", TTT_EPOCHS=1, **streams)
     assert status == 1, said
     for conditions, says, *_ in cheats:
         found = [[line for f, lines in failed.items() if f.startswith(condition) for line in lines]

@@ -9,7 +9,6 @@ import torch
 
 import train_gpt
 from test_evaluation import BANDED, Clock, run, slow_adapter, world
-from train_gpt import Runtime, build_model
 
 
 def chunks_of(w):
@@ -115,27 +114,6 @@ def test_what_breaks_a_rule_is_in_the_result(run_script):
     done = run_script(VAL_LIMIT_TOKENS=320, TTT_ENABLED=0, EVAL_STRIDE=0, ITERATIONS=1)
     assert done.result["violations"] == ["VAL_LIMIT_TOKENS=320: not the whole validation set"]
     assert "not a legal record: VAL_LIMIT_TOKENS=320" in done.stdout
-
-
-def test_hessians_do_not_depend_on_the_number_of_ranks(tiny):
-    """The parts of two ranks, summed by hand, are what one rank collects; in passes of other sizes,
-    so up to rounding."""
-    s = tiny(GPTQ="1", GPTQ_BATCHES="2")
-    stream = train_gpt.TrainStream(s)
-    sums = []
-    for ranks in (1, 2):
-        total = {}
-        for rank in range(ranks):
-            rt = Runtime(s)
-            model, _ = build_model(s, rt)
-            trainer = train_gpt.Trainer(model, model, s, rt, None)
-            rt.rank, rt.world_size, rt.sum_ = rank, ranks, lambda x: x
-            batches = train_gpt.Batches(stream, rt, trainer.rows_per_step, 3)
-            for name, h in trainer.calibration(batches).hessians.items():
-                total[name] = total.get(name, 0) + h
-        sums.append(total)
-    for name, h in sums[0].items():
-        train_gpt.torch.testing.assert_close(h, sums[1][name], rtol=1e-4, atol=1e-4)
 
 
 def test_memory_that_runs_out_names_what_to_lower(run_script, monkeypatch):
