@@ -121,26 +121,13 @@ def side_of(tmp_path, code):
     return duel.their_side(tmp_path / "train_gpt.py", tmp_path / "out", {}, 10)
 
 
-@pytest.mark.slow
-def test_what_cannot_run_says_how_it_ended(tmp_path):
-    side = side_of(tmp_path, "print('begun')\nimport sys\nsys.exit('the reactor is cold')")
-    duel.run(side)
-    assert side.status == 1 and duel.why(side) == "it ended with status 1"
-    assert duel.last_lines(side) == "begun\nthe reactor is cold"
-
-
-def test_a_log_that_lay_beside_the_script_is_not_the_runs(tmp_path):
+def test_a_log_that_lay_beside_the_script_is_not_the_runs_and_other_steps_are_told(tmp_path):
     (tmp_path / "train.txt").write_text("x val_loss:1.0 val_bpb:0.5\n")
-    side = side_of(tmp_path, "assert open('train.txt')\nopen('new.txt', 'w').write("
-                             "'final val_loss:3.4 val_bpb:2.0\\n')")
+    side = side_of(tmp_path, "import os\nos.environ.get('NUM_ITERATIONS')\nassert open('train.txt')\n"
+                             "open('new.txt', 'w').write('step:3/3 val_loss:3.4 val_bpb:2.1 "
+                             "train_time:9ms\\nfinal val_loss:3.4 val_bpb:2.0\\n')")
     duel.run(side)
     assert side.status == 0 and side.log.score.bpb == 2.0
-
-
-def test_a_script_with_steps_of_its_own_is_told(tmp_path):
-    side = side_of(tmp_path, "import os\nos.environ.get('NUM_ITERATIONS')\n"
-                             "print('step:3/3 val_loss:3.4 val_bpb:2.0 train_time:9ms')")
-    duel.run(side)
     assert side.unread[-2:] == ["ITERATIONS", "VOCAB_SIZE"]
     assert "last step in the log of theirs is 3, not 10" in duel.notes([side], 10)
     assert duel.notes([side], 3) == ""
@@ -166,7 +153,7 @@ def test_the_data_are_not_written_over(corpus, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code, words", [
-    ("import nowhere_to_be_found", "it needs the module nowhere_to_be_found"),
+    ("import sys\nsys.exit('the reactor is cold')", "it ended with status 1"),
     ("import torch, triton, triton.language as tl\n@triton.jit\ndef f(x, N: tl.constexpr):\n"
      "    tl.store(x, N)\nf[(1,)](torch.zeros(1, device='cuda'), N=3)",
      "its Triton kernels need a GPU"),

@@ -61,8 +61,7 @@ def row_error(row, step, limit):
     return ((row - codes * step) ** 2).sum()
 
 
-@pytest.mark.parametrize("bits", ALL_BITS)
-@pytest.mark.parametrize("draw", [gaussian, heavy])
+@pytest.mark.parametrize("draw, bits", [(heavy, 4), (heavy, 6), (gaussian, 8)])
 def test_clip_of_every_row_is_the_best_of_the_quantiles(tiny, bits, draw):
     w, limit, better = draw(40, 700) * torch.logspace(-4, 2, 40)[:, None], limit_of(bits), 0
     found = quantized(tiny, w, ATTN_BITS=bits, QUANT_CLIP="row")
@@ -83,7 +82,7 @@ def test_clip_of_every_row_is_the_best_of_the_quantiles(tiny, bits, draw):
 
 
 @pytest.mark.parametrize("search, fit", [("max", "level"), ("row", "scale"), ("std", "scale")])
-@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("bits", [4, 8])
 def test_huge_tiny_and_zero_rows_give_finite_fp16_steps_and_leave_others_alone(
         tiny, bits, search, fit):
     names = dict(ATTN_BITS=bits, QUANT_CLIP=search, QUANT_FIT=fit)
