@@ -358,12 +358,6 @@ def test_a_shard_with_wrong_content_is_named(tmp_path, change, message):
     assert "s.bin" in str(caught.value) and "download or build it again" in str(caught.value)
 
 
-def test_few_tokens_are_not_judged_by_their_shares(tmp_path):
-    for tokens in ([], [7] * 1023, [1, 1, 5]):
-        shards.write_shard(tmp_path / "s.bin", [np.array(tokens, int)], len(tokens))
-        shards.check_content(tmp_path / "s.bin", 1024)
-
-
 @pytest.mark.parametrize("variable, variant, repository", [
     ("", "sp1024", "willdepueoai/parameter-golf"), ("", "sp8192", "kevclark/parameter-golf"),
     (" some/repo\r", "sp8192", "some/repo")])
@@ -703,29 +697,6 @@ def _encode_nothing(texts):
     return texts
 
 
-@FAST
-@given(st.lists(st.integers(1, 30), max_size=12), st.integers(1, 40))
-def test_shards_join_to_the_documents(lengths, shard_tokens):
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    tokens = np.arange(starts[-1])
-    pieces = build_dataset._pieces(tokens, starts[:-1], np.array(lengths, dtype=np.int64), shard_tokens)
-    parts = [np.concatenate([*next(pieces), np.zeros(0, int)]) for _ in range(-(-len(tokens) // shard_tokens))]
-    assert all(len(part) == shard_tokens for part in parts[:-1])
-    assert np.concatenate([np.zeros(0, int), *parts]).tolist() == tokens.tolist()
-
-
-@FAST
-@given(st.lists(st.text("abc", min_size=1, max_size=3), max_size=40), st.integers(1, 12), st.integers(0, 3))
-def test_val_docs_are_counted_exactly(texts, count, seed):
-    made = build_dataset.Settings("x", val_docs=count, seed=seed)
-    if len(set(texts)) <= count:
-        with pytest.raises(DataError, match=f"there are {len(set(texts))} different documents"):
-            build_dataset.val_key_limit(made, build_dataset.ListDocuments(texts))
-        return
-    limit = build_dataset.val_key_limit(made, build_dataset.ListDocuments(texts))
-    assert sum(build_dataset.text_key(t, seed) < limit for t in set(texts)) == count
-
-
 def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path):
     source = write_jsonl(tmp_path / "t.jsonl", sentences(30))
     arguments = [source, "--out-root", tmp_path, "--tokenizer", tokenizer_path, "--val-docs", 3]
@@ -780,14 +751,6 @@ def test_unusable_tokenizers_and_paths(tmp_path, monkeypatch, tokenizer_path):
 
 # ---- demo and report ------------------------------------------------------------------------
 
-def test_module_text_holds_docstrings_and_comment_blocks_in_order():
-    source = ('#!/bin/x\n"""Top."""\n# A comment that is long enough to count as\n# one block.\n# no\nx = 1\n'
-              'class A(B):\n    """Of A."""\n    def f(self, n=2):\n        "Of f."\n        s = "# not a comment"\n# short\n')
-    assert demo_corpus.module_text(source) == (
-        "Top.\n\nA comment that is long enough to count as\none block.\nno\n\nclass A(B)\nOf A.\n\nf(self, n=2)\nOf f.")
-    assert demo_corpus.module_text("def f(:") == ""
-
-
 def test_training_loses_the_paragraphs_that_validation_has():
     own = "This paragraph belongs to the training text alone, " * 5
     copy = "A sentence that is found word for word on both sides of the split, to be dropped."
@@ -795,15 +758,6 @@ def test_training_loses_the_paragraphs_that_validation_has():
     val = ["Something else entirely stands here before the copy. " * 4 + "\n\n" + copy]
     assert demo_corpus.drop_copies([f"{own}\n\n{copy}\n\n{near}"], val) == [own]
     assert demo_corpus.without_repeats([f"{copy}\n\nNote.", f"Note.\n\n{copy}"]) == [f"{copy}\n\nNote.", "Note."]
-
-
-def test_split_takes_whole_documents_and_drops_copies_from_training():
-    copy = "This sentence is in every document, and may therefore stay on one side only."
-    texts = [f"{text}\n\n{text[::-1]}\n\n{copy}" for text in sentences(40)]
-    train, val = demo_corpus.split(texts, seed=1, val_fraction=0.1)
-    assert 3 <= len(val) <= 6 and set(val) < set(texts) and len(train) + len(val) == len(texts)
-    assert not any(copy in text for text in train)
-    assert (train, val) != demo_corpus.split(texts, seed=2, val_fraction=0.1)
 
 
 def check_demo(root: Path, manifest: dict) -> None:
@@ -826,15 +780,6 @@ def check_demo(root: Path, manifest: dict) -> None:
 def test_small_demo(tmp_path):
     made = build_dataset.Settings("demo", tmp_path)
     check_demo(tmp_path, build_dataset.build_demo(made, max_modules=40))
-
-
-@pytest.mark.slow
-def test_full_demo(tmp_path):
-    manifest = build_dataset.build_demo(build_dataset.Settings("demo", tmp_path, workers=2))
-    check_demo(tmp_path, manifest)
-    assert manifest["splits"]["train"]["utf8_bytes"] > 2_000_000
-    assert 100_000 < manifest["splits"]["val"]["utf8_bytes"] < 250_000
-    assert 1 < manifest["xz_bits_per_byte"] < 3
 
 
 @pytest.fixture

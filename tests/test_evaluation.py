@@ -270,21 +270,6 @@ def test_scores_equal_one_forward_per_window_and_change_no_weight(tiny, variable
     assert np.array_equal(run(w)[1].nll, book.nll) and not changed(w, before)
 
 
-def test_bits_per_byte_by_hand(tiny, corpus):
-    w = world(tiny)
-    result, book = run(w)
-    text_bytes = 0
-    for before, token in zip(w.tokens[:-1].tolist(), w.tokens[1:].tolist()):
-        if token > 3:  # 0 to 3 are pad, bos, eos, unk
-            piece = corpus.tokenizer.id_to_piece(token)
-            length = len(piece.lstrip("▁").encode()) + (piece.startswith("▁") and before > 3)
-            text_bytes += 1 if piece.startswith("<0x") else length
-    nll = book.nll.astype(np.float64)
-    assert result["bytes"] == text_bytes
-    assert result["val_bpb"] == pytest.approx(nll.sum() / np.log(2) / text_bytes, rel=1e-12)
-    assert result["val_loss"] == pytest.approx(nll.mean(), rel=1e-12)
-
-
 # -- banded attention -----------------------------------------------------------------------------
 
 def attend_slowly(q_BTHE, k_BTKE, v_BTKE, window=0):

@@ -320,14 +320,6 @@ def test_the_evaluation_of_a_seed_may_have_a_log_of_its_own(tmp_path):
             "validation set"} <= {what for what, _ in said(sub, PASS)}
 
 
-def test_without_seeds_the_score_tells_which_log_counts(tmp_path):
-    files = {k: v for k, v in colon().items() if "log" not in k}
-    files |= {f"{name}.log": log_text("x", bpb=b).replace("seed:x", "")
-              for name, b in (("one", 1.2), ("two", 1.1195), ("three", 1.3))}
-    files["submission.json"] |= dict(seeds=None, seed_results=None)
-    assert [log.name for log in checked(tmp_path, files).logs] == ["two.log"]
-
-
 @pytest.mark.parametrize("logs,names", [(["*_v1.0.txt"], "v1.0"),
                                         (["log_seed42_v1.1.txt", "train.log"], "42_v1.1|train")])
 def test_the_logs_that_count_can_be_chosen(tmp_path, logs, names):
@@ -373,14 +365,6 @@ def test_a_claimed_score_with_bytes_of_its_own_fails(tmp_path):
             "val_bpb:1.1400", f"val_bpb:{1.14 * 169_000_000 / 151_076_000:.4f}")
     assert [text for what, text in said(checked(tmp_path, files), FAIL)
             if what == "bits per byte" and "differ between evaluations" in text]
-
-
-def test_rows_without_a_figure_are_not_compared(tmp_path):
-    files = colon()
-    files["submission.json"]["seed_results"] = {str(s): {"note": "good"} for s in BPB}
-    sub = checked(tmp_path, files)
-    assert "seed results" in dict(said(sub, UNCHECKED))
-    assert "seed results" not in dict(said(sub, PASS))
 
 
 @pytest.mark.parametrize("text, status", [
