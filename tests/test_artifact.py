@@ -1,7 +1,6 @@
 """The artifact: the coder, round trips, fitting a budget, and what happens to files that are
 damaged or made to hurt."""
 
-import ast
 import json
 import math
 import os
@@ -173,7 +172,7 @@ def raw(t):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@settings(quick, max_examples=60)
+@settings(quick, max_examples=25)
 @given(stored_tensors(), st.text(max_size=20), st.integers(0, 2**31 - 1), st.floats(0, 1))
 def test_decode_gives_back_what_encode_was_given(codec, tensors, note, seed, slope):
     """Tensors, note, and all settings but those of the machine and its paths."""
@@ -185,16 +184,6 @@ def test_decode_gives_back_what_encode_was_given(codec, tensors, note, seed, slo
     assert stored == {f.name: getattr(s, f.name) for f in fields(s)
                       if f.name not in train_gpt.TIED_TO_THE_RUN}
     assert not {"out_dir", "run_id", "device", "eval_only", "scores_path"} & stored.keys()
-
-
-def test_the_header_says_what_lies_where(good):
-    content = good["rans"]
-    header, index, side, codes = train_gpt.open_artifact(content)
-    length, = struct.unpack_from("<I", content, START - 4)
-    assert len(content) == START + length + header["squeezed_bytes"] + len(codes) + 32
-    assert header["side_bytes"] == header["index_bytes"] + len(side) and header["codec"] == "rans"
-    assert content[:8] == b"PGOLF\x00\x00\x02"
-    assert set(index) == {"settings", "note", "tensors", "distinct"}
 
 
 @pytest.fixture
@@ -213,13 +202,6 @@ def test_a_model_comes_back_as_its_quantized_weights(model_state, tiny, tmp_path
     train_gpt.load_quantized(model, train_gpt.read_artifact(path)[1], path)
     for n, p in model.named_parameters():
         assert torch.equal(p, expected[n].weights()), n
-
-
-def test_a_file_of_zstd_needs_its_package(good, monkeypatch):
-    monkeypatch.setattr(train_gpt, "zstandard", None)
-    with pytest.raises(ArtifactError, match="zstd: pip install zstandard"):
-        decode_artifact(good["zstd"])
-    decode_artifact(good["rans"])
 
 
 # -- fitting a budget
@@ -243,9 +225,9 @@ def finest_and_coarsest(state, s):
     return [len(encode_artifact(quantizer.at(x), s)) for x in (0.0, 2.0**24)]
 
 
-@pytest.mark.parametrize("fit", ["level", "scale"])
-@pytest.mark.parametrize("codec, draw", [("rans", "gaussian"), ("rans", "heavy"),
-                                         ("lzma", "heavy"), ("zstd", "gaussian")])
+@pytest.mark.parametrize("codec, draw, fit", [
+    ("rans", "gaussian", "level"), ("rans", "heavy", "scale"), ("lzma", "heavy", "level"),
+    ("zstd", "gaussian", "scale")])
 def test_pack_fits_every_reachable_budget_and_wastes_little(codec, draw, fit):
     """Close to the budget wherever anybody would ship it; where codes are mostly zeros the size
     itself has jumps of 1 %."""
@@ -267,13 +249,13 @@ def test_pack_fits_every_reachable_budget_and_wastes_little(codec, draw, fit):
                 torch.testing.assert_close(t.scales, expected, rtol=2e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 def test_pack_lands_under_any_budget_or_raises(seed):
     """Weights of other size, other spread of rows, other tails: whatever the budget, no file is
     larger; at most 0.2 % is left where anybody would ship it; below the coarsest scales it raises,
     and says how many bytes more would do."""
     rng, fit = np.random.default_rng(seed), ("level", "scale")[seed // 2 % 2]
-    state = weights_of(("gaussian", "heavy")[seed % 2], seed, rows=0.15 * seed)
+    state = weights_of(("gaussian", "heavy")[seed % 2], seed, rows=0.4 * seed)
     state = {n: w * math.exp(rng.normal(0, 2)) if n != "skip_weights" else w
              for n, w in state.items()}
     s = replace(Settings(), quant_fit=fit)
@@ -289,15 +271,6 @@ def test_pack_lands_under_any_budget_or_raises(seed):
                                         str(refusal.value)).groups())
         assert size - over == budget
     assert 0.98 * size < len(pack(state, s, size)) <= size
-
-
-@pytest.mark.parametrize("fit", ["level", "scale"])
-def test_a_higher_level_never_makes_a_larger_file(fit):
-    state, s = weights_of("heavy", rows=0.5), replace(Settings(), quant_fit=fit)
-    levels = 2.0 ** (np.arange(-14, 0) if fit == "level" else np.arange(0, 12))
-    sizes = [len(encode_artifact(Quantizer(state, s).at(level), s)) for level in levels]
-    assert all(b <= a + 0.003 * sizes[0] for a, b in zip(sizes, sizes[1:])), sizes
-    assert sizes[-1] < 0.4 * sizes[0]
 
 
 def test_level_errs_less_than_scale_in_as_many_bytes():
@@ -330,17 +303,16 @@ def test_a_calibrated_pack_fits_with_the_codes_of_gptq(monkeypatch):
     calibration = Calibration(
         {n: x.T @ x for n, x in inputs.items()},
         {n: (torch.rand(w.size(0)), torch.rand(w.size(1))) for n, w in state.items()})
-    most = len(pack(state, s, 10**7, calibration=calibration))
-    for budget in (int(0.7 * most), int(0.3 * most)):
-        content = pack(state, s, budget, calibration=calibration)
-        assert 0.998 * budget <= len(content) <= budget
-        tensors = decode_artifact(content)[1]
-        for n, x in inputs.items():
-            t = tensors[n]
-            rounded = train_gpt.to_codes(state[n] / t.columns, t.scales, t.bits)
-            plain = replace(t, codes=rounded)
-            error, plain = ((x @ (state[n] - q.weights()).T).norm() for q in (t, plain))
-            assert error < 0.8 * plain
+    budget = len(pack(state, s, 10**7, calibration=calibration)) // 2
+    content = pack(state, s, budget, calibration=calibration)
+    assert 0.998 * budget <= len(content) <= budget
+    tensors = decode_artifact(content)[1]
+    for n, x in inputs.items():
+        t = tensors[n]
+        rounded = train_gpt.to_codes(state[n] / t.columns, t.scales, t.bits)
+        plain = replace(t, codes=rounded)
+        error, plain = ((x @ (state[n] - q.weights()).T).norm() for q in (t, plain))
+        assert error < 0.8 * plain
     coarsest = Quantizer(state, s, calibration).at(2.0**24, compensate=False)
     least = len(encode_artifact(coarsest, s, "level 1.67772e+07"))
     assert len(pack(state, s, int(1.1 * least), calibration=calibration)) <= int(1.1 * least)
@@ -361,14 +333,10 @@ def test_a_model_without_codes_has_nothing_to_coarsen(calibration):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("draw", ["gaussian", "heavy"])
-def test_the_full_model_fits_sixteen_million_bytes(draw):
-    s, lines = Settings(), []
+def test_the_full_model_fits_sixteen_million_bytes():
+    s = Settings()
     shapes, budget = train_gpt.parameter_shapes(s), 16_000_000 - len(train_gpt.SHIPPED)
-    state, started = weights_of(draw, shapes=shapes), time.perf_counter()
-    content = pack(state, s, budget, lines.append)
-    print(f"\n{draw}: {sum(map(math.prod, shapes.values()))} weights, {len(content)} of {budget} "
-          f"bytes in {time.perf_counter() - started:.1f} s; {lines}")
+    content = pack(weights_of("heavy", shapes=shapes), s, budget)
     assert 0.998 * budget <= len(content) <= budget
     found = decode_artifact(content)[1]
     assert {n: tuple(t.codes.shape) for n, t in found.items()} == shapes
@@ -397,91 +365,70 @@ def refused(content, most_bytes=1 << 24):
 def test_a_truncated_or_extended_file_is_refused(good, codec):
     """Also with a new checksum, but for the last bytes of lzma and zstd, which mark the end."""
     content = good[codec]
-    for length in [*range(0, 60), *range(60, len(content), 7), len(content) - 1]:
+    for length in [*range(0, 60, 3), *range(60, len(content), 31), len(content) - 1]:
         refused(content[:length])
         if length < len(content) - (0 if codec == "rans" else 8):
             refused(sealed(content[:max(length - 32, 0)]))
     refused(content + b"x")
 
 
-def test_every_single_flipped_bit_is_noticed(good):
+def test_flipped_bits_other_versions_and_foreign_files_are_refused(good):
     content = good["rans"]
-    for position in range(0, 8 * len(content), 11):
+    for foreign in (b"", b"PK\x03\x04" + bytes(500), bytes(1000), sealed(b""),
+                    sealed(ARTIFACT_MAGIC[:-1] + b"\x03" + bytes(100))):
+        refused(foreign)
+    with pytest.raises(ArtifactError, match="not an artifact of this script"):
+        decode_artifact(sealed(content[:7] + b"\x01" + content[8:-32]))
+    for length in (0, 1, 2**31, 2**32 - 1):  # of the header
+        refused(sealed(content[: START - 4] + struct.pack("<I", length) + content[START:-32]))
+    for position in range(0, 8 * len(content), 23):
         damaged = bytearray(content)
         damaged[position // 8] ^= 1 << position % 8
         refused(bytes(damaged))
     refused(content[:-32] + bytes(32))
 
 
-def test_foreign_files_are_refused(good):
-    """Those of another version as such, not as damage."""
-    foreign = [b"", b"PK\x03\x04" + bytes(500), b"\x80\x02}q\x00." * 50, bytes(1000), sealed(b"")]
-    for content in (*foreign, *(sealed(ARTIFACT_MAGIC[:-1] + bytes([version]) + bytes(100))
-                                for version in (0, 1, 2, 3))):
-        refused(content)
-    with pytest.raises(ArtifactError, match="not an artifact of this script"):
-        decode_artifact(sealed(good["lzma"][:7] + b"\x01" + good["lzma"][8:-32]))
-
-
 DEEP = b"[" * 100_000
-HOSTILE_HEADERS = {
-    "not JSON": b"\xff\xfe", "empty": b"", "a list": b"[1,2,3]", "a number": b"7", "null": b"null",
-    "deep": DEEP, "deep objects": b'{"a":' * 100_000, "no sizes": b'{"codec":"lzma"}',
-    "no codec": b'{"side_bytes":5,"index_bytes":2,"squeezed_bytes":9}',
-    "side of 2^62": dict(side_bytes=2**62), "negative side": dict(side_bytes=-1),
-    "negative index": dict(index_bytes=-1), "index beyond side": dict(index_bytes=10**6),
-    "squeezed beyond file": dict(squeezed_bytes=10**6), "1e400": dict(index_bytes=10**400),
-    "negative squeezed": dict(squeezed_bytes=-1), "null side": dict(side_bytes=None),
-    "a list of bytes": dict(index_bytes=[1]), "text": dict(squeezed_bytes="many"),
-    "NaN": dict(side_bytes=math.nan), "infinity": dict(side_bytes=math.inf),
-    "minus infinity": dict(index_bytes=-math.inf), "codec unknown": dict(codec="pickle"),
-    "codec a list": dict(codec=["lzma"]), "codec null": dict(codec=None),
-    "squeezed one short": dict(squeezed_bytes=20), "side one short": dict(side_bytes=50),
-    "lzma around rans": dict(codec="lzma")}
+HOSTILE_HEADERS = [
+    b"\xff\xfe", b"", b"[1,2,3]", b"7", b"null", DEEP, b'{"a":' * 100_000, b'{"codec":"lzma"}',
+    b'{"side_bytes":5,"index_bytes":2,"squeezed_bytes":9}', dict(side_bytes=2**62),
+    dict(side_bytes=-1), dict(index_bytes=-1), dict(index_bytes=10**6), dict(squeezed_bytes=10**6),
+    dict(index_bytes=10**400), dict(squeezed_bytes=-1), dict(side_bytes=None),
+    dict(index_bytes=[1]), dict(squeezed_bytes="many"), dict(side_bytes=math.nan),
+    dict(index_bytes=-math.inf), dict(codec="pickle"), dict(codec=["lzma"]), dict(codec=None),
+    dict(squeezed_bytes=20), dict(side_bytes=50), dict(codec="lzma")]
 
 
-@pytest.mark.parametrize("header", HOSTILE_HEADERS.values(), ids=HOSTILE_HEADERS)
-def test_hostile_headers_are_refused(good, header):
+def test_hostile_headers_are_refused(good):
     _, *parts = taken_apart(good["rans"])
-    refused(put_together(*parts, {"codec": "rans", **header} if isinstance(header, dict)
-                         else header))
-
-
-@pytest.mark.parametrize("length", [0, 1, 2**31, 2**32 - 1])
-def test_a_header_length_that_lies_is_refused(good, length):
-    content = good["rans"]
-    refused(sealed(content[: START - 4] + struct.pack("<I", length) + content[START:-32]))
+    for header in HOSTILE_HEADERS:
+        refused(put_together(*parts, {"codec": "rans", **header} if isinstance(header, dict)
+                             else header))
 
 
 def index_of(*described, **changed):
     return {**dict(settings={}, note="", distinct=0, tensors=[*described]), **changed}
 
 
-HOSTILE_INDICES = {
-    "a list": [], "a number": 3, "null": None, "text": "tensors",
-    "no tensors": dict(settings={}, note="", distinct=0),
-    "no note": dict(settings={}, distinct=0, tensors=[]),
-    "no distinct": dict(settings={}, note="", tensors=[]),
-    "tensors null": index_of(tensors=None), "tensors a number": index_of(tensors=5),
-    "entry too short": index_of(["a", 6]), "entry a number": index_of(4),
-    "a name twice": index_of(["a", 16, [0]], ["a", 16, [0]]),
-    **{f"bits {bits}": index_of(["a", bits, [0, 0]]) for bits in (3, 32, -6, None, math.inf)},
-    **{f"shape {shape}": index_of(["a", 6, shape]) for shape in (
-        [-1, 4], [-2, -2], [0], [0, 0, 0], [2**40, 2**40], [0, 2**80], "xy", None, [[1], [1]])},
-    **{f"fp16 shape {shape}": index_of(["a", 16, shape]) for shape in (
-        [-4], [2**62], [2**80, 0], [math.inf], [math.nan])},
-    **{f"settings {value}": index_of(settings=value) for value in (None, 7, "abc")},
-    **{f"distinct {value}": index_of(distinct=value) for value in (
-        -1, 1, 2**80, None, math.nan, [])},
-    "deep": DEEP, "deep objects": b'{"tensors":' * 100_000, "not UTF-8": b'{"tensors":"\xff\xff"}',
-    "a number of 5,000 digits": b'{"distinct":' + b"9" * 5000 + b"}"}
+HOSTILE_INDICES = [
+    [], 3, None, "tensors", DEEP, b'{"tensors":' * 100_000, b'{"tensors":"\xff\xff"}',
+    dict(settings={}, note="", distinct=0), dict(settings={}, distinct=0, tensors=[]),
+    dict(settings={}, note="", tensors=[]), b'{"distinct":' + b"9" * 5000 + b"}",
+    index_of(tensors=None), index_of(tensors=5), index_of(["a", 6]), index_of(4),
+    index_of(["a", 16, [0]], ["a", 16, [0]]),  # a name twice
+    *(index_of(["a", bits, [0, 0]]) for bits in (3, 32, -6, None, math.inf)),
+    *(index_of(["a", 6, shape]) for shape in (
+        [-1, 4], [-2, -2], [0], [0, 0, 0], [2**40, 2**40], [0, 2**80], "xy", None, [[1], [1]])),
+    *(index_of(["a", 16, shape]) for shape in ([-4], [2**62], [2**80, 0], [math.nan])),
+    *(index_of(settings=value) for value in (None, 7, "abc")),
+    *(index_of(distinct=value) for value in (-1, 1, 2**80, None, math.nan, []))]
 
 
-@pytest.mark.parametrize("index", HOSTILE_INDICES.values(), ids=HOSTILE_INDICES)
-def test_hostile_indices_are_refused(index):
+def test_hostile_indices_are_refused():
     honest = index_of(["a", 16, [0]], ["b", 6, [0, 0]])  # what they differ from
     assert decode_artifact(put_together(honest))[1].keys() == {"a", "b"}
-    refused(put_together(index), 1 << 25)
+    for index in HOSTILE_INDICES:
+        refused(put_together(index), 1 << 25)
 
 
 def one_tensor(codes, ranks=(0, 0, 0), bits=4):
@@ -514,15 +461,15 @@ def test_tensors_must_fill_side_and_codes_exactly(good, codec):
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_decompression_bomb_costs_no_memory(good, codec):
-    """16 MiB of zeros behind a header that promises little, or that promises them; or as codes."""
+    """8 MiB of zeros behind a header that promises little, or that promises them; or as codes."""
     _, index, side, codes = taken_apart(good[codec])
-    text, zeros = json.dumps(index).encode(), bytes(1 << 24)
+    text, zeros = json.dumps(index).encode(), bytes(1 << 23)
     small = dict(codec=codec, side_bytes=len(text) + len(side), index_bytes=len(text))
     for header in (small, dict(small, side_bytes=1 << 18), dict(codec=codec)):
         refused(put_together(text, side + zeros, codes, header), 1 << 22)
     bomb = train_gpt.CODECS["zstd" if codec == "zstd" else "lzma"][0](zeros, [])
     bomb = struct.pack("<I", len(bomb)) + bomb if codec == "rans" else bomb
-    refused(put_together(index, side, bomb, dict(codec=codec)), 1 << 23)
+    refused(put_together(index, side, bomb, dict(codec=codec)), 1 << 22)
 
 
 def test_codes_that_cost_no_bits_are_not_taken_without_bound():
@@ -546,7 +493,7 @@ def test_an_index_made_of_a_million_lists_is_refused_unread():
 
 
 def test_mutated_files_are_refused_or_harmless(good, tmp_path):
-    """1,000 here, 100,000 in bench/fuzz.py. Memory stays that of an honest file, but for what an
+    """400 here, 100,000 in bench/fuzz.py. Memory stays that of an honest file, but for what an
     index may take."""
     rng, outcomes = random.Random(7), set()
     parts = {codec: taken_apart(content) for codec, content in good.items()}
@@ -555,7 +502,7 @@ def test_mutated_files_are_refused_or_harmless(good, tmp_path):
         most = max(fuzz.measured(content)[2] for content in good.values()) + (1 << 21)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            for n in range(1000):
+            for n in range(400):
                 name, content = fuzz.mutated(good, parts, rng)
                 result, _, peak = fuzz.measured(content)
                 outcomes.add((name, result))
@@ -569,36 +516,7 @@ def test_mutated_files_are_refused_or_harmless(good, tmp_path):
             } <= outcomes
 
 
-@quick
-@given(st.binary(max_size=400))
-def test_random_bytes_are_refused(content):
-    begun = ARTIFACT_MAGIC + struct.pack("<I", 4) + b"{}  "
-    for forged in (content, sealed(ARTIFACT_MAGIC + content), sealed(begun + content)):
-        with pytest.raises(ArtifactError):
-            decode_artifact(forged)
-
-
 # -- files
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "short").write_bytes(b"PGOLF")
-    for name in ("absent", "folder", "short"):
-        with pytest.raises(ArtifactError, match=str(tmp_path / name)):
-            train_gpt.read_artifact(tmp_path / name)
-
-
-def test_nothing_here_can_execute_a_file():
-    """What reads an artifact makes arrays and numbers of it. A run's checkpoints, which are no
-    submission's, are read with weights_only, and only they are."""
-    tree = ast.parse(train_gpt.SOURCE.decode())
-    calls = [(ast.unparse(node.func), ast.unparse(node)) for node in ast.walk(tree)
-             if isinstance(node, ast.Call)]
-    assert all("weights_only=True" in text for name, text in calls if name == "torch.load")
-    assert not {"eval", "exec", "compile", "__import__", "np.load", "torch.jit.load"
-                } & {name for name, _ in calls}
-    assert not re.search(r"pickle|marshal|shelve|joblib", ast.unparse(tree))
-
 
 @pytest.mark.parametrize("problem", [OSError(28, "No space left on device"), KeyboardInterrupt(),
                                      MemoryError()])
@@ -616,12 +534,6 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
     with pytest.raises(UserError if isinstance(problem, OSError) else type(problem)):
         train_gpt.write_whole(path, b"new content")
     assert path.read_bytes() == b"old" and [*path.parent.iterdir()] == [path]
-
-
-def test_a_folder_that_cannot_be_made_is_said_in_words(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="file"):
-        train_gpt.write_whole(tmp_path / "file" / "model.ptz", b"x")
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "transposed", "renamed"])

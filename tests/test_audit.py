@@ -64,10 +64,10 @@ def run(corpus, artifact, tmp_path, capsys):
 HONEST = {
     "banded": dict(EVAL_ATTENTION="banded", EVAL_SEGMENT=64, TTT_CHUNK_TOKENS=128),
     "adamw": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.001),
-    "muon": dict(TTT_OPTIMIZER="muon", TTT_LR=0.005), "plain": dict(TTT_ENABLED=0, EVAL_STRIDE=0),
-    "packed": dict(), "adapters": dict(TTT_BATCH_SEQS=3, EVAL_SEQ_LEN=16, EVAL_STRIDE=16,
-                                       EVAL_BATCH_SEQS=2)}
-TARGETS = {"banded": 256, "adapters": 0}  # 0: several streams; three fill up batches of two
+    "muon": dict(TTT_OPTIMIZER="muon", TTT_LR=0.005),
+    "packed": dict(TTT_ENABLED=0, EVAL_STRIDE=0),
+    "adapters": dict(TTT_BATCH_SEQS=3, EVAL_SEQ_LEN=8, EVAL_STRIDE=8, EVAL_BATCH_SEQS=2)}
+TARGETS = {"banded": 256, "adapters": 384}  # three streams, which fill up batches of two
 
 
 @pytest.mark.parametrize("name", [
@@ -82,21 +82,16 @@ def test_the_honest_script_passes(run, artifact, name):
     for condition in (audit.CAUSAL, audit.NORMALIZED, audit.BEFORE, audit.ONCE, audit.BYTES,
                       audit.SHIPS):
         assert f"\n{condition}\n  PASS" in said
-    if name != "plain":
+    if name != "packed":
         what = "adapters" if name == "adapters" else "weights"
         assert f"PASS  {what} changed" in said and "SKIP" not in said
         assert ("border of a stream" in said) == (name == "adapters")
 
 
-def test_a_file_over_the_cap_fails(run, monkeypatch):
+def test_a_file_over_the_cap_fails_and_what_cannot_be_seen_is_said(run, monkeypatch):
     monkeypatch.setattr(audit, "CAP_BYTES", len(SCRIPT.encode()) + 1000)
-    status, failed, said = run(SCRIPT, "--targets", "128", "--places", "0", TTT_ENABLED=0)
-    assert status == 1 and list(failed) == [audit.SHIPS], said
-
-
-def test_what_cannot_be_seen_is_said(run):
     status, failed, said = run(SCRIPT, "--targets", "128", "--places", "0", TTT_LR=0)
-    assert status == 0 and "1 could not be made" in said
+    assert status == 1 and list(failed) == [audit.SHIPS], said
     assert "  SKIP  test-time training changed nothing here" in said
 
 
@@ -367,8 +362,7 @@ def test_planted_cheats_are_found(run, names):
         assert script.count(old) == 1, f"the script changed; plant this again: {old}"
         script = script.replace(old, new)
     streams = dict(TTT_LORA_RANK=2, EVAL_STRIDE=32) if "adapters" in names else {}
-    status, failed, said = run(script, "--targets", "0" if streams else "128", "--places", "0",
-                               TTT_EPOCHS=1, **streams)
+    status, failed, said = run(script, "--targets", "128", "--places", "0", TTT_EPOCHS=1, **streams)
     assert status == 1, said
     for conditions, says, *_ in cheats:
         found = [[line for f, lines in failed.items() if f.startswith(condition) for line in lines]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, write_shard
+from conftest import write_shard
 
 import train_gpt
 from train_gpt import batches_of, Runtime, TrainStream, UserError, load_validation, open_shard
@@ -57,30 +57,20 @@ def header(magic=20240520, version=1, count=10):
     return words.tobytes()
 
 
-BAD_SHARDS = {
-    "empty": (b"", "0 bytes", "1024"),
-    "no header": (b"x" * 1023, "1023 bytes", "1024"),
-    "truncated": (header() + b"\0" * 19, "1043 bytes", "10 tokens = 1044 bytes"),
-    "a token short": (header() + b"\0" * 18, "1042 bytes", "10 tokens = 1044 bytes"),
-    "too long": (header() + b"\0" * 22, "1046 bytes", "10 tokens = 1044 bytes"),
-    "no tokens": (header(count=0), "1024 bytes", "0 tokens"),
-    "negative count": (header(count=-1) + b"\0" * 20, "1044 bytes", "-1 tokens"),
-    "foreign magic": (header(magic=20240521) + b"\0" * 20, "20240521", "20240520"),
-    "wrong version": (header(version=2) + b"\0" * 20, "20240520, 2", "20240520, 1"),
-    "text": (b"The quick brown fox. " * 60, "543516756", "20240520"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_SHARDS)
-def test_bad_shards_are_refused_by_path_and_value(tmp_path, case):
-    content, *words = BAD_SHARDS[case]
+@pytest.mark.parametrize("content, words", [
+    (b"", ("0 bytes", "1024")), (b"x" * 1023, ("1023 bytes", "1024")),
+    (header() + b"\0" * 18, ("1042 bytes", "10 tokens = 1044 bytes")),
+    (header() + b"\0" * 22, ("1046 bytes", "10 tokens = 1044 bytes")),
+    (header(count=0), ("1024 bytes", "0 tokens")), (header(count=-1) + b"\0" * 20, ("-1 tokens",)),
+    (header(magic=20240521) + b"\0" * 20, ("20240521", "20240520")),
+    (header(version=2) + b"\0" * 20, ("20240520, 2", "20240520, 1"))])
+def test_bad_shards_are_refused_by_path_and_value(tmp_path, content, words):
     path = tmp_path / "fineweb_train_000000.bin"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         open_shard(path)
     assert str(caught.value).startswith(f"{path}: ")
-    assert all(word in str(caught.value) for word in words)
-    assert train_gpt.GET_DATA in str(caught.value)
+    assert all(word in str(caught.value) for word in (*words, train_gpt.GET_DATA))
 
 
 def test_good_shard_is_mapped(tmp_path):
@@ -89,20 +79,6 @@ def test_good_shard_is_mapped(tmp_path):
     found = open_shard(tmp_path / "s.bin")
     assert isinstance(found, np.memmap) and found.dtype == np.uint16 and not found.flags.writeable
     assert found.tolist() == tokens.tolist()
-
-
-def test_missing_folder_is_named(tiny, tmp_path):
-    for split in ("train", "val"):
-        with pytest.raises(UserError, match=rf"DATA_PATH={tmp_path}/none: no fineweb_{split}_"):
-            train_gpt.shard_paths(tiny(DATA_PATH=tmp_path / "none"), split)
-
-
-def test_shard_that_vanished_is_named(tiny, tmp_path):
-    """A dangling link, as an emptied download cache leaves it, is found by name and is not
-    there."""
-    (tmp_path / "fineweb_train_000000.bin").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match="fineweb_train_000000.bin"):
-        TrainStream(tiny(DATA_PATH=tmp_path))
 
 
 def test_shards_are_sorted_by_name(tiny, tmp_path):
@@ -134,23 +110,15 @@ def test_find_upward_looks_here_then_above_the_script(tmp_path, monkeypatch):
 
 # -- validation tokens
 
-@pytest.mark.parametrize("length", [2, 7, 32, 101, 202])
-def test_validation_is_the_first_whole_rows_of_targets(tiny, folder, length):
+@pytest.mark.parametrize("length, limit", [(2, 0), (7, 0), (101, 0), (202, 0), (32, 100), (32, 64)])
+def test_validation_is_the_first_whole_rows_of_targets(tiny, folder, length, limit):
     tokens = load_validation(tiny(DATA_PATH=folder, TRAIN_SEQ_LEN=length, TRAIN_BATCH_TOKENS=length,
-                                  EVAL_STRIDE=1,
-                                  TTT_CHUNK_TOKENS=1000))
-    targets = (203 - 1) // length * length
+                                  EVAL_STRIDE=1, TTT_CHUNK_TOKENS=1000, VAL_LIMIT_TOKENS=limit))
+    targets = min(203 - 1, limit or 202) // length * length
     assert tokens.tolist() == list(range(targets + 1)) and tokens.dtype == np.uint16
 
 
-def test_validation_limit_keeps_the_beginning(tiny, folder):
-    assert load_validation(tiny(DATA_PATH=folder,
-                                VAL_LIMIT_TOKENS=100)).tolist() == list(range(3 * 32 + 1))
-    assert load_validation(tiny(DATA_PATH=folder,
-                                VAL_LIMIT_TOKENS=64)).tolist() == list(range(2 * 32 + 1))
-
-
-@pytest.mark.parametrize("count, window", [(32, 0), (1, 0), (64, 40), (64, 64)])
+@pytest.mark.parametrize("count, window", [(32, 0), (64, 40), (64, 64)])
 def test_validation_shorter_than_a_row_is_refused(tiny, tmp_path, count, window):
     write_shard(tmp_path / "fineweb_val_000000.bin", range(count))
     with pytest.raises(UserError,
@@ -160,38 +128,20 @@ def test_validation_shorter_than_a_row_is_refused(tiny, tmp_path, count, window)
     load_validation(tiny(DATA_PATH=tmp_path, EVAL_SEQ_LEN=window, TTT_ENABLED=0))
 
 
-def test_foreign_validation_token_is_named(tiny, tmp_path):
-    write_shard(tmp_path / "fineweb_val_000000.bin", [1] * 50)
-    write_shard(tmp_path / "fineweb_val_000001.bin", [1] * 50 + [TINY["VOCAB_SIZE"]])
-    with pytest.raises(UserError,
-                       match=r"fineweb_val_000001.bin: holds token 320, outside of VOCAB_SIZE=320"):
-        load_validation(tiny(DATA_PATH=tmp_path))
-    write_shard(tmp_path / "fineweb_val_000001.bin", [1] * 50 + [TINY["VOCAB_SIZE"] - 1])
-    load_validation(tiny(DATA_PATH=tmp_path))
-
-
 # -- the training stream
 
 def epoch_rows(stream, epoch=0):
     return stream.rows(epoch * EPOCH, (epoch + 1) * EPOCH).tolist()
 
 
-def test_training_shards_are_mapped(stream):
-    assert all(isinstance(tokens, np.memmap) for tokens in stream().shards)
-
-
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
 def test_each_row_of_an_epoch_comes_exactly_once(stream, order):
     """Rows are whole slices of a shard: what an epoch gives, sorted, is what lies on disk."""
     s = stream(TRAIN_ORDER=order)
-    assert s.epoch_rows == EPOCH == 16
+    assert s.epoch_rows == EPOCH == 16 and s.rows(14, 19).dtype == torch.int32
     for epoch in range(3):
         assert sorted(epoch_rows(s, epoch)) == FILE_ROWS
-
-
-def test_sequential_order_is_the_order_on_disk(stream):
-    s = stream(TRAIN_ORDER="sequential")
-    assert epoch_rows(s) == FILE_ROWS and epoch_rows(s, 5) == FILE_ROWS
+        assert (epoch_rows(s, epoch) == FILE_ROWS) == (order == "sequential")
 
 
 def test_shuffled_order_depends_on_seed_and_position_alone(stream):
@@ -204,12 +154,6 @@ def test_shuffled_order_depends_on_seed_and_position_alone(stream):
     assert stream(SEED=3, MODEL_DIM=64).rows(5, 21).tolist() == forwards[5:21]
 
 
-def test_shuffled_order_differs_by_seed_and_epoch(stream):
-    orders = [epoch_rows(stream(SEED=seed), epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
-    orders.append(FILE_ROWS)
-    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
-
-
 def shard_order(rows):
     shards = np.searchsorted(np.cumsum(LENGTHS), [row[0] for row in rows], side="right").tolist()
     return [a for a, b in zip(shards, [None, *shards]) if a != b]
@@ -217,31 +161,12 @@ def shard_order(rows):
 
 def test_shuffling_keeps_a_shard_together_and_shuffles_shards(stream):
     """One shard is read at a time, in another order with another epoch or seed."""
+    rows = [epoch_rows(stream(SEED=seed), epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(a != b for i, a in enumerate([*rows, FILE_ROWS]) for b in rows[:i])
     for orders in ([shard_order(epoch_rows(stream(), epoch)) for epoch in range(6)],
                    [shard_order(epoch_rows(stream(SEED=seed))) for seed in range(6)]):
         assert all(sorted(order) == [0, 1, 3, 4] for order in orders)
         assert len({tuple(order) for order in orders}) > 2
-
-
-def test_rows_are_int32_of_row_length_and_one(stream):
-    rows = stream().rows(14, 19)
-    assert rows.dtype == torch.int32 and rows.shape == (5, T + 1)
-
-
-def test_shards_without_a_row_are_refused(tiny, tmp_path):
-    write_shard(tmp_path / "fineweb_train_000000.bin", range(32))
-    with pytest.raises(UserError, match=r"no shard holds a row of TRAIN_SEQ_LEN=32 \+ 1 tokens"):
-        TrainStream(tiny(DATA_PATH=tmp_path))
-
-
-def test_foreign_training_token_is_named(stream, folder):
-    """The first shards hold tokens under 100, later ones do not."""
-    s = stream(VOCAB_SIZE=100, BOS_TOKEN=1, TRAIN_ORDER="sequential")
-    good = [r for r in FILE_ROWS if max(r) < 100]
-    assert s.rows(0, len(good)).tolist() == good
-    with pytest.raises(UserError,
-                       match=r"000003.bin: holds token \d+, outside of VOCAB_SIZE=100"):
-        s.rows(0, EPOCH)
 
 
 # -- batches

@@ -15,15 +15,17 @@ import tarfile
 import threading
 import zipfile
 from collections import Counter
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 pytest.importorskip("sentencepiece")
 pytest.importorskip("zstandard")
-pytest.importorskip("huggingface_hub")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 import sentencepiece
 import zstandard
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -96,20 +98,11 @@ def test_shard_round_trip(tmp_path, arrays):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "0 bytes"),
-    (shards.shard_header(2)[:1000], "1000 bytes"),
-    (struct.pack("<256i", 777, 1, 2, *[0] * 253) + b"abcd", "magic number 777"),
-    (struct.pack("<256i", 20240520, 9, 2, *[0] * 253) + b"abcd", "version 9"),
+    (b"", "0 bytes"), (shards.shard_header(2)[:1000], "1000 bytes"),
     (shards.shard_header(2) + b"abc", "2 tokens, so 1028 bytes, but the file has 1027"),
-    (shards.shard_header(2) + b"abcde", "has 1029"),
-    (shards.shard_header(-1), "-1 tokens"),
-    (shards.shard_header(2)[:512], "512 bytes"), (b"fineweb", "7 bytes"),
+    (shards.shard_header(2) + b"abcde", "has 1029"), (shards.shard_header(-1), "-1 tokens"),
     (struct.pack(">256i", 20240520, 1, 2, *[0] * 253) + b"abcd", "magic number -1999096831,"),
-    (struct.pack("<256i", 20240520, 1 << 24, 2, *[0] * 253) + b"abcd", "version 16777216"),
-    (struct.pack("<256i", 20240520, 1, -2**31, *[0] * 253), "-2147483648 tokens"),
-    (shards.shard_header(2) + b"aaaabbbb", "2 tokens, so 1028 bytes, but the file has 1032"),
-    (gzip.compress(b"", mtime=0)[:4] + bytes(2000), "magic number 559903"),
-])
+    (struct.pack("<256i", 20240520, 9, 2, *[0] * 253) + b"abcd", "version 9")])
 def test_bad_shard_is_named_with_what_was_found(tmp_path, content, message):
     path = tmp_path / "bad.bin"
     path.write_bytes(content)
@@ -137,7 +130,8 @@ class StandIn:
 
     def __init__(self):
         self.files, self.cut, self.cuts_left, self.requests = {}, {}, 0, []
-        self.damaged, self.hash = {}, lambda content: hashlib.sha256(content).hexdigest()  # damaged: sent instead
+        self.damaged, self.damaged_once = {}, False  # damaged: sent instead
+        self.hash = lambda content: hashlib.sha256(content).hexdigest()
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -176,7 +170,8 @@ class StandIn:
             request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         request.end_headers()
         if body:
-            self.send_body(request, path, self.damaged.get(path, content), start)
+            damaged = self.damaged.pop if self.damaged_once else self.damaged.get
+            self.send_body(request, path, damaged(path, content), start)
 
     def send_body(self, request, path: str, content: bytes, start: int) -> None:
         if path in self.cut and self.cuts_left:
@@ -201,12 +196,12 @@ TRAIN_0, TRAIN_1, VAL_0 = (FOLDER + f"fineweb_{name}.bin" for name in ("train_00
 
 
 @pytest.fixture
-def hub(tokenizer_path):
+def hub(tokenizer_path, capsys):
     stand_in = StandIn()
+    stand_in.capsys = capsys
     manifest = {"datasets": [{"name": "fineweb10B_sp1024", "path": "datasets/fineweb10B_sp1024",
                               "tokenizer_name": "sp_bpe_1024", "stats": {"files_train": 2, "files_val": 1}}],
                 "tokenizers": [{"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model"}]}
-    stand_in.manifest = manifest
     stand_in.files = {"datasets/manifest.json": json.dumps(manifest).encode(),
                       "datasets/tokenizers/fineweb_1024_bpe.model": tokenizer_path.read_bytes(),
                       "datasets/docs_selected.jsonl": b'{"text": "a"}\n',
@@ -217,19 +212,19 @@ def hub(tokenizer_path):
     stand_in.server.server_close()
 
 
-def fetch(hub: StandIn, data_root: Path, *arguments, offline: bool = False) -> subprocess.CompletedProcess:
-    """Run the script with `data_root` as its folder, as a user would; HF_ENDPOINT leads to the stand-in."""
-    data_root.mkdir(exist_ok=True)
-    for name in ("cached_challenge_fineweb.py", "shards.py"):
-        (data_root / name).write_bytes((DATA / name).read_bytes())
-    return run_at(hub, data_root, offline, str(data_root / "cached_challenge_fineweb.py"), *map(str, arguments))
-
-
-def run_at(hub: StandIn, data_root: Path, offline: bool, *command: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(data_root / "hf"), "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_TELEMETRY": "1", "MATCHED_FINEWEB_REPO_ID": "some/repo", "NO_PROXY": "127.0.0.1"}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=60)
+def fetch(hub: StandIn, data_root: Path, *arguments, offline: bool = False) -> SimpleNamespace:
+    """What the script does and says with `data_root` as its folder and the stand-in as its server."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cached, "DATA_ROOT", data_root)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        for name in ("hf_hub_download", "hf_hub_url"):
+            patch.setattr(cached, name, partial(getattr(cached, name), endpoint=hub.url))
+        patch.setenv("MATCHED_FINEWEB_REPO_ID", "some/repo")
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        hub.capsys.readouterr()
+        code = shards.exit_code_of(cached.main, list(map(str, arguments)))
+    said = hub.capsys.readouterr()
+    return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
 
 
 def local(data_root: Path, remote_path: str) -> Path:
@@ -256,18 +251,10 @@ def test_download_brings_everything_and_repeats_nothing(hub, tmp_path):
     process = fetch(hub, tmp_path / "data", "--train-shards", 2)
     assert process.returncode == 0, process.stderr
     assert hub.transfers() == ["datasets/manifest.json", TRAIN_1]
-
-
-def test_truncated_and_foreign_local_files_are_replaced(hub, tmp_path):
-    data = tmp_path / "data"
-    for path, content in [(TRAIN_0, hub.files[TRAIN_0][:-2]), (VAL_0, b"x" * 4000),
-                          ("datasets/tokenizers/fineweb_1024_bpe.model", b"not a model")]:
-        local(data, path).parent.mkdir(parents=True, exist_ok=True)
-        local(data, path).write_bytes(content)
-    process = fetch(hub, data, "--train-shards", 1)
-    assert process.returncode == 0, process.stderr
-    for path in (TRAIN_0, VAL_0, "datasets/tokenizers/fineweb_1024_bpe.model"):
-        assert local(data, path).read_bytes() == hub.files[path]
+    hub.requests.clear()
+    process = fetch(hub, tmp_path / "data", "--train-shards", 3)
+    assert_one_line_error(process, "--train-shards 3", "has 2 train shards", "2 or fewer")
+    assert hub.transfers() == ["datasets/manifest.json"]
 
 
 def test_broken_connection_goes_on_where_it_stopped(hub, tmp_path):
@@ -296,27 +283,12 @@ def test_interrupted_run_is_resumed_without_fetching_whole_shards_again(hub, tmp
     assert hub.transfers() == [TRAIN_1]
 
 
-@pytest.mark.parametrize("content, found", [
-    (shard_bytes(0)[:-1], "3000 tokens, so 7024 bytes, but the file has 7023"),
-    (struct.pack("<i", 42) + shard_bytes(0)[4:], "magic number 42")])
-def test_bad_shard_on_the_server_gets_no_name(hub, tmp_path, content, found):
-    hub.files[TRAIN_0] = content
+def test_bad_shard_on_the_server_gets_no_name(hub, tmp_path):
+    hub.files[TRAIN_0] = struct.pack("<i", 42) + shard_bytes(0)[4:]
     process = fetch(hub, tmp_path / "data", "--train-shards", 1)
-    assert_one_line_error(process, "fineweb_train_000000.bin", found, "MATCHED_FINEWEB_REPO_ID")
+    assert_one_line_error(process, "fineweb_train_000000.bin", "magic number 42", "MATCHED_FINEWEB_REPO_ID")
     assert hub.transfers().count(TRAIN_0) == 2
     assert not local(tmp_path / "data", TRAIN_0).exists()
-
-
-def test_damaged_copy_in_the_hub_cache_is_not_used_twice(hub, tmp_path):
-    data = tmp_path / "data"
-    filled = run_at(hub, data, False, "-c", "from huggingface_hub import hf_hub_download as get\n"
-                    f"get('some/repo', {TRAIN_0!r}, repo_type='dataset')")
-    assert filled.returncode == 0, filled.stderr
-    blob = next(path for path in (data / "hf").rglob("blobs/*") if path.is_file())
-    blob.write_bytes(b"damaged")
-    process = fetch(hub, data, "--train-shards", 1)
-    assert process.returncode == 0, process.stderr
-    assert local(data, TRAIN_0).read_bytes() == hub.files[TRAIN_0]
 
 
 def with_hole(content: bytes) -> bytes:
@@ -327,14 +299,15 @@ def git_hash(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-@pytest.mark.parametrize("damage", [with_hole, lambda c: c[:-1] + bytes([c[-1] ^ 1]), lambda c: c[:1024] + c[1026:] + c[1024:1026]])
-@pytest.mark.parametrize("hash_", [lambda c: hashlib.sha256(c).hexdigest(), git_hash])
+@pytest.mark.parametrize("damage, hash_", [
+    (with_hole, lambda c: hashlib.sha256(c).hexdigest()),
+    (lambda c: c[:1024] + c[1026:] + c[1024:1026], git_hash)])
 def test_damage_of_the_right_size_is_found_by_the_servers_hash(hub, tmp_path, damage, hash_):
     hub.hash, data = hash_, tmp_path / "data"
     hub.damaged = {TRAIN_0: damage(hub.files[TRAIN_0])}
     assert_one_line_error(fetch(hub, data, "--train-shards", 1), "fineweb_train_000000.bin", "its hash is not", "came damaged twice")
     assert not local(data, TRAIN_0).exists()
-    hub.damaged = {}
+    hub.damaged_once = True  # and the second transfer is good
     assert fetch(hub, data, "--train-shards", 1).returncode == 0
     model = "datasets/tokenizers/fineweb_1024_bpe.model"
     for path in (TRAIN_0, VAL_0):
@@ -370,11 +343,9 @@ def some_tokens(count: int = 60_000) -> np.ndarray:
 
 @pytest.mark.parametrize("change, message", [
     (lambda t: t[7000:9048].fill(0), "token 0 fills a hole from token 7168 on"),
-    (lambda t: t[-2200:].fill(99), "token 99 fills a hole"), (lambda t: t.fill(0), "token 0 fills a hole from token 0 on"),
-    (lambda t: t[5:6].fill(1024), "token id 1024, the vocabulary has 1024 pieces"), (lambda t: t[-1:].fill(65535), "token id 65535"),
-    (lambda t: t[::1000].fill(7), "0 document starts"), (lambda t: t[1000:].__setitem__(t[1000:] == 1, 7), "1 document starts"),
-    (lambda t: t[::3].fill(1), "document starts"),
-    (lambda t: [t[0::3].fill(5), t[1::3].fill(5)], "67% of it is token 5"), (lambda t: [t[1::4].fill(9), t[2::4].fill(9), t[3::4].fill(9)], "75% of it is token 9"),
+    (lambda t: t[-2200:].fill(99), "token 99 fills a hole"),
+    (lambda t: t[5:6].fill(1024), "token id 1024, the vocabulary has 1024 pieces"),
+    (lambda t: t[::1000].fill(7), "0 document starts"), (lambda t: t[::3].fill(1), "document starts"),
     (lambda t: [t[i::20].fill(8) for i in range(1, 13)], "60% of it is token 8")])
 def test_a_shard_with_wrong_content_is_named(tmp_path, change, message):
     tokens = some_tokens()
@@ -387,38 +358,22 @@ def test_a_shard_with_wrong_content_is_named(tmp_path, change, message):
     assert "s.bin" in str(caught.value) and "download or build it again" in str(caught.value)
 
 
-def test_few_tokens_are_not_judged_by_their_shares(tmp_path):
-    for tokens in ([], [7] * 1023, [1, 1, 5]):
-        shards.write_shard(tmp_path / "s.bin", [np.array(tokens, int)], len(tokens))
-        shards.check_content(tmp_path / "s.bin", 1024)
-
-
 @pytest.mark.parametrize("variable, variant, repository", [
-    (None, "sp1024", "willdepueoai/parameter-golf"), (None, "byte260", "willdepueoai/parameter-golf"),
-    (None, "sp4096", "kevclark/parameter-golf"), (None, "sp8192", "kevclark/parameter-golf"),
-    ("some/repo", "sp8192", "some/repo"), (" some/repo\r", "sp1024", "some/repo"), ("", "sp8192", "kevclark/parameter-golf")])
+    ("", "sp1024", "willdepueoai/parameter-golf"), ("", "sp8192", "kevclark/parameter-golf"),
+    (" some/repo\r", "sp8192", "some/repo")])
 def test_the_variant_decides_the_repository(monkeypatch, variable, variant, repository):
     asked = []
-    monkeypatch.delenv("MATCHED_FINEWEB_REPO_ID", raising=False)
-    if variable is not None:
-        monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", variable)
+    monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", variable)
     monkeypatch.setattr(cached, "download", lambda remote, *_: asked.append(remote.repo_id))
     cached.main(["--variant", variant])
     assert asked == [repository]
 
 
-def test_help_names_the_repositories(capsys):
-    with pytest.raises(SystemExit):
-        cached.main(["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "sp4096 from kevclark/parameter-golf, sp8192 from kevclark/parameter-golf, which are exports by participants" in said
-    assert "MATCHED_FINEWEB_REPO_ID chooses another" in said
-
-
-def test_more_shards_than_there_are(hub, tmp_path):
-    process = fetch(hub, tmp_path / "data", "--train-shards", 3)
-    assert_one_line_error(process, "--train-shards 3", "has 2 train shards", "2 or fewer")
-    assert hub.transfers() == ["datasets/manifest.json"]
+@pytest.mark.parametrize("variant, said", [
+    *((variant, "--variant") for variant in ("sp", "1024", "sp10k", "../sp1024", "")),
+    ("sp1", "no dataset fineweb10B_sp1, only fineweb10B_sp1024")])
+def test_an_unknown_variant_is_refused(hub, tmp_path, variant, said):
+    assert_one_line_error(fetch(hub, tmp_path, "--variant", variant), said)
 
 
 def test_without_manifest_the_known_names_are_probed(hub, tmp_path):
@@ -429,39 +384,17 @@ def test_without_manifest_the_known_names_are_probed(hub, tmp_path):
     assert "1 train and 2 validation shards" in process.stdout
     assert local(tmp_path / "data", "datasets/tokenizers/fineweb_1024_bpe.model").exists()
     assert_one_line_error(fetch(hub, tmp_path / "data"), "manifest.json", "does not exist")
+    hub.files["datasets/manifest.json"] = b'{"datasets": [{"name": "fineweb10B_sp1024", "stats": {"files_train": "many"}}]}'
+    assert fetch(hub, tmp_path / "data", "--train-shards", 2).returncode == 0, "it does not say how many there are"
 
 
-def test_no_connection_is_said_so(hub, tmp_path):
-    process = fetch(hub, tmp_path / "data", "--skip-manifest", offline=True)
-    assert_one_line_error(process, "fineweb_1024_bpe.model", "cannot be reached", "HF_ENDPOINT")
-
-
-@pytest.mark.parametrize("stats", [{}, {"stats": None}, {"stats": {"files_train": "many"}}])
-def test_manifest_without_stats_is_tolerated(stats):
-    entry = cached.dataset_entry({"datasets": [{"name": "fineweb10B_sp1024", **stats}]}, "fineweb10B_sp1024", True)
-    assert cached.file_count(entry, "train") is None
-    assert cached.dataset_folder(entry, "fineweb10B_sp1024") == "datasets/fineweb10B_sp1024"
-    cached.check_request(1000, entry, "x")
-
-
-@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xef\xbb\xbf{}", b"\xff\xfe{\0}\0",
-                                     b"[]", b"9" * 5_000])
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe{\0}\0", b"[]", b"9" * 5_000])
 def test_a_manifest_that_is_none_is_named(tmp_path, content):
     with pytest.raises(DataError, match=r"manifest\.json: .*: delete it and download again"):
         cached.read_manifest(file_of(tmp_path / "manifest.json", content))
 
 
-def test_variants_and_unknown_datasets():
-    assert cached.dataset_name("sp8192") == "fineweb10B_sp8192"
-    assert cached.dataset_name("byte260") == "fineweb10B_byte260"
-    for variant in ("sp", "1024", "sp10k", "../sp1024", ""):
-        with pytest.raises(DataError, match="--variant"):
-            cached.dataset_name(variant)
-    with pytest.raises(DataError, match="no dataset fineweb10B_sp1, only a"):
-        cached.dataset_entry({"datasets": [{"name": "a"}]}, "fineweb10B_sp1", strict=True)
-
-
-@pytest.mark.parametrize("path", ["../x.model", "/etc/x.model", "tokenizers/../../x.model", "c:/x.model", "a\\..\\x/y.model"])
+@pytest.mark.parametrize("path", ["/etc/x.model", "tokenizers/../../x.model", "c:/x.model", "a\\..\\x/y.model"])
 def test_manifest_cannot_lead_out_of_the_data_folder(path):
     manifest = {"tokenizers": [{"name": "t", "model_path": path}]}
     with pytest.raises(DataError, match="out of the data folder"):
@@ -581,12 +514,14 @@ def file_of(path: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("suffix", PACK)
-@pytest.mark.parametrize("name", ["t.jsonl{}", "T.JSONL{}", "no_suffix", "t.jsonl", "t.jsonl.gz", "t.txt{}"])
-def test_compression_and_json_are_told_by_content(tmp_path, suffix, name):
+def test_compression_and_json_are_told_by_content(tmp_path, suffix):
     half, pack = len(JSONL) // 2, PACK[suffix]
-    content = pack(JSONL[:half]) + pack(JSONL[half:])  # two members or frames, as parallel compressors write
-    for name in (name.format(suffix), name.format(suffix.upper())):
-        assert read(file_of(tmp_path / name, content), "body") == TEXTS
+    for content in (pack(JSONL[:half]) + pack(JSONL[half:]),  # as parallel compressors write
+                    pack(bz2.compress(JSONL))):
+        for name in ("T.JSONL" + suffix.upper(), "no_suffix", "t.jsonl.gz", "t.txt" + suffix):
+            assert read(file_of(tmp_path / name, content), "body") == TEXTS
+    padded = lzma.compress(JSONL[:half]) + bytes(512) + lzma.compress(JSONL[half:]) + bytes(200_000)
+    assert read(file_of(tmp_path / "t.xz", padded), "body") == TEXTS
 
 
 @pytest.mark.parametrize("suffix", PACK)
@@ -598,17 +533,6 @@ def test_damaged_compression_is_named(tmp_path, suffix):
     for rest in (b"garbage", b"\0\0\0\0garbage", JSONL):
         with pytest.raises(DataError, match="damaged"):
             read(file_of(tmp_path / "t.jsonl", content + rest), "body")
-
-
-@pytest.mark.parametrize("padding", [b"\0" * 4, b"\0" * 512, b"\0" * 200_000])
-def test_padded_xz_is_whole(tmp_path, padding):
-    half = len(JSONL) // 2
-    content = lzma.compress(JSONL[:half]) + padding + lzma.compress(JSONL[half:]) + padding
-    assert read(file_of(tmp_path / "t.jsonl.xz", content), "body") == TEXTS
-
-
-def test_packed_twice_is_unpacked_twice(tmp_path):
-    assert read(file_of(tmp_path / "t.gz", gzip.compress(bz2.compress(JSONL))), "body") == TEXTS
 
 
 def test_what_unpacks_without_end_is_refused(tmp_path):
@@ -629,12 +553,8 @@ def tar(format_: int) -> bytes:
     return file.getvalue()
 
 
-V7 = tar(tarfile.USTAR_FORMAT)
-V7 = V7[:148] + b"%06o\0 " % (sum(V7[:148]) + 8 * 32 + sum(V7[156:257])) + V7[156:257] + bytes(255) + V7[512:]
-
-
 @pytest.mark.parametrize("content, message", [
-    (tar(tarfile.GNU_FORMAT), "a tar archive"), (tar(tarfile.PAX_FORMAT), "a tar archive"), (V7, "a tar archive"),
+    (tar(tarfile.GNU_FORMAT), "a tar archive"), (tar(tarfile.PAX_FORMAT), "a tar archive"),
     (b"PK\x03\x04" + b"x" * 99, "a zip archive"), (b"PAR1" + b"x" * 99, "a Parquet file"), (b"%PDF-1.7\n", "a PDF"),
     ("a text".encode("utf-16"), "UTF-16"), ("a text".encode("utf-16-be"), "binary"), (b"a\0b", "binary"),
     (shards.shard_header(2) + b"abcd", "binary"), (b'{"text": "a\0b"}', "binary"), (bytes(5000), "binary"),
@@ -642,9 +562,8 @@ V7 = V7[:148] + b"%06o\0 " % (sum(V7[:148]) + 8 * 32 + sum(V7[156:257])) + V7[15
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
     (b"PK\x05\x06" + bytes(18), "binary"), (b"7z\xbc\xaf\x27\x1c\0\4", "binary"),
     (lzma.compress(b"a text", lzma.FORMAT_ALONE), "binary")])
-@pytest.mark.parametrize("suffix", ["", *PACK])
-def test_what_is_no_text_is_refused(tmp_path, content, message, suffix):
-    for name in ("t.jsonl", "t.txt", "t" + suffix):
+def test_what_is_no_text_is_refused(tmp_path, content, message):
+    for name, suffix in (("t.jsonl", ""), ("t.txt", ".gz"), ("t.zst", ".zst")):
         path = file_of(tmp_path / name, PACK.get(suffix, bytes)(content))
         with pytest.raises(DataError, match=re.escape(f"{path} is {message}")):
             read(path)
@@ -658,20 +577,14 @@ def test_a_json_array_is_refused_with_the_way_out(tmp_path, content):
             read(file_of(tmp_path / name, content))
 
 
-@pytest.mark.parametrize("content", [b"[1] A note.", b"{curly} text", b'"quoted": text', b"{\\rtf1 x}", b""])
+@pytest.mark.parametrize("content", [b"[1] A note.", b"{curly} text", b'"quoted": text', b""])
 def test_plain_text_that_looks_a_little_like_json_stays_text(tmp_path, content):
+    """A name for JSON decides otherwise; a separator makes any content plain text."""
     assert read(file_of(tmp_path / "t.txt", content)) == [content.decode()][:len(content)]
-
-
-@pytest.mark.parametrize("name", ["t.jsonl", "T.JSONL", "t.NDJSON.GZ", "t.json.xz"])
-def test_a_name_decides_where_the_content_does_not(tmp_path, name):
-    with pytest.raises(DataError, match="line 1: not valid JSON"):
-        read(file_of(tmp_path / name, b"plain text"))
-
-
-def test_a_separator_makes_any_content_plain_text(tmp_path):
-    for content in (b'{"text": "a"}', b'["a"]'):
-        assert read(file_of(tmp_path / "t.txt", content), separator="--") == [content.decode()]
+    if content:
+        with pytest.raises(DataError, match="line 1: "):
+            read(file_of(tmp_path / "t.NDJSON.GZ", b"plain" + content))
+    assert read(file_of(tmp_path / "t.txt", b'["a"]'), separator="--") == ['["a"]']
 
 
 @pytest.mark.parametrize("line, message", [
@@ -699,20 +612,13 @@ def zipped() -> bytes:
     ("bom.jsonl", b"\xef\xbb\xbf" + JSONL, None),
     ("gzip.txt", gzip.compress(JSONL), None), ("end.jsonl", JSONL.rstrip(), None),
     ("skip.zst", b"\x50\x2a\x4d\x18\4\0\0\0skip" + PACK[".zst"](JSONL), None),
-    ("empty.jsonl", b"", "there are 0 different documents"),
     ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "there are 0 different documents"),
     ("arrays.jsonl", b'["a"]\n["b"]\n', "a JSON array"), ("words.jsonl", b'"a"\n', "line 1: a str"),
     ("mac.jsonl", JSONL.replace(b"\n", b"\r"), "line 1: not valid JSON"),
     ("dos.jsonl", JSONL + b"\x1a", "line 301: not valid JSON"),
-    ("two_marks.jsonl", 2 * b"\xef\xbb\xbf" + JSONL, "line 1: not valid JSON"),
     ("pretty.json", b'{\n "body": "a"\n}\n', "line 1: not valid JSON"),
-    ("deep.jsonl", b'{"body": ' + b"[" * 100_000, "line 1: not valid JSON"),
     ("digits.jsonl", b'{"body": ' + b"9" * 5_000 + b"}", "line 1: not valid JSON"),
-    ("utf16.jsonl", JSONL.decode().encode("utf-16"), "is UTF-16"),
-    ("nul.txt", bytes(300), "is binary"),
-    ("tar.xz", lzma.compress(tar(tarfile.USTAR_FORMAT)), "is a tar archive"),
     ("zip.jsonl", zipped(), "is a zip archive"), ("cut.gz", gzip.compress(JSONL)[:9], "damaged"),
-    ("latin1.txt", "café".encode("latin-1"), "line 1: not UTF-8"),
     ("folder.jsonl", None, "is a folder"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_each_input_is_built_or_refused_in_one_line(tmp_path, tokenizer_path, capsys, name, content,
@@ -730,12 +636,12 @@ def test_each_input_is_built_or_refused_in_one_line(tmp_path, tokenizer_path, ca
         assert code == 2 and last.startswith("error: ") and message in last
 
 
-@pytest.mark.parametrize("path", ["/dev/stdin", "-", "pipe"])
-def test_what_cannot_be_read_again_is_refused(tmp_path, path):
+@pytest.mark.parametrize("path", ["/dev/null", "-", "pipe"])
+def test_what_cannot_be_read_again_is_refused(tmp_path, monkeypatch, path):
     os.mkfifo(tmp_path / "pipe")
-    process = subprocess.run([sys.executable, DATA / "build_dataset.py", path], input="a text", cwd=tmp_path,
-                             capture_output=True, text=True)
-    assert_one_line_error(process, f"{path} is not a regular file", "save it to a file")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"{path} is not a regular file.*save it to a file"):
+        run_builder(path)
 
 
 def test_paths_and_arguments_of_odd_surroundings(tmp_path, tokenizer_path):
@@ -753,19 +659,9 @@ def test_paths_and_arguments_of_odd_surroundings(tmp_path, tokenizer_path):
     assert process.returncode == 0, process.stderr
     assert rb"caf\xe9\udcff  (tokenizer" in process.stdout
     assert (tmp_path / "out/datasets" / os.fsdecode(b"caf\xc3\xa9\xff") / "manifest.json").is_file()
-    for arguments in ((b"~/\xff\r",), (b"~/val.jsonl", "--tokenizer", "~/\u00e9"), ("--report", b"~/\xff.json")):
-        process = run(*arguments)
-        assert process.returncode == 2 and process.stderr.startswith(b"error: " + bytes(tmp_path)) or b"--tokenizer" in process.stderr
-        assert b"Traceback" not in process.stderr and process.stderr.isascii()
-
-
-def test_a_reader_that_goes_away_is_no_error(tmp_path, tokenizer_path):
-    source = write_jsonl(tmp_path / "t.jsonl", sentences(30))
-    process = subprocess.Popen([sys.executable, DATA / "build_dataset.py", source, "--tokenizer", tokenizer_path, "--workers", "1",
-                                "--out-root", tmp_path], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    process.stdout.close()
-    errors = process.stderr.read()
-    assert process.wait() == 0 and b"rror" not in errors and b"Exception" not in errors, errors
+    process = run(b"~/\xff\r", "--workers", "0")
+    assert process.returncode == 2 and process.stderr.startswith(b"error: ") and b"--workers 0" in process.stderr
+    assert b"Traceback" not in process.stderr and process.stderr.isascii()
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
@@ -801,29 +697,6 @@ def _encode_nothing(texts):
     return texts
 
 
-@FAST
-@given(st.lists(st.integers(1, 30), max_size=12), st.integers(1, 40))
-def test_shards_join_to_the_documents(lengths, shard_tokens):
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    tokens = np.arange(starts[-1])
-    pieces = build_dataset._pieces(tokens, starts[:-1], np.array(lengths, dtype=np.int64), shard_tokens)
-    parts = [np.concatenate([*next(pieces), np.zeros(0, int)]) for _ in range(-(-len(tokens) // shard_tokens))]
-    assert all(len(part) == shard_tokens for part in parts[:-1])
-    assert np.concatenate([np.zeros(0, int), *parts]).tolist() == tokens.tolist()
-
-
-@FAST
-@given(st.lists(st.text("abc", min_size=1, max_size=3), max_size=40), st.integers(1, 12), st.integers(0, 3))
-def test_val_docs_are_counted_exactly(texts, count, seed):
-    made = build_dataset.Settings("x", val_docs=count, seed=seed)
-    if len(set(texts)) <= count:
-        with pytest.raises(DataError, match=f"there are {len(set(texts))} different documents"):
-            build_dataset.val_key_limit(made, build_dataset.ListDocuments(texts))
-        return
-    limit = build_dataset.val_key_limit(made, build_dataset.ListDocuments(texts))
-    assert sum(build_dataset.text_key(t, seed) < limit for t in set(texts)) == count
-
-
 def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path):
     source = write_jsonl(tmp_path / "t.jsonl", sentences(30))
     arguments = [source, "--out-root", tmp_path, "--tokenizer", tokenizer_path, "--val-docs", 3]
@@ -841,27 +714,13 @@ def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path):
     assert not marker.exists() and os.listdir(tmp_path / "datasets") == ["t"]
 
 
-def test_old_dataset_stays_if_the_new_one_cannot_be_moved(tmp_path):
-    (tmp_path / "target").mkdir()
-    with pytest.raises(OSError):
-        build_dataset.publish(tmp_path / "missing", tmp_path / "target")
-    assert os.listdir(tmp_path) == ["target"]
-
-
-def test_errors_are_one_line_and_exit_code_2(tmp_path, tokenizer_path):
-    source = write_jsonl(tmp_path / "t.jsonl", ["a", "b"])
-    process = subprocess.run([sys.executable, DATA / "build_dataset.py", source, "--out-root", tmp_path,
-                              "--vocab-size", "65537", "--workers", "0"], capture_output=True, text=True)
-    assert_one_line_error(process, "--vocab-size 65537", "65536", "--workers 0")
-    assert not (tmp_path / "datasets").exists()
-
-
 @pytest.mark.parametrize("texts, arguments, message", [
     ([], [], "no training document"), (["", " \n"], [], "no training document"),
     (sentences(5), ["--val-docs", 5], "there are 5 different documents"),
     (sentences(3), ["--vocab-size", 30_000], "--vocab-size 30000: SentencePiece refuses"),
     (sentences(3), ["--vocab-size", 300, "--val-fraction", 1e-9], "fell to validation"),
     (sentences(3), ["--name", "../up"], "--name '../up'"), (sentences(3), ["--val-fraction", 1.5], "--val-fraction 1.5"),
+    (sentences(3), ["--vocab-size", 65537], "--vocab-size 65537"),
     (sentences(3), ["--tokenizer", "none.model"], "none.model: no such file"),
     (sentences(3), ["--demo"], "--demo has its own text")])
 def test_what_cannot_be_built_is_explained(tmp_path, texts, arguments, message):
@@ -892,14 +751,6 @@ def test_unusable_tokenizers_and_paths(tmp_path, monkeypatch, tokenizer_path):
 
 # ---- demo and report ------------------------------------------------------------------------
 
-def test_module_text_holds_docstrings_and_comment_blocks_in_order():
-    source = ('#!/bin/x\n"""Top."""\n# A comment that is long enough to count as\n# one block.\n# no\nx = 1\n'
-              'class A(B):\n    """Of A."""\n    def f(self, n=2):\n        "Of f."\n        s = "# not a comment"\n# short\n')
-    assert demo_corpus.module_text(source) == (
-        "Top.\n\nA comment that is long enough to count as\none block.\nno\n\nclass A(B)\nOf A.\n\nf(self, n=2)\nOf f.")
-    assert demo_corpus.module_text("def f(:") == ""
-
-
 def test_training_loses_the_paragraphs_that_validation_has():
     own = "This paragraph belongs to the training text alone, " * 5
     copy = "A sentence that is found word for word on both sides of the split, to be dropped."
@@ -907,15 +758,6 @@ def test_training_loses_the_paragraphs_that_validation_has():
     val = ["Something else entirely stands here before the copy. " * 4 + "\n\n" + copy]
     assert demo_corpus.drop_copies([f"{own}\n\n{copy}\n\n{near}"], val) == [own]
     assert demo_corpus.without_repeats([f"{copy}\n\nNote.", f"Note.\n\n{copy}"]) == [f"{copy}\n\nNote.", "Note."]
-
-
-def test_split_takes_whole_documents_and_drops_copies_from_training():
-    copy = "This sentence is in every document, and may therefore stay on one side only."
-    texts = [f"{text}\n\n{text[::-1]}\n\n{copy}" for text in sentences(40)]
-    train, val = demo_corpus.split(texts, seed=1, val_fraction=0.1)
-    assert 3 <= len(val) <= 6 and set(val) < set(texts) and len(train) + len(val) == len(texts)
-    assert not any(copy in text for text in train)
-    assert (train, val) != demo_corpus.split(texts, seed=2, val_fraction=0.1)
 
 
 def check_demo(root: Path, manifest: dict) -> None:
@@ -938,15 +780,6 @@ def check_demo(root: Path, manifest: dict) -> None:
 def test_small_demo(tmp_path):
     made = build_dataset.Settings("demo", tmp_path)
     check_demo(tmp_path, build_dataset.build_demo(made, max_modules=40))
-
-
-@pytest.mark.slow
-def test_full_demo(tmp_path):
-    manifest = build_dataset.build_demo(build_dataset.Settings("demo", tmp_path, workers=2))
-    check_demo(tmp_path, manifest)
-    assert manifest["splits"]["train"]["utf8_bytes"] > 2_000_000
-    assert 100_000 < manifest["splits"]["val"]["utf8_bytes"] < 250_000
-    assert 1 < manifest["xz_bits_per_byte"] < 3
 
 
 @pytest.fixture
@@ -994,7 +827,7 @@ def test_report_shows_what_the_packed_model_writes(tmp_path, demo_manifest, corp
     ({"scored_bytes": 990}, "val_bpb is None"), ({"val_bpb": {"int6": "low"}, "scored_bytes": 9}, "val_bpb.int6 is 'low'"),
     ({"val_bpb": {"int6": float("nan")}, "scored_bytes": 9}, "val_bpb.int6 is nan"),
     ({"val_bpb": {"int6": 1.0}, "scored_bytes": 1001}, "scored_bytes is 1001"),
-    ("[" * 100_000, "cannot be read as JSON"), ("\ufeff{}", "cannot be read as JSON"),
+    ("[" * 100_000, "cannot be read as JSON"),
     ({"val_bpb": {"int6": 10**400}, "scored_bytes": 9}, "val_bpb.int6 is 1000"),
     ({"val_bpb": {"int6": 1.0}}, "scored_bytes is None")])
 def test_report_refuses_a_wrong_result(tmp_path, demo_manifest, content, message):
@@ -1003,21 +836,11 @@ def test_report_refuses_a_wrong_result(tmp_path, demo_manifest, content, message
         result.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(DataError, match=re.escape(message)):
         build_dataset.report(result, demo_manifest)
-
-
-@pytest.mark.parametrize("manifest", [
-    {"xz_bits_per_byte": 2.0}, {"xz_bits_per_byte": 0.0, "xz_bytes": {"val_text": 9}},
-    {"xz_bits_per_byte": 2.0, "xz_bytes": [9]}, {"xz_bits_per_byte": 2.0, "xz_bytes": {}}])
-def test_report_refuses_a_wrong_manifest(tmp_path, demo_manifest, manifest):
-    demo_manifest.write_text(json.dumps(manifest))
-    result = tmp_path / "r.json"
     result.write_text(json.dumps({"val_bpb": {"int6": 1.0}, "scored_bytes": 9}))
-    with pytest.raises(DataError, match="build the demo again with --demo --force"):
-        build_dataset.report(result, demo_manifest)
-
-
-def test_report_needs_the_demo(tmp_path):
-    result = tmp_path / "r.json"
-    result.write_text(json.dumps({"val_bpb": {"int6": 1.0}, "scored_bytes": 9}))
+    for manifest in ({"xz_bits_per_byte": 2.0}, {"xz_bits_per_byte": 0.0, "xz_bytes": {"val_text": 9}},
+                     {"xz_bits_per_byte": 2.0, "xz_bytes": [9]}):
+        demo_manifest.write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match="build the demo again with --demo --force"):
+            build_dataset.report(result, demo_manifest)
     with pytest.raises(DataError, match="run build_dataset.py --demo first"):
         build_dataset.report(result, tmp_path / "none.json")

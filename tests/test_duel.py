@@ -121,26 +121,13 @@ def side_of(tmp_path, code):
     return duel.their_side(tmp_path / "train_gpt.py", tmp_path / "out", {}, 10)
 
 
-@pytest.mark.slow
-def test_what_cannot_run_says_how_it_ended(tmp_path):
-    side = side_of(tmp_path, "print('begun')\nimport sys\nsys.exit('the reactor is cold')")
-    duel.run(side)
-    assert side.status == 1 and duel.why(side) == "it ended with status 1"
-    assert duel.last_lines(side) == "begun\nthe reactor is cold"
-
-
-def test_a_log_that_lay_beside_the_script_is_not_the_runs(tmp_path):
+def test_a_log_that_lay_beside_the_script_is_not_the_runs_and_other_steps_are_told(tmp_path):
     (tmp_path / "train.txt").write_text("x val_loss:1.0 val_bpb:0.5\n")
-    side = side_of(tmp_path, "assert open('train.txt')\nopen('new.txt', 'w').write("
-                             "'final val_loss:3.4 val_bpb:2.0\\n')")
+    side = side_of(tmp_path, "import os\nos.environ.get('NUM_ITERATIONS')\nassert open('train.txt')\n"
+                             "open('new.txt', 'w').write('step:3/3 val_loss:3.4 val_bpb:2.1 "
+                             "train_time:9ms\\nfinal val_loss:3.4 val_bpb:2.0\\n')")
     duel.run(side)
     assert side.status == 0 and side.log.score.bpb == 2.0
-
-
-def test_a_script_with_steps_of_its_own_is_told(tmp_path):
-    side = side_of(tmp_path, "import os\nos.environ.get('NUM_ITERATIONS')\n"
-                             "print('step:3/3 val_loss:3.4 val_bpb:2.0 train_time:9ms')")
-    duel.run(side)
     assert side.unread[-2:] == ["ITERATIONS", "VOCAB_SIZE"]
     assert "last step in the log of theirs is 3, not 10" in duel.notes([side], 10)
     assert duel.notes([side], 3) == ""
@@ -166,7 +153,7 @@ def test_the_data_are_not_written_over(corpus, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code, words", [
-    ("import nowhere_to_be_found", "it needs the module nowhere_to_be_found"),
+    ("import sys\nsys.exit('the reactor is cold')", "it ended with status 1"),
     ("import torch, triton, triton.language as tl\n@triton.jit\ndef f(x, N: tl.constexpr):\n"
      "    tl.store(x, N)\nf[(1,)](torch.zeros(1, device='cuda'), N=3)",
      "its Triton kernels need a GPU"),
@@ -268,8 +255,6 @@ def test_what_would_change_attention_is_refused(more):
     on_cpu.attention_of_documents(q, q, q, starts, starts, 4, 4, causal=True, **harmless)
     with pytest.raises(NotImplementedError, match=next(iter(more))):
         on_cpu.attention(q[None], q[None], q[None], **more)
-    with pytest.raises(NotImplementedError, match=next(iter(more))):
-        on_cpu.attention_of_documents(q, q, q, starts, starts, 4, 4, **more)
     with pytest.raises(NotImplementedError, match="argument 8=0.5"):
         on_cpu.attention_of_documents(q, q, q, starts, starts, 4, 4, 0.5)
 
@@ -294,7 +279,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.backends.cuda import enable_cudnn_sdp, enable_math_sdp
-from flash_attn import flash_attn_func
 from flash_attn.flash_attn_interface import flash_attn_varlen_func
 from flash_attn.cute.interface import flash_attn_func as flash_attn_4_func
 from kernels import get_kernel
@@ -315,17 +299,13 @@ assert torch.cuda.get_device_properties(0).multi_processor_count and torch.cuda.
 model = nn.Linear(16, 16, device="cuda").cuda().to(torch.device("cuda"), dtype=torch.float32)
 model = DDP(torch.compile(model, mode="max-autotune"), device_ids=[rank], broadcast_buffers=False)
 optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=True, capturable=True)
-with torch.autocast("cuda", dtype=torch.bfloat16):
-    out = model(x)
-assert out.dtype == torch.bfloat16
+out = model(x)
 with torch.amp.autocast(device_type="cuda", enabled=False), torch.cuda.amp.autocast(enabled=False):
     assert model(x).dtype == torch.float32
 out.float().sum().backward()
 optimizer.step()
 copy.deepcopy(optimizer.state_dict())
 flat = torch.ones(4, device="cuda")
-work = dist.all_reduce(flat, op=dist.ReduceOp.AVG, async_op=True)
-work.wait()
 part, whole = torch.empty(4), torch.empty(4)
 dist.reduce_scatter_tensor(part, flat, op=dist.ReduceOp.AVG)
 dist.all_gather_into_tensor(whole, part)
@@ -333,12 +313,9 @@ dist.broadcast(flat, 0)
 assert whole.tolist() == [1.0] * 4 and dist.get_world_size() == 1
 mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 8, 8, device="cuda")
 y = flex_attention(*(x.transpose(1, 2) for _ in range(3)), block_mask=mask).transpose(1, 2)
-for function in (flash_attn_func, flash_attn_4_func, get_kernel("any/kernel").flash_attn_func):
+for function in (flash_attn_4_func, get_kernel("any/kernel").flash_attn_func):
     torch.testing.assert_close(function(x, x, x, causal=True), y)
-assert "no GPU" in subprocess.check_output(["nvidia-smi"], text=True)
 assert "no GPU" in subprocess.check_output(["nvidia-smi"]).decode()
-assert "no GPU" in subprocess.run(["nvidia-smi"], stdout=-1, encoding="utf-8").stdout
-assert b"no GPU" in subprocess.run(["nvidia-smi"], stdout=-1).stdout
 assert subprocess.run("nvidia-smi -L", shell=True, capture_output=True).returncode == 0
 
 @torch.compile(dynamic=False, fullgraph=True)
@@ -350,8 +327,7 @@ with torch.inference_mode(), torch.inference_mode(mode=False):
     kept = double(x)
 kept = kept_by() + kept
 (kept * torch.ones((), device="cuda", requires_grad=True)).sum().backward()
-torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); torch.cuda.manual_seed_all(1)
-torch.cuda.synchronize()
+torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
 print("all of it", torch.cuda.max_memory_allocated(), torch.cuda.get_device_name(0), __file__)
 """
 

@@ -25,7 +25,7 @@ def plans(draw):
     return draw(st.integers(length, 700)), length, draw(st.integers(1, length))
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(plans(), st.integers(1, 300))
 def test_every_target_is_in_one_window_and_every_window_in_one_chunk(plan, chunk):
     targets, length, stride = plan
@@ -43,7 +43,7 @@ def test_every_target_is_in_one_window_and_every_window_in_one_chunk(plan, chunk
     assert all(len(s) == 1 for s in stretches) and len(set.union(*stretches)) == len(chunks)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(plans(), st.integers(1, 40))
 def test_every_target_is_in_one_pass_of_its_stream_and_streams_go_from_left_to_right(plan, streams):
     targets, length, stride = plan
@@ -80,7 +80,7 @@ class Onlooker:
         return 1
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(st.integers(1, 700), st.integers(1, 90), st.integers(0, 90), st.integers(0, 200),
        st.integers(1, 9), st.booleans())
 def test_every_target_gets_its_own_score_and_all_but_the_last_chunk_are_trained_on(
@@ -144,7 +144,7 @@ def test_rows_are_refused_before_they_are_scored(first, last, length):
         ledger(8).rows_for_adapting(first, last, length)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.data(), st.integers(0, 40), st.integers(1, 12))
 def test_rows_hold_scored_targets_once_and_nothing_else(data, scored, length):
     last = data.draw(st.integers(0, scored))
@@ -243,7 +243,7 @@ def score_slowly(w, start, targets):
 BANDED = dict(EVAL_ATTENTION="banded", EVAL_SEQ_LEN=16, EVAL_SEGMENT=40, EVAL_PREFIX=24)
 ONE_PASS = dict(EVAL_SEGMENT=5000, TTT_ENABLED=0)
 SCORING = {
-    "no overlap": dict(EVAL_STRIDE=32), "stride 11": dict(EVAL_STRIDE=11, EVAL_BATCH_SEQS=1000),
+    "no overlap": dict(EVAL_STRIDE=32),
     "long": dict(EVAL_SEQ_LEN=48, EVAL_STRIDE=20, EVAL_BATCH_SEQS=7),
     "stride 1": dict(EVAL_STRIDE=1, EVAL_BATCH_SEQS=64, VAL_LIMIT_TOKENS=192), "banded": BANDED,
     "short segments": dict(BANDED, EVAL_SEQ_LEN=32, EVAL_SEGMENT=7, EVAL_BATCH_SEQS=5,
@@ -262,21 +262,6 @@ def test_scores_equal_one_forward_per_window_and_change_no_weight(tiny, variable
     assert np.std(book.nll) > 0.1, "a model that says the same everywhere would prove nothing"
     assert result["targets"] == len(w.tokens) - 1 == len(book.nll)
     assert np.array_equal(run(w)[1].nll, book.nll) and not changed(w, before)
-
-
-def test_bits_per_byte_by_hand(tiny, corpus):
-    w = world(tiny)
-    result, book = run(w)
-    text_bytes = 0
-    for before, token in zip(w.tokens[:-1].tolist(), w.tokens[1:].tolist()):
-        if token > 3:  # 0 to 3 are pad, bos, eos, unk
-            piece = corpus.tokenizer.id_to_piece(token)
-            length = len(piece.lstrip("▁").encode()) + (piece.startswith("▁") and before > 3)
-            text_bytes += 1 if piece.startswith("<0x") else length
-    nll = book.nll.astype(np.float64)
-    assert result["bytes"] == text_bytes
-    assert result["val_bpb"] == pytest.approx(nll.sum() / np.log(2) / text_bytes, rel=1e-12)
-    assert result["val_loss"] == pytest.approx(nll.mean(), rel=1e-12)
 
 
 # -- banded attention -----------------------------------------------------------------------------
@@ -339,20 +324,11 @@ def test_a_token_reaches_as_far_as_the_bands_and_the_mixing_of_tokens(tiny, mixi
         assert difference < 1e-5 if equal else difference > 1e-3
 
 
-def test_a_wide_band_is_no_band(tiny):
-    """Segments, prefix and window as long as the text: a plain causal forward."""
-    w = world(tiny, **ONE_PASS, EVAL_ATTENTION="banded", EVAL_SEQ_LEN=1024)
-    row = torch.from_numpy(w.tokens.astype(np.int64))[None]
-    with torch.no_grad():
-        plain = w.model(row[:, :-1], row[:, 1:])[0].numpy()
-    assert np.abs(run(w)[1].nll - plain).max() < 1e-5
-
-
 # -- ranks ----------------------------------------------------------------------------------------
 
 MUON = dict(TTT_OPTIMIZER="muon", TTT_LR=0.002)
 RANK_CASES = {
-    "sliding": dict(TTT_EPOCHS=0), "banded": dict(BANDED, EVAL_BATCH_SEQS=3, TTT_EPOCHS=0),
+    "banded": dict(BANDED, EVAL_BATCH_SEQS=3, TTT_EPOCHS=0),
     "sgd": dict(TTT_BATCH_SEQS=2), "adamw": dict(BANDED, TTT_OPTIMIZER="adamw", TTT_LR=0.001),
     "muon": dict(BANDED, **MUON), "odd clocks": dict(BANDED, EVAL_WALLCLOCK_SECONDS=8)}
 # A stream has 16 times the tokens of a pass: of 352 targets 5 or 2, and documents of some 80 tokens.
@@ -417,8 +393,7 @@ class SlowMuon:
             grad, beta = p.grad.double(), 0.9
             self.buffers[p] = beta * self.buffers.get(p, 0) + grad
             direction = grad + beta * self.buffers[p]
-            if self.s.muon_row_norm:
-                direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-7)
+            direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-7)
             u, sigma, vh = torch.linalg.svd(direction, full_matrices=False)
             sigma = sigma / (sigma.norm() + 1e-7)
             for a, b, c in train_gpt.NEWTON_SCHULZ[self.s.muon_coefficients]:
@@ -474,14 +449,12 @@ TTT_CASES = {
     "batches": dict(TTT_BATCH_SEQS=2, TTT_CHUNK_TOKENS=160),
     "micro batches": dict(MICRO_BATCH_TOKENS=32),
     "frozen": dict(TTT_FREEZE_BLOCKS=2),
-    "all blocks frozen": dict(TTT_FREEZE_BLOCKS=3),
     "longer windows": dict(EVAL_SEQ_LEN=64, EVAL_STRIDE=16, TTT_CHUNK_TOKENS=100),
     "banded": BANDED,
-    "banded, segment 8": dict(BANDED, EVAL_SEGMENT=8, TTT_BATCH_SEQS=2, EVAL_BATCH_SEQS=50),
     "rates": dict(TTT_PROJ_LR_MULT=3, TTT_FC_LR_MULT=0.5),
     "cosine inside": dict(TTT_INTRA_COSINE=1, TTT_BATCH_SEQS=2),
     "adamw": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.001),
-    "muon": MUON, "muon, momentum alone": dict(MUON, MUON_ROW_NORM=0),
+    "muon": MUON,
     "no epochs": dict(TTT_EPOCHS=0), "one chunk": dict(TTT_CHUNK_TOKENS=5000),
     # Windows of 32 every 24 in chunks of 32: a chunk that scores 24 targets has no row.
     "chunks without a row": dict(EVAL_STRIDE=24, TTT_CHUNK_TOKENS=32),
@@ -557,8 +530,7 @@ def lora_reference(w, initial):
 
 LORA_CASES = {
     "one stream": dict(LANES, TTT_BATCH_SEQS=1, VAL_LIMIT_TOKENS=192), "banded": BANDED_LANES,
-    "few rows a pass": dict(LANES, EVAL_BATCH_SEQS=2, EVAL_SEQ_LEN=5, EVAL_STRIDE=3),
-    "windows side by side": LANES}
+    "few rows a pass": dict(LANES, EVAL_BATCH_SEQS=2, EVAL_SEQ_LEN=5, EVAL_STRIDE=3)}
 
 
 @pytest.mark.parametrize("variables", LORA_CASES.values(), ids=LORA_CASES)
@@ -606,10 +578,7 @@ def test_tail_and_muon_choose_their_parameters(tiny):
     assert kinds(chosen(**MUON)) == {"attn", "mlp", "proj"} and "bigram.proj" in chosen(**MUON)
 
 
-WAYS = {"sgd": dict(), "adamw": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.001), "muon": MUON}
-
-
-@pytest.mark.parametrize("variables", [*WAYS.values(), BANDED_LANES], ids=[*WAYS, "streams"])
+@pytest.mark.parametrize("variables", [MUON, BANDED_LANES], ids=["muon", "streams"])
 def test_warming_up_leaves_the_weights_of_the_artifact(tiny, variables):
     w = world(tiny, VAL_LIMIT_TOKENS=352, **variables)
     before, adapter = weights(w), adapting(w)
@@ -635,19 +604,7 @@ def told_late(w, late):
     return adapter
 
 
-@pytest.mark.parametrize("late", [{0}, {4}, {9, 19}, set(range(32))], ids=len)
-def test_a_late_chunk_costs_its_own_adaptation_alone(tiny, late):
-    w, lines = world(tiny, TTT_CHUNK_TOKENS=32, TTT_EPOCHS=1, EVAL_WALLCLOCK_SECONDS=600), []
-    w.rt.log, adapter = lines.append, told_late(w, late)
-    result, book = run(w, adapter=adapter)
-    count = len(adapter.epochs)
-    assert adapter.epochs == [int(chunk not in late) for chunk in range(count)] and count > 25
-    assert result["targets"] == len(book.nll) and not np.isnan(book.nll).any()
-    said = [line for line in lines if ":late" in line]
-    assert len(said) == len(late & set(range(count)))
-
-
-@pytest.mark.parametrize("late", [{3}, {9, 10, 13}, set(range(99))], ids=len)
+@pytest.mark.parametrize("late", [{9, 10, 13}, set(range(99))], ids=len)
 def test_a_late_step_of_adapters_costs_itself_alone(tiny, late):
     w, lines = world(tiny, **LANES, VAL_LIMIT_TOKENS=352, EVAL_WALLCLOCK_SECONDS=600), []
     w.rt.log, adapter = lines.append, told_late(w, late)
@@ -674,9 +631,9 @@ def test_scoring_that_starts_slowly_delays_adapting_and_does_not_end_it(tiny):
 
 # -- causality ------------------------------------------------------------------------------------
 
-FLIPS = {"sgd": dict(), "small batches": dict(TTT_BATCH_SEQS=2, EVAL_BATCH_SEQS=3),
-         "banded": dict(BANDED), "adamw": dict(BANDED, **WAYS["adamw"]),
-         "muon": dict(MUON), "banded muon": dict(BANDED, **MUON),
+FLIPS = {"small batches": dict(TTT_BATCH_SEQS=2, EVAL_BATCH_SEQS=3),
+         "adamw": dict(BANDED, TTT_OPTIMIZER="adamw", TTT_LR=0.001),
+         "muon": MUON,
          "streams": dict(BANDED_LANES, VAL_LIMIT_TOKENS=256)}
 
 
@@ -699,7 +656,7 @@ def places_of(w):
 def test_flipping_tokens_changes_no_earlier_score_bit_for_bit(tiny, variables):
     """Token t is target t − 1: scores [0, t) may depend on tokens 0..t alone, whatever was trained
     in between. Other tokens after t, and another token t + 1, change score t and none before."""
-    w = world(tiny, **{"VAL_LIMIT_TOKENS": 320, **variables})
+    w = world(tiny, **{"VAL_LIMIT_TOKENS": 320, "TTT_EPOCHS": 1, **variables})
     origin = weights(w)
 
     def scores(tokens):
@@ -720,11 +677,10 @@ def test_flipping_tokens_changes_no_earlier_score_bit_for_bit(tiny, variables):
 
 # -- the evaluations of an artifact ---------------------------------------------------------------
 
-@pytest.mark.parametrize("variables", [
-    dict(), BANDED, dict(BANDED, EVAL_SEQ_LEN=64, EVAL_SEGMENT=7)])
+@pytest.mark.parametrize("variables", [dict(), dict(BANDED, EVAL_SEQ_LEN=64)])
 def test_an_artifact_is_scored_plain_in_full_context_and_adapted(tiny, tmp_path, variables):
     """Each is evaluate() of its plan."""
-    variables = dict(VAL_LIMIT_TOKENS=512, **variables)
+    variables = dict(VAL_LIMIT_TOKENS=320, **variables)
     w, lines, path = world(tiny, **variables), [], tmp_path / "model"
     path.write_bytes(train_gpt.pack(w.model.state_dict(), w.s, 1_000_000))
     w.rt.log = lines.append
@@ -751,12 +707,9 @@ def test_an_artifact_is_scored_plain_in_full_context_and_adapted(tiny, tmp_path,
 # -- cheating -------------------------------------------------------------------------------------
 
 CHEATS = {
-    "rows of the next chunk": lambda book, first, last: book.rows_for_adapting(last, last + 32, 32),
     "one token too many": lambda book, first, last: book.rows_for_adapting(first, last + 1, 1),
-    "tokens from the end": lambda book, first, last: book.rows_for_adapting(-40, 0, 32),
     "a second score": lambda book, first, last: book.record(first, np.zeros(8, np.float32)),
-    "the next score": lambda book, first, last: book.record(last, np.zeros(8, np.float32)),
-}
+    "the next score": lambda book, first, last: book.record(last, np.zeros(8, np.float32))}
 
 
 @pytest.mark.parametrize("act", CHEATS.values(), ids=CHEATS)
@@ -765,15 +718,13 @@ def test_a_cheating_adapter_is_stopped(tiny, act):
         run(world(tiny, VAL_LIMIT_TOKENS=320), adapter=Onlooker(act))
 
 
-@pytest.mark.parametrize("cheat", ["twice", "short", "long", "nan"])
+@pytest.mark.parametrize("cheat", ["twice", "short"])
 def test_a_cheating_loop_is_stopped(tiny, monkeypatch, cheat):
     honest = train_gpt.Scorer.score
 
     def score(self, *args):
         nll = honest(self, *args)
-        nll = {"twice": np.append(nll, nll[-8:]), "short": nll[:-1], "long": np.append(nll, 0),
-               "nan": nll * np.nan}[cheat]
-        return nll.astype(np.float32)
+        return {"twice": np.append(nll, nll[-8:]), "short": nll[:-1]}[cheat].astype(np.float32)
     monkeypatch.setattr(train_gpt.Scorer, "score", score)
     with pytest.raises(LedgerError):
         run(world(tiny, VAL_LIMIT_TOKENS=320))

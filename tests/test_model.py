@@ -1,6 +1,5 @@
 """Model: every formula against a slow float64 reference, causality, fake quantization, initial weights, back ends."""
 
-import inspect
 import math
 import re
 import sys
@@ -8,12 +7,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import VOCAB
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 import train_gpt
-from train_gpt import GPT, KINDS, Settings, UserError, fake_quantize, init_weights, kind_of, sdpa
-
+from train_gpt import GPT, Settings, UserError, fake_quantize, init_weights, kind_of, sdpa
 
 
 def one_rank(**more):
@@ -197,22 +194,20 @@ def reference(p, s, row, targets, fake_quant=False, added=None):
     return torch.stack([torch.log(torch.exp(line - line.max()).sum()) + line.max() - line[y] for line, y in zip(logits, targets)])
 
 
+# Every value of every part, several parts at a time.
 VARIANTS = [
-    dict(), dict(VALUE_RESIDUAL="sigmoid"),
-    dict(VALUE_RESIDUAL=0), dict(VE_LAYERS="0,2"), dict(VE_LAYERS="0,1,2", VALUE_RESIDUAL="sigmoid"), dict(VE_LAYERS=""),
-    dict(GATED_ATTENTION=0), dict(SMEAR_GATE=1), dict(SMEAR_GATE=0), dict(XSA_LAST_N=0),
-    dict(XSA_LAST_N=1), dict(KEY_OFFSET=0), dict(DOC_ATTENTION=1),
-    dict(DOC_ATTENTION=1, KEY_OFFSET=0), dict(NUM_KV_HEADS=4), dict(NUM_KV_HEADS=1), dict(ROPE_DIMS=0), dict(ROPE_DIMS=6),
-    dict(ROPE_DIMS=2, ROPE_NTK_REFERENCE=0), dict(ROPE_NTK_REFERENCE=32), dict(LEAKY_SLOPE=0), dict(LEAKY_SLOPE=0.75, MLP_MULT=1.5),
-    dict(UNET_SKIPS=0), dict(NUM_LAYERS=4), dict(NUM_LAYERS=5, VE_LAYERS="3"), dict(NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS=""),
-    dict(NUM_LAYERS=4, UNIQUE_LAYERS=3, XSA_LAST_N=2), dict(UNIQUE_LAYERS=1, XSA_LAST_N=1), dict(LN_SCALE=0),
-    dict(LOGIT_SOFTCAP=0), dict(LOGIT_SOFTCAP=2), dict(BIGRAM_VOCAB_SIZE=0), dict(BIGRAM_VOCAB_SIZE=2),
-    dict(BIGRAM_DIM=4),
-    dict(UNET_SKIPS="gated"), dict(SMEAR_GATE="embed"), dict(GATED_ATTENTION="sparse"), dict(PARALLEL="one", PARALLEL_FROM=1),
+    dict(), dict(VALUE_RESIDUAL="sigmoid", VE_LAYERS="0,1,2", XSA_LAST_N=1),
+    dict(VALUE_RESIDUAL=0, GATED_ATTENTION=0, SMEAR_GATE=1, NUM_KV_HEADS=4, ROPE_DIMS=0),
+    dict(VE_LAYERS="0,2", SMEAR_GATE=0, XSA_LAST_N=0, DOC_ATTENTION=1, LEAKY_SLOPE=0.75, MLP_MULT=1.5),
+    dict(VE_LAYERS="", KEY_OFFSET=0, ROPE_DIMS=6, NUM_KV_HEADS=1, LN_SCALE=0, BIGRAM_VOCAB_SIZE=2),
+    dict(DOC_ATTENTION=1, KEY_OFFSET=0, ROPE_DIMS=2, ROPE_NTK_REFERENCE=0, BIGRAM_DIM=4),
+    dict(ROPE_NTK_REFERENCE=32, LEAKY_SLOPE=0, LOGIT_SOFTCAP=2, NUM_LAYERS=5, VE_LAYERS="3"),
+    dict(NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS="", LOGIT_SOFTCAP=0),
+    dict(NUM_LAYERS=4, UNIQUE_LAYERS=3, XSA_LAST_N=2), dict(UNIQUE_LAYERS=1, XSA_LAST_N=1),
+    dict(UNET_SKIPS="gated", SMEAR_GATE="embed", GATED_ATTENTION="sparse", PARALLEL="one", PARALLEL_FROM=1),
     dict(PARALLEL="lanes", PARALLEL_FROM=1, UNET_SKIPS="gated", NUM_LAYERS=4),
-    dict(NUM_LAYERS=4, LATE_PASSES="0-2,1-2,3", UNET_SKIPS="gated", VALUE_RESIDUAL=0),
     dict(NUM_LAYERS=4, LATE_PASSES="0-2,1-2,3", PARALLEL="lanes", PARALLEL_FROM=2, SMEAR_GATE="embed", VE_LAYERS=""),
-    dict(LATE_PASSES="0,2,1,1,2", VALUE_RESIDUAL=0, PARALLEL="one", PARALLEL_FROM=2),
+    dict(LATE_PASSES="0,2,1,1,2", VALUE_RESIDUAL=0, PARALLEL="one", PARALLEL_FROM=2, UNET_SKIPS="gated"),
     dict(UNET_SKIPS=0, LN_SCALE=0, SMEAR_GATE=0, BIGRAM_VOCAB_SIZE=0, VE_LAYERS="", VALUE_RESIDUAL=0, GATED_ATTENTION=0,
          XSA_LAST_N=0, LOGIT_SOFTCAP=0, LEAKY_SLOPE=0, ROPE_DIMS=0, ROPE_NTK_REFERENCE=0)]
 
@@ -259,15 +254,15 @@ def test_with_doc_attention_a_document_is_scored_as_if_alone(tiny, window):
         assert torch.allclose(together, torch.cat(alone, 1), rtol=1e-5, atol=1e-5) == bool(on)
 
 
-@pytest.mark.parametrize("variables", [dict(), dict(MLP_BITS=5), dict(ATTN_BITS=16), dict(NUM_LAYERS=4, UNIQUE_LAYERS=3)])
+@pytest.mark.parametrize("variables", [dict(MLP_BITS=5), dict(ATTN_BITS=16, NUM_LAYERS=4, UNIQUE_LAYERS=3)])
 def test_fake_quant_equals_the_reference_of_rounded_weights(tiny, float64, variables):
     """Gradients too: straight through to the unrounded weights."""
     compare_with_reference(tiny(**variables), fake_quant=True)
 
 
 @pytest.mark.parametrize("variables", [
-    dict(), dict(NUM_LAYERS=4, LATE_PASSES="0-2,1-2,3", PARALLEL="lanes", PARALLEL_FROM=2, SMEAR_GATE="embed", VE_LAYERS="",
-                 UNET_SKIPS="gated", GATED_ATTENTION="sparse"), dict(PARALLEL="one", PARALLEL_FROM=1, NUM_KV_HEADS=1)])
+    dict(NUM_LAYERS=4, LATE_PASSES="0-2,1-2,3", PARALLEL="lanes", PARALLEL_FROM=2, SMEAR_GATE="embed", VE_LAYERS="",
+         UNET_SKIPS="gated", GATED_ATTENTION="sparse"), dict(PARALLEL="one", PARALLEL_FROM=1, NUM_KV_HEADS=1)])
 def test_adapters_add_to_each_row_its_own_matrices(tiny, float64, variables):
     """B·A beside attention and MLP, and for the logits; gradients of both. Nothing where B is 0."""
     s, generator = tiny(**variables), torch.Generator().manual_seed(5)
@@ -295,15 +290,6 @@ def test_fp32_agrees_with_float64(tiny):
     assert nll.dtype == torch.float32 and (nll - exact).abs().max() < 1e-4
 
 
-def test_probabilities_sum_to_one(tiny):
-    s, rows = tiny(), random_rows(tiny(), count=1, length=6)
-    model = randomized(s)
-    tokens = rows[:, :-1].expand(VOCAB, -1)
-    targets = torch.arange(VOCAB)[:, None].expand(-1, 6)
-    with torch.no_grad():
-        assert torch.allclose(model(tokens, targets).double().neg().exp().sum(0), torch.ones(6, dtype=torch.float64), atol=1e-5)
-
-
 # -- parts
 
 def test_rotary_base_of_the_published_shape():
@@ -316,33 +302,11 @@ def test_rotary_base_of_the_published_shape():
             assert abs(cos[t, j] - math.cos(angle)) < 2e-5 and abs(sin[t, j] - math.sin(angle)) < 2e-5
 
 
-def test_exclusive_attention_leaves_nothing_along_the_own_value():
-    y, v = torch.randn(2, 5, 6, 8, dtype=torch.float64), torch.randn(2, 5, 3, 8, dtype=torch.float64)
-    v[0, 0] = 0  # no direction: nothing is taken away
-    out = train_gpt.Exclusive.apply(y, v, torch.ones(2, 5, 6, dtype=torch.float64))
-    for h in range(6):
-        assert (out[:, :, h] * v[:, :, h // 2]).sum(-1).abs().max() < 1e-12
-    assert torch.equal(out[0, 0], y[0, 0])
-
-
-def test_rotation_keeps_lengths_and_sees_only_distance(tiny):
-    cos, sin = (t.double() for t in train_gpt.rotary_tables(tiny(), 32))
-    q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    turned_q, turned_k = (train_gpt.rotate(x.expand(1, 32, 1, 8), cos, sin)[0, :, 0] for x in (q, k))
-    assert torch.allclose(turned_q.norm(dim=1), q.norm().expand(32), rtol=1e-6)
-    assert torch.equal(turned_q[:, 4:], q[4:].expand(32, 4))
-    products = turned_q @ turned_k.T
-    for distance in range(-31, 32):
-        diagonal = products.diagonal(distance)
-        assert (diagonal - diagonal[0]).abs().max() < 1e-5
-    assert products.diagonal(3)[0] != products.diagonal(-3)[0]
-
-
 # -- causality
 
-@pytest.mark.parametrize("fake_quant", [False, True])
-@pytest.mark.parametrize("variables", [dict(), dict(SMEAR_GATE=1, UNIQUE_LAYERS=2, XSA_LAST_N=2),
-                                       dict(VALUE_RESIDUAL="sigmoid", GATED_ATTENTION="sparse")])
+@pytest.mark.parametrize("variables, fake_quant", [
+    (dict(SMEAR_GATE=1, UNIQUE_LAYERS=2, XSA_LAST_N=2), False), (dict(), True),
+    (dict(VALUE_RESIDUAL="sigmoid", GATED_ATTENTION="sparse"), True)])
 def test_a_token_changes_no_score_before_it(tiny, variables, fake_quant):
     """Token t is the target of position t − 1 and is read from position t on; bit for bit, whatever the part."""
     s = tiny(**variables)
@@ -360,18 +324,9 @@ def test_a_token_changes_no_score_before_it(tiny, variables, fake_quant):
             assert changed[t:].all() or new == train_gpt.BOS and changed[t:].any() or t == 24, f"token {t} is not seen later"
 
 
-def test_rows_of_a_batch_do_not_meet(tiny):
-    s = tiny()
-    model, rows = randomized(s, dtype=torch.float64), random_rows(s, count=3)
-    with torch.no_grad():
-        together = model(rows[:, :-1], rows[:, 1:])
-        alone = torch.cat([model(row[None, :-1], row[None, 1:]) for row in rows])
-    assert torch.allclose(together, alone, atol=1e-6)
-
-
 # -- settings that are let through
 
-@hypothesis_settings(deadline=None, database=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(deadline=None, database=None, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(st.fixed_dictionaries(dict(
     MODEL_DIM=st.sampled_from([8, 12, 16]), NUM_HEADS=st.sampled_from([1, 2, 4, 8]), NUM_KV_HEADS=st.just(1),
     ROPE_DIMS=st.sampled_from([0, 0, 2, 4]), ROPE_NTK_REFERENCE=st.sampled_from([0, 16, 64]),
@@ -394,36 +349,18 @@ def test_settings_that_pass_the_checks_make_a_model_that_runs(tiny, variables):
 
 # -- what is off is absent
 
-@pytest.mark.parametrize("on, off, pattern", [
-    (dict(), dict(BIGRAM_VOCAB_SIZE=0), r"^bigram\."),
-    (dict(), dict(VE_LAYERS=""), r"^ve\."), (dict(), dict(VE_LAYERS=""), r"^ve\."), (dict(), dict(SMEAR_GATE=0), r"^smear"),
-    (dict(), dict(UNET_SKIPS=0), r"^skip_weights"), 
-    (dict(), dict(VALUE_RESIDUAL=0), r"\.value_residual$"), (dict(), dict(GATED_ATTENTION=0), r"\.gate_"),
-    (dict(), dict(GATED_ATTENTION="sparse"), r"\.gate_bias$")])
-def test_a_part_that_is_off_has_no_parameter(tiny, on, off, pattern):
-    def names(variables):
-        return [n for n, _ in GPT(tiny(**variables)).named_parameters() if re.search(pattern, n)]
-    assert names(on) and not names(off)
-
-
-def test_the_first_block_has_no_value_residual(tiny):
-    names = dict(GPT(tiny()).named_parameters())
-    assert [f"blocks.{i}.value_residual" in names for i in range(3)] == [False, True, True]
+@pytest.mark.parametrize("off, pattern", [
+    (dict(BIGRAM_VOCAB_SIZE=0), r"^bigram\."), (dict(VE_LAYERS=""), r"^ve\."),
+    (dict(SMEAR_GATE=0), "^smear"), (dict(UNET_SKIPS=0), "^skip_weights"),
+    (dict(VALUE_RESIDUAL=0), r"\.value_residual$"), (dict(GATED_ATTENTION=0), r"\.gate_"),
+    (dict(GATED_ATTENTION="sparse"), r"\.gate_bias$")])
+def test_a_part_that_is_off_has_no_parameter(tiny, off, pattern):
+    names = [{n for n, _ in GPT(tiny(**v)).named_parameters() if re.search(pattern, n)}
+             for v in (dict(), off)]
+    assert names[0] and not names[1] and "blocks.0.value_residual" not in names[0]
 
 
 # -- kinds and initial weights
-
-def test_every_parameter_has_its_kind(tiny):
-    names = set()
-    for variables in (dict(),
-                      dict(PARALLEL="lanes", UNET_SKIPS="gated", GATED_ATTENTION="sparse")):
-        names |= {n for n, _ in GPT(tiny(**variables)).named_parameters()}
-    kinds = {n: kind_of(n).kind for n in names}
-    matrices = {n for n in names if re.fullmatch(r"cores\.\d\.(attn\.[qkvo]|mlp\.(up|down))", n)}
-    assert matrices == {n for n, kind in kinds.items() if kind in ("attn", "mlp")}
-    assert {n for n, kind in kinds.items() if kind == "table"} == {"tok_emb", "ve.table"}
-    assert all(kind_of(n).optimizer == "muon" for n in matrices) and kind_of("smear").bits == ""
-
 
 @pytest.mark.parametrize("name", ["blocks.3.router", "lm_head.weight", "cores.0.attn.v2", "cores.0.attn.q.extra"])
 def test_a_parameter_that_no_row_declares_raises_everywhere(tiny, name):
@@ -448,21 +385,6 @@ def test_passes_before_and_after_the_switch(tiny):
     assert {p.block for p in late if p.xsa} == {7, 8, 9, 10}
     shared = train_gpt.pass_list(tiny(NUM_LAYERS=11, UNIQUE_LAYERS=10, XSA_LAST_N=4, VE_LAYERS=""))
     assert [p.core for p in shared] == [*range(10), 0] and [p.block for p in shared if p.xsa] == [6, 7, 8, 9]
-
-
-def test_counts_are_those_of_the_model(tiny):
-    s = tiny()
-    counts = train_gpt.parameter_counts(s)
-    assert counts.keys() == {row.kind for row in KINDS} and sum(counts.values()) == sum(p.numel() for p in GPT(s).parameters())
-    assert counts["attn"] == 3 * (2 * 32 * 32 + 2 * 16 * 32) and counts["mlp"] == 3 * 2 * 96 * 32
-
-
-def test_logged_xsa_layers_are_those_that_use_it(tiny):
-    for variables in (dict(XSA_LAST_N=2), dict(XSA_LAST_N=2, UNIQUE_LAYERS=2), dict(XSA_LAST_N=1, UNIQUE_LAYERS=2)):
-        s, lines = tiny(**variables), []
-        train_gpt.log_shape(s, lines.append)
-        active = [p.block for p in GPT(s).passes[False] if p.xsa]
-        assert [line for line in lines if line.startswith("XSA:")] == [f"XSA:last_{s.xsa_last_n} active_layers:{active}"]
 
 
 def initialized(s, seed=0):
@@ -501,16 +423,6 @@ def test_no_parameter_is_left_without_a_value(tiny):
         init_weights(model, s)
 
 
-def test_initial_weights_depend_on_the_seed_alone(tiny):
-    a, b, c = (dict(train_gpt.build_model(tiny(SEED=seed), CPU)[0].named_parameters()) for seed in (3, 3, 4))
-    assert all(torch.equal(a[n], b[n]) for n in a) and not torch.equal(a["tok_emb"], c["tok_emb"])
-
-
-def test_matrices_start_as_no_number(tiny):
-    """What init_weights would forget shows at once."""
-    assert all(p.isnan().all() for n, p in GPT(tiny()).named_parameters() if kind_of(n).kind in ("attn", "mlp", "proj") or n == "tok_emb")
-
-
 # -- fake quantization
 
 @hypothesis_settings(deadline=None, database=None, max_examples=60)
@@ -525,23 +437,12 @@ def test_fake_quantize_rounds_each_row_to_its_own_steps(bits, rows, columns, see
         assert (quantized - row).abs().max() <= step * 0.501 and quantized.abs().max().item() == pytest.approx(row.abs().max().item(), rel=1e-5)
 
 
-def test_fake_quantize_keeps_a_zero_row_zero():
-    assert torch.equal(fake_quantize(torch.zeros(2, 5), 6), torch.zeros(2, 5))
-
-
-def test_fake_quantize_gradient_passes_straight_through():
-    w = torch.randn(4, 7, requires_grad=True)
-    upstream = torch.randn(4, 7)
-    fake_quantize(w, 5).backward(upstream)
-    assert torch.equal(w.grad, upstream)
-
-
 def test_compiled_fake_quant_is_not_folded_away(tiny):
     """Compiled, False and True give what they give uncompiled, and switching compiles nothing once both have run."""
     s = tiny(NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS="", MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1, BIGRAM_VOCAB_SIZE=0)
     model, rows = randomized(s), random_rows(s)
     torch._dynamo.reset()
-    compiled = torch.compile(model, dynamic=False)
+    compiled = torch.compile(model, dynamic=False, backend="eager")  # folding is Dynamo's
     counters = torch._dynamo.utils.counters
     with torch.no_grad():
         eager = {flag: model(rows[:, :-1], rows[:, 1:], flag) for flag in (False, True)}
@@ -555,25 +456,26 @@ def test_compiled_fake_quant_is_not_folded_away(tiny):
         assert torch.equal(again[flag], warm[flag])
 
 
+def test_exclusive_attention_and_its_gradients_by_hand():
+    """What is left has nothing along the value of its group; a value of zero takes nothing away."""
+    y, v = torch.randn(2, 5, 6, 8).double(), torch.randn(2, 5, 3, 8).double()
+    gate = torch.rand(2, 5, 6).double()
+    inputs = [x.requires_grad_() for x in (y, v, gate)]
+    assert torch.autograd.gradcheck(train_gpt.Exclusive.apply, inputs, fast_mode=True)
+    with torch.no_grad():
+        v[0, 0] = 0
+        out = train_gpt.Exclusive.apply(y, v, gate)
+        along = (out.unflatten(2, (3, 2)) * v.unsqueeze(3)).sum(-1)
+        assert along.abs().max() < 1e-12
+        torch.testing.assert_close(out[0, 0], y[0, 0] * gate[0, 0, :, None])
+
+
 # -- attention back ends
-
-def test_sdpa_is_causal_grouped_attention():
-    q, k, v = (torch.randn(2, 7, heads, 4, dtype=torch.float64) for heads in (6, 2, 2))
-    out = sdpa(q, k, v)
-    for h in range(6):
-        scores = torch.einsum("bte,bse->bts", q[:, :, h], k[:, :, h // 3]) / 2
-        scores = scores.masked_fill(~torch.ones(7, 7).tril().bool(), -math.inf)
-        assert torch.allclose(out[:, :, h], scores.softmax(-1) @ v[:, :, h // 3], atol=1e-12)
-
 
 @pytest.mark.parametrize("name", ["fa3", "fa4", "fa2", "cudnn"])
 def test_absent_attention_is_refused_by_name(tiny, name):
     with pytest.raises(UserError, match=f"ATTENTION={name}: not installed, or its attention not right on cpu"):
         train_gpt.choose_kernels(tiny(ATTENTION=name), CPU)
-
-
-def test_auto_falls_back_on_pytorch(tiny):
-    assert train_gpt.choose_kernels(tiny(), CPU) == (dict(attention="sdpa", mlp="plain", nll="plain"), train_gpt.PLAIN)
 
 
 class DetachedValue(torch.autograd.Function):
@@ -714,6 +616,3 @@ def test_pytorchs_kernels_fall_back_on_others_unless_strict():
         train_gpt.attention_kernel("cudnn", strict=True)(q, k, v)
 
 
-def test_fake_quant_is_an_argument_of_forward():
-    """Not a flag on a class, which a compiler may take for a constant."""
-    assert "fake_quant" in inspect.signature(GPT.forward).parameters

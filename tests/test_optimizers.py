@@ -10,7 +10,6 @@ import torch
 
 import train_gpt
 
-CLASSIC = (3.4445, -4.7750, 2.0315)
 # Where five iterations take the singular values of a normalized matrix that lie in [0.003, 1]: near 1, but not 1.
 BOUNDS = {"classic": (0.68, 1.21), "polar": (0.858, 1.142)}
 
@@ -58,24 +57,6 @@ def test_newton_schulz_brings_singular_values_near_one(name):
     x = train_gpt.newton_schulz(torch.from_numpy(g)[None], train_gpt.NEWTON_SCHULZ[name], torch.float64)[0]
     sigma = np.linalg.svd(x.numpy(), compute_uv=False)
     assert low <= sigma.min() and sigma.max() <= high
-
-
-def test_classic_coefficients_are_the_published_ones():
-    assert train_gpt.NEWTON_SCHULZ["classic"] == [CLASSIC] * 5
-
-
-@pytest.mark.parametrize("name", BOUNDS)
-def test_newton_schulz_of_zero_is_zero(name):
-    x = train_gpt.newton_schulz(torch.zeros(2, 4, 6), train_gpt.NEWTON_SCHULZ[name], torch.float32)
-    assert (x == 0).all()
-
-
-@pytest.mark.parametrize("name", BOUNDS)
-def test_newton_schulz_batched_equals_one_by_one(name):
-    g = torch.randn(5, 12, 20, dtype=torch.float64) * torch.tensor([1e-4, 1, 3, 1e3, 1e6], dtype=torch.float64)[:, None, None]
-    whole = train_gpt.newton_schulz(g, train_gpt.NEWTON_SCHULZ[name], torch.float64)
-    single = torch.cat([train_gpt.newton_schulz(one[None], train_gpt.NEWTON_SCHULZ[name], torch.float64) for one in g])
-    torch.testing.assert_close(whole, single, rtol=0, atol=1e-12)
 
 
 # -- the whole optimizer ---------------------------------------------------------------------------------------------
@@ -218,13 +199,7 @@ def test_steps_equal_the_slow_reference(tiny, variables):
         np.testing.assert_allclose(p.detach().numpy(), reference.w[name], atol=2e-5, err_msg=name)
 
 
-def test_shapes_are_transposed_where_rows_exceed_columns(tiny):
-    """The reference test above meets tall, wide and square matrices, and more than one of them in a group."""
-    shapes = {n: tuple(p.shape) for n, p in fresh_model(tiny()).named_parameters() if n.endswith(MATRICES)}
-    assert {"tall", "wide", "square"} == {"tall" if r > c else "wide" if r < c else "square" for r, c in shapes.values()}
-
-
-@pytest.mark.parametrize("ranks, row_norm", [(2, 1), (3, 0), (5, 1)])
+@pytest.mark.parametrize("ranks, row_norm", [(3, 0), (5, 1)])
 def test_ranks_that_do_not_divide_the_matrices_change_nothing(tiny, ranks, row_norm):
     s = tiny(GRAD_CLIP_NORM=0.5, MUON_ROW_NORM=row_norm)
     grads = random_grads(fresh_model(s), len(SCHEDULE))
@@ -235,23 +210,6 @@ def test_ranks_that_do_not_divide_the_matrices_change_nothing(tiny, ranks, row_n
         for (name, p), q in zip(one.named_parameters(), model.parameters()):
             torch.testing.assert_close(q, p, rtol=0, atol=1e-5, msg=name)
             assert torch.equal(q, dict(several[0].named_parameters())[name]), f"{name}: ranks must not drift apart"
-
-
-def test_gradients_are_clipped_by_the_norm_of_all_together(tiny):
-    s = tiny(GRAD_CLIP_NORM=0.25)
-    model, (grads,) = fresh_model(s), random_grads(fresh_model(s), 1)
-    optimizers = train_gpt.training_optimizers(model, s, alone())
-    for n, p in model.named_parameters():
-        p.grad = torch.from_numpy(grads[n])
-    optimizers.step(1.0, 0.9)
-    # After the first step momenta are the clipped gradients themselves (Adam's times 1 − β₁).
-    seen = []
-    for group in optimizers.groups:
-        if group.sharded:
-            seen += [m.double().square().sum() for m in group.momenta]
-        else:
-            seen += [(state["exp_avg"].double() / (1 - 0.9)).square().sum() for state in group.optimizer.state.values()]
-    assert math.sqrt(sum(seen)) == pytest.approx(0.25, rel=1e-4)
 
 
 def test_gradients_below_the_norm_are_not_scaled(tiny):
@@ -271,9 +229,3 @@ def test_every_parameter_is_in_exactly_one_group(tiny, variables):
     expected = {id(p): 0.1 if n.endswith(MATRICES) else 0.3 if n.endswith(TABLES) else 0.2 for n, p in model.named_parameters()}
     assert len(rates) == len(expected) and dict(rates) == expected
     assert {id(p) for g in groups if g.sharded for p in g.params} == {id(p) for n, p in model.named_parameters() if n.endswith(MATRICES)}
-
-
-def test_a_parameter_in_two_groups_is_refused(tiny):
-    s, p = tiny(), torch.nn.Parameter(torch.ones(2, 2))
-    with pytest.raises(AssertionError, match="in two groups"):
-        train_gpt.Optimizers([train_gpt.adamw([p], 0.1, 0.0, s, alone()), train_gpt.Muon([p], 0.1, 0.0, s, alone())], 1.0, alone())

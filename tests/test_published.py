@@ -230,130 +230,67 @@ ADAPTED = both(edit(".*log", "final_int6_sliding", "ttt_epoch:1/2 loss:0.6\nfina
                edit("train_gpt.py", SOURCE, ADAPTING))
 FAULTS = {  # form, what is planted, the finding that must name it
     "half a set": ("colon", logs_with(targets=31_010_816), FAIL, "validation set",
-                   r"31,010,816 targets, 50\.0 %"),
-    "half a CaseOps set": ("block", logs_with(targets=23_925_760), FAIL, "validation set",
-                           "23,925,760 targets"),
+        r"31,010,816 targets, 50\.0 %"),
     "a part by a setting": ("block", edit("logs/.*", "fraction: 1.0", "fraction: 0.5"), FAIL,
-                            "validation set",
-                            "VAL_DOC_FRACTION=0.5 scores a part"),
+        "validation set", "VAL_DOC_FRACTION=0.5 scores a part"),
     "bytes counted otherwise": ("block", logs_with(byte_count=164_594_398), FAIL, "bits per byte",
-                                r"\+8\.9 %"),
-    "a log over the cap": ("colon", logs_with(model=16_216_058), FAIL, "bytes",
-                           "seed 42: 16,216,.* exceeds 16,000,000"),
-    "adapted first": ("colon", ADAPTED, FAIL, "score before update", "'ttt_epoch:1/2 loss:0.6' "
-                                                                     "and no score"),
+        r"\+8\.9 %"),
+    "adapted first": ("colon", ADAPTED, FAIL, "score before update",
+        "'ttt_epoch:1/2 loss:0.6' and no score"),
     "calibration past the end": ("colon", edit(".*log", "layers in 0.0s", "layers in 9.0s"), FAIL,
-                                 "train seconds",
-                                 r"595\.00 \+ 9\.0 for 'gptq:cal.* exceeds 600"),
-    "Hessians past the end": ("block", edit("logs/.*", "in 0.0s", "in 9.0s"), FAIL,
-                              "train seconds", r"\+ 9\.0 for 'GPTQ"),
+        "train seconds", r"595\.00 \+ 9\.0 for 'gptq:cal.* exceeds 600"),
     "calibrated on validation text": ("colon", edit(".*log", "gptq:calibrated",
-                                                    "gptq:val data calibrated"), FAIL,
-                                      "train seconds", "on validation text"),
-    "training too long": ("block", logs_with(train=602_064), FAIL, "train seconds",
-                          r"602\.06.* exceeds 600"),
-    "a moment too long": ("block", logs_with(train=600_081), WARN, "train seconds",
-                          "by less than a step"),
-    "evaluation too long": ("block", logs_with(evaluation=601_000), FAIL, "eval seconds",
-                            r"601\.0 s exceeds"),
+        "gptq:val data calibrated"), FAIL, "train seconds", "on validation text"),
     "a seed in the name": ("colon", edit("train_seed42.log", "seed:42", "seed:43"), FAIL,
-                           "logs distinct",
-                           "train_seed42.log is the log of seed 43"),
-    "one seed twice": ("colon", edit("train_seed(42|7).log", "seed:", "seed:1337 was:"), FAIL,
-                       "logs distinct",
-                       "train_seed42.log and train_seed7.log have the same seed"),
-    "a seed without a log": ("colon", drop("seed7.log"), FAIL, "seeds named",
-                             "names seeds 7, without a log"),
-    "a copy under another seed": ("colon",
-                                  lambda f: f.update({"train_seed7.log": f["train_seed42.log"]}),
-                                  FAIL,
-                                  "logs distinct", "train_seed7.log is the log of seed 42.*same "
-                                                   "scores"),
-    "settings that differ": ("block", edit("logs/run_42.txt", "matrix_lr: 0.026",
-                                           "matrix_lr: 0.03"), FAIL,
-                             "same settings", "MATRIX_LR: .*0.03 in logs/run_42.txt, 0.026"),
+        "logs distinct", "train_seed42.log is the log of seed 43"),
+    "a copy under another seed": ("colon", lambda f: f.update({"train_seed7.log":
+        f["train_seed42.log"]}), FAIL, "logs distinct",
+        "train_seed7.log is the log of seed 42.*same scores"),
     "a score one digit off": ("colon", claim(val_bpb=1.1196), FAIL, "val_bpb",
-                              "1.1196 is no mean of the logs"),
-    "a score of two digits": ("colon", claim(val_bpb=1.12), PASS, "val_bpb", "1.12 is the mean"),
+        "1.1196 is no mean of the logs"),
     "the best seed's score": ("colon", claim(val_bpb=1.11912345), WARN, "val_bpb",
-                              "is seed 7's .*; the mean of 3 logs is"),
+        "is seed 7's .*; the mean of 3 logs is"),
     "a score before quantization": ("colon", claim(val_bpb=1.15), FAIL, "val_bpb",
-                                    "before quantization"),
-    "a diagnostic's score": ("block",
-                             lambda f: f["submission.json"]["results"].update(mean_val_bpb=1.14),
-                             FAIL,
-                             "mean_val_bpb", "mean of diagnostic_pre-quantization.*; the last "
-                                             "evaluation is"),
-    "the mean of the bytes": ("colon", both(edit("train_seed7.log", "15900000", "15900300"), edit(
-        "train_seed7.log", str(15_900_000 + len(SOURCE)), str(15_900_300 + len(SOURCE))), claim(
-        bytes_total=15_900_100 + len(SOURCE), seed_results=None)), WARN, "bytes claimed",
-                              "the mean total on disk"),
-    "bytes that no log has": ("colon", claim(bytes_total=15_123_457), FAIL, "bytes claimed",
-                              "bytes_total is 15123457, not"),
-    "a row that no log has": ("colon", claim(seed_results={"42": {"val_bpb": 1.1183}}), FAIL,
-                              "seed results",
-                              "val_bpb 1.1183 where the log has 1.11941234"),
+        "before quantization"),
+    "a diagnostic's score": ("block", lambda f:
+        f["submission.json"]["results"].update(mean_val_bpb=1.14), FAIL, "mean_val_bpb",
+        "mean of diagnostic_pre-quantization.*; the last evaluation is"),
     "steps of a row": ("colon", claim(seed_results={"42": {"val_bpb": 1.1194, "steps": 6100}}),
-                       WARN, "seed results",
-                       "steps 6100 where the log has 5999"),
+        WARN, "seed results", "steps 6100 where the log has 5999"),
     "README's score": ("colon", edit("README.md", "**1.1194**", "**1.0810**"), FAIL,
-                       "README's figures",
-                       "seed 42, 'val_bpb': 1.0810, the log has 1.11941234"),
-    "README's headline": ("colon", edit("README.md", "1.1195", "1.0810"), WARN,
-                          "README's figures", r"first scores are .*1\.0810"),
+        "README's figures", "seed 42, 'val_bpb': 1.0810, the log has 1.11941234"),
+    "README's headline": ("colon", edit("README.md", "1.1195", "1.0810"), WARN, "README's figures",
+        r"first scores are .*1\.0810"),
     "README's steps": ("colon", edit("README.md", "5,999", "6,029"), WARN, "README's figures",
-                       "'Steps': 6029, the log has 5999"),
-    "README's milliseconds": ("colon", edit("README.md", "100.0", "57.5"), WARN,
-                              "README's figures", "'ms/step': 57.5"),
-    "README's bytes": ("colon", edit("README.md", f"{15_900_000 + len(SOURCE):,}", "15,123,456"),
-                       WARN, "README's figures",
-                       "15123456, the log has"),
-    "a setting that nobody reads": ("block", edit("README.md", "MATRIX_LR", "MATRIX_LRR"), WARN,
-                                    "README's commands",
-                                    "^MATRIX_LRR: the script does not read it$"),
+        "'Steps': 6029, the log has 5999"),
     "a value without its point": ("colon", edit("README.md", "=0.03", "=092"), WARN,
-                                  "README's commands",
-                                  r"MATRIX_LR=092: is 0\.92 meant"),
+        "README's commands", r"MATRIX_LR=092: is 0\.92 meant"),
     "other code": ("colon", edit(".*log", f"Code size: {len(SOURCE)}", "Code size: 99999"), WARN,
-                   "same code", "99,999"),
-    "a module that is imported": ("colon", both(edit("train_gpt.py", "import sys",
-                                                     "import helper"), lambda f: f.update(
-        {"helper.py": "#" * 100_000})), FAIL, "bytes", "exceeds 16,000,000 by"),
+        "same code", "99,999"),
+    "a module that is imported": ("colon", both(edit("train_gpt.py", "import sys", "import helper"),
+        lambda f: f.update({"helper.py": "#" * 100_000})), FAIL, "bytes", "exceeds 16,000,000 by"),
     "a module that is not": ("colon", lambda f: f.update({"prepare_data.py": "#" * 100_000}), WARN,
-                             "code files",
-                             "not counted, since the script does not name them: prepare_data.py "
-                             "100,000"),
+        "code files", "not counted, since the script does not name them: prepare_data.py 100,000"),
     "a second file": ("colon", both(edit("train_gpt.py", SOURCE,
-                                         "exec(open('source.py').read())\n"), lambda f: f.update(
-        {"source.py": SOURCE})), PASS, "code files", r"source.py 2\d\d \(counted: train_gpt.py "
-                                                     r"names it"),
+        "exec(open('source.py').read())\n"), lambda f: f.update({"source.py": SOURCE})), PASS,
+        "code files", r"source.py 2\d\d \(counted: train_gpt.py names it"),
     "a damaged wrapper": ("block", edit("train_gpt.py", "b85decode('", "b85decode('!!"), UNCHECKED,
-                          "wrapper", "train_gpt.py"),
+        "wrapper", "train_gpt.py"),
     "two runs of a seed": ("colon", lambda f: f.update({"again.log": log_text(42, bpb=1.1234)}),
-                           WARN, "logs beside",
-                           "again.log .a rerun, or another experiment"),
-    "a summary of the logs": ("colon", lambda f: f.update({"results.txt": "final val_loss:1.8 "
-                                                                          "val_bpb:1.1\n"}), PASS,
-                              "logs beside", "results.txt .no training in it"),
+        WARN, "logs beside", "again.log .a rerun, or another experiment"),
+    "a summary of the logs": ("colon", lambda f: f.update({"results.txt":
+        "final val_loss:1.8 val_bpb:1.1\n"}), PASS, "logs beside",
+        "results.txt .no training in it"),
     "steps that look like seeds": ("colon", claim(step_results={"1000": {"val_bpb": 1.3}},
-                                                  seed_results=None), PASS,
-                                   "seeds named", ""),
+        seed_results=None), PASS, "seeds named", ""),
     "a promise that nobody can confirm": ("colon", both(claim(compliance={"no_slot": True})),
-                                          UNCHECKED, "compliance", ""),
-    "a promise that is not kept": ("colon", both(claim(compliance={"eval_under_600s": True}),
-                                                 logs_with(evaluation=700_000)),
-                                   FAIL, "compliance", "eval_under_600s: true, the logs say "
-                                                       "otherwise"),
+        UNCHECKED, "compliance", ""),
     "no log": ("colon", drop(r"\.log$"), UNCHECKED, "bytes", "there is none"),
-    "no log, no score": ("colon", drop(r"\.log$"), UNCHECKED, "val_bpb", "no log with a score"),
     "no code": ("colon", drop("train_gpt.py"), UNCHECKED, "settings read", "no script"),
-    "no sizes": ("colon", both(edit(".*log", "Serialized model int6", "x"),
-                               edit(".*log", "Total submission size", "y")),
-                 UNCHECKED, "bytes", "no model size in train_seed"),
+    "no sizes": ("colon", both(edit(".*log", "Serialized model int6", "x"), edit(".*log",
+        "Total submission size", "y")), UNCHECKED, "bytes", "no model size in train_seed"),
     "no timer": ("colon", edit(".*log", "eval_time:400000ms", ""), UNCHECKED, "eval seconds",
-                 "no eval_time of final_int6_sl"),
-    "no number of targets": ("colon", edit(".*log", "tokens:62021632", ""), UNCHECKED,
-                             "validation set", "no log says"),
+        "no eval_time of final_int6_sl"),
     "no claims": ("colon", drop("json"), UNCHECKED, "submission.json", "no claim is compared"),
 }
 
@@ -381,14 +318,6 @@ def test_the_evaluation_of_a_seed_may_have_a_log_of_its_own(tmp_path):
     assert not said(sub, FAIL) and len(sub.logs) == 3, submission.verdict_lines(sub)
     assert {"bytes", "train seconds", "eval seconds", "val_bpb",
             "validation set"} <= {what for what, _ in said(sub, PASS)}
-
-
-def test_without_seeds_the_score_tells_which_log_counts(tmp_path):
-    files = {k: v for k, v in colon().items() if "log" not in k}
-    files |= {f"{name}.log": log_text("x", bpb=b).replace("seed:x", "")
-              for name, b in (("one", 1.2), ("two", 1.1195), ("three", 1.3))}
-    files["submission.json"] |= dict(seeds=None, seed_results=None)
-    assert [log.name for log in checked(tmp_path, files).logs] == ["two.log"]
 
 
 @pytest.mark.parametrize("logs,names", [(["*_v1.0.txt"], "v1.0"),
@@ -436,14 +365,6 @@ def test_a_claimed_score_with_bytes_of_its_own_fails(tmp_path):
             "val_bpb:1.1400", f"val_bpb:{1.14 * 169_000_000 / 151_076_000:.4f}")
     assert [text for what, text in said(checked(tmp_path, files), FAIL)
             if what == "bits per byte" and "differ between evaluations" in text]
-
-
-def test_rows_without_a_figure_are_not_compared(tmp_path):
-    files = colon()
-    files["submission.json"]["seed_results"] = {str(s): {"note": "good"} for s in BPB}
-    sub = checked(tmp_path, files)
-    assert "seed results" in dict(said(sub, UNCHECKED))
-    assert "seed results" not in dict(said(sub, PASS))
 
 
 @pytest.mark.parametrize("text, status", [

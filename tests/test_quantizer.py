@@ -61,8 +61,7 @@ def row_error(row, step, limit):
     return ((row - codes * step) ** 2).sum()
 
 
-@pytest.mark.parametrize("bits", ALL_BITS)
-@pytest.mark.parametrize("draw", [gaussian, heavy])
+@pytest.mark.parametrize("draw, bits", [(heavy, 4), (heavy, 6), (gaussian, 8)])
 def test_clip_of_every_row_is_the_best_of_the_quantiles(tiny, bits, draw):
     w, limit, better = draw(40, 700) * torch.logspace(-4, 2, 40)[:, None], limit_of(bits), 0
     found = quantized(tiny, w, ATTN_BITS=bits, QUANT_CLIP="row")
@@ -83,7 +82,7 @@ def test_clip_of_every_row_is_the_best_of_the_quantiles(tiny, bits, draw):
 
 
 @pytest.mark.parametrize("search, fit", [("max", "level"), ("row", "scale"), ("std", "scale")])
-@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("bits", [4, 8])
 def test_huge_tiny_and_zero_rows_give_finite_fp16_steps_and_leave_others_alone(
         tiny, bits, search, fit):
     names = dict(ATTN_BITS=bits, QUANT_CLIP=search, QUANT_FIT=fit)
@@ -189,22 +188,6 @@ def test_fake_quantization_in_training_is_the_rounding_of_the_file(tiny):
         codes = faked / (w.abs().amax(1, keepdim=True) / limit_of(bits))
         torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
         assert (codes.round() != stored.codes).float().mean() < 0.01
-
-
-def test_fake_quantization_rounds_to_six_bits(tiny):
-    """The model under fake quantization equals one with its matrices rounded by hand."""
-    model = trained_a_little(tiny())
-    tokens = some_rows(tiny(), 2).long()
-    with torch.no_grad():
-        faked = model(tokens[:, :-1], tokens[:, 1:], True)
-        exact = model(tokens[:, :-1], tokens[:, 1:])
-        for name, p in model.named_parameters():
-            if train_gpt.kind_of(name).kind in ("attn", "mlp"):
-                step = p.abs().amax(1, keepdim=True) / 31
-                p.copy_((p / step).round() * step)
-        rounded = model(tokens[:, :-1], tokens[:, 1:])
-    torch.testing.assert_close(faked, rounded, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(faked, exact, rtol=1e-6, atol=1e-6)
 
 
 # -- what a calibration says

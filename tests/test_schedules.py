@@ -12,7 +12,7 @@ import train_gpt
 from train_gpt import Settings
 
 PUBLISHED = Settings(warmdown_frac=0.0)  # the warmdown is WARMDOWN_ITERS
-quick = settings(deadline=None, database=None, max_examples=300)
+quick = settings(deadline=None, database=None, max_examples=100)
 floors = st.floats(0, 1)
 warmdowns = st.integers(0, 10**5)
 iterations = st.integers(1, 10**5)
@@ -33,12 +33,6 @@ def runs(draw):
 @given(runs(), st.integers(0, 2 * 10**5), st.floats(0.001, 10**9))
 def test_lr_scale_lies_between_the_floor_and_one(s, step, elapsed):
     assert s.lr_floor <= train_gpt.lr_scale(s, step, elapsed if step else 0.0) <= 1
-
-
-@quick
-@given(runs(), st.integers(1, 2 * 10**5), st.floats(0.001, 10**9), st.floats(1, 100))
-def test_lr_scale_never_rises_with_time(s, step, elapsed, factor):
-    assert train_gpt.lr_scale(s, step, elapsed * factor) <= train_gpt.lr_scale(s, step, elapsed) + 1e-12
 
 
 @quick
@@ -76,11 +70,6 @@ def test_a_warmdown_longer_than_the_run_spans_the_run(by_clock, floor):
         assert train_gpt.lr_scale(s, step, step * 100.0) == pytest.approx(floor + (1 - floor) * (1 - step / 200), abs=1e-9)
 
 
-def test_without_warmdown_the_rate_stays_full():
-    s = replace(PUBLISHED, warmdown_iters=0, iterations=10, max_wallclock_seconds=1.0)
-    assert [train_gpt.lr_scale(s, i, 99.0 * i) for i in range(11)] == [1.0] * 11
-
-
 def test_the_nearer_end_rules():
     s = replace(PUBLISHED, lr_floor=0.0, warmdown_iters=100, iterations=1000, max_wallclock_seconds=100.0)
     assert train_gpt.lr_scale(s, 950, 950.0) == pytest.approx(0.5)        # 1 ms a step: the iterations end it
@@ -104,10 +93,6 @@ def test_no_step_is_begun_that_would_pass_the_cap_and_none_is_wasted(cap, first,
     while not train_gpt.out_of_time(s, step, elapsed, 1000 * cap * reserve):
         elapsed, step = elapsed + elapsed / step, step + 1
     assert elapsed <= max(room * (1 + 1e-9), begun) and elapsed + elapsed / step > room * (1 - 1e-9)
-
-
-def test_without_a_cap_time_never_runs_out():
-    assert not train_gpt.out_of_time(replace(PUBLISHED, max_wallclock_seconds=0.0), 10, 1e12)
 
 
 def test_warmdown_of_a_share_of_the_run():
@@ -156,15 +141,14 @@ def ema_of(history, decay):
     return (weights[:, None] * history).sum(0) / weights.sum()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 50, 700])
-@pytest.mark.parametrize("decay", [0.9, 0.997])
+@pytest.mark.parametrize("steps, decay", [(1, 0.9), (2, 0.997), (300, 0.997)])
 def test_ema_is_the_bias_corrected_weighted_sum(steps, decay):
     model, history, average, _ = trained(replace(PUBLISHED, ema_decay=decay), steps)
     assert average.apply() == "EMA"
     np.testing.assert_allclose(flat(model), ema_of(history, decay), atol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 30, 700])
+@pytest.mark.parametrize("steps", [1, 30, 300])
 def test_without_a_decay_the_ema_reaches_back_over_a_21st_of_the_run(steps):
     """And 0.4 of the last weights. Update n takes 21/(n + 20) of the newest weights; their mean age is n/22, whatever the length."""
     model, history, average, _ = trained(Settings(), steps)
@@ -200,30 +184,12 @@ def test_ema_and_swa_give_the_mean_of_both():
     np.testing.assert_allclose(flat(model), (ema_of(history, 0.9) + swa) / 2, atol=1e-5)
 
 
-def test_an_automatic_ema_and_swa_give_the_mean_of_both():
-    """No part of the last weights joins it."""
-    model, history, average, _ = trained(replace(Settings(), swa_enabled=1, swa_every=7), 80, late)
-    ema, swa = 0.0, history[[i - 1 for i in range(31, 81) if i % 7 == 0]].mean(0)
-    for n, w in enumerate(history, 1):
-        ema = ema + 21 / (n + 20) * (w - ema)
-    assert average.apply() == "EMA and SWA"
-    np.testing.assert_allclose(flat(model), (ema + swa) / 2, atol=1e-5)
-
-
 @pytest.mark.parametrize("s", [replace(PUBLISHED, ema_enabled=0),
                                replace(PUBLISHED, ema_enabled=0, swa_enabled=1, swa_every=1000)])
 def test_without_an_average_weights_stay_as_trained(s):
     model, history, average, _ = trained(s, 40, late)
     assert average.apply() == ""
     assert (flat(model) == history[-1]).all()
-
-
-def test_no_step_at_all_leaves_the_initial_weights():
-    torch.manual_seed(0)
-    model = Toy()
-    before = flat(model)
-    assert train_gpt.WeightAverage(model, Settings()).apply() == ""
-    assert (flat(model) == before).all()
 
 
 def test_averages_do_not_alias_the_weights():

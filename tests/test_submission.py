@@ -10,7 +10,6 @@ import runpy
 import shutil
 import sys
 
-import numpy as np
 import pytest
 
 import train_gpt
@@ -57,12 +56,11 @@ def log_text(seed, loss, code=SOURCE.encode(), targets=TARGETS, byte_count=BYTES
     lines += [f"step:{s}/9000 train_loss:{7 - s / 2000:.4f} train_time:{84 * s}ms step_avg:84.00ms"
               for s in (1, 2, 500, 7000)]
     lines += ["step:7100/9000 val_loss:1.9400 val_bpb:1.1400 train_time:599950ms step_avg:84.50ms"]
-    evaluations = ("final_int6_roundtrip", 0.04, 20), ("final_int6_sliding_window", 0.005,
-                                                       80), ("legal_ttt", 0, 400)
-    for key, shift, seconds in evaluations:
-        score = loss + shift
+    for key, shift, seconds in (("final_int6_roundtrip", 0.04, 20),
+                                ("final_int6_sliding_window", 0.005, 80), ("legal_ttt", 0, 400)):
+        score, bpb = loss + shift, bpb_of(loss + shift, targets, byte_count)
         for suffix, digits in (("", 4), ("_exact", 8)):
-            lines.append(f"{key}{suffix} val_loss:{score:.{digits}f} val_bpb:{bpb_of(score, targets, byte_count):.{digits}f} "
+            lines.append(f"{key}{suffix} val_loss:{score:.{digits}f} val_bpb:{bpb:.{digits}f} "
                          + "stride:64 " * ("sliding" in key) + f"eval_time:{1000 * seconds}ms")
     lines += [f"Serialized model int6+lzma: {MODEL_BYTES} bytes", f"Code size: {len(code)} bytes",
               f"Total submission size int6+lzma: {MODEL_BYTES + len(code)} bytes of 16000000",
@@ -191,132 +189,87 @@ def result_with(folder, **values):
 LOG = "train_seed42.log"
 FAULTS = {  # what is planted: how, and the finding that must name it
     "no README": (lambda f: (f / "README.md").unlink(), FAIL, "files", r"README\.md is missing"),
-    "no script": (lambda f: (f / "train_gpt.py").unlink(), FAIL, "files",
-                  r"train_gpt\.py is missing"),
-    "no Python": (lambda f: (f / "train_gpt.py").write_text("def f(:\n"), FAIL, "compiles",
-                  "no Python"),
-    "invalid JSON": (lambda f: (f / "submission.json").write_text('{"author": "Ada",}'),
-                     FAIL, "submission.json", "line 1 column"),
-    "JSON of another shape": (lambda f: (f / "submission.json").write_text("[1]"), FAIL,
-                              "submission.json", "holds list"),
+    "invalid JSON": (lambda f: (f / "submission.json").write_text('{"author": "Ada",}'), FAIL,
+        "submission.json", "line 1 column"),
     "null score": (lambda f: claim(f, val_bpb=None), FAIL, "submission.json",
-                   "missing or null: val_bpb"),
-    "null of a seed": (lambda f: claim(f, seed_results={"42": {"val_bpb": None}}),
-                       WARN, "submission.json", r"seed_results\.42\.val_bpb"),
+        "missing or null: val_bpb"),
     "no date": (lambda f: claim(f, date="soon"), WARN, "submission.json", "'soon'"),
     "unknown track": (lambda f: claim(f, track="track_5min"), WARN, "track", "track_5min"),
     "oversize model": (lambda f: grown(f, 15_999_999), FAIL, "bytes", "exceeds 16,000,000 by"),
     "oversize code": (lambda f: script(f, "#" * 1_000_000), FAIL, "bytes",
-                      "seed 42: 16,000,.* exceeds"),
+        "seed 42: 16,000,.* exceeds"),
     "code changed after the run": (lambda f: (f / "train_gpt.py").write_text(SOURCE + "# more\n"),
-                                   FAIL, "same code", "train_seed42"),
-    "… and its bytes": (lambda f: (f / "train_gpt.py").write_text(SOURCE + "# more\n"), WARN,
-                        "same code", "'Code size'"),
+        FAIL, "same code", "train_seed42"),
     "other code, one seed": (lambda f: change(f, LOG, "^code_sha256:....", "code_sha256:dead"),
-                             FAIL, "same code", "42.log ran dead"),
-    "other source, one seed": (lambda f: [change(f, LOG, "^import os$", "import io"),
-                                          change(f, LOG, "^code_sha256.*", "")],
-                               FAIL, "same code", "42.log begins with another source"),
+        FAIL, "same code", "42.log ran dead"),
     "wrong sum": (lambda f: change(f, LOG, r"^(Total .*?): \d+", r"\1: 15000001"), FAIL, "bytes",
-                  "logged as 15,000,001"),
-    "bytes that no log has": (lambda f: claim(f, bytes_total=15_000_001),
-                                      FAIL, "bytes claimed", "bytes_total is 15000001"),
-    "code bytes wrong": (lambda f: claim(f, bytes_code=1), FAIL, "bytes claimed",
-                         "bytes_code is 1,"),
+        "logged as 15,000,001"),
+    "bytes that no log has": (lambda f: claim(f, bytes_total=15_000_001), FAIL, "bytes claimed",
+        "bytes_total is 15000001"),
     "seed without log": (lambda f: (f / LOG).unlink(), FAIL, "seeds named",
-                         "names seeds 42, without a log"),
+        "names seeds 42, without a log"),
     "two seeds only": (lambda f: (f / LOG).unlink(), FAIL, "seeds", "2 finished"),
-    "seed kept back": (lambda f: claim(f, seeds=[1337, 42], seed_results=None), WARN,
-                       "seeds named", "lacks 2025, which has a finished log"),
+    "seed kept back": (lambda f: claim(f, seeds=[1337, 42], seed_results=None), WARN, "seeds named",
+        "lacks 2025, which has a finished log"),
     "swapped logs": (swap, FAIL, "logs distinct", r"42\.log is the log of seed 2025"),
-    "one run twice": (lambda f: (f / LOG).write_text(
-        (f / "train_seed2025.log").read_text().replace("seed:2025", "seed:42")),
-                      FAIL, "logs distinct", "same score ledger"),
+    "one run twice": (lambda f: (f / LOG).write_text((f /
+        "train_seed2025.log").read_text().replace("seed:2025", "seed:42")), FAIL, "logs distinct",
+        "same score ledger"),
     "truncated log": (lambda f: (f / LOG).write_text((f / LOG).read_text()[:len(SOURCE) + 400]),
-                      FAIL, "logs whole", "42.log has no"),
-    "empty log": (lambda f: (f / LOG).write_text("\n"), FAIL, "logs whole", "42.log has no"),
+        FAIL, "logs whole", "42.log has no"),
     "NaN score": (lambda f: change(f, LOG, r"(legal_ttt_exact) val_loss:\S+ val_bpb:\S+",
-                                   r"\1 val_loss:nan val_bpb:nan"),
-                  FAIL, "logs whole", "legal_ttt is nan"),
+        r"\1 val_loss:nan val_bpb:nan"), FAIL, "logs whole", "legal_ttt is nan"),
     "bpb not of the loss": (lambda f: change(f, LOG, r"^(legal_ttt_exact .* val_bpb):\S+",
-                                             r"\1:1.10000000"),
-                            FAIL, "bits per byte", "legal_ttt implies"),
+        r"\1:1.10000000"), FAIL, "bits per byte", "legal_ttt implies"),
     "loss not of the ledger": (lambda f: change(f, LOG, r"loss_sum:\S+", "loss_sum:117000000.0"),
-                               FAIL, "bits per byte", "ledger's sum"),
+        FAIL, "bits per byte", "ledger's sum"),
     "space counted twice": (lambda f: counted_otherwise(f, 176_300_000), FAIL, "bits per byte",
-                            r"\+16\.7 %"),
-    "part of the validation set": (lambda f: counted_otherwise(f, 2_554_000, 2**20),
-                                   FAIL, "validation set", "1,048,576 targets"),
+        r"\+16\.7 %"),
+    "part of the validation set": (lambda f: counted_otherwise(f, 2_554_000, 2**20), FAIL,
+        "validation set", "1,048,576 targets"),
     "score no log has": (lambda f: claim(f, val_bpb=1.1), FAIL, "val_bpb", "no mean of the logs"),
     "score of another evaluation": (lambda f: claim(f, val_bpb=round(bpb_of(sum(LOSSES.values()) / 3
-                                                                            + 0.005), 6)),
-                                    WARN, "val_bpb", "mean of final_int6_sliding_window"),
+        + 0.005), 6)), WARN, "val_bpb", "mean of final_int6_sliding_window"),
     "loss no log has": (lambda f: claim(f, val_loss=1.88), FAIL, "val_loss", "no mean"),
     "bpb as loss": (lambda f: claim(f, val_loss=round(bpb_of(sum(LOSSES.values()) / 3), 4)), WARN,
-                    "val_loss", "is the bpb"),
-    "score cut to fewer digits": (lambda f: claim(f, val_bpb=1.11), FAIL, "val_bpb",
-                                  "no mean of the logs"),
+        "val_loss", "is the bpb"),
     "spread too small": (lambda f: claim(f, val_bpb_std=0.0001), FAIL, "val_bpb_std",
-                         "the logs give"),
-    "no spread": (lambda f: claim(f, val_bpb_std=None), WARN, "val_bpb_std", "has None"),
-    "row of another seed": (lambda f: claim(f, seed_results={"42": {"val_bpb": 1.1}}),
-                            FAIL, "seed results", "seed 42: val_bpb 1.1"),
-    "result file of another seed": (lambda f: (f / "result_seed42.json").write_text(
-        json.dumps(result_of(42, 1.8))), FAIL,
-                                    "seed results",
-                                    r"result_seed42\.json, seed 42: val_bpb .*val_loss 1\.80 "
-                                    "where"),
+        "the logs give"),
+    "row of another seed": (lambda f: claim(f, seed_results={"42": {"val_bpb": 1.1}}), FAIL,
+        "seed results", "seed 42: val_bpb 1.1"),
     "result of bytes counted otherwise": (lambda f: result_with(f, bytes_from="text"), FAIL,
-                                          "seed results", "bytes_from text where the log has "
-                                          "pieces; take both from one run"),
-    "result of unknown bytes": (lambda f: [change(f, LOG, " bytes_from:pieces", ""),
-                                           result_with(f, bytes_from=["text"])], FAIL,
-                                "seed results", r"bytes_from \['text'\] .* text or pieces"),
+        "seed results", "bytes_from text where the log has pieces; take both from one run"),
     "result of other bytes": (lambda f: result_with(f, scored_bytes=BYTES - 9), FAIL,
-                              "seed results",
-                              f"scored_bytes {BYTES - 9} where the log has {BYTES};"),
-    "bytes counted in two ways": (lambda f: change(f, LOG, "bytes_from:pieces", "bytes_from:text"),
-                                  FAIL, "bits per byte", "text in train_seed42.*one data folder"),
-    "broken result file": (lambda f: (f / "result_seed42.json").write_text("{"), FAIL,
-                           "seed results", "no JSON"),
+        "seed results", f"scored_bytes {BYTES - 9} where the log has {BYTES};"),
     "training too long": (lambda f: change(f, LOG, "train_time:599950ms", "train_time:601000ms"),
-                          FAIL, "train seconds", "601.00 s"),
+        FAIL, "train seconds", "601.00 s"),
     "training a moment too long": (lambda f: change(f, LOG, "train_time:599950ms",
-                                                    "train_time:600030ms"),
-                                   WARN, "train seconds", "by less than a step"),
+        "train_time:600030ms"), WARN, "train seconds", "by less than a step"),
     "evaluation too long": (lambda f: change(f, LOG, r"evaluation 510\.0", "evaluation 601.0"),
-                            FAIL, "eval seconds", "601.0 s"),
+        FAIL, "eval seconds", "601.0 s"),
     "evaluation shorter than its parts": (lambda f: change(f, LOG, r"evaluation 510\.0",
-                                                           "evaluation 300.0"),
-                                          FAIL, "eval seconds", "its evaluations alone 500.0 s"),
+        "evaluation 300.0"), FAIL, "eval seconds", "its evaluations alone 500.0 s"),
     "promise not kept": (lambda f: change(f, LOG, "train_time:599950ms", "train_time:601000ms"),
-                         FAIL, "compliance", "train_seconds_under"),
+        FAIL, "compliance", "train_seconds_under"),
     "setting that nobody reads": (lambda f: change(f, LOG, "^(setting ITERATIONS=.*)",
-                                                   r"\1\nsetting WARMDRON_ITERS=3500"),
-                                  FAIL, "settings read", "WARMDRON_ITERS"),
+        r"\1\nsetting WARMDRON_ITERS=3500"), FAIL, "settings read", "WARMDRON_ITERS"),
     "command that nobody reads": (lambda f: change(f, "README.md", "ITERATIONS=9000",
-                                                   "ITERATION=9000"),
-                                  WARN, "README's commands", "ITERATION:"),
+        "ITERATION=9000"), WARN, "README's commands", "ITERATION:"),
     "seeds of different settings": (lambda f: change(f, LOG, "MATRIX_LR=0.025", "MATRIX_LR=0.03"),
-                                    FAIL, "same settings",
-                                    "MATRIX_LR: .*0.03 in train_seed42.log"),
+        FAIL, "same settings", "MATRIX_LR: .*0.03 in train_seed42.log"),
     "network": (lambda f: script(f, "import urllib.request\n"), WARN, "imports and paths",
-                r"urllib \(network\)"),
-    "address": (lambda f: script(f, "A = 'https://example.org/model'\n"), WARN, "imports and paths",
-                "https://example.org"),
-    "uncounted module": (lambda f: script(f, "import helper\n")
-                         or (f / "helper.py").write_text("A = 1\n"),
-                         WARN, "imports and paths", "6 bytes count as code"),
+        r"urllib \(network\)"),
+    "uncounted module": (lambda f: script(f, "import helper\n") or (f /
+        "helper.py").write_text("A = 1\n"), WARN, "imports and paths", "6 bytes count as code"),
     "one GPU": (lambda f: change(f, LOG, "world_size:8", "world_size:1"), FAIL, "hardware",
-                "1×NVIDIA"),
+        "1×NVIDIA"),
 }
 
 
 def test_a_sound_folder_passes(sound):
     sub = submission.check(sound, against=BEATEN)
-    assert {(s, what) for s, what, _ in sub.findings
-            if s != PASS} == {(UNCHECKED, "artifact"), (UNCHECKED, "bytes of text"),
-                              (UNCHECKED, "README's figures")}, submission.verdict_lines(sub)
+    assert {(s, what) for s, what, _ in sub.findings if s != PASS} == {
+        (UNCHECKED, what) for what in ("artifact", "bytes of text", "README's figures")}
     assert submission.main(["check", str(sound), "--against", BEATEN]) == 0
 
 
@@ -339,31 +292,28 @@ def test_what_only_a_record_must_keep_to_is_no_failure_elsewhere(sound, fault):
     assert FAULTS[fault][2] not in [what for what, _ in found(sound, FAIL)]
 
 
-@pytest.mark.parametrize("key",
-                         "author date track val_loss val_bpb val_bpb_std seeds seed_results bytes_total bytes_code "
-                                "compliance".split())
-def test_no_value_in_the_json_stops_the_check(sound, key):
-    for value in (None, "x", "", [], [[]], {}, {"42": 1}, {"42": {"val_bpb": "x"}}, True, -1, 1e400,
-                  math.nan, 10**400, "é"):
-        claim(sound, **{key: value})
-        submission.check(sound, against=BEATEN)
+def test_no_value_in_the_json_stops_the_check(sound):
+    given = json.loads((sound / "submission.json").read_text())
+    for value in (None, "x", [[]], {"42": 1}, {"42": {"val_bpb": "x"}}, True, -1, 1e400, 10**400):
+        for key in given:
+            claim(sound, **{**given, key: value})
+            submission.check(sound, against=BEATEN)
 
 
 def test_no_place_to_cut_a_log_stops_the_check_or_passes(sound):
     text = (sound / LOG).read_text()
-    for end in range(0, text.index("Total submission"), 41):
+    for end in range(0, text.index("Total submission"), 131):
         (sound / LOG).write_text(text[:end])
         assert "logs whole" in [what for what, _ in found(sound, FAIL)] or not end
 
 
 # -- what others made
 
-def ancestors_log(seed, loss, source=SOURCE, byte_count=BYTES):
+def ancestors_log(seed, loss):
     """A log with the ancestors' lines: no hash, no ledger, no settings, sizes of the raw model
     too."""
-    sliding, rest = f"val_loss:{loss:.8f} val_bpb:{bpb_of(loss, byte_count=byte_count):.8f}", 0.02
-    plain = f"val_loss:{loss + rest:.8f} val_bpb:{bpb_of(loss + rest, byte_count=byte_count):.8f}"
-    return "\n".join([source, "=" * 100, "Running Python 3.12", "=" * 100, "vocab_size:1024",
+    sliding, plain = (f"val_loss:{x:.8f} val_bpb:{bpb_of(x):.8f}" for x in (loss, loss + 0.02))
+    return "\n".join([SOURCE, "=" * 100, "Running Python 3.12", "=" * 100, "vocab_size:1024",
                       f"seed:{seed}",
                       "step:7000/20000 train_loss:1.9000 train_time:591000ms step_avg:84.43ms",
                       "stopping_early: wallclock_cap train_time:600030ms step:7096/20000",
@@ -386,27 +336,10 @@ def test_an_ancestors_folder_is_checked_as_far_as_it_says(tmp_path):
     assert {"settings read", "seed results", "hardware", "validation set", "outside of timers"} <= {
         what for what, s in statuses.items() if s == UNCHECKED}
     assert statuses["same code"] == statuses["val_bpb"] == statuses["bits per byte"] == PASS
-    assert {text for _, what, text in sub.findings
-            if what == "eval seconds"} == {"73.0, 73.0, 73.0 of 600, final_int6_sliding_window"}
-    assert "final_int6_sliding_window," in next(text for _, what,
-                                                text in sub.findings
-                                                if what == "val_bpb"), "not its alias"
+    texts = {what: text for _, what, text in sub.findings}
+    assert texts["eval seconds"] == "73.0, 73.0, 73.0 of 600, final_int6_sliding_window"
+    assert "final_int6_sliding_window," in texts["val_bpb"], "not its alias"
     assert statuses["train seconds"] == WARN, "600.03 s is past the end by less than a step"
-
-
-@pytest.mark.parametrize("what,options", [("same code", dict(source=SOURCE + "OTHER = 1\n")),
-                                          ("bits per byte", dict(byte_count=176_300_000))])
-def test_an_ancestors_faults_are_found(tmp_path, what, options):
-    folder = write_folder(tmp_path / "a", lambda seed, loss: ancestors_log(seed, loss, **options))
-    assert what in [name for name, _ in found(folder, FAIL)]
-
-
-def test_a_log_of_the_console_only_is_read(tmp_path):
-    folder = write_folder(tmp_path / "a", lambda seed,
-                          loss: ancestors_log(seed, loss).split("=" * 100)[2])
-    texts = dict(found(folder, UNCHECKED))
-    assert all(f"train_seed{seed}.log" in texts["same code"]
-               for seed in LOSSES) and not found(folder, FAIL)
 
 
 # -- the record to beat
@@ -425,9 +358,9 @@ def test_the_p_value_is_welchs_of_the_raw_losses(sound, tmp_path):
     expected = stats.ttest_ind([v - 0.005 for v in old], list(LOSSES.values()), equal_var=False,
                                alternative="greater").pvalue
     assert 0.01 < expected < 0.5
-    assert p_value(sound, f"{mean},{std},{len(old)}") == pytest.approx(expected, rel=0.01)
-    assert "improvement" in [what for what, _ in found(sound, FAIL,
-                                                       against=f"{mean},{std},{len(old)}")]
+    against = f"{mean},{std},{len(old)}"
+    assert p_value(sound, against) == pytest.approx(expected, rel=0.01)
+    assert "improvement" in [what for what, _ in found(sound, FAIL, against=against)]
 
 
 def test_a_folder_to_beat_and_its_figures_in_nats_or_bpb_are_the_same(sound, tmp_path):
@@ -441,8 +374,7 @@ def test_a_folder_to_beat_and_its_figures_in_nats_or_bpb_are_the_same(sound, tmp
     assert ps == pytest.approx([ps[0]] * 3, rel=0.01) and 0.001 < ps[0] < 0.5
 
 
-@pytest.mark.parametrize("against", ["nowhere", "1.9,0.1", "1.9,0.1,1", "1.9,-1,3", "nan,0.1,3",
-                                     "1.9,0.1,3,furlongs"])
+@pytest.mark.parametrize("against", ["nowhere", "1.9,0.1", "1.9,-1,3", "1.9,0.1,3,furlongs"])
 def test_a_senseless_record_to_beat_is_refused(sound, against, capsys):
     assert submission.main(["check", str(sound), "--against", against]) == 2
     assert against in capsys.readouterr().err
@@ -453,9 +385,8 @@ def test_an_artifact_has_the_bytes_of_its_seed(sound, tmp_path):
     for path in (right, wrong):
         with open(path, "wb") as f:
             f.truncate(MODEL_BYTES)
-    assert ("artifact" in [w for w, _ in found(sound, PASS,
-                                               artifacts=[right])]) and not found(sound, FAIL,
-                                                                                  artifacts=[right])
+    assert "artifact" in [w for w, _ in found(sound, PASS, artifacts=[right])]
+    assert not found(sound, FAIL, artifacts=[right])
     assert [w for w, _ in found(sound, FAIL, artifacts=[wrong])] == ["artifact"]
     with open(right, "ab") as f:
         f.write(b"x")
@@ -494,7 +425,6 @@ SIDE = [3] * 1031
     (dict(way="text", side=SIDE, more=-9), FAIL,
      "42.log: 2,691 bytes from the text, the data has 2,700 from the text: give .*EVAL_ONLY"),
     (dict(way="pieces", side=SIDE), FAIL, "2,700 bytes from the pieces, .* from the text"),
-    (dict(way="pieces", more=1), FAIL, r"\d bytes from the pieces, the data has \d,\d+ from the p"),
     (dict(way="", more=1), FAIL, r"\d bytes, the data has"),
 ])
 def test_bytes_are_counted_again_where_the_data_is(sound, scored, case, status, pattern):
@@ -506,13 +436,8 @@ def test_bytes_are_counted_again_where_the_data_is(sound, scored, case, status, 
     (dict(way="text", side=SIDE[1:]), {}, "1030 entries, 3090 bytes in all, for 1031 tokens"),
     (dict(way="text", side=SIDE, manifest='{"splits": {"val": {"utf8_bytes": 3094}}}'), {},
      "3093 bytes in all, for 1031 tokens and 3094 bytes of text"),
-    *((dict(way="text", side=SIDE, damage=damage), {}, f"val_bytes_000000.bin: {words}")
-      for damage, words in (
-          (lambda c: c[:512], "512 bytes, a shard's header alone has 1024"),
-          (lambda c: c[:-1], "3085 bytes where its header promises 1031"),
-          (lambda c: c[:8] + b"\xff" * 4 + c[12:], "3086 bytes where its header promises -1 "),
-          (lambda c: np.frombuffer(c[:1024], "<i4").astype(">i4").tobytes() + c[1024:],
-           "begins with -1999096831, 16777216, not a token shard's"))),
+    (dict(way="text", side=SIDE, damage=lambda c: c[:-1]), {},
+     "val_bytes_000000.bin: 3085 bytes where its header promises 1031"),
     (dict(way="pieces"), dict(data="nowhere"), "nowhere: DATA_PATH="),
     (dict(way="pieces"), dict(tokenizer="none.model"), "none.model: no such file"),
     (dict(way="pieces"), dict(tokenizer=None), "names no tokenizer; give it with --tokenizer"),
@@ -620,21 +545,15 @@ REFUSALS = {
     "other settings": (of_other_settings, r"GPTQ: .*1 in \S*42"),
     "other code": (of_other_code, "different code: .*42"),
     "one seed twice": (lambda p: shutil.copytree(p / "42", p / "43"),
-                       "2 results of seed 42: .*43.*name the files"),
+        "2 results of seed 42: .*43.*name the files"),
     "a scoring run": (lambda p: edited_result(p, settings=dict(eval_only="a.ptz")),
-                      "EVAL_ONLY trained nothing"),
+        "EVAL_ONLY trained nothing"),
     "the log of another run": (lambda p: edited_result(p, val_bpb={"ttt": 1.0}),
-                               r"not the result of run\.txt: val_bpb 1\.0"),
-    "no log": (lambda p: (p / "42" / "logs" / "run.txt").unlink(),
-               r"its log run\.txt is not beside it"),
+        r"not the result of run\.txt: val_bpb 1\.0"),
     "half a result": (lambda p: (p / "42" / "logs" / "run.json").write_text('{"seed": 42'),
-                      r"run\.json: no JSON"),
-    "another JSON": (lambda p: (p / "42" / "logs" / "run.json").write_text('{"seed": 42}'),
-                     "it has no settings, code_sha256"),
-    "a lost script": (lambda p: [change(p, f, "^import torch$", "")
-                                 for f in p.glob("*/logs/*.txt")],
-                      "no script has the sha256.*--script"),
-    "no runs": (shutil.rmtree, "no result there"),
+        r"run\.json: no JSON"),
+    "a lost script": (lambda p: [change(p, f, "^import torch$", "") for f in
+        p.glob("*/logs/*.txt")], "no script has the sha256.*--script"),
     "a folder in the way": (lambda p: (p.parent / "packed").mkdir(), "is there already"),
 }
 

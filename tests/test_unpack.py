@@ -170,12 +170,6 @@ def test_a_wrapper_that_cannot_be_read_is_refused_with_path_and_reason(wrapped, 
     assert str(raised.value).startswith(f"{path}: ")
 
 
-def test_loops_beside_the_payload_stand_in_the_source(wrapped):
-    loop = "for name in ('A', 'B'):\n    os.environ[name] = '1'\n"
-    path = wrapped(f"import os\n{loop}exec('x = 1')")
-    assert unpack.readable_source(path).decode() == f"import os\n{loop}x = 1"
-
-
 def test_nothing_of_a_wrapper_is_executed(wrapped, tmp_path):
     path = wrapped("import os, zlib, base64, pathlib\nopen('a', 'w').write('x')\nos.mkdir('b')\n"
                    "pathlib.Path('c').write_text('x')\npathlib.Path('d').touch()\n"
