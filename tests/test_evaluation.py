@@ -482,6 +482,7 @@ def lora_reference(w, initial):
     still go down the gradients of what came after, and falls where they go up."""
     s, tokens, targets = w.s, torch.from_numpy(w.tokens.astype(np.int64)), len(w.tokens) - 1
     length, stride, band = s.ttt_shape
+    reach = min(length, s.window // 4 + stride)  # of a row to train on
     count = max(1, min(s.ttt_batch_seqs, targets // (16 * length)))
     ends = [targets * (n + 1) // count for n in range(count)]
     streams = [SimpleNamespace(at=begin, end=end, rate=s.ttt_lr, steps=0,
@@ -489,7 +490,7 @@ def lora_reference(w, initial):
              for begin, end in zip([0, *ends], ends)]
     nll, turn = np.full(targets, np.nan), 0
 
-    def losses(stream, start):
+    def losses(stream, start, length=length):
         for weight in stream.state:
             weight[0] = weight[0].detach().requires_grad_()
         weights, row = [weight[0] for weight in stream.state], tokens[start: start + length + 1]
@@ -501,7 +502,7 @@ def lora_reference(w, initial):
             first, stream.at = stream.at, min(stream.at + stride, stream.end)
             start = max(stream.at - length, 0)
             nll[first:stream.at] = losses(stream, start)[first - start: stream.at - start].detach()
-            stream.new = list(range(first, stream.at)) if turn * stride > length else []
+            stream.new = list(range(first, stream.at)) if turn * stride > reach else []
         if all(stream.at == stream.end for stream in streams):
             return nll, [stream.rate for stream in streams]
         for stream in streams:
@@ -510,13 +511,13 @@ def lora_reference(w, initial):
                 stream.state, stream.steps = [[x[None].clone(), 0, 0] for x in initial], 0
                 stream.new = [t for t in stream.new if t > begun[-1]]
             if stream.new:
-                start = stream.at - length
-                row = losses(stream, start)
+                start = stream.at - reach
+                row = losses(stream, start, reach)
                 loss = sum(row[t - start] for t in stream.new) / len(stream.new)
                 stream.grads = torch.autograd.grad(loss, [weight[0] for weight in stream.state])
                 uphill += sum(float((g * weight[2]).sum())
                               for g, weight in zip(stream.grads, stream.state))
-            if turn * stride > length:
+            if turn * stride > reach:
                 stream.rate *= 1.1 if uphill < 0 else 1 / 1.1 if uphill > 0 else 1
             stream.steps += bool(stream.new)
             for n, (p, square, moved) in enumerate(stream.state):

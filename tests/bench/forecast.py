@@ -24,7 +24,7 @@ LAUNCH = 6e-6              # s of the host for a kernel of a compiled graph
 LINKS = 350e9              # bytes/s of a sum over ranks
 # Of forward and backward for 48 × 2,048 tokens of the default, looped (sp8192 in traffic_sm90.md); a
 # forward pass is taken as a third. Gradients of weights are counted also where adapters need none.
-LAUNCHES, BYTES = 471, 96.12e9 / (48 * 2048)
+LAUNCHES, BYTES = 489, 82.94e9 / (48 * 2048)
 
 
 def seconds_of(s, tokens, passes, keys, backward):
@@ -58,8 +58,9 @@ def parts(s):
     length, stride, band = s.ttt_shape
     yield "scoring of TTT", *scored(length, stride, band or s.window / 2)
     if s.ttt_lora_rank:  # forward again, and the gradients of activations and adapters alone
+        length = min(length, s.window // 4 + stride)
         tokens = mine * length / stride
-        busy, work = seconds_of(s, tokens, tokens / (batch * s.window), band or s.window / 2, True)
+        busy, work = seconds_of(s, tokens, tokens / (batch * s.window), length / 2, True)
         yield "adapting of TTT", tokens * RANKS, busy, work
         return
     chunk = s.ttt_chunk_tokens or 32768
