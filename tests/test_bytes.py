@@ -10,7 +10,6 @@ import sentencepiece
 from conftest import VOCAB, WORDS, write_shard
 from hypothesis import example, given, settings, strategies as st
 
-import train_gpt
 from train_gpt import BOS, ByteTable, UserError, bits_per_byte, resolve_settings
 
 
@@ -77,49 +76,12 @@ def test_bytes_are_those_of_any_decoded_text(corpus, table, texts):
     assert table.count(tokens) == len(decoded.encode("utf-8"))
 
 
-class HandMade:
-    """A tokenizer of nine pieces, one of each sort."""
-    PIECES = [("<pad>", "control"), ("<unk>", "unknown"), ("<dead>", "unused"), ("<0x41>", "byte"),
-              ("▁", ""), ("▁a", ""), ("é", ""), ("▁北京", ""), ("x", "")]
-
-    def unk_id(self):
-        return 1
-
-    def __init__(self, model_file):
-        for sort in ("control", "unknown", "unused", "byte"):
-            setattr(self, f"is_{sort}", lambda i, sort=sort: self.PIECES[i][1] == sort)
-
-    def vocab_size(self):
-        return len(self.PIECES)
-
-    def id_to_piece(self, i):
-        return self.PIECES[i][0]
-
-
-@pytest.fixture
-def by_hand(monkeypatch, tiny, tmp_path):
-    """The table of HandMade."""
-    def make():
-        monkeypatch.setattr(train_gpt.sentencepiece, "SentencePieceProcessor", HandMade)
-        (tmp_path / "m").write_bytes(b"")
-        return ByteTable(tiny(TOKENIZER_PATH=tmp_path / "m", VOCAB_SIZE=len(HandMade.PIECES)))
-    return make
-
-
-def test_each_sort_of_piece_by_hand(by_hand):
-    cases = [(6, 0, 0), (6, 1, 0), (6, 2, 0), (6, 3, 1), (0, 3, 1),  # no text; a byte: one
-             (6, 4, 1), (0, 4, 0), (1, 4, 0), (2, 4, 0), (3, 4, 1),  # a space: not at a boundary
-             (6, 5, 2), (0, 5, 1), (2, 5, 1), (4, 5, 2), (6, 6, 2), (0, 6, 2), (6, 7, 7),
-             (1, 7, 6), (6, 8, 1)]
-    table = by_hand()
-    for before, target, count in cases:
-        assert table.count(np.array([before, target])) == count, (before, target)
-
-
-def test_a_vocabulary_without_a_single_space_is_refused(by_hand, monkeypatch):
-    monkeypatch.setattr(HandMade, "PIECES", [p for p in HandMade.PIECES if p[0] != "▁"])
+def test_a_vocabulary_without_a_single_space_is_refused(tiny, corpus, tmp_path):
+    content, space = corpus.model.read_bytes(), b"\x0a\x03\xe2\x96\x81"  # a piece of three bytes
+    assert content.count(space) == 1
+    (tmp_path / "m").write_bytes(content.replace(space, b"\x0a\x03\x01\x01\x01"))
     with pytest.raises(UserError, match="no piece is a single space"):
-        by_hand()
+        ByteTable(tiny(TOKENIZER_PATH=tmp_path / "m"))
 
 
 # -- bytes from the text, and tokenizers that the table of pieces miscounts

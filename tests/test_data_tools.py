@@ -291,6 +291,16 @@ def test_bad_shard_on_the_server_gets_no_name(hub, tmp_path):
     assert not local(tmp_path / "data", TRAIN_0).exists()
 
 
+def test_damaged_copy_in_the_hub_cache_is_not_used_twice(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    huggingface_hub.hf_hub_download("some/repo", TRAIN_0, repo_type="dataset", endpoint=hub.url)
+    blob = next(path for path in (tmp_path / "cache").rglob("blobs/*") if path.is_file())
+    blob.write_bytes(b"damaged")
+    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
+    assert process.returncode == 0, process.stderr
+    assert local(tmp_path / "data", TRAIN_0).read_bytes() == hub.files[TRAIN_0]
+
+
 def with_hole(content: bytes) -> bytes:
     return content[:2048] + bytes(4096) + content[6144:]
 

@@ -199,7 +199,7 @@ def test_steps_equal_the_slow_reference(tiny, variables):
         np.testing.assert_allclose(p.detach().numpy(), reference.w[name], atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("ranks, row_norm", [(3, 0), (5, 1)])
+@pytest.mark.parametrize("ranks, row_norm", [(2, 1), (5, 0)])
 def test_ranks_that_do_not_divide_the_matrices_change_nothing(tiny, ranks, row_norm):
     s = tiny(GRAD_CLIP_NORM=0.5, MUON_ROW_NORM=row_norm)
     grads = random_grads(fresh_model(s), len(SCHEDULE))

@@ -88,15 +88,6 @@ def test_pr537_shares_a_core_and_marks_xsa_by_core():
     assert train_gpt.bits_of("cores.3.attn.k", s) == train_gpt.bits_of("bigram.table", s) == 6
 
 
-def test_tail_ttt_trains_last_blocks_scalars_and_token_table():
-    s = settings_of("pr490")
-    with torch.device("meta"):
-        model = train_gpt.GPT(s)
-    trained = {n for n, _ in model.named_parameters() if train_gpt.ttt_factor(n, s)}
-    assert {"tok_emb", "cores.10.mlp.up", "cores.9.attn.q", "blocks.0.attn_scale", "bigram.scale"} <= trained
-    assert not {"cores.8.mlp.up", "bigram.table", "blocks.8.resid_mix", "skip_weights"} & trained
-
-
 # --- the quantizer's variants
 
 def weights_and_inputs(rows=24, columns=40, seed=0):

@@ -66,6 +66,8 @@ def test_clip_of_every_row_is_the_best_of_the_quantiles(tiny, bits, draw):
     w, limit, better = draw(40, 700) * torch.logspace(-4, 2, 40)[:, None], limit_of(bits), 0
     found = quantized(tiny, w, ATTN_BITS=bits, QUANT_CLIP="row")
     plain = quantized(tiny, w, ATTN_BITS=bits)
+    floor = quantized(tiny, w, ATTN_BITS=bits, QUANT_STEP_FLOOR=0.25).scales
+    assert torch.equal(floor, plain.scales.clamp_min(0.25 * (bits < 8)))
     for r in range(40):
         magnitude = np.abs(w[r].numpy().astype(np.float64))
         steps = [np.float16(clip / limit) for clip in np.quantile(magnitude, QUANTILES)]

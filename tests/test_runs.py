@@ -568,15 +568,6 @@ def test_damaged_logs_are_named_and_the_rest_is_plotted(tmp_path, results, capsy
     assert len(pictures) == 6 and all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
 
 
-def test_labels_tell_settings_apart_and_say_when_more_differs():
-    few = [dict(A="1", B="x", C="1"), dict(A="2", B="x", C="2"), dict(A="1", B="x", C="1")]
-    assert runs.labels_of(few) == ["A=1 C=1", "A=2 C=2", "A=1 C=1"]
-    presets = [dict(PRESET=p, SAME="0", A=a, B=a, C=a, D=p)
-               for p, a in (("x", "1"), ("y", "1"), ("z", "2"))]
-    assert runs.labels_of(presets) == [f"PRESET={p} …" for p in "xyz"], "and the others say no more"
-    assert runs.labels_of([dict(A="1"), dict(A="1")]) == ["all runs"] * 2
-
-
 def test_presets_side_by_side_make_no_table_of_forty_columns(tmp_path, capsys):
     for preset in "xyz":
         r = result(2.0, 1, preset=preset, **{f"name{i}": preset for i in range(40)})

@@ -307,41 +307,6 @@ def test_no_place_to_cut_a_log_stops_the_check_or_passes(sound):
         assert "logs whole" in [what for what, _ in found(sound, FAIL)] or not end
 
 
-# -- what others made
-
-def ancestors_log(seed, loss):
-    """A log with the ancestors' lines: no hash, no ledger, no settings, sizes of the raw model
-    too."""
-    sliding, plain = (f"val_loss:{x:.8f} val_bpb:{bpb_of(x):.8f}" for x in (loss, loss + 0.02))
-    return "\n".join([SOURCE, "=" * 100, "Running Python 3.12", "=" * 100, "vocab_size:1024",
-                      f"seed:{seed}",
-                      "step:7000/20000 train_loss:1.9000 train_time:591000ms step_avg:84.43ms",
-                      "stopping_early: wallclock_cap train_time:600030ms step:7096/20000",
-                      "Serialized model: 106158518 bytes",
-                      f"Code size: {len(SOURCE)} bytes",
-                      f"Serialized model int6+lzma: {MODEL_BYTES} bytes",
-                      f"Total submission size int6+lzma: {MODEL_BYTES + len(SOURCE)} bytes",
-                      f"final_int6_roundtrip_exact {plain}",
-                      f"final_int6_sliding_window {sliding} stride:64 eval_time:73000ms",
-                      f"final_int6_sliding_window_exact {sliding}",
-                      f"final_int8_zlib_roundtrip_exact {sliding}", ""])
-
-
-def test_an_ancestors_folder_is_checked_as_far_as_it_says(tmp_path):
-    folder = write_folder(tmp_path / "track_10min_16mb" / "a", ancestors_log)
-    claim(folder, seeds=None, seed_results=None, track=None)
-    sub = submission.check(folder)
-    statuses = {what: status for status, what, _ in sub.findings}
-    assert FAIL not in statuses.values(), submission.verdict_lines(sub)
-    assert {"settings read", "seed results", "hardware", "validation set", "outside of timers"} <= {
-        what for what, s in statuses.items() if s == UNCHECKED}
-    assert statuses["same code"] == statuses["val_bpb"] == statuses["bits per byte"] == PASS
-    texts = {what: text for _, what, text in sub.findings}
-    assert texts["eval seconds"] == "73.0, 73.0, 73.0 of 600, final_int6_sliding_window"
-    assert "final_int6_sliding_window," in texts["val_bpb"], "not its alias"
-    assert statuses["train seconds"] == WARN, "600.03 s is past the end by less than a step"
-
-
 # -- the record to beat
 
 def p_value(folder, against):
