@@ -51,6 +51,15 @@ def test_every_pair_of_neighbours_counts_by_the_rule(corpus, table):
     assert table.count(tokens[:1]) == 0, "one token has no target"
 
 
+def test_an_unused_piece_is_a_boundary(tiny, corpus, monkeypatch):
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "is_unused", lambda sp, i: i == 300)
+    table = ByteTable(tiny())
+    assert table.count(np.array([10, 300])) == 0
+    for target in range(VOCAB):
+        count = bytes_of_target(corpus.tokenizer, 300, target)
+        assert table.count(np.array([300, target])) == count
+
+
 def test_bytes_are_those_of_the_decoded_documents(corpus, table):
     documents = np.split(corpus.tokens, np.flatnonzero(corpus.tokens == BOS))[1:]
     sizes = [len(text.encode("utf-8")) for text in corpus.documents]
