@@ -39,7 +39,8 @@ def slow_count(tokenizer, tokens):
 
 
 def test_every_pair_of_neighbours_counts_by_the_rule(corpus, table):
-    """Pairs of a third of the tokens with all; then a long sequence, whose parts that overlap by one token add up."""
+    """A third of the tokens before all; then a long sequence, whose parts, which overlap by one
+    token, add up."""
     kinds = corpus.tokenizer
     for before in range(0, VOCAB, 3):
         pairs = [table.count(np.array([before, target])) for target in range(VOCAB)]
