@@ -39,7 +39,8 @@ def slow_count(tokenizer, tokens):
 
 
 def test_every_pair_of_neighbours_counts_by_the_rule(corpus, table):
-    """Pairs of a third of the tokens with all; then a long sequence, whose parts that overlap by one token add up."""
+    """A third of the tokens before all; then a long sequence, whose parts, which overlap by one
+    token, add up."""
     kinds = corpus.tokenizer
     for before in range(0, VOCAB, 3):
         pairs = [table.count(np.array([before, target])) for target in range(VOCAB)]
@@ -49,6 +50,15 @@ def test_every_pair_of_neighbours_counts_by_the_rule(corpus, table):
     assert table.count(tokens) == table.count(tokens.astype(np.uint16)) == total
     assert sum(table.count(tokens[a:b + 1]) for a, b in zip(cuts, cuts[1:])) == total
     assert table.count(tokens[:1]) == 0, "one token has no target"
+
+
+def test_an_unused_piece_is_a_boundary(tiny, corpus, monkeypatch):
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "is_unused", lambda sp, i: i == 300)
+    table = ByteTable(tiny())
+    assert table.count(np.array([10, 300])) == 0
+    for target in range(VOCAB):
+        count = bytes_of_target(corpus.tokenizer, 300, target)
+        assert table.count(np.array([300, target])) == count
 
 
 def test_bytes_are_those_of_the_decoded_documents(corpus, table):

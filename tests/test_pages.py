@@ -1,6 +1,7 @@
 """The pages and the picture: lengths, links, the table that a tool writes, logs to draw."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 sys.path[:0] = [str(ROOT / "records"), str(ROOT / "tests" / "bench")]
+import submission  # noqa: E402
 
 PAGES = ["README.md", "data/README.md", "records/README.md", "tests/bench/README.md"]
 
@@ -17,6 +19,11 @@ def headings(text):
     """The anchors of a page, as GitHub makes them."""
     titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -39,6 +46,16 @@ def test_commands_name_scripts_that_are_here(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for script in re.findall(r"(?<![\w/.>])(?:data|records|tests)/[\w/]+\.(?:py|sh)\b", text):
         assert (ROOT / script).is_file(), f"{page}: {script}"
+
+
+def test_index_leaves_the_rest_of_the_page(tmp_path, capsys):
+    shutil.copytree(ROOT / "records", tmp_path / "records")
+    readme = tmp_path / "records" / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    assert submission.index(tmp_path / "records") == 0 and readme.read_text("utf-8") == before
+    row = next(line for line in before.splitlines() if line.startswith("| ["))
+    readme.write_text(before.replace(row + "\n", ""), encoding="utf-8")
+    assert submission.index(tmp_path / "records") == 0 and readme.read_text("utf-8") == before
 
 
 @pytest.mark.slow
