@@ -533,11 +533,11 @@ def near_misses(environ):
             yield f"{name}={environ[name]}: no such setting{hint}"
 
 
-def contradictions(s, world_size):
-    """Problems with combinations of settings, ranks and packages that are each fine alone."""
+def rules(s, world_size):
+    """(condition that must hold, settings it is about, what they must be) of each rule."""
     T, rows = s.train_seq_len, s.train_batch_tokens // s.train_seq_len
     last = s.num_layers - 1
-    rules = [  # (condition that must hold, settings it is about, what they must be)
+    return [
         (s.model_dim % s.num_heads == 0, "MODEL_DIM NUM_HEADS", "must be a multiple of NUM_HEADS"),
         (s.num_heads % s.num_kv_heads == 0, "NUM_HEADS NUM_KV_HEADS",
          "must be a multiple of NUM_KV_HEADS"),
@@ -578,8 +578,12 @@ def contradictions(s, world_size):
         (s.codec != "zstd" or zstandard, "CODEC",
          "the package zstandard does not import: pip install zstandard, or CODEC=rans"),
     ]
+
+
+def contradictions(s, world_size):
+    """Problems with combinations of settings, ranks and packages that are each fine alone."""
     problems = [f"{', '.join(f'{n}={getattr(s, n.lower())}' for n in names.split())}: {message}"
-                for holds, names, message in rules if not holds]
+                for holds, names, message in rules(s, world_size) if not holds]
     if not problems and s.ttt_enabled and not s.ttt_lora_rank and not any(
             ttt_factor(name, s) for name in parameter_shapes(s)):
         problems.append(
