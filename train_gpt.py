@@ -544,9 +544,10 @@ def rules(s, world_size):
         (s.head_dim % 2 == 0 and s.rope_dims % 2 == 0 and s.rope_dims <= s.head_dim, "ROPE_DIMS",
          f"must be even and at most MODEL_DIM/NUM_HEADS={s.head_dim}, which must be even"),
         ((s.rope_dims or s.head_dim) != 2 or not s.rope_ntk_reference,
-         "ROPE_DIMS ROPE_NTK_REFERENCE", "two channels cannot be stretched: set it to 0"),
+         "ROPE_DIMS ROPE_NTK_REFERENCE",
+         "two channels cannot be stretched: set ROPE_NTK_REFERENCE=0"),
         (max(s.unique_layers, s.ttt_freeze_blocks) <= s.num_layers,
-         "UNIQUE_LAYERS TTT_FREEZE_BLOCKS NUM_LAYERS", "there are not as many blocks"),
+         "UNIQUE_LAYERS TTT_FREEZE_BLOCKS NUM_LAYERS", "the first two must be at most NUM_LAYERS"),
         (s.late_order and s.late_order[0] == 0 and len({*s.late_order}) == s.num_layers,
          "LATE_PASSES", f"must be blocks of 0..{last} and ranges of them, commas between, 0 first "
          "and each at least once: 0-5,3-5,6-10; or auto, or empty"),
@@ -554,27 +555,28 @@ def rules(s, world_size):
          "would be scored and never trained; lower the first, or empty the second"),
         (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks), "VE_LAYERS",
          f"must be different blocks of 0..{last}, commas between: 9,10; or empty"),
-        (s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "0 or at least 2: one bucket is special"),
+        (s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "must be 0 or at least 2"),
         (s.train_batch_tokens % T == 0 and (s.eval_only or rows % world_size == 0),
          "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN", "must be whole rows, as many on each of "
          f"{world_size} ranks: start a number of processes that divides the rows"),
-        (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN", "must hold a row"),
+        (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN",
+         "must hold a row; raise it"),
         (s.scoring_shape[2] or s.eval_stride <= s.window, "EVAL_STRIDE",
-         f"exceeds the scoring window of {s.window} tokens"),
+         f"exceeds the scoring window of {s.window} tokens; lower it"),
         (not s.ttt_enabled or s.eval_stride, "TTT_ENABLED EVAL_STRIDE",
-         "scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
+         "TTT scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
         (not s.ttt_enabled or s.ttt_lora_rank or s.ttt_chunk_tokens == 0
          or s.ttt_chunk_tokens >= s.least_chunk, "TTT_CHUNK_TOKENS",
          f"must hold {s.least_chunk} tokens, a row and what a window scores; or 0"),
         (len(s.run_id.encode("utf-8", "surrogateescape")) <= 200 and "/" not in s.run_id,
-         "RUN_ID", "is no file name of at most 200 bytes"),
+         "RUN_ID", "must be a file name of at most 200 bytes"),
         (not s.scores_path or Path(s.scores_path).suffix == ".npy", "SCORES_PATH",
          "must name a file .npy"),
         (s.embed_wd >= 0 or s.embed_wd == -1, "EMBED_WD", "must be at least 0, or -1 for ADAM_WD"),
         (s.iterations or s.max_wallclock_seconds or s.eval_only,
-         "ITERATIONS MAX_WALLCLOCK_SECONDS", "nothing ends the training"),
+         "ITERATIONS MAX_WALLCLOCK_SECONDS", "nothing ends the training; set one"),
         (s.artifact_budget_bytes > len(SHIPPED), "ARTIFACT_BUDGET_BYTES",
-         f"the code alone has {len(SHIPPED)} bytes"),
+         f"the code alone has {len(SHIPPED)} bytes; raise it"),
         (s.codec != "zstd" or zstandard, "CODEC",
          "the package zstandard does not import: pip install zstandard, or CODEC=rans"),
     ]
@@ -599,7 +601,8 @@ def translated(environ):
         if name in environ:
             texts[name] = name, environ[name]
     for name in (n for n in ALIASES if n in environ):
-        text, meaning = plain_text(environ[name]).removesuffix(".0"), ALIASES[name]
+        text, meaning = plain_text(environ[name]), ALIASES[name]
+        text = text.removesuffix(".0")  # published commands write 10000 and 10000.0
         try:
             stands_for = (meaning(text) if callable(meaning) else meaning[text]
                           if isinstance(meaning, dict) else {meaning: text})
@@ -702,7 +705,8 @@ class Runtime:
         torch.manual_seed(s.seed)
         if self.world_size > 1:
             with explained(f"WORLD_SIZE={self.world_size}: the ranks do not find each other",
-                           "start with torchrun", kinds=(ValueError, dist.DistError)):
+                           "start with torchrun, or unset WORLD_SIZE",
+                           kinds=(ValueError, dist.DistError)):
                 dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
     def close(self):
@@ -908,7 +912,7 @@ def open_shard(path):
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or size != expected or count < 1:
         raise UserError(f"{path}: {size} bytes, begins with {magic}, {version} and promises "
                         f"{count} tokens = {expected} bytes; a shard begins with {SHARD_MAGIC}, "
-                        f"{SHARD_VERSION}; {GET_DATA}")
+                        f"{SHARD_VERSION}; delete it and get it again: {GET_DATA}")
     return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
 
 
@@ -918,7 +922,7 @@ def shard_paths(s, split):
     paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
         raise UserError(f"DATA_PATH={s.data_path}: no fineweb_{split}_*.bin in {folder}; "
-                        f"{GET_DATA}")
+                        + GET_DATA)
     return paths
 
 
@@ -1033,7 +1037,8 @@ def load_validation(s):
     row = -(-s.window // s.train_seq_len) * s.train_seq_len
     if len(tokens) <= row:
         raise UserError(f"{paths[0].parent}: {len(tokens)} validation tokens, a row needs {row} + "
-                        "1; shorten TRAIN_SEQ_LEN and EVAL_SEQ_LEN, or raise VAL_LIMIT_TOKENS")
+                        "1; shorten TRAIN_SEQ_LEN and EVAL_SEQ_LEN, raise VAL_LIMIT_TOKENS, or "
+                        "get more")
     return tokens[: (len(tokens) - 1) // s.train_seq_len * s.train_seq_len + 1]
 
 
@@ -1366,7 +1371,8 @@ def offset_keys(k_BTKE, starts_BT=None):
 
 class Exclusive(torch.autograd.Function):
     """XSA: the attention output less its projection on the position's v (of its group), times the
-    gate of each head. The gradients, one head of a group after the other, are one kernel."""
+    gate of each head. The backward pass takes the heads of a group one by one, so that the compiler
+    makes one kernel of it."""
 
     @staticmethod
     def forward(ctx, y_BTHE, v_BTKE, gate_BTH):
@@ -1389,7 +1395,7 @@ class Exclusive(torch.autograd.Function):
             along = (d * v).sum(-1, keepdim=True) / energy
             dy.append(d - along * v)
             dv = dv - share * d - along * (rest - share * v)
-        dv = dv.as_strided(dv.shape, dv.stride())  # stored, not computed anew by its users
+        dv = dv.as_strided(dv.shape, dv.stride())  # the compiler stores it and computes it once
         return torch.stack(dy, 3).flatten(2, 3), dv, torch.stack(dgate, 3).flatten(2)
 
 
@@ -1909,7 +1915,7 @@ def init_weights(model, s):
 
 def too_large(s):
     return explained(f"MODEL_DIM={s.model_dim}, BIGRAM_VOCAB_SIZE={s.bigram_vocab_size}: no memory "
-                     "for such a model", "make it smaller", kinds=RuntimeError)
+                     "for such a model", "lower these or MLP_MULT", kinds=RuntimeError)
 
 
 def build_model(s, rt):
@@ -3066,7 +3072,7 @@ class LoraTTT:
     The targets are split into streams, scored side by side, EVAL_STRIDE of each at a time. A stream
     has a pair (A, B) for each of adapter_shapes, B zero at first, which takes one step of AdamW
     without momentum on the mean nll of the targets just scored, given a quarter of the window as
-    context: a whole window gains no more and takes 2.4 times as long (4 × 128). Where a document
+    context: a whole window gained no more and took 2.4 times as long (4 × 128). Where a document
     ends, the pair is reset.
 
     Each stream has a learning rate, multiplied or divided by 1 + HYPER at each step by the sign of

@@ -22,7 +22,7 @@ ATTENTION = 0.35 * 989e12  # FLOP/s of causal attention
 MEMORY = 0.80 * 3.35e12    # bytes/s
 LAUNCH = 6e-6              # s of the host for a kernel of a compiled graph
 LINKS = 350e9              # bytes/s of a sum over ranks
-# Of forward and backward for 48 × 2,048 tokens of the default, looped (sp8192 in traffic_sm90.md); a
+# Of forward and backward for 48 × 2,048 tokens of the default with its late passes (traffic_sm90.md); a
 # forward pass is taken as a third. Gradients of weights are counted also where adapters need none.
 LAUNCHES, BYTES = 489, 82.94e9 / (48 * 2048)
 
