@@ -3072,8 +3072,8 @@ class LoraTTT:
     The targets are split into streams, scored side by side, EVAL_STRIDE of each at a time. A stream
     has a pair (A, B) for each of adapter_shapes, B zero at first, which takes one step of AdamW
     without momentum on the mean nll of the targets just scored, given a quarter of the window as
-    context: a whole one gained up to 0.003 more in twice the time; smaller steps gain more. Where a document
-    ends, the pair is reset.
+    context: a whole one gained up to 0.003 more in twice the time; smaller steps gain more.
+    Where a document ends, the pair is reset.
 
     Each stream has a learning rate, multiplied or divided by 1 + HYPER at each step by the sign of
     the hypergradient (Baydin et al. 2018): up if the new gradient says that the last step went
