@@ -2950,8 +2950,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opene
         scoring.append((time.perf_counter() - before) / (end - begin))
         if adapter and c + 1 < len(chunks):
             rest = statistics.median(scoring[-9:]) * (windows - end)
-            left = rt.from_rank0(deadline - time.perf_counter() - rest)
-            adapter.adapt(ledger, parts, c, len(chunks), left)
+            adapter.adapt(ledger, parts, c, len(chunks), deadline - time.perf_counter() - rest)
     rt.synchronize()
     seconds = time.perf_counter() - started
     return dict(ledger.result(byte_table), seconds=seconds, tokens_read=scorer.tokens_read), ledger
@@ -3033,7 +3032,7 @@ class WeightTTT:
             epoch = max(statistics.median(self.step_seconds[-9:]) * len(batches), 1e-9)
             affordable = max(left / (chunks - 1 - chunk) / epoch, min(1.0, left / epoch))
             epochs = max(0, min(epochs, int(min(affordable, 1e9))))
-        epochs = int(self.rt.from_rank0(float(epochs if left > 0 else 0)))
+        epochs = self.rt.from_rank0(epochs if left > 0 else 0)
         across = 0.5 * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
         steps = len(batches) * epochs
         for k in range(steps):
@@ -3083,8 +3082,9 @@ class LoraTTT:
     BETA2, DECAY, HYPER = 0.999, 0.5, 0.1
 
     def __init__(self, model, s, rt):
-        self.s, self.rt, self.shapes = s, rt, model.adapter_shapes()
-        self.step_seconds, self.late = [], 0
+        self.s, self.rt, self.step_seconds, self.late = s, rt, [], 0
+        self.shapes = [shape for R, D in model.adapter_shapes()
+                       for shape in ((s.ttt_lora_rank, D), (R, s.ttt_lora_rank))]
         model.requires_grad_(False)
 
     def chunks(self, targets):
@@ -3094,26 +3094,32 @@ class LoraTTT:
         return dict(streams=max(1, streams))
 
     def begin(self, scorer):
-        """The adapters of this rank's streams, [n, r, D] and [n, R, r] of each site, and their
-        state. A rank without a stream still holds one set, to compile with."""
+        """The adapters of this rank's streams, all numbers of one in a row [n, P], and their state.
+        A rank without a stream still holds one row, to compile with."""
         self.scorer, self.started = scorer, time.perf_counter()
         self.low, self.high = self.rt.share(scorer.streams)
         self.length = min(scorer.length, self.s.window // 4 + scorer.stride)  # of a row to train on
-        rank, generator = self.s.ttt_lora_rank, torch.Generator().manual_seed(self.s.seed)
-        self.initial = [x.to(self.rt.device) for R, D in self.shapes for x in (
-            (2 * torch.rand(rank, D, generator=generator) - 1) / math.sqrt(D),
-            torch.zeros(R, rank))]
+        generator, parts = torch.Generator().manual_seed(self.s.seed), []
+        for a, b in zip(self.shapes[::2], self.shapes[1::2]):
+            uniform = 2 * torch.rand(a, generator=generator) - 1
+            parts += [(uniform / math.sqrt(a[1])).flatten(), torch.zeros(math.prod(b))]
+        self.initial = torch.cat(parts).to(self.rt.device)
         held = max(1, self.high - self.low)
         self.batch = min(held, max(1, scorer.batch * scorer.length // self.length))
-        self.params = [x.repeat(held, 1, 1).requires_grad_() for x in self.initial]
-        self.squares, self.moved = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
-        self.steps = torch.zeros(held, 1, 1, device=self.rt.device)
+        self.params = self.initial.repeat(held, 1).requires_grad_()
+        self.squares, self.moved = (torch.zeros_like(self.params) for _ in range(2))
+        self.steps = torch.zeros(held, 1, device=self.rt.device)
         self.lr = torch.full((scorer.streams,), self.s.ttt_lr, device=self.rt.device)
+
+    def pairs(self, flat_NP):
+        """[(A [N,r,D], B [N,R,r])] of each site."""
+        parts = flat_NP.split([math.prod(shape) for shape in self.shapes], 1)
+        parts = [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes)]
+        return list(zip(parts[::2], parts[1::2]))
 
     def arguments(self, windows):
         """The adapters of these windows of a chunk: window n is that of stream n."""
-        parts = [p[windows - self.low] for p in self.params]
-        return dict(adapters=list(zip(parts[::2], parts[1::2])))
+        return dict(adapters=self.pairs(self.params[windows - self.low]))
 
     def warm_up(self, scorer):
         """Compile for the one shape of a batch, on random tokens; no adapter changes."""
@@ -3123,8 +3129,7 @@ class LoraTTT:
         shape = self.high - self.low, self.length
         rows = torch.randint(self.s.vocab_size, (shape[0], shape[1] + 1), device=self.rt.device)
         self._backward(rows, torch.ones(shape, device=self.rt.device))
-        for p in self.params:
-            p.grad = None
+        self.params.grad = None
 
     def adapt(self, ledger, parts, chunk, chunks, left=math.inf):
         """Reset the adapters of streams where a document ended, then take a step of every stream on
@@ -3142,16 +3147,15 @@ class LoraTTT:
             new = torch.arange(length, 0, -1, device=rt.device) <= new
             ends = new & (rows[:, 1:] == BOS)  # the target that ends a document
             new &= ends.flip(1).cumsum(1).flip(1) == 0
-            kept = ~ends.any(1)[:, None, None]
+            kept = ~ends.any(1, keepdim=True)
             with torch.no_grad():
-                for p, initial in zip(self.params, self.initial):
-                    p.copy_(torch.where(kept, p, initial))
-                for state in (*self.squares, *self.moved, self.steps):
+                self.params.copy_(torch.where(kept, self.params, self.initial))
+                for state in self.squares, self.moved, self.steps:
                     state.mul_(kept)
             if not late:
                 self._backward(rows, new / new.sum(1, keepdim=True).clamp(min=1))
         if scored and not late:
-            self._step(new.any(1)[:, None, None] if len(last) else self.steps > 0)
+            self._step(new.any(1, keepdim=True) if len(last) else self.steps > 0)
             self.step_seconds.append(time.perf_counter() - started)
         if chunk % max(1, chunks // 10) == 0 or chunk + 2 == chunks:
             rt.log(f"  ttt_lora [{chunk + 1}/{chunks}] streams={scorer.streams} val_loss="
@@ -3168,23 +3172,20 @@ class LoraTTT:
             (nll * weights[stream] * inside).sum().backward()
 
     @torch.no_grad()
-    def _step(self, active_n11):
+    def _step(self, active_n1):
         """Update the rates of all streams; then one step of AdamW for the `active` streams."""
-        uphill, mine = torch.zeros_like(self.lr), slice(self.low, self.high)
-        for p, moved in zip(self.params, self.moved):
-            if p.grad is not None:
-                uphill[mine] += (p.grad * moved).sum((1, 2))
+        p, uphill, mine = self.params, torch.zeros_like(self.lr), slice(self.low, self.high)
+        grad = torch.zeros_like(p) if p.grad is None else p.grad  # None: a rank without a stream
+        uphill[mine] = (grad * self.moved).sum(1)[: self.high - self.low]
         self.lr *= (1 + self.HYPER) ** -self.rt.sum_(uphill).cumsum(0).sign()
-        self.steps += active_n11
+        self.steps += active_n1
+        self.squares.lerp_(grad.square(), (1 - self.BETA2) * active_n1)
         correction = 1 - self.BETA2 ** self.steps.clamp(min=1)
-        for p, square, moved in zip(self.params, self.squares, self.moved):
-            if p.grad is None:
-                continue
-            square.lerp_(p.grad.square(), (1 - self.BETA2) * active_n11)
-            direction = p.grad / ((square / correction).sqrt() + 1e-10) + self.DECAY * p
-            moved.copy_(-self.lr[mine, None, None] * direction * active_n11)
-            p.add_(moved)
-            p.grad = None
+        direction = grad / ((self.squares / correction).sqrt() + 1e-10) + self.DECAY * p
+        rates = self.lr[mine, None] if self.low < self.high else 0.0
+        self.moved.copy_(-rates * direction * active_n1)
+        p.add_(self.moved)
+        p.grad = None
 
 
 def chosen_ttt(model, forward, s, rt):
