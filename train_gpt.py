@@ -1,9 +1,9 @@
 """Train a small GPT for at most 600 s, pack it into 16,000,000 bytes, read it back, score it.
 
 The claim: one file does the whole job of a parameter-golf submission. It trains on FineWeb tokens,
-quantizes and packs the weights so that code + model fit the byte cap with every seed, reads that
-file back from disk and scores it in bits per byte on the fixed validation tokens, adapting to
-tokens only after they were scored. Settings are environment variables.
+then quantizes and packs the weights into an artifact. Code + artifact fit the byte cap with every
+seed. It reads it back from disk and scores the validation tokens in bits per byte; it adapts to
+tokens only after scoring them. Settings are environment variables.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py     the defaults, on 8×H100
     PRESET=demo python train_gpt.py                           the same job, small, on two CPU cores
@@ -14,8 +14,8 @@ Contents: 1 Settings · 2 Runtime · 3 Data · 4 Bits per byte · 5 Model · 6 O
 
 Shape letters: B batch, T time, D model, H query heads, K key/value heads, E head dim,
 V vocabulary, R rows, C columns, N tokens of a batch or matrices of a stack.
-A "target" is a token that is predicted: target i is token i+1, given tokens up to token i. A "row"
-of tokens is a training sequence or one that is read like it. A "step" is one of the optimizer.
+A "target" is a token to predict: target i is token i+1, given tokens 0..i. A "row" of tokens is a
+sequence of a training or TTT batch. A "step" is an optimizer step.
 """
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 LAUNCHED = time.perf_counter()  # before torch is imported, which takes seconds
-# OpenMP reads this when torch is imported, before main. By default a waiting thread spins for so
-# long that on busy cores two threads did 3 steps of the demo in the time of 38.
+# OpenMP reads this when torch is imported, before main. By default a waiting thread spins: on busy
+# cores two threads did 3 demo steps in the time of 38 with this limit.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
@@ -64,19 +64,19 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakTensorKeyDictionary
 
-try:  # optional packages; a broken installation is as good as none
+try:  # optional packages; a broken one counts as missing
     import triton
     import triton.language as tl
 except Exception:
-    triton = tl = sys.modules["triton"] = None  # nor does PyTorch try it again
+    triton = tl = sys.modules["triton"] = None  # PyTorch's import fails, too
 try:
     import zstandard
 except Exception:
     zstandard = None
 
 SCRIPT = Path(__file__).resolve()
-SHIPPED = SCRIPT.read_bytes()  # the file that runs; its bytes count, and later edits change nothing
-SOURCE = globals().get("UNPACKED", SHIPPED)  # unpacked; a packed file's loader sets UNPACKED
+SHIPPED = SCRIPT.read_bytes()  # the code that counts; read once, so later edits have no effect
+SOURCE = globals().get("UNPACKED", SHIPPED)  # readable; a packed file's loader sets UNPACKED
 
 
 class UserError(Exception):
@@ -85,7 +85,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def explained(what, way_out, error=UserError, kinds=OSError):
-    """Turn an exception of these kinds into a UserError that says what failed and what to do."""
+    """Turn exceptions of `kinds` into `error`, with a message: what failed, why, what to do."""
     try:
         yield
     except kinds as problem:
@@ -105,13 +105,13 @@ Decay = Annotated[float, 0.0, 0.999999]
 
 
 def block_list(text, count):
-    """Block numbers from text such as 0-5,3-5,6; None if it is no such list of numbers < count."""
+    """Block numbers from text such as 0-5,3-5,6; None if malformed or a number is >= count."""
     order = []
     for part in filter(None, map(str.strip, text.split(","))):
         if not re.fullmatch(r"\d{1,9}(-\d{1,9})?", part):
             return None
         first, last = int(part.split("-")[0]), int(part.split("-")[-1])
-        order += range(first, min(last, count) + 1) or [count]  # none: count, which is refused
+        order += range(first, min(last, count) + 1) or [count]  # empty, as 5-3: refused below
     return order if max(order, default=0) < count else None
 
 
@@ -119,9 +119,9 @@ def block_list(text, count):
 class Settings:
     """Every setting, resolved and checked; each is read from the variable of its name in capitals.
 
-    The type holds the choices or bounds, the comment is the help text. The defaults are the model
-    of record #1855, a pull request of the challenge, with changes that measured better. A figure
-    as −0.002 is a published change in bits per byte; with "4 × 128" (blocks × width) it is ours.
+    Types hold choices or bounds, comments the help text. The defaults are the model of record
+    #1855 (#: a pull request of the challenge), with changes that measured better. A figure such as
+    −0.002 is a published change in bits per byte; with "4 × 128" (blocks × width), measured here.
     """
     # == Run
     preset: str = ""  # row of the preset table to start from
@@ -130,13 +130,12 @@ class Settings:
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU where there is one
     compile: Literal["auto", "0", "1"] = "auto"  # torch.compile; auto: on a GPU only
     attention: Literal["auto", "fa3", "cudnn", "flash", "fa2", "fa4", "sdpa"] = "auto"
-        # kernel; auto: the first of fa3 to fa4 that gives the right result here; sdpa: PyTorch's
-        # choice
+        # kernel; auto: the first of fa3 to fa4 that is correct here; sdpa: PyTorch's choice
     kernels: Literal["auto", "plain", "triton"] = "auto"
-        # MLP and loss; auto: Triton's in a compiled model on a GPU, where right
+        # of MLP and loss; auto: triton in a compiled model on a GPU, if correct
     out_dir: str = "."  # folder of the artifact, checkpoints/ and logs/
     eval_only: str = ""  # score this artifact with the settings stored in it, train nothing
-    scores_path: str = ""  # file.npy for the nll (nats, float32) of each target, last evaluation
+    scores_path: str = ""  # file.npy: nll (nats, float32) of each target in the last evaluation
     checkpoint_every_seconds: Amount = 0.0  # of training; 0: only after a signal
     resume: Literal["", "auto"] = ""  # auto: continue from OUT_DIR's last checkpoint or artifact
 
@@ -146,13 +145,13 @@ class Settings:
     vocab_size: Annotated[int, 2, 65536] = 8192  # pieces; must equal the tokenizer's
     train_seq_len: Annotated[int, 2, 2**31] = 2048  # tokens of a training row
     train_batch_tokens: Positive = 786432  # per optimizer step, over all ranks
-    micro_batch_tokens: Positive = 98304  # most that a rank computes at once; lower it for memory
+    micro_batch_tokens: Positive = 98304  # at most, per rank at once; lower it to save memory
     train_order: Literal["shuffled", "sequential"] = "shuffled"  # of shards, and of rows in them
-    val_limit_tokens: Count = 0  # score only the first so many: no legal score; 0: off
+    val_limit_tokens: Count = 0  # score only the first N: not a legal score; 0: all
 
     # == Model
     num_layers: Annotated[int, 1, 64] = 11  # blocks
-    unique_layers: Count = 0  # cores; block i uses core i mod this (#537); 0: one for each block
+    unique_layers: Count = 0  # weight sets (cores); block i uses i mod this (#537); 0: one each
     model_dim: Annotated[int, 8, 2**20] = 512  # channels D
     num_heads: Positive = 8  # query heads H
     num_kv_heads: Positive = 4  # key/value heads K
@@ -162,13 +161,13 @@ class Settings:
     logit_softcap: Amount = 30.0  # c of c·tanh(logits/c); 0: off
     qk_gain_init: Amount = 5.0  # initial gain of each query head; 1.5 → 4: −0.0039 (#1218)
     rope_dims: Count = 16  # channels of a head that rotate (16: −0.0023 with LN_SCALE); 0: all
-    rope_ntk_reference: Count = 0  # tokens; longer rows stretch the rotary base; 0: off
+    rope_ntk_reference: Count = 0  # tokens; longer rows raise the rotary base; 0: off
     # −0.043 at 400 steps of 4 × 128, one seed; not in the records.
-    key_offset: Flag = 1  # a key's channels from ROPE_DIMS on are those of the token before
-    ln_scale: Flag = 1  # block i reads its input times 1/√(i+1)
-    xsa_last_n: Count = 11  # of the last blocks with exclusive self-attention: −0.0017; 0: off
+    key_offset: Flag = 1  # a key's channels from ROPE_DIMS on come from the token before
+    ln_scale: Flag = 1  # norm outputs of block i × 1/√(i+1)
+    xsa_last_n: Count = 11  # last blocks that use exclusive self-attention: −0.0017; 0: off
     doc_attention: Flag = 0  # attention and the key offset end where a document begins (#1530)
-    # Depth recurrence (#1394, #1493): once training is so far, blocks run in another order.
+    # Depth recurrence (#1394, #1493): late in training, blocks run in another order.
     late_passes: str = "auto"
         # blocks and ranges of blocks, in the order they run; auto: 0-5,3-5,3-5,6-10 for 11
         # blocks, scaled to NUM_LAYERS; empty: the order stays
@@ -178,8 +177,8 @@ class Settings:
         # two residual streams with learned routing (#1529)
     parallel_from: Count = 0  # first of those blocks; 0: 8/11 of NUM_LAYERS
     unet_skips: Literal["0", "1", "gated"] = "gated"
-        # add outputs of the first half of the passes in the second half; gated: blend them (#1218)
-    # Mixing across documents is a known mistake: bos closes the gate at the start of a document.
+        # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
+    # Value 1 mixes across documents, a known mistake; bos closes the gate at document starts.
     smear_gate: Literal["0", "1", "bos", "embed"] = "embed"
         # mix in the previous token; bos: not at BOS; embed: as bos, before the norm (#1667)
     bigram_vocab_size: Count = 0  # buckets of the hashed bigram embedding; 0: off
@@ -196,29 +195,29 @@ class Settings:
     matrix_lr: Amount = 0.026  # Muon, matrices
     scalar_lr: Amount = 0.02  # AdamW: scales, gates and mixes
     tied_embed_lr: Amount = 0.03  # AdamW, embedding tables
-    proj_optimizer: Literal["muon", "adamw"] = "muon"  # of the small embeddings' projections
+    proj_optimizer: Literal["muon", "adamw"] = "muon"  # of bigram and value projections
     muon_wd: Amount = 0.095  # decoupled weight decay of Muon, × learning rate
     adam_wd: Amount = 0.02  # the same of AdamW
     embed_wd: Annotated[float, -1.0, 1e18] = 0.085  # the same of embedding tables; -1: ADAM_WD
     # −0.0010 at full scale (#1285); −0.0058 at 300 steps of 4 × 128, one seed.
-    muon_row_norm: Flag = 1  # normalize the rows of Muon's directions first (MuonEq-R)
+    muon_row_norm: Flag = 1  # normalize rows before Newton–Schulz (MuonEq-R)
     muon_momentum: Decay = 0.97  # Nesterov momentum after its warm-up
     muon_momentum_warmup_start: Decay = 0.92  # momentum at step 0
     muon_momentum_warmup_steps: Count = 1500  # of linear growth; 0: none
     # Polar Express with LR_FLOOR=0.1 and a fused loss: −0.0017 together.
     muon_coefficients: Literal["classic", "polar"] = "polar"  # of Newton–Schulz
     beta2: Decay = 0.99  # AdamW; β₁ is 0.9
-    grad_clip_norm: Amount = 0.3  # norm of all gradients, after their reduction; 0: off
+    grad_clip_norm: Amount = 0.3  # cap on the global gradient norm, over ranks; 0: off
 
     # == Schedule
     iterations: Count = 20000  # most optimizer steps; 0: the clock alone decides
     max_wallclock_seconds: Amount = 600.0  # training clock; 0: ITERATIONS alone decides
-    warmup_steps: Count = 20  # on random tokens before the clock, then everything is restored
+    warmup_steps: Count = 20  # on random tokens before the clock; then weights are restored
     warmdown_iters: Count = 3500  # steps of linear decay of the learning rate, see WARMDOWN_FRAC
-    warmdown_frac: Share = 0.85  # share of the run that decays instead; 0: WARMDOWN_ITERS
-    lr_floor: Share = 0.1  # × lr, where the warmdown ends
+    warmdown_frac: Share = 0.85  # fraction of the run, used instead; 0: WARMDOWN_ITERS
+    lr_floor: Share = 0.1  # last lr over the full lr
     ema_enabled: Flag = 1  # average the weights exponentially (−0.0006)
-    ema_decay: Decay = 0.0  # per step; 0: over 1/21 of the run, × 0.6 + 0.4 × the last weights
+    ema_decay: Decay = 0.0  # per step; 0: 0.6 × EMA over 1/21 of the run + 0.4 × last weights
     swa_enabled: Flag = 0  # average snapshots late in the warmdown; with EMA: the mean of both
     swa_every: Positive = 50  # steps between snapshots
     late_qat_threshold: Amount = 0.0
@@ -227,24 +226,24 @@ class Settings:
     train_log_every: Positive = 500  # steps between log lines after step 10
 
     # == Quantizer and artifact
-    attn_bits: Bits = 8  # range of attention matrices' codes, not their stored size; 16: fp16
+    attn_bits: Bits = 8  # code range of attention matrices, not their stored size; 16: fp16
     mlp_bits: Bits = 8  # of MLP matrices
     embed_bits: Bits = 8  # of token and value embedding tables
     bigram_bits: Bits = 8  # of the bigram table
-    proj_bits: Bits = 8  # of gates and of the small embeddings' projections
-    fp16_keep_name_patterns: str = ""  # parts of names of tensors kept as fp16, commas between
+    proj_bits: Bits = 8  # of gates and of bigram and value projections
+    fp16_keep_name_patterns: str = ""  # substrings of names of fp16 tensors, comma-separated
     quant_fit: Literal["level", "scale"] = "level"
-        # to fit the budget; level: one minimum scale for all rows (with GPTQ × the row's
-        # tolerance); scale: all finest scales × one factor
+        # how scales grow to fit; level: one minimum for all rows (with GPTQ × the row's tolerance);
+        # scale: all finest scales × one factor
     quant_clip: Literal["max", "row", "std"] = "max"
-        # clip of a row: its maximum, a searched quantile, or its root mean square times
+        # a row's clip; max: maximum; row: searched quantile; std: root mean square ×
         # *_CLIP_SIGMAS (SDClip, #1394)
     attn_clip_sigmas: Amount = 12.85  # attention, gates and projections
     mlp_clip_sigmas: Amount = 12.85  # MLP
     embed_clip_sigmas: Amount = 20.0  # embedding tables
     quant_step_floor: Amount = 0.0  # minimum of finest scales below 8 bits; #1218: 0.03226 (1/31)
-    prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # share of a quantized tensor to zero, least first
-    gptq: Flag = 1  # calibrate: GPTQ, and with QUANT_FIT=level scales by the cost of errors
+    prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # fraction of weights set to 0, smallest first
+    gptq: Flag = 1  # calibrate: GPTQ codes; with QUANT_FIT=level also scales by error cost
     gptq_batches: Positive = 8  # of TRAIN_BATCH_TOKENS, for calibration; fewer if time is short
     gptq_act_order: Flag = 0  # columns in descending order of the Hessian's diagonal
     codec: Literal["rans", "lzma", "zstd"] = "rans"  # of the codes; zstd needs zstandard
@@ -252,34 +251,34 @@ class Settings:
 
     # == Evaluation
     eval_seq_len: Count = 0  # tokens of a scoring window; 0: TRAIN_SEQ_LEN
-    # Adapters, 64 → 32: −0.003 (4 × 128) and −0.008 (demo) in less than twice the time.
+    # LoRA TTT, 64 → 32: −0.003 (4 × 128) and −0.008 (demo) in less than twice the time.
     eval_stride: Count = 32
-        # tokens scored by a sliding window, or between steps of adapters; 0: plain scoring alone
-    # Windows that move by 64 read a token 32 times, bands 1.5 times on average, for one score.
+        # tokens scored per sliding window or per adapter step; 0: plain scoring only
+    # To score each token once, windows with stride 64 read it 32 times, banded segments 1.5.
     eval_attention: Literal["banded", "window"] = "banded"
-        # window: windows that move by EVAL_STRIDE tokens; banded: long segments, in each layer the
+        # window: windows with stride EVAL_STRIDE; banded: long segments in which a query sees the
         # last EVAL_SEQ_LEN keys
     eval_segment: Count = 0  # tokens scored per banded segment; 0: 2 × EVAL_SEQ_LEN
     eval_prefix: Count = 0  # tokens of context before a banded segment; 0: EVAL_SEQ_LEN
-    eval_wallclock_seconds: Amount = 600.0  # from opening the artifact, kept by TTT; 0: no limit
+    eval_wallclock_seconds: Amount = 600.0  # since opening the artifact; caps TTT; 0: no limit
     eval_batch_seqs: Positive = 32  # windows per rank and batch
     ttt_enabled: Flag = 1  # score-first test-time training
-    # Adapters by document: −0.002 to −0.004 (#1530). Weights by chunks: −0.0021 to −0.0033 (#549).
+    # LoRA per document: −0.002 to −0.004 (#1530). Weights per chunk: −0.0021 to −0.0033 (#549).
     ttt_lora_rank: Count = 8
-        # of the adapters, which are reset at each document; 0: the weights are adapted, chunk by
-        # chunk. A setting from TTT_OPTIMIZER to TTT_FREEZE_BLOCKS implies 0 unless this is set.
+        # rank of the adapters, reset at each document; 0: adapt the weights, chunk by chunk.
+        # Setting any of TTT_OPTIMIZER to TTT_FREEZE_BLOCKS implies 0 unless this is set.
     ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
     ttt_batch_seqs: Positive = 256  # rows per TTT step, or streams of adapters, over all ranks
-    ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices alone
+    ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices only
     ttt_params: Literal["all", "tail"] = "all"
         # tail: blocks from TTT_FREEZE_BLOCKS on, scales, token table
-    ttt_intra_cosine: Flag = 0  # times a cosine inside each chunk
+    ttt_intra_cosine: Flag = 0  # also a cosine in each chunk
     ttt_proj_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's down matrices
     ttt_fc_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's up matrices
     ttt_epochs: Annotated[int, -1, 1000] = 3  # over each chunk; -1: up to 10, as time allows
     ttt_chunk_tokens: Annotated[int, 0, 2**31] = 0
-        # scored before weights are adapted; 0: a 64th of the validation set, at most 32768
-    ttt_freeze_blocks: Count = 0  # the first so many blocks are not adapted
+        # scored between adaptations; 0: a 64th of the validation set, at most 32768
+    ttt_freeze_blocks: Count = 0  # first blocks that are not adapted
 
     @property
     def head_dim(self):
@@ -296,7 +295,7 @@ class Settings:
 
     @property
     def scoring_shape(self):
-        """(tokens read, tokens scored, keys of each layer or 0 for all) of a scoring window."""
+        """(tokens read, tokens scored, keys a query sees or 0 for all) of a scoring window."""
         if self.eval_attention == "banded" and self.eval_stride:
             segment = self.eval_segment or 2 * self.window
             return (self.eval_prefix or self.window) + segment, segment, self.window
@@ -311,7 +310,7 @@ class Settings:
 
     @property
     def least_chunk(self):
-        """Smallest TTT chunk: it holds a training row, a scoring window and its targets."""
+        """Smallest TTT chunk: the largest of a training row, a window and its targets."""
         return max(self.train_seq_len, self.window, self.scoring_shape[1])
 
     @property
@@ -325,7 +324,7 @@ class Settings:
 
     @property
     def late_order(self):
-        """Blocks in the order of LATE_PASSES, or None where it is no list."""
+        """Blocks in the order of LATE_PASSES, or None if it is invalid."""
         end = self.num_layers
         first, after = round(3 * end / 11), round(5 * end / 11) + 1
         if self.late_passes == "auto":
@@ -341,7 +340,7 @@ class Settings:
 
 BOS = 1  # begins every document, with every tokenizer of the challenge and of data/
 
-# The best settings for a vocabulary of 1,024 pieces and 27 M weights, with our own quantizer.
+# The best settings for a vocabulary of 1,024 pieces and 27 M weights, with this quantizer.
 _SP1024 = dict(
     data_path="./data/datasets/fineweb10B_sp1024", vocab_size=1024,
     tokenizer_path="./data/tokenizers/fineweb_1024_bpe.model", mlp_mult=3.0, qk_gain_init=4.0,
@@ -349,7 +348,7 @@ _SP1024 = dict(
     bigram_vocab_size=2048, ve_layers="9,10", gated_attention="head", matrix_lr=0.025,
     scalar_lr=0.025, tied_embed_lr=0.035, muon_wd=0.04, adam_wd=0.04, embed_wd=-1.0,
     muon_momentum=0.99, beta2=0.95, warmdown_frac=0.0, late_qat_threshold=0.15)
-# The common base of the ancestors (#414). records/README.md says what ours does differently.
+# Common base of the earlier records (#414); records/README.md lists our differences.
 _PR414 = dict(
     _SP1024, train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, key_offset=0,
     xsa_last_n=4, smear_gate="1", value_residual="0", gated_attention="0",
@@ -366,7 +365,7 @@ _SMALL = dict(
     warmdown_iters=1000, muon_momentum=0.95, muon_momentum_warmup_steps=300, val_loss_every=0,
     train_log_every=50)
 # The record line, newest first: each row lists what differs from the newer record above it.
-# #1855 lacks its CaseOps and its low-rank correction of weights here.
+# Here #1855 has no CaseOps and no low-rank correction of its weights.
 _PR1855 = dict(
     key_offset=0, doc_attention=1, value_residual="0", ema_decay=0.9965, quant_fit="scale",
     quant_clip="std", attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=16, mlp_clip_sigmas=11.5,
@@ -418,8 +417,8 @@ PRESETS = {  # a row holds only what differs from the defaults, or from the row 
         ttt_intra_cosine=1),
 }
 
-# Published names for our settings: our name, or what each value stands for. Where two aliases set
-# the same setting, the value 0 wins. Our own name always wins over an alias.
+# Published name → our name, or {value: our settings}. Where two aliases set the same setting, the
+# value 0 wins. Our own name always wins over an alias.
 _VRL = {"0": {"VALUE_RESIDUAL": "0"}, "1": {"VALUE_RESIDUAL": "sigmoid"}}
 ALIASES = {
     "VRL_ENABLED": _VRL, "VRL": _VRL, "GA_ENABLED": "GATED_ATTENTION", "WEIGHT_DECAY": "MUON_WD",
@@ -436,7 +435,7 @@ ALIASES = {
     "VAL_BATCH_SIZE": lambda text: {"EVAL_BATCH_SEQS": str(max(1, int(text) // 16384))},
 }
 
-# Published names that nothing here reads: the only value accepted, which changes nothing.
+# Published names that nothing here reads, each with the only value that is accepted.
 UNREAD = dict(pair.split("=") for pair in """DTG_ENABLED=0 MTP_NUM_HEADS=0 MTP_LOSS_WEIGHT=0.2
     LAWA_ENABLED=0 LAWA_K=10 LAWA_FREQ=100 TIE_EMBEDDINGS=1 EMBED_LR=0.6 HEAD_LR=0.008 GRAD_QUANT=0
     MUON_BETA2=0.95 MUON_BACKEND_STEPS=5 ADAM_EPS=1e-8 SWA_START_FRAC=0.2 BETA1=0.9 ROPE_BASE=10000
@@ -448,7 +447,7 @@ UNREAD = dict(pair.split("=") for pair in """DTG_ENABLED=0 MTP_NUM_HEADS=0 MTP_L
 ALIASES |= {name: {value: {}} for name, value in UNREAD.items()}
 
 
-# Variables about training the weights on chunks: each, where it is set, implies TTT_LORA_RANK=0.
+# Variables of TTT on the weights: setting any of them implies TTT_LORA_RANK=0.
 _NAMES = [f.name.upper() for f in fields(Settings)]
 OF_CHUNKS = {*_NAMES[_NAMES.index("TTT_OPTIMIZER"):], "TTT_MOMENTUM", "TTT_GRAD_CLIP"}
 
@@ -484,7 +483,7 @@ def type_text(name):
 
 
 def plain_text(text):
-    """A variable's text without surrounding space and carriage returns, True and False as 1, 0."""
+    """A variable's text, stripped; true and false in any case as 1 and 0."""
     text = text.strip()
     return {"true": "1", "false": "0"}.get(text.lower(), text)
 
@@ -511,19 +510,18 @@ def parse_value(name, text):
 
 
 def near_misses(environ):
-    """Problems with variables that are not ours but look like a misspelt published setting.
+    """Problems with unknown variables that look like a misspelt setting.
 
-    Names without an underscore, short ones, names of paths and those like RUN_ID and DATA_PATH are
-    common words that other programs use as well: MODEL_DIR or DEVICES must not end a run.
+    Other programs use names without an underscore, short names, names of paths and names like
+    RUN_ID, too: MODEL_DIR or DEVICES must not end a run.
     """
-    known = {*_NAMES, *ALIASES}
     ours = [n.upper() for n, (section, _) in DESCRIBED.items()
             if section not in ("Run", "Data") or n.count("_") > 1]
     ours += [n for n in ALIASES if "_" in n and n not in UNREAD]
     prefixes = ("TTT_", "MUON_", "EMA_", "SWA_", "XSA_", "BIGRAM_", "ROPE_", "QAT_", "WARMDOWN_",
                 "GPTQ_")
     paths = ("_DIR", "_PATH", "_FILE", "_HOME", "_NAME")
-    for name in sorted(set(environ) - known):
+    for name in sorted({*environ} - {*_NAMES, *ALIASES}):
         if "_" not in name or len(name) < 7 or not name.isupper() or name.endswith(paths):
             continue
         near = difflib.get_close_matches(name, ours, n=1, cutoff=0.86)
@@ -535,7 +533,7 @@ def near_misses(environ):
 
 
 def rules(s, world_size):
-    """(condition that must hold, settings it is about, what they must be) of each rule."""
+    """Rules: (condition that must hold, settings it concerns, message where it fails)."""
     T, rows = s.train_seq_len, s.train_batch_tokens // s.train_seq_len
     last = s.num_layers - 1
     return [
@@ -547,19 +545,20 @@ def rules(s, world_size):
         ((s.rope_dims or s.head_dim) != 2 or not s.rope_ntk_reference,
          "ROPE_DIMS ROPE_NTK_REFERENCE",
          "two channels cannot be stretched: set ROPE_NTK_REFERENCE=0"),
-        (max(s.unique_layers, s.ttt_freeze_blocks) <= s.num_layers,
-         "UNIQUE_LAYERS TTT_FREEZE_BLOCKS NUM_LAYERS", "the first two must be at most NUM_LAYERS"),
+        *((getattr(s, name.lower()) <= s.num_layers, f"{name} NUM_LAYERS",
+           "must be at most NUM_LAYERS") for name in ("UNIQUE_LAYERS", "TTT_FREEZE_BLOCKS")),
         (s.late_order and s.late_order[0] == 0 and len({*s.late_order}) == s.num_layers,
-         "LATE_PASSES", f"must be blocks of 0..{last} and ranges of them, commas between, 0 first "
-         "and each at least once: 0-5,3-5,6-10; or auto, or empty"),
+         "LATE_PASSES", f"must be blocks of 0..{last} and ranges such as 0-{last}, commas between, "
+         "0 first and each at least once; auto fits NUM_LAYERS; empty: off"),
         (not s.late_passes or s.late_passes_from < 1, "LATE_PASSES_FROM LATE_PASSES",
-         "would be scored and never trained; lower the first, or empty the second"),
+         "the late passes would be scored and never trained; lower the first, or empty the second"),
         (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks), "VE_LAYERS",
-         f"must be different blocks of 0..{last}, commas between: 9,10; or empty"),
+         f"must be different blocks of 0..{last}, commas between; or empty"),
         (s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "must be 0 or at least 2"),
-        (s.train_batch_tokens % T == 0 and (s.eval_only or rows % world_size == 0),
-         "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN", "must be whole rows, as many on each of "
-         f"{world_size} ranks: start a number of processes that divides the rows"),
+        (s.train_batch_tokens % T == 0, "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN",
+         "must be a multiple of TRAIN_SEQ_LEN"),
+        (s.eval_only or rows % world_size == 0, "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN",
+         f"{rows} rows on {world_size} ranks; start a number of processes that divides the rows"),
         (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN",
          "must hold a row; raise it"),
         (s.scoring_shape[2] or s.eval_stride <= s.window, "EVAL_STRIDE",
@@ -597,10 +596,8 @@ def contradictions(s, world_size):
 
 def translated(environ):
     """({setting in capitals: (variable, text)}, problems) of the variables that are set."""
-    texts, problems = {}, list(near_misses(environ))
-    for name in (f.name.upper() for f in fields(Settings)):
-        if name in environ:
-            texts[name] = name, environ[name]
+    texts = {name: (name, environ[name]) for name in _NAMES if name in environ}
+    problems = list(near_misses(environ))
     for name in (n for n in ALIASES if n in environ):
         text, meaning = plain_text(environ[name]), ALIASES[name]
         text = text.removesuffix(".0")  # published commands write 10000 and 10000.0
@@ -637,7 +634,7 @@ def resolve_settings(environ, stored=None, world_size=1):
     if OF_CHUNKS & {*environ, *texts} and "TTT_LORA_RANK" not in texts:
         values["ttt_lora_rank"] = 0
     for name, on in (("value_residual", "pair"), ("gated_attention", "head")):
-        if values.get(name) == "1":  # the published way to switch on
+        if values.get(name) == "1":  # its published value for "on"
             values[name] = on
     resolved = Settings(**values)
     problems += contradictions(resolved, world_size)
@@ -656,24 +653,23 @@ def launched_ranks(environ):
         if 0 <= rank < world and local >= 0:
             return rank, world, local
     given = ", ".join(f"{name}={environ.get(name)}" for name in names)
-    raise UserError(f"{given}: no place among ranks; start with torchrun, or unset all three")
+    raise UserError(f"{given}: not a valid rank; start with torchrun, or unset all three")
 
 
 def help_text():
     """Every setting by section: default, choices or bounds, meaning."""
-    lines, last = [__doc__.strip(), "", f"Presets: {', '.join(PRESETS)}. Explicit variables win "
-                   "over PRESET=<name>, which wins over the defaults."], None
+    lines = [__doc__.strip(), "", f"Presets: {', '.join(PRESETS)}. Explicit variables win over "
+             "PRESET=<name>, which wins over the defaults."]
     for spec in fields(Settings):
         section, text = DESCRIBED[spec.name]
-        lines += ["", section] if section != last else []
-        last = section
+        lines += [] if section in lines else ["", section]
         lines.append(f"  {spec.name.upper()}={spec.default}  {text} [{type_text(spec.name)}]")
     return "\n".join(lines)
 
 
 def find_upward(path):
     """`path` if absolute or found from the working directory, else from the script's folder up."""
-    path = Path(os.path.expanduser(path))  # ~nobody stays as it is, and is not found
+    path = Path(os.path.expanduser(path))  # an unknown ~user stays as it is
     if path.is_absolute():
         return path
     return next((p for p in (path, *(folder / path for folder in SCRIPT.parents)) if p.exists()),
@@ -705,7 +701,7 @@ class Runtime:
         torch.set_float32_matmul_precision("high" if cuda else "highest")
         torch.manual_seed(s.seed)
         if self.world_size > 1:
-            with explained(f"WORLD_SIZE={self.world_size}: the ranks do not find each other",
+            with explained(f"WORLD_SIZE={self.world_size}: the ranks cannot connect",
                            "start with torchrun, or unset WORLD_SIZE",
                            kinds=(ValueError, dist.DistError)):
                 dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -715,7 +711,7 @@ class Runtime:
             dist.destroy_process_group()
 
     # -- collectives; with one rank they return their input. sum_later, reduce_scatter, all_gather
-    # return at once, with a function that waits for the result, so that many can be in flight.
+    # start one and return a function that waits for its result; many can be in flight.
 
     def sum_(self, x):
         """Sum of `x` over ranks, in place."""
@@ -724,14 +720,14 @@ class Runtime:
         return x
 
     def from_rank0(self, value):
-        """Rank 0's value, of any type, on every rank; through the host: no wait for the GPU."""
+        """Rank 0's value, of any type, on every rank; through the host, without GPU work."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
     def any_rank(self, flag):
-        """Is `flag` true on some rank? Through the host, which waits for all ranks."""
+        """Is `flag` true on any rank? A barrier of the hosts, not of the GPUs."""
         return bool(self.sum_(torch.tensor(float(bool(flag)))))
 
     def sum_later(self, x):
@@ -755,7 +751,7 @@ class Runtime:
     def _started(self, out, collective, *tensors):
         work = collective(*tensors, async_op=True) if self.world_size > 1 else None
 
-        def wait(held=tensors):  # the inputs must live until then
+        def wait(held=tensors):  # keeps the inputs alive
             if work:
                 work.wait()  # blocks the stream of a GPU, not the host
             return out
@@ -775,13 +771,13 @@ class Runtime:
         self.signal = number
 
     def training_is_over(self):
-        """From now on a signal ends the run at once, as does one noted before on any rank."""
+        """A signal noted before on any rank ends the run now, a later one at once."""
         self.training = False
         if self.any_rank(self.signal):
             self.on_signal()
 
     def probe_compiler(self, s):
-        """Go on without torch.compile where that fails; UserError if COMPILE=1 asks for it."""
+        """Turn torch.compile off if it fails here. Raises UserError with COMPILE=1."""
         why = ""
         try:
             self.compiled(lambda x: x * 2 + 1)(torch.ones(8, device=self.device))
@@ -798,15 +794,14 @@ class Runtime:
         return torch.compile(function, dynamic=False, **options) if self.compile else function
 
     def synchronize(self):
-        """Wait until this GPU has finished all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     # -- log
 
     def progress(self, label, fraction, found=""):
-        """Print how far a long phase is, not in the log: on a terminal in one line, which is
-        replaced every half second; else a line every ten seconds."""
+        """Print the progress of a long phase, outside the log: on a terminal one line, rewritten
+        every half second; else a line every ten seconds."""
         now = time.perf_counter()
         if label != self.phase[0]:
             self.phase = label, now, now
@@ -819,7 +814,7 @@ class Runtime:
                     sys.stderr, end="" if self.terminal else "\n")
 
     def log(self, line="", console=True):
-        """A line of rank 0's log. A console or file that fails is dropped, and training goes on."""
+        """Log a line on rank 0. A console or file that fails is dropped; the run continues."""
         if self.rank:
             return
         try:
@@ -834,13 +829,13 @@ class Runtime:
 
 
 def in_a_line(problem):
-    """Type and first line of an exception; PyTorch's go on for a page."""
+    """Type and first line of an exception; PyTorch's fill a page."""
     return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:160]}"
 
 
 def printed(line, stream, end="\n"):
-    """Print a line in any encoding, on a terminal in place of a progress line. False where nobody
-    reads the stream any more."""
+    """Print a line in the stream's encoding; on a terminal it replaces a progress line. False if
+    the stream is closed."""
     encoding = getattr(stream, "encoding", None) or "utf-8"  # None where it was closed before
     try:
         line = "\r\033[K" * stream.isatty() + line
@@ -848,15 +843,15 @@ def printed(line, stream, end="\n"):
               flush=True)
         return True
     except (AttributeError, OSError, ValueError):
-        # Python must not fail at its exit either.
+        # Nor must Python's flush at exit fail.
         with contextlib.suppress(AttributeError, OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False
 
 
 class StepClock:
-    """Milliseconds of training: rank 0's, so that every rank takes the same learning rate and stops
-    at the same step. `interrupted`: some rank has noted a signal."""
+    """Milliseconds of training on rank 0: all ranks use the same learning rate and stop at the
+    same step. `interrupted`: a rank has noted a signal."""
 
     def __init__(self, rt, spent_ms=0.0):
         self.rt, self.events, self.interrupted = rt, [], False
@@ -904,7 +899,7 @@ GET_DATA = ("python data/cached_challenge_fineweb.py --variant sp8192 (or sp4096
 
 
 def open_shard(path):
-    """The tokens of a shard, uint16, memory-mapped. Raises UserError if it is no whole shard."""
+    """The tokens of a shard, uint16, memory-mapped. Raises UserError if it is incomplete."""
     with explained(f"{path} cannot be read", GET_DATA):
         size = path.stat().st_size
         header = np.fromfile(path, "<i4", 256)
@@ -928,7 +923,7 @@ def shard_paths(s, split):
 
 
 def check_content(tokens, path, every=1):
-    """Refuse a shard with a hole: a block of 1,024 equal tokens among every `every`-th block."""
+    """Raise UserError for a hole, 1,024 equal tokens; reads every `every`-th such block."""
     blocks = tokens[: len(tokens) // 1024 * 1024].reshape(-1, 1024)[::every]
     holes = np.flatnonzero((blocks == blocks[:, :1]).all(1))
     if len(holes):
@@ -938,12 +933,12 @@ def check_content(tokens, path, every=1):
 
 
 def sample_parts(tokens):
-    """4,096 tokens and 32 more from about 64 places, evenly spaced; all of fewer tokens."""
+    """About 64 evenly spaced runs of 4,096 + 32 tokens; all tokens of a small shard."""
     return [tokens[a: a + 4128] for a in range(0, len(tokens), max(4096, len(tokens) >> 6))]
 
 
 def document_keys(tokens):
-    """The first 32 tokens of each document that has as many, as a set of bytes."""
+    """The first 32 tokens of each document of at least 32, as a set of bytes."""
     starts = np.flatnonzero(tokens[:-32] == BOS)
     ends = np.append(starts[1:], len(tokens))
     return {tokens[a: a + 32].tobytes() for a, b in zip(starts, ends) if b - a >= 32}
@@ -965,8 +960,8 @@ def check_tokens(tokens, vocab_size, path):
 class TrainStream:
     """Training rows as a function of (seed, position) alone: the same order for every world size.
 
-    Row r of a shard is its tokens [r·T, r·T + T]. An epoch goes through the shards, shuffled or in
-    order, and through the rows of each likewise. Shards are mapped, not copied.
+    Row r of a shard is its tokens [r·T, r·T + T]. An epoch visits the shards, and the rows of each
+    shard, both shuffled or both in order. Shards are memory-mapped, not copied.
     """
 
     def __init__(self, s):
@@ -1010,8 +1005,7 @@ class TrainStream:
 
 
 def batches_of(stream, rt, rows_per_step, step=0, ahead=4):
-    """Yield this rank's rows of each step, int32 [rows of this rank, T + 1], on the device. A
-    thread reads some steps ahead of it."""
+    """Yield this rank's rows, int32 [n, T + 1] a step, on the device; a thread reads ahead."""
     def load(step):
         begin, end = (step * rows_per_step + n for n in rt.share(rows_per_step))
         rows = stream.rows(begin, end)
@@ -1035,18 +1029,18 @@ def load_validation(s):
     tokens = np.concatenate(parts)
     if s.val_limit_tokens:
         tokens = tokens[: s.val_limit_tokens + 1]
-    row = -(-s.window // s.train_seq_len) * s.train_seq_len
-    if len(tokens) <= row:
-        raise UserError(f"{paths[0].parent}: {len(tokens)} validation tokens, a row needs {row} + "
+    need = -(-s.window // s.train_seq_len) * s.train_seq_len
+    if len(tokens) <= need:
+        raise UserError(f"{paths[0].parent}: {len(tokens)} validation tokens, a row needs {need} + "
                         "1; shorten TRAIN_SEQ_LEN and EVAL_SEQ_LEN, raise VAL_LIMIT_TOKENS, or "
                         "get more")
     return tokens[: (len(tokens) - 1) // s.train_seq_len * s.train_seq_len + 1]
 
 
-# ---- 4. Bits per byte: the only road from a sum of losses to a score ----------------------------
+# ---- 4. Bits per byte: the only way from a sum of losses to a score -----------------------------
 
 def manifest_of(s, *keys):
-    """What the data folder's manifest.json has under these keys; None where it has nothing."""
+    """The value under these nested keys of the data folder's manifest.json, or None."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         found = json.loads((find_upward(s.data_path) / "manifest.json").read_bytes())
         for key in keys:
@@ -1056,8 +1050,8 @@ def manifest_of(s, *keys):
 
 
 class ByteTable:
-    """UTF-8 bytes that a target stands for: counted from the text where fineweb_val_bytes_*.bin
-    are there, else from the pieces, by the challenge's rule.
+    """UTF-8 bytes of each target: counted from the text where fineweb_val_bytes_*.bin exist, else
+    from the pieces, by the challenge's rule.
 
     That rule: a piece counts its bytes without the leading "▁", plus one for that "▁" unless the
     token before is a boundary (control, unknown or unused). Byte pieces count 1, boundaries 0. A
@@ -1075,7 +1069,7 @@ class ByteTable:
         if V != s.vocab_size:
             raise UserError(f"TOKENIZER_PATH={path}: has {V} pieces where VOCAB_SIZE="
                             f"{s.vocab_size}; set VOCAB_SIZE={V} with shards made by this "
-                            "tokenizer, or name the shards' own")
+                            "tokenizer, or name the shards' one")
         made_by = manifest_of(s, "tokenizer", "sha256")
         if made_by not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
             raise UserError(f"TOKENIZER_PATH={path}: not the tokenizer that made the shards of "
@@ -1101,7 +1095,7 @@ class ByteTable:
             return None
         parts = [np.asarray(open_shard(p)) for p in paths]
         for path, part in zip(paths, parts):
-            check_content(np.where(part, np.arange(len(part)), 0), path)  # only zeros are a hole
+            check_content(np.where(part, np.arange(len(part)), 0), path)  # a hole is all zeros
         side = np.concatenate(parts)
         tokens = sum(len(open_shard(p)) for p in shard_paths(s, "val"))
         text = manifest_of(s, "splits", "val", "utf8_bytes")
@@ -1121,16 +1115,15 @@ class ByteTable:
                             "data/build_dataset.py, which counts the bytes of the text")
 
     def check_text(self, tokens, path, scored=True):
-        """Refuse tokens and a tokenizer that do not belong together: whole documents of the
-        beginning, and of a sample, are decoded and encoded again; of each, at least half of the
-        tokens must be in documents that come back equal. Refuse to score unknown pieces. Raises
-        UserError."""
+        """Raise UserError unless tokens and tokenizer match: documents of the beginning and of a
+        sample are decoded and encoded again, and at least half of the tokens of each must lie in
+        documents that come back equal. With `scored`, unknown pieces are an error, too."""
         check_tokens(tokens, len(self.base), path)
         if scored and (unknown := np.count_nonzero(tokens == self.unknown)):
             raise UserError(f"{path}: {unknown} tokens are unknown pieces, which stand for any "
                             "text: no fair score; build the dataset with a tokenizer with byte "
                             "fallback, as data/build_dataset.py makes")
-        # The parts of the sample are too short for long documents.
+        # Both, since the parts of the sample cut long documents.
         beginning = tokens[: 1 << 15]
         for parts in [[beginning]] + [sample_parts(tokens)] * (len(tokens) > len(beginning)):
             documents = []
@@ -1146,8 +1139,7 @@ class ByteTable:
                                 f"tokenizer makes of the text that they decode to; {GET_DATA}")
 
     def count(self, tokens, first=0):
-        """Bytes of targets tokens[1:], each after its predecessor; `first`: number of the first
-        target among those of the validation set."""
+        """Bytes of the targets tokens[1:]; `first`: index of the first in the validation set."""
         if self.side is not None:
             return int(self.side[first + 1: first + len(tokens)].sum(dtype=np.int64))
         before, target = tokens[:-1], tokens[1:]
@@ -1156,7 +1148,7 @@ class ByteTable:
 
 
 def bits_per_byte(loss_sum, byte_count):
-    """Summed nll (nats) over the UTF-8 bytes it pays for, in float64."""
+    """Bits per byte: summed nll (nats) over the bytes of its targets."""
     return float(loss_sum) / math.log(2) / byte_count
 
 
@@ -1168,8 +1160,8 @@ def rms_norm(x):
 
 
 def scaled_rms_norm(x_BTHE, gain_H):
-    """gain·rms_norm(x). The gain multiplies the norm's factor, not the result, so that its gradient
-    is a sum over [N, H] numbers, not over [N, H, E]."""
+    """gain·rms_norm(x). The gain multiplies the reciprocal norm, not the result: its gradient is
+    then a sum over [N, H] numbers, not over [N, H, E]."""
     x32 = x_BTHE.to(torch.promote_types(x_BTHE.dtype, torch.float32))
     factor = gain_H * (x32.square().mean(-1) + torch.finfo(torch.float32).eps).rsqrt()
     return (x32 * factor.unsqueeze(-1)).to(x_BTHE.dtype)
@@ -1180,17 +1172,17 @@ def code_limit(bits):
 
 
 def fake_quantize(w_RC, bits=6):
-    """w rounded to `bits`, one step for each row, from its maximum; straight-through gradient."""
+    """w rounded to `bits`, one scale per row, from its maximum; straight-through gradient."""
     limit = code_limit(bits)
     w32 = w_RC.detach().float()
-    step = (w32.abs().amax(dim=1, keepdim=True) / limit).clamp_min(torch.finfo(torch.float32).tiny)
-    rounded = (w32 / step).round().clamp(-limit, limit) * step
+    scale = (w32.abs().amax(dim=1, keepdim=True) / limit).clamp_min(torch.finfo(torch.float32).tiny)
+    rounded = (w32 / scale).round().clamp(-limit, limit) * scale
     return w_RC + (rounded - w32).to(w_RC.dtype)
 
 
 def weight_of(w_RC, dtype, fake_quant=False, scale_R=None):
     """w as F.linear takes it: fake-quantized, scaled, cast. An output scale multiplies the rows of
-    w, which is cheaper than to read and write the activations once more."""
+    w: cheaper than another pass over the activations."""
     w_RC = fake_quantize(w_RC) if fake_quant else w_RC
     return (w_RC if scale_R is None else w_RC * scale_R[:, None]).to(dtype)
 
@@ -1201,7 +1193,7 @@ def linear(x, w_RC, fake_quant=False, scale_R=None):
 
 
 def adapted(y_BTR, u_BTD, pair):
-    """y + B·A·u with a pair (A [B,r,D], B [B,R,r]) for each row; without one, y."""
+    """y + B·A·u, LoRA with pair (A [B,r,D], B [B,R,r]) per row; without one, y."""
     if not pair:
         return y_BTR
     a, b = (x.to(u_BTD.dtype) for x in pair)
@@ -1235,8 +1227,8 @@ MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 def leaky_square_kernel(a, b, h, out, rows, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
                         N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                         BK: tl.constexpr, GROUP: tl.constexpr):
-    """A tile of C [rows, N] = a [rows, K] times b [N, K] transposed; backward: times b [K, N].
-    Forward: h = C, out = LeakyReLU(C)². Backward: out = C · 2·LeakyReLU(h)·LeakyReLU'(h)."""
+    """A tile of P [rows, N] = a [rows, K] times b [N, K] transposed; backward: times b [K, N].
+    Forward: h = P, out = LeakyReLU(P)². Backward: out = P · 2·LeakyReLU(h)·LeakyReLU'(h)."""
     tile, per_group = tl.program_id(0), GROUP * (N // BN)  # GROUP row tiles reuse cached columns
     first = tile // per_group * GROUP
     group = tl.minimum(tl.cdiv(rows, BM) - first, GROUP)
@@ -1287,7 +1279,7 @@ class LeakySquareMLP(torch.autograd.Function):
     def backward(ctx, dy):
         u, up, down, h, activated = ctx.saved_tensors
         dy = dy.contiguous()
-        ddown = dy.mT @ activated  # in this order the compiler fuses best; it drops what is unused
+        ddown = dy.mT @ activated  # the order that fuses best; unused gradients are dropped
         dh = LeakySquareMLP.product(dy, down, h, torch.empty_like(h), ctx.slope, True)
         dup = dh.mT @ u
         return dh @ up, dup, ddown, None
@@ -1296,7 +1288,7 @@ class LeakySquareMLP(torch.autograd.Function):
 @jit
 def softcap_nll_kernel(logits, targets, per_row, out, SOFTCAP: tl.constexpr,
                        BACKWARD: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Forward: per_row = nll of each row. Backward: out = d nll/d logits · per_row (given)."""
+    """Forward: nll into per_row. Backward: out = d nll/d logits · per_row (nll's gradient)."""
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     z = tl.load(logits + row * V + i, mask=i < V, other=0.0).to(tl.float32)
     if SOFTCAP != 0:
@@ -1304,13 +1296,13 @@ def softcap_nll_kernel(logits, targets, per_row, out, SOFTCAP: tl.constexpr,
         z = SOFTCAP * tanh
     z = tl.where(i < V, z, float("-inf"))
     z -= tl.max(z, 0)
-    share, hit = tl.exp(z), i == tl.load(targets + row)
-    total = tl.sum(share, 0)
+    exps, hit = tl.exp(z), i == tl.load(targets + row)
+    total = tl.sum(exps, 0)
     if BACKWARD:
-        slope = (share / total - tl.where(hit, 1.0, 0.0)) * tl.load(per_row + row)
+        grad = (exps / total - tl.where(hit, 1.0, 0.0)) * tl.load(per_row + row)
         if SOFTCAP != 0:
-            slope *= 1 - tanh * tanh
-        tl.store(out + row * V + i, slope.to(out.dtype.element_ty), mask=i < V)
+            grad *= 1 - tanh * tanh
+        tl.store(out + row * V + i, grad.to(out.dtype.element_ty), mask=i < V)
     else:
         tl.store(per_row + row, tl.log(total) - tl.sum(tl.where(hit, z, 0.0), 0))
 
@@ -1342,7 +1334,7 @@ class SoftcapNLL(torch.autograd.Function):
 
 
 def rotary_tables(s, length):
-    """cos and sin [length, rotated/2] fp32; NTK stretches the base for rows over the reference."""
+    """cos and sin [length, rotated/2] fp32; NTK raises the base for rows above the reference."""
     rotated, base = s.rope_dims or s.head_dim, 10000.0
     if s.rope_ntk_reference and s.train_seq_len > s.rope_ntk_reference:
         base *= (s.train_seq_len / s.rope_ntk_reference) ** (rotated / (rotated - 2))
@@ -1363,25 +1355,25 @@ def rotate(x_BTHE, cos, sin, change=None):
 
 
 def offset_keys(k_BTKE, starts_BT=None):
-    """The channels of the position before; the first position, and those where documents start,
-    keep their own. A query that matches a token then reads the value of the one that followed it,
-    in one layer (partial key offset, nanogpt speedrun #49)."""
+    """Replace the channels by those of the previous position, except at the first position and at
+    document starts. A query that matches a token then reads the value of the next token, in one
+    layer (partial key offset, nanogpt speedrun #49)."""
     moved = torch.cat((k_BTKE[:, :1], k_BTKE[:, :-1]), dim=1)
     return moved if starts_BT is None else torch.where(starts_BT[..., None, None], k_BTKE, moved)
 
 
 class Exclusive(torch.autograd.Function):
-    """XSA: the attention output less its projection on the position's v (of its group), times the
-    gate of each head. The backward pass takes the heads of a group one by one, so that the compiler
-    makes one kernel of it."""
+    """XSA: the attention output minus its projection on its position's v, times each head's gate.
+    The backward pass takes the heads of a group one by one, so that the compiler makes one kernel
+    of it."""
 
     @staticmethod
     def forward(ctx, y_BTHE, v_BTKE, gate_BTH):
         ctx.save_for_backward(y_BTHE, v_BTKE, gate_BTH)
         y, gate = (x.unflatten(2, (v_BTKE.size(2), -1)) for x in (y_BTHE, gate_BTH.unsqueeze(-1)))
         v = v_BTKE.unsqueeze(3)
-        share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
-        return ((y - share * v) * gate).flatten(2, 3)
+        along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
+        return ((y - along * v) * gate).flatten(2, 3)
 
     @staticmethod
     def backward(ctx, grad):
@@ -1389,19 +1381,19 @@ class Exclusive(torch.autograd.Function):
         dy, dv, dgate, energy = [], 0, [], v.square().sum(-1, keepdim=True).clamp_min(1e-24)
         for y, d, gate in zip(*(x.unflatten(2, (v.size(2), -1)).unbind(3) for x in (
                 y_BTHE, grad, gate_BTH.unsqueeze(-1)))):
-            share = (y * v).sum(-1, keepdim=True) / energy
-            rest = y - share * v
+            y_along = (y * v).sum(-1, keepdim=True) / energy
+            rest = y - y_along * v
             dgate.append((d * rest).sum(-1))
             d = d * gate
-            along = (d * v).sum(-1, keepdim=True) / energy
-            dy.append(d - along * v)
-            dv = dv - share * d - along * (rest - share * v)
+            d_along = (d * v).sum(-1, keepdim=True) / energy
+            dy.append(d - d_along * v)
+            dv = dv - y_along * d - d_along * (rest - y_along * v)
         dv = dv.as_strided(dv.shape, dv.stride())  # the compiler stores it and computes it once
         return torch.stack(dy, 3).flatten(2, 3), dv, torch.stack(dgate, 3).flatten(2)
 
 
-# -- attention: functions attend(q, k, v, window, starts). With window W a query sees the last W
-# keys; with starts [B, T], true where a document starts, only those of its document.
+# -- attention: functions attend(q, k, v, window, starts). A query sees the last `window` keys, 0:
+# all; with starts [B, T], true where a document starts, those of its document.
 
 def sdpa(q_BTHE, k_BTKE, v_BTKE, window=0, starts_BT=None):
     """Causal attention of grouped heads by PyTorch."""
@@ -1419,9 +1411,9 @@ def sdpa(q_BTHE, k_BTKE, v_BTKE, window=0, starts_BT=None):
 
 
 def cumulative_lengths(starts_BT):
-    """The positions in the flat batch [B·T] where rows and documents start, then B·T up to a fixed
-    number, int32: what variable-length kernels take. Beyond a document in 32 tokens of the batch
-    the last ones are joined, within their rows; ordinary text has one in hundreds.
+    """Where rows and documents start in the flat batch [B·T], padded with B·T to a fixed length,
+    int32, for variable-length kernels. It has room for B·T/32 documents: further ones are joined,
+    within their rows. Ordinary text has one in hundreds of tokens.
     """
     B, T = starts_BT.shape
     position = torch.arange(B * T, device=starts_BT.device)
@@ -1430,7 +1422,7 @@ def cumulative_lengths(starts_BT):
     return F.pad(borders, (0, 1), value=B * T).int()
 
 
-# In the order that ATTENTION=auto tries: packages of FlashAttention, and PyTorch's kernels.
+# In the order that ATTENTION=auto tries them: FlashAttention packages and PyTorch kernels.
 ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
              "flash": SDPBackend.FLASH_ATTENTION, "fa2": "flash_attn", "fa4": "flash_attn.cute"}
 
@@ -1438,14 +1430,14 @@ ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
 def attention_kernel(name, strict=False):
     """attend() for a name in ATTENTION; None if its package is missing. For other names PyTorch
     chooses. If a PyTorch kernel refuses an input, the next one takes it. The last is MATH, which
-    stores all attention scores. strict: no other one takes rows without a mask."""
+    stores all attention scores. strict: without a mask, only the named one."""
     kernel = ATTENTION.get(name)
     if kernel is None:
         return sdpa
     if isinstance(kernel, str):
         try:
             module = importlib.import_module(kernel)
-        except Exception:  # a broken installation is as good as none
+        except Exception:  # a broken package counts as missing
             return None
 
         def attend(q, k, v, window=0, starts_BT=None):
@@ -1459,9 +1451,8 @@ def attention_kernel(name, strict=False):
                     cu_seqlens_k=borders, max_seqlen_q=T, max_seqlen_k=T, causal=True, **band)
             return (out[0] if isinstance(out, tuple) else out).view_as(q)
         return attend
-    order = [kernel, *(other for other in (
-        SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH) if other != kernel)]
+    order = list(dict.fromkeys((kernel, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
+                                SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)))
 
     def attend(q, k, v, window=0, starts_BT=None):
         masked = window or starts_BT is not None
@@ -1520,9 +1511,9 @@ def random_inputs(rt, *shapes):
 
 
 def choose_kernels(s, rt):
-    """({part: name}, Kernels): of each part the kernel that the settings ask for, or the first that
-    is right here. Attention is tried on whole rows and, if scoring is banded, in windows. Raises
-    UserError where a kernel that was asked for is not right."""
+    """({part: name}, Kernels): for each part the kernel that is set, or the first that is correct
+    here. Attention is tried on whole rows and, if scoring is banded, in windows. Raises UserError
+    if a kernel that is set is not correct."""
     gpu, N, D, R, V = rt.device.type == "cuda", 256, s.model_dim, s.mlp_hidden, s.vocab_size
     starts = torch.arange(N, device=rt.device)[None] % 100 == 50 if s.doc_attention else None
 
@@ -1533,30 +1524,30 @@ def choose_kernels(s, rt):
     attention = {n: as_used(attention_kernel(n, strict=True)) for n in ATTENTION if gpu}
     heads = s.num_heads, s.num_kv_heads, s.num_kv_heads
     by_triton = gpu and triton and rt.compile
+    whole_tiles = R % MLP_TILE["BN"] == D % MLP_TILE["BK"] == 0
     parts = {
         "attention": ("attention", "sdpa", attention, as_used(sdpa),
                       random_inputs(rt, *((1, N, count, s.head_dim) for count in heads))),
-        "mlp": ("kernels", "plain", {"triton": LeakySquareMLP.apply} if by_triton else {},
+        "mlp": ("kernels", "plain",
+                {"triton": LeakySquareMLP.apply} if by_triton and whole_tiles else {},
                 leaky_square_mlp, [*random_inputs(rt, (N, D), (R, D), (D, R)), s.leaky_slope]),
         "nll": ("kernels", "plain", {"triton": SoftcapNLL.apply} if by_triton else {}, softcap_nll,
                 [*random_inputs(rt, (N, V)), torch.randint(V, (N,), device=rt.device),
                  s.logit_softcap])}
-    names = {part: plain for part, (_, plain, *_) in parts.items()}
-    if R % MLP_TILE["BN"] or D % MLP_TILE["BK"]:
-        del parts["mlp"]  # its kernel reads whole tiles
+    names = {}
     for part, (setting, plain, candidates, reference, inputs) in parts.items():
         asked = getattr(s, setting)
-        if asked not in ("auto", plain):
-            candidates = {asked: candidates.get(asked)}
-        if asked != plain:
-            names[part] = first_right(part, candidates, reference, inputs, rt) or plain
+        if asked != "auto":
+            candidates = {asked: candidates.get(asked)} if asked != plain else {}
+        names[part] = first_right(part, candidates, reference, inputs, rt) or plain
         if asked not in ("auto", names[part]):
             raise UserError(f"{setting.upper()}={asked}: not installed, or its {part} not right on "
-                            f"{rt.device} with COMPILE={s.compile} (triton needs a GPU and "
-                            f"compiled code); {setting.upper()}=auto takes the first that works")
-    fused = Kernels(mlp=LeakySquareMLP.apply, nll=SoftcapNLL.apply)
-    return names, Kernels(attention_kernel(names["attention"]), *(
-        getattr(fused if names[part] == "triton" else PLAIN, part) for part in ("mlp", "nll")))
+                            f"{rt.device} with COMPILE={s.compile} (triton needs a GPU, compiled "
+                            f"code and MODEL_DIM in multiples of {MLP_TILE['BK']}, the MLP's width "
+                            f"of {MLP_TILE['BN']}); {setting.upper()}=auto takes what works")
+    fused = dict(mlp=LeakySquareMLP.apply, nll=SoftcapNLL.apply)
+    return names, Kernels(attention_kernel(names["attention"]), **{
+        part: kernel for part, kernel in fused.items() if names[part] == "triton"})
 
 
 @dataclass(frozen=True)
@@ -1571,8 +1562,8 @@ class Pass:
 
 
 def pass_list(s, late=False):
-    """The passes in the order they run, before or after the switch to LATE_PASSES: the only place
-    that knows which block runs when.
+    """The passes in the order they run, before or after the switch to LATE_PASSES. No other code
+    computes this order.
 
     The first half keeps its outputs, the second half takes them, last in first out. XSA is counted
     over cores, as in #537. Lanes begin in the second half.
@@ -1686,7 +1677,7 @@ class Block(nn.Module):
         (σ(λ), 1 − σ(λ)) (VRL, #657). Block 0 has none, so it must run first."""
         if self.value_residual is None:
             return v
-        p = self.value_residual.expand(*v.shape[:3], -1)  # so that one sum over E serves both
+        p = self.value_residual.expand(*v.shape[:3], -1)  # one reduction for both gradients
         a, *b = p.to(v.dtype).split(1, dim=-1)
         return a * first_v + b[0] * v if b else torch.lerp(v, first_v, a.sigmoid())
 
@@ -1725,7 +1716,7 @@ class BigramEmbedding(nn.Module):
 
 
 class ValueEmbedding(nn.Module):
-    """One table of value vectors by token for some blocks, each with its factor."""
+    """One table of value vectors per token for some blocks, each with its scale."""
 
     def __init__(self, s):
         super().__init__()
@@ -1749,7 +1740,7 @@ class GPT(nn.Module):
         self.s, self.dtype, self.kernels = s, dtype, kernels
         self.passes = {late: pass_list(s, late) for late in (False, True)}
         D = s.model_dim
-        skip_rows = max(sum(p.skip is not None for p in run) for run in self.passes.values())
+        skip_rows = max(sum(p.skip is not None for p in order) for order in self.passes.values())
         self.tok_emb = matrix(s.vocab_size, D)
         self.bigram = BigramEmbedding(s) if s.bigram_vocab_size else None
         self.ve = ValueEmbedding(s) if s.ve_blocks else None
@@ -1772,8 +1763,8 @@ class GPT(nn.Module):
             self.register_buffer(name, table, persistent=False)
 
     def embed(self, tokens_BT):
-        """Normalized sum of token and bigram embeddings [B,T,D]; the smear gate mixes in the token
-        before, "embed": before the bigram embedding and the norm, else after."""
+        """Normalized sum of token and bigram embeddings [B,T,D]. The smear gate mixes in the token
+        before; "embed": before the bigram embedding and the norm, else after."""
         e = F.embedding(tokens_BT, self.tok_emb).to(self.dtype)
         inside = (tokens_BT != BOS).unsqueeze(-1)  # not the first token of a document
         if self.s.smear_gate == "embed":
@@ -1796,8 +1787,8 @@ class GPT(nn.Module):
         return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(self.skip_gates[row]).to(x_BTD.dtype))
 
     def adapter_shapes(self):
-        """(outputs R, inputs D) of the adapters that `raw_logits` takes: of attention and MLP of
-        each pass, and of the logits."""
+        """(outputs R, inputs D) of each adapter of `raw_logits`: of attention and MLP of every
+        pass, then of the logits."""
         D = self.s.model_dim
         return [(D, D)] * 2 * len(self.passes[True]) + [(self.s.vocab_size, D)]
 
@@ -1806,7 +1797,7 @@ class GPT(nn.Module):
 
         Position t sees tokens 0..t, or in each layer the last `window` keys. `late`: the passes
         are those after the switch to LATE_PASSES. `adapters`: for each of adapter_shapes a pair
-        (A [B,r,D], B [B,R,r]), whose B·A·u is added to what the site makes of u.
+        (A [B,r,D], B [B,R,r]); B·A·u is added to the output for input u.
         """
         x = x0 = self.embed(tokens_BT)
         values = self.ve(tokens_BT, x.dtype) if self.ve is not None else {}
@@ -1861,7 +1852,7 @@ class Kind:
     decay: str
     bits: str         # "": always fp16
     clip: str         # factor of the root mean square with QUANT_CLIP=std
-    calibrated: bool  # its inputs' Hessian and its gradients are recorded for the quantizer
+    calibrated: bool  # the Hessian of its inputs is recorded for GPTQ
     ttt_lr: str = ""  # factor of TTT_LR; "": 1
 
 
@@ -1876,7 +1867,7 @@ KINDS = (
     Kind("mlp", r"cores\.\d+\.mlp\.down", 0.0, *_MATRIX, *_MLP, True, "ttt_proj_lr_mult"),
     Kind("proj", r"(bigram|ve)\.proj", "orthogonal", "proj_optimizer", *_MATRIX[1:],
          *_SMALL_BITS, False),
-    Kind("table", "tok_emb", 0.005, *_TABLE, *_EMBED, True),  # as the head
+    Kind("table", "tok_emb", 0.005, *_TABLE, *_EMBED, True),  # is the head
     Kind("table", r"ve\.table", 0.01, *_TABLE, *_EMBED, False),
     Kind("hashed", r"bigram\.table", 0.0, *_TABLE, "bigram_bits", "embed_clip_sigmas", False),
     Kind("gate", r"cores\.\d+\.attn\.gate_weight", None, *_SCALAR, *_SMALL_BITS, False),
@@ -1897,7 +1888,7 @@ def kind_of(name):
 
 
 def setting_or(s, name, default=None):
-    """The setting of that name; other text stands for itself."""
+    """The setting of that name, else `name`; "": `default`."""
     return getattr(s, name, name) if name else default
 
 
@@ -1995,15 +1986,15 @@ class Muon:
 
     def gradients(self):
         """This rank's part of the summed gradients, tensors that may be scaled in place."""
-        self.shares = [wait().float() for wait in self.pending]
-        return self.shares
+        self.grads = [wait().float() for wait in self.pending]
+        return self.grads
 
     @torch.no_grad()
     def update(self, lr_scale, momentum):
-        """Start the step: the new directions travel until `finish`."""
+        """Start the step; `finish` waits for the new directions."""
         self.step_size = self.lr * lr_scale
         self.pending = []
-        for grads, buffer in zip(self.shares, self.momenta):
+        for grads, buffer in zip(self.grads, self.momenta):
             buffer.mul_(momentum).add_(grads)
             direction = grads.add(buffer, alpha=momentum)
             if self.row_norm:
@@ -2065,8 +2056,8 @@ class TorchGroup:
         self.optimizer.load_state_dict(state)
 
 
-def adamw(params, lr, decay, s, rt, beta2=None):
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, beta2 or s.beta2), eps=1e-8,
+def adamw(params, lr, decay, s, rt):
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, s.beta2), eps=1e-8,
                                   weight_decay=decay, fused=True)
     return TorchGroup(optimizer, params, lr, rt)
 
@@ -2102,17 +2093,15 @@ class Optimizers:
     def step(self, lr_scale, momentum):
         """Sum over ranks, clip, update, drop the gradients; returns the global norm (a tensor).
 
-        All sums are in flight at once, and Muon's directions travel while AdamW computes.
+        All sums are in flight at once; AdamW computes during Muon's all-gather.
         """
         for group in self.groups:
             group.reduce()
         grads = [group.gradients() for group in self.groups]
-        zero = torch.zeros((), device=self.params[0].device)
-        squares = {True: zero, False: zero}
+        squares = torch.zeros(2, device=self.params[0].device)  # of unsharded, of sharded groups
         for group, parts in zip(self.groups, grads):
-            squares[group.sharded] = (squares[group.sharded]
-                                      + torch.stack(torch._foreach_norm(parts)).square().sum())
-        norm = (self.rt.sum_(squares[True].clone()) + squares[False]).sqrt()
+            squares[int(group.sharded)] += torch.stack(torch._foreach_norm(parts)).square().sum()
+        norm = (self.rt.sum_(squares[1]) + squares[0]).sqrt()
         if self.clip_norm:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([g for parts in grads for g in parts], factor)
@@ -2142,7 +2131,7 @@ def training_optimizers(model, s, rt):
 # ---- 7. Schedules: pure functions of the step and the training clock ----------------------------
 
 def progress_of(s, step, elapsed_ms):
-    """Fraction of the run that is over: of ITERATIONS or of the clock, whichever is further."""
+    """Completed fraction of the run, by ITERATIONS or by the clock, whichever is larger."""
     by_clock = elapsed_ms / 1000 / s.max_wallclock_seconds if s.max_wallclock_seconds else 0.0
     return max(step / s.iterations if s.iterations else 0.0, by_clock)
 
@@ -2175,17 +2164,17 @@ def muon_momentum(s, step):
     return (1 - warm) * s.muon_momentum_warmup_start + warm * s.muon_momentum
 
 
-def out_of_time(s, step, elapsed_ms, reserve_ms=0.0, step_ms=0.0, steps=1):
-    """True if `steps` more steps would end after the clock's cap minus the reserve. A step is taken
-    to last the mean of all steps, or `step_ms` if that is more: late passes are slower."""
-    budget_ms = 1000 * s.max_wallclock_seconds - reserve_ms
+def out_of_time(s, step, elapsed_ms, step_ms=0.0, steps=1):
+    """True if `steps` more steps would end after the clock's cap. A step is taken to last the mean
+    of all steps, or `step_ms` if that is more: late passes are slower."""
     step_ms = max(step_ms, elapsed_ms / max(step, 1))
-    return bool(s.max_wallclock_seconds and step and elapsed_ms + steps * step_ms > budget_ms)
+    return bool(s.max_wallclock_seconds and step
+                and elapsed_ms + steps * step_ms > 1000 * s.max_wallclock_seconds)
 
 
 # ---- 8. Weight averaging ------------------------------------------------------------------------
 
-SWA_START = 0.2  # of the warmdown left when snapshots begin
+SWA_START = 0.2  # warmdown left at the first snapshot
 
 
 class WeightAverage:
@@ -2193,7 +2182,7 @@ class WeightAverage:
 
     An EMA of fixed decay d is bias-corrected: Σ d^(n−i)·wᵢ / Σ d^(n−i). With EMA_DECAY=0 the
     average gets a fraction 21/(n + 20) of the newest weights at update n, so that it reaches back
-    over 1/21 of the run whatever its length (0.997 is that at the 7,000 steps it was tuned for).
+    over 1/21 of the run whatever its length, as 0.997 does for the 7,000 steps of its tuning.
     Without SWA the model then gets 0.6 of it and 0.4 of the last weights, since an average lags
     behind (nanogpt speedrun, track 3; −0.0012 to −0.0019 at 400 steps of 4 × 128, six runs).
     """
@@ -2240,8 +2229,8 @@ class WeightAverage:
 # ---- 9. Quantizer: weights → finest scales → scales at a level → codes, and back ----------------
 #
 # One number, the level, decides the file's size. The scale of a row of weights is the larger of
-# its finest scale and level × tolerance. Codes are weights over scales, rounded. A code takes its
-# entropy in the file, given its row and column. `pack` searches the lowest level whose file fits.
+# its finest scale (clip / largest code) and level × tolerance. Codes are rounded weights / scales,
+# stored in about their entropy given row and column. `pack` finds the lowest level that fits.
 
 def bits_of(name, s):
     """Bits of a parameter in the artifact: its kind's, unless its name is kept as fp16."""
@@ -2250,7 +2239,7 @@ def bits_of(name, s):
 
 
 def as_fp16(x):
-    """x as fp16 can store it, never beyond its range, in fp32."""
+    """x rounded to fp16, clamped to its maximum, in fp32."""
     return x.clamp(max=65504.0).half().float()
 
 
@@ -2261,7 +2250,7 @@ def to_codes(w_RC, scales_R, bits):
 
 
 def finest_scales(w_RC, bits, s, deviations=0.0):
-    """The finest scale of each row [R], fp16: that of its clip by QUANT_CLIP.
+    """Finest scale of each row [R], fp16: its clip over the largest code.
 
     row: the quantile of |w| with the least squared error (GPTQ-lite); std: a multiple of the root
     mean square (SDClip, #1394).
@@ -2281,14 +2270,13 @@ def finest_scales(w_RC, bits, s, deviations=0.0):
 
 
 def tolerances(row_energy, column_energy):
-    """Relative scales of rows [R] and columns [C]: energy^(−1/2) of the tensor, times energy^(−1/4)
-    of the row and the column relative to their mean. Energy: Calibration.energies.
+    """Tolerances of rows [R] and factors of columns [C] from mean squared gradients g (see
+    Calibration), ḡ their mean: ḡ^(−1/2) · (g/ḡ)^(−1/4) of a row, (g/ḡ)^(−1/4) of a column.
 
-    An exponent of −1/2 for rows and columns would make the cost of errors equal everywhere; −1/4
-    had the lowest loss on a model of 2 M weights. All values are powers of 2^(1/4): few distinct
-    ones are cheap in the file.
+    (g/ḡ)^(−1/2) would make the cost of errors equal everywhere; −1/4 had the lowest loss on a
+    model of 2 M weights. Values are powers of 2^(1/4): few distinct ones are cheap in the file.
     """
-    mean = row_energy.mean().clamp_min(1e-30)  # of the tensor, as is that of the columns
+    mean = row_energy.mean().clamp_min(1e-30)  # the columns have the same
     quarters = [-(energy / mean + 1e-3).log2() for energy in (row_energy, column_energy)]
     rows, columns = (x - x.mean() for x in quarters)
     rows = torch.exp2((rows - 2 * mean.log2()).round() / 4)
@@ -2298,10 +2286,10 @@ def tolerances(row_energy, column_energy):
 def compensation(hessian_CC, s):
     """(order of the columns, their factors fp32 [C, C]) for gptq_codes; hessian: Σ xxᵀ of inputs.
 
-    With H = VVᵀ, V upper triangular, errors e cost |eV|²: the best shift of column j for those
+    With H = VVᵀ, V upper triangular, errors e cost |eV|²: the best shift of column j for errors
     before it is Σ e_i V_ij / V_jj (LDLQ, Chee et al. 2023; the codes are those of GPTQ).
     """
-    ranked = s.gptq_act_order * hessian_CC.diagonal()  # all equal: the order stays
+    ranked = s.gptq_act_order * hessian_CC.diagonal()  # all 0: the order stays
     order = ranked.argsort(descending=True, stable=True)
     hessian = hessian_CC.double()[order][:, order]
     diagonal, damp = hessian.diagonal(), 0.01 * hessian.diagonal().mean()
@@ -2311,7 +2299,7 @@ def compensation(hessian_CC, s):
         try:
             factor = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1).mT  # Vᵀ
             return order, (factor / factor.diagonal()[:, None]).float()
-        except torch.linalg.LinAlgError:  # few calibration rows; damping means less compensation
+        except torch.linalg.LinAlgError:  # few calibration rows: damp more, compensate less
             damp *= 10
             if not torch.isfinite(damp):
                 raise
@@ -2320,7 +2308,7 @@ def compensation(hessian_CC, s):
 def gptq_codes(w_RC, scales_R, bits, order, factor_CC, block=64):
     """Codes with error compensation: later columns make up for the errors of earlier ones (GPTQ,
     Frantar et al. 2022). On a GPU the products are TF32."""
-    w_CR = (w_RC / scales_R[:, None]).nan_to_num(0.0, 0.0, 0.0).T[order]  # scale 0: zero
+    w_CR = (w_RC / scales_R[:, None]).nan_to_num(0.0, 0.0, 0.0).T[order]  # scale 0: 0
     codes, limit = torch.empty_like(w_CR, dtype=torch.int8), code_limit(bits)
     for begin in range(0, len(w_CR), block):
         part = slice(begin, begin + block)
@@ -2334,8 +2322,8 @@ def gptq_codes(w_RC, scales_R, bits, order, factor_CC, block=64):
 
 class HessianRecorder(torch.overrides.TorchFunctionMode):
     """Σ xxᵀ over the inputs x of each calibrated matrix while the model runs eagerly inside this
-    context. It follows matrices through casts, scales and concatenations: the forward is the one
-    of training."""
+    context. It follows matrices through casts, scales and concatenations: training's forward
+    serves as it is."""
 
     def __init__(self, model):
         super().__init__()
@@ -2358,9 +2346,9 @@ class HessianRecorder(torch.overrides.TorchFunctionMode):
 
 @dataclass
 class Calibration:
-    """What training tokens tell about the weights. hessians: Σ xxᵀ [C, C] over the inputs x of each
-    matrix. energies: mean squared gradients of rows [R] and columns [C] of each matrix and table, a
-    factored empirical Fisher information: what an error there costs."""
+    """Statistics of training tokens. hessians: Σ xxᵀ [C, C] over the inputs x of each matrix.
+    energies: mean squared gradients of rows [R] and columns [C] of each matrix and table, a
+    factored empirical Fisher information: the cost of an error there."""
     hessians: dict
     energies: dict
 
@@ -2374,7 +2362,7 @@ def calibrate(model, batches_of_rows, rt):
         nll.sum().backward()
         for name, p in model.named_parameters():
             if kind_of(name).bits:
-                grad = p.grad.float() * core_uses(name, model.s)  # the sum over its blocks
+                grad = p.grad.float() * core_uses(name, model.s)  # undo the hook's mean
                 square, (by_row, by_column) = grad.square(), energies.get(name, (0, 0))
                 energies[name] = by_row + square.mean(1), by_column + square.mean(0)
             p.grad = None
@@ -2436,7 +2424,7 @@ class Quantizer:
         tensors = dict(self.halves)
         for name, (bits, w, finest, rows, columns, prepared) in self.parts.items():
             scales = as_fp16(torch.maximum(finest, level * rows))
-            codes = (gptq_codes(w, scales, bits, *prepared) * (w != 0)  # zero stays zero
+            codes = (gptq_codes(w, scales, bits, *prepared) * (w != 0)  # pruned: 0
                      if compensate and prepared else to_codes(w, scales, bits))
             tensors[name] = Quantized(bits, codes.cpu(), scales.cpu(), columns.cpu())
         return tensors
@@ -2466,11 +2454,11 @@ def error_report(state, tensors):
 # those of every quantized tensor, tensors of equal bits together.
 
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
-# Bounds on what a file may claim to hold, before anything is allocated for it. Parsed JSON takes
-# twenty times its text.
+# Bounds on what a file may claim to hold, before anything is allocated. Parsed JSON takes twenty
+# times the memory.
 INDEX_MOST_BYTES, MOST_WEIGHTS_PER_BYTE = 1 << 20, 64
-# Codes look like noise to a match finder: a shallow search without literal context is smaller and
-# three times faster.
+# Codes are noise to a match finder: a shallow search without literal context packs smaller, in a
+# third of the time.
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORMAL,
                      mf=lzma.MF_BT4, nice_len=64, depth=1, dict_size=1 << 16)]
 # Settings that are not stored: where files are and how this machine computes.
@@ -2479,14 +2467,14 @@ TIED_TO_THE_RUN = {name for name, (section, _) in DESCRIBED.items() if section =
 
 
 class ArtifactError(UserError):
-    """The file is not an artifact, or not a whole one."""
+    """The file is not an artifact, or incomplete."""
 
 
 # rANS (Duda 2013): a state below 2³² holds what was coded; a code of frequency f/2¹⁵ adds
-# 15 − log₂ f bits; 16 bits at a time move to the file. 512 states side by side let numpy do the
-# work. Frequencies are counted by context: the magnitude of the code's row plus that of its column,
+# 15 − log₂ f bits; 16 bits at a time move to the file. 512 interleaved states vectorize in numpy.
+# Frequencies are counted by context: the magnitude of the code's row plus that of its column,
 # in quarter octaves. Rows and columns of trained weights differ so much that this takes 5 % less
-# than the order-0 entropy of the tensors. 48 contexts span 12 octaves, more than codes of 8 bits.
+# than the order-0 entropy of the tensors. 48 contexts span 12 octaves; 8-bit codes need fewer.
 RANS_STATES, RANS_BITS, CONTEXTS, SYMBOLS = 512, 15, 48, 256
 
 
@@ -2509,7 +2497,7 @@ def contexts_of(magnitudes):
 
 
 def frequencies(counts):
-    """Counts [CONTEXTS, SYMBOLS] as uint16 that sum to 2¹⁵ by row, at least 1 for what occurs."""
+    """Counts [CONTEXTS, SYMBOLS] scaled to uint16, 2¹⁵ in a row; at least 1 for what occurs."""
     total = np.maximum(counts.sum(1, keepdims=True), 1)
     out = np.maximum(np.rint(counts * (1 << RANS_BITS) / total), counts > 0).astype(np.int64)
     most = out.argmax(1)
@@ -2531,7 +2519,7 @@ def rans_encode(symbols, contexts, frequency):
     frequency, start = (t.astype(np.uint16)[entries] for t in rans_tables(frequency))
     state, words = np.full(RANS_STATES, 1 << 16, np.uint32), []
     last = (len(symbols) - 1) // RANS_STATES * RANS_STATES
-    for at in range(last, -1, -RANS_STATES):  # backwards, for a reader that goes forwards
+    for at in range(last, -1, -RANS_STATES):  # backwards: the decoder goes forwards
         part = slice(at, at + RANS_STATES)
         f, x = frequency[part], state[: len(symbols) - at]
         full = np.flatnonzero(x >> np.uint32(32 - RANS_BITS) >= f)
@@ -2563,8 +2551,8 @@ def rans_decode(data, contexts, frequency):
     return symbols
 
 
-# A codec is a pair. Encode: (symbols uint8 [n], the blocks [R, C] they come from) → bytes. Decode:
-# (bytes, n, shapes of the blocks) → n symbols, n + 1 if the bytes hold more; raises on bad bytes.
+# A codec is a pair. Encode: (symbols uint8 [n], their matrices [R, C]) → bytes. Decode: (bytes, n,
+# shapes of the matrices) → n symbols, n + 1 if the bytes hold more; raises on bad bytes.
 
 def squeeze(data, blocks=()):
     return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
@@ -2614,12 +2602,12 @@ def compact_json(**values):
 def encode_artifact(tensors, s, note=""):
     """The file's bytes from {name: Quantized}; `note` says how the scales were fitted.
 
-    Steps and column factors are stored as indices into the table of their distinct values.
+    Scales and column factors are stored as indices into the table of their distinct values.
     """
     order = sorted(tensors, key=lambda name: tensors[name].bits)
     coded = [tensors[name] for name in order if tensors[name].bits < 16]
     factors = [x.half().numpy().tobytes() for t in coded for x in (t.scales, t.columns)]
-    distinct, ranks = np.unique(np.frombuffer(b"".join(factors), np.uint16), return_inverse=True)
+    distinct, refs = np.unique(np.frombuffer(b"".join(factors), np.uint16), return_inverse=True)
     halves = [tensors[n].codes.numpy().tobytes() for n in order if tensors[n].bits == 16]
     halves = np.frombuffer(b"".join(halves), np.uint16)
     stored = {f.name: getattr(s, f.name) for f in fields(s) if f.name not in TIED_TO_THE_RUN}
@@ -2627,7 +2615,7 @@ def encode_artifact(tensors, s, note=""):
     index = compact_json(settings=stored, note=note, tensors=described, distinct=len(distinct))
     # low bytes, then high bytes: these are alike and compress better together
     side = index + b"".join(values.astype("<u2").view(np.uint8).reshape(-1, 2).T.tobytes()
-                            for values in (distinct, ranks, halves))
+                            for values in (distinct, refs, halves))
     squeezed, blocks = squeeze(side), [t.codes.numpy() for t in coded]
     symbols = np.frombuffer(b"".join(block.tobytes() for block in blocks), np.uint8) ^ 0x80
     header = compact_json(codec=s.codec, index_bytes=len(index), side_bytes=len(side),
@@ -2668,17 +2656,17 @@ def decode_artifact(content, path="the artifact"):
                 or len({name for name, *_ in described}) < len(described)
                 or any(bits not in Bits.__args__ or min(shape, default=0) < 0
                        or (bits < 16 and len(shape) != 2) for _, bits, shape in described)):
-            raise ValueError(f"{weights} weights: too many, or one tensor twice or impossible")
+            raise ValueError(f"{weights} weights: too many, or a tensor twice or impossible")
         shapes = [shape for _, bits, shape in described if bits < 16]
         sizes = [math.prod(shape) for shape in shapes]
         lengths = [n for shape in shapes for n in shape]
         half_sizes = [math.prod(shape) for _, bits, shape in described if bits == 16]
-        # a split raises unless its sizes add up to all that there is
+        # split raises unless its sizes add up
         side = torch.from_numpy(np.frombuffer(side, np.uint8).copy()).split(
             [2 * int(index["distinct"]), 2 * sum(lengths), 2 * sum(half_sizes)])
-        distinct, ranks, halves = (
+        distinct, refs, halves = (
             part.view(2, -1).T.numpy().copy().view("<u2").ravel() for part in side)
-        factors = distinct.view(np.float16)[ranks].astype(np.float32)
+        factors = distinct.view(np.float16)[refs].astype(np.float32)
         factors = iter(torch.from_numpy(factors).split(lengths))
         halves = iter(torch.from_numpy(halves.view(np.float16)).split(half_sizes))
         symbols = np.frombuffer(CODECS[header["codec"]][1](codes, sum(sizes), shapes), np.uint8)
@@ -2695,8 +2683,8 @@ def decode_artifact(content, path="the artifact"):
 
 
 def read_artifact(path, sha256=""):
-    """decode_artifact of a file on disk; errors name the path. Raises UserError if the file is not
-    the one of this hash."""
+    """decode_artifact of a file on disk; errors name the path. Raises UserError if its SHA-256 is
+    another."""
     with explained(f"{path} cannot be read", "name an artifact of a run", ArtifactError):
         content = Path(path).expanduser().read_bytes()
     if sha256 and sha256 != (found := hashlib.sha256(content).hexdigest()):
@@ -2706,10 +2694,10 @@ def read_artifact(path, sha256=""):
 
 
 def fitted(encoded, budget_bytes, coded, level, start):
-    """(content, level) of the largest content found that fits the budget, or of the coarsest. The
-    first try is `level`, and level 0 ends the search if it fits. The others are in start · 2^±24,
-    at most 29 more, until at most 0.1 % of the budget is left. Doubling the level saves at most one
-    bit for each of `coded` codes, so the next guess is 8·Δbytes/coded octaves away."""
+    """(content, level) of the largest content found that fits the budget, else of the coarsest. The
+    first try is `level`; level 0 ends the search if it fits. At most 29 more lie in start · 2^±24,
+    until at most 0.1 % of the budget is left. Doubling the level saves at most one bit for each of
+    `coded` codes, so each guess moves by 8·Δbytes/coded octaves."""
     guess, best = math.log2(start), None
     low, high = guess - 24, guess + 24
     for _ in range(30):
@@ -2735,7 +2723,7 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
     coarsening = [float((finest / rows).nanmedian())  # the level that coarsens half of the rows
                   for _, _, finest, rows, *_ in quantizer.parts.values()]
     start = max(statistics.median(coarsening or [1.0]), 2.0 ** -24)
-    # Rounding first: compensation takes long; where its codes do not fit, the rounded ones stay.
+    # First plain rounding: compensation is slow; if its codes do not fit, the rounded ones stay.
     for compensate in (False, True) if calibration else (False,):
         found, near = fitted(
             lambda x: encode_artifact(quantizer.at(x, compensate), s, f"{s.quant_fit} {x:.6g}"),
@@ -2782,19 +2770,19 @@ def size_forecast(s):
     return total
 
 
-# ---- 11. Evaluation: one loop for plain, full-context and test-time training --------------------
+# ---- 11. Evaluation: one loop for plain scoring, full context and test-time training ------------
 
 class LedgerError(RuntimeError):
-    """A score that would break the rules: twice, missing, no number, or tokens handed out before
-    they were scored."""
+    """A breach of the rules: a score twice, missing or not finite, or tokens handed out before
+    their scores."""
 
 
 class ScoreLedger:
-    """The only way to a score: the nll of every target, once. It hands out tokens for adapting
-    only where they are scored."""
+    """The nll of every target, once: the only source of a score. It hands out tokens for adapting
+    only once scored."""
 
     def __init__(self, tokens):
-        self.tokens, self.scored = tokens, 0
+        self.tokens, self.scored, self.total = tokens, 0, 0.0
         self.nll = np.full(len(tokens) - 1, np.nan, np.float32)
 
     def record(self, first, nll):
@@ -2803,19 +2791,20 @@ class ScoreLedger:
         if len(place) != len(nll):
             raise LedgerError(f"{len(nll)} scores from target {first} on, of {len(self.nll)}")
         if not np.isnan(place).all():
-            raise LedgerError(f"targets from {first} on offered where they are scored: each once")
+            raise LedgerError(f"targets from {first} on are not all new: score each once")
         bad = ~np.isfinite(nll)
         if bad.any():
             raise LedgerError(f"target {first + int(bad.argmax())} scored {nll[bad][0]}")
         place[:] = nll
         self.scored += len(nll)
+        self.total += float(nll.sum(dtype=np.float64))
 
     def rows_for_adapting(self, first, last, length):
-        """Non-overlapping rows [n, length + 1] whose targets are [first, ...) up to `last`. Raises
-        LedgerError unless these and the one before, the first token of the rows, are scored."""
+        """Non-overlapping rows [n, length + 1] of targets [first, last), a rest left out. Raises
+        LedgerError unless these and the target before, the rows' first token, are scored."""
         seen = self.nll[max(first - 1, 0): last]
         if not 0 <= first <= last <= len(self.nll) or np.isnan(seen).any():
-            raise LedgerError(f"tokens of targets {first} to {last} asked for where not all of "
+            raise LedgerError(f"tokens of targets {first} to {last} are wanted, but not all of "
                               "them are scored")
         n = (last - first) // length
         index = first + np.arange(n)[:, None] * length + np.arange(length + 1)
@@ -2828,23 +2817,22 @@ class ScoreLedger:
         loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), byte_table.count(self.tokens)
         return dict(val_loss=loss_sum / len(self.nll), val_bpb=bits_per_byte(loss_sum, byte_count),
                     targets=len(self.nll), bytes=byte_count, bytes_from=byte_table.source,
-                    loss_sum=loss_sum,
-                    sha256=hashlib.sha256(self.nll.tobytes()).hexdigest())
+                    loss_sum=loss_sum, sha256=hashlib.sha256(self.nll.tobytes()).hexdigest())
 
 
-# window_plan and stream_plan return (start, first, last), int64 [W] each: window w reads the tokens
+# window_plan and stream_plan return (start, first, last), int64 arrays: window w reads the tokens
 # [start, start + length] and scores targets [first, last). Exactly one window scores each target.
 
 def window_plan(targets, length, stride):
-    """The plan from left to right: the first window scores all its targets, each later one the
-    `stride` after those scored before, the last one what is left."""
+    """The plan from left to right: the first window scores all its targets, each later one the next
+    `stride`, the last one the rest."""
     last = np.append(np.arange(length, targets, stride, dtype=np.int64), targets)
     return last - length, np.concatenate(([0], last[:-1])), last
 
 
 def stream_plan(targets, length, stride, streams):
-    """The plan in streams, equal stretches of the targets side by side: window n·streams + i
-    scores the n-th `stride` of stream i. Windows beyond a stream's end score nothing."""
+    """The plan in streams, equal contiguous parts of the targets: window n·streams + i scores
+    the n-th `stride` of stream i. Windows beyond a stream's end score nothing."""
     borders = np.arange(streams + 1) * targets // streams
     steps = -(-int(np.diff(borders).max()) // stride)
     begin = borders[:-1] + np.arange(steps)[:, None] * stride
@@ -2891,12 +2879,12 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, begin, end, tick=lambda windows: None, more_of=lambda windows: {}):
-        """nll of the targets of windows [begin, end), in the order of the windows, on every rank.
-        more_of(windows): more arguments for the model."""
-        fresh = self.last - self.first  # how many targets each window scores
+        """nll of the targets of windows [begin, end), in order, on every rank. tick(n): called
+        after n windows. more_of(windows): more arguments for the model."""
+        fresh = self.last[begin:end] - self.first[begin:end]  # targets that each window scores
         low, high = (begin + n for n in self.rt.share(end - begin))
-        place = int(fresh[begin:low].sum())
-        out = torch.zeros(int(fresh[begin:end].sum()), device=self.rt.device)
+        place = int(fresh[: low - begin].sum())
+        out = torch.zeros(int(fresh.sum()), device=self.rt.device)
         for b in range(low, high, self.batch):
             w = np.arange(b, b + self.batch).clip(max=high - 1)  # a short batch repeats a window
             at = self.start[w, None] + np.arange(self.length + 1)
@@ -2912,13 +2900,6 @@ class Scorer:
         return self.rt.sum_(out).cpu().numpy()
 
 
-def stretches(first, last):
-    """[(first, last)] of consecutive ranges of targets, neighbours joined, empty ones left out."""
-    cut = np.flatnonzero(first[1:] != last[:-1]) + 1
-    ends = zip(first[np.append(0, cut)].tolist(), last[np.append(cut - 1, len(last) - 1)].tolist())
-    return [(a, b) for a, b in ends if a < b]
-
-
 def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opened=None):
     """Score every target of `tokens` once, in windows of this shape (see Scorer); an adapter (a
     WeightTTT or LoraTTT) trains after each chunk but the last.
@@ -2930,19 +2911,18 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opene
     how = adapter.chunks(len(tokens) - 1) if adapter else {}
     scorer = Scorer(model, tokens, shape, s, rt, **how)
     ledger, chunks, scoring = ScoreLedger(tokens), scorer.chunks, []
-    rt.any_rank(False)  # a barrier: no rank's clock counts what another does before
+    rt.any_rank(False)  # a barrier: no clock includes another rank's earlier work
     started = time.perf_counter()
     if adapter:
         adapter.begin(scorer)
     deadline, windows = math.inf, len(scorer.first)
-    if s.eval_wallclock_seconds:  # 2 % for what no forecast knows
+    if s.eval_wallclock_seconds:  # 2 % for errors of the forecast
         deadline = (opened or started) + 0.98 * s.eval_wallclock_seconds
     for c, (begin, end) in enumerate(chunks):
         before, low = time.perf_counter(), 0
         scores = scorer.score(begin, end, lambda n: rt.progress(label, (begin + n) / windows),
-                              adapter.arguments if adapter else lambda windows: {})
-        parts = stretches(scorer.first[begin:end], scorer.last[begin:end])
-        for first, last in parts:
+                              getattr(adapter, "arguments", lambda windows: {}))
+        for first, last in zip(scorer.first[begin:end].tolist(), scorer.last[begin:end].tolist()):
             ledger.record(first, scores[low: low + last - first])
             low += last - first
         if low != len(scores):
@@ -2950,7 +2930,8 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opene
         scoring.append((time.perf_counter() - before) / (end - begin))
         if adapter and c + 1 < len(chunks):
             rest = statistics.median(scoring[-9:]) * (windows - end)
-            adapter.adapt(ledger, parts, c, len(chunks), deadline - time.perf_counter() - rest)
+            span = int(scorer.first[begin]), int(scorer.last[end - 1])
+            adapter.adapt(ledger, span, c, len(chunks), deadline - time.perf_counter() - rest)
     rt.synchronize()
     seconds = time.perf_counter() - started
     return dict(ledger.result(byte_table), seconds=seconds, tokens_read=scorer.tokens_read), ledger
@@ -2958,15 +2939,14 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opene
 
 def ttt_factor(name, s):
     """× TTT_LR for a parameter in test-time training; 0: it is not adapted."""
-    row, number = kind_of(name), re.match(r"(blocks|cores)\.(\d+)\.", name)
-    part, index = (number[1], int(number[2])) if number else ("", None)
-    inside = index is not None and index >= s.ttt_freeze_blocks
+    row, numbered = kind_of(name), re.match(r"(?:blocks|cores)\.(\d+)", name)
     if s.ttt_params == "tail":  # a core is in the tail if one of its blocks is
-        last = [p for p in pass_list(s) if p.block >= s.ttt_freeze_blocks]
-        inside = index in [p.core if part == "cores" else p.block for p in last]
-        wanted = inside or name == "tok_emb" or (row.kind == "control" and "scale" in name)
+        tail = {part for p in pass_list(s) if p.block >= s.ttt_freeze_blocks
+                for part in (f"blocks.{p.block}", f"cores.{p.core}")}
+        wanted = (numbered and numbered[0] in tail or name == "tok_emb"
+                  or row.kind == "control" and "scale" in name)
     else:
-        wanted = inside or index is None
+        wanted = not numbered or int(numbered[1]) >= s.ttt_freeze_blocks
     if not wanted or (s.ttt_optimizer == "muon"
                       and row.optimizer not in ("muon", "proj_optimizer")):
         return 0.0
@@ -2974,8 +2954,8 @@ def ttt_factor(name, s):
 
 
 class WeightTTT:
-    """Test-time training: scored tokens in, weights changed. It owns optimizer, schedule, budget
-    and log; the optimizer's state lasts for the evaluation."""
+    """Test-time training of the weights on scored tokens. It owns optimizer, schedule, budget and
+    log; the optimizer's state lasts for the evaluation."""
 
     def __init__(self, model, forward, s, rt):
         self.s, self.rt, self.forward, self.step_seconds = s, rt, forward, []
@@ -2985,47 +2965,39 @@ class WeightTTT:
             p.requires_grad_(factor > 0)
             if factor:
                 groups.setdefault(factor, []).append(p)
-        make = {"sgd": sgd, "muon": Muon,
-                "adamw": functools.partial(adamw, beta2=0.999)}[s.ttt_optimizer]
-        self.optimizers = Optimizers([make(params, factor * s.ttt_lr, 0.0, s, rt)
+        make, tuned = OPTIMIZERS[s.ttt_optimizer], replace(s, beta2=0.999)
+        self.optimizers = Optimizers([make(params, factor * s.ttt_lr, 0.0, tuned, rt)
                                       for factor, params in groups.items()], 1.0, rt)
         self.params = self.optimizers.params
         rows = min(s.ttt_batch_seqs, s.ttt_chunk_tokens // s.train_seq_len)
-        self.pass_rows = max(1, min(-(-rows // rt.world_size),
-                                    s.micro_batch_tokens // s.train_seq_len))
+        self.micro_rows = max(1, min(-(-rows // rt.world_size),
+                                     s.micro_batch_tokens // s.train_seq_len))
 
     def chunks(self, targets):
         """The Scorer's argument for what it scores between two calls of adapt()."""
         return dict(chunk_tokens=self.s.ttt_chunk_tokens)
 
-    def arguments(self, windows):
-        """What the model gets beside tokens."""
-        return {}
-
     def begin(self, scorer):
-        """Log the plan."""
         self.started = time.perf_counter()
         self.rt.log(f"ttt_weights:start chunks={len(scorer.chunks)} chunk_tokens="
                     f"{self.s.ttt_chunk_tokens} parameters={sum(p.numel() for p in self.params)}")
 
     def warm_up(self, scorer):
-        """Compile for the one shape of a micro-batch, on random tokens; no weight changes."""
+        """Compile for the one shape of a micro-batch, on random tokens; no weight changes, but the
+        state of the optimizers does: adapt with another WeightTTT."""
         scorer.warm_up(self.s.vocab_size)
-        self._backward(torch.randint(self.s.vocab_size, (self.pass_rows * self.rt.world_size,
+        self._backward(torch.randint(self.s.vocab_size, (self.micro_rows * self.rt.world_size,
                                                          self.s.train_seq_len + 1)))
-        for p in self.params:
-            p.grad = None
+        self.optimizers.step(0.0, TTT_MOMENTUM)  # rate 0, for the products of Muon
 
-    def adapt(self, ledger, parts, chunk, chunks, left=math.inf):
-        """Train on `parts`, the range of targets [(first, last)] just scored, which is chunk
-        number `chunk` of `chunks`.
+    def adapt(self, ledger, span, chunk, chunks, left=math.inf):
+        """Train on `span`, the targets [first, last) just scored, chunk number `chunk` of `chunks`.
 
         At most TTT_EPOCHS epochs (-1: 10, but 1 before a step was timed). Fewer if this chunk's
-        share of the seconds `left` is too short; one if `left` holds one; else none, and the next
-        chunk is tried again. A step reads rows of all ranks. Returns the epochs.
+        part of the seconds `left` is too short; then still one if it fits into `left`, else none.
+        A step reads rows of all ranks. Returns the epochs.
         """
-        s, (first, last) = self.s, (parts[0][0], parts[-1][1])
-        rows = ledger.rows_for_adapting(first, last, s.train_seq_len)
+        s, rows = self.s, ledger.rows_for_adapting(*span, self.s.train_seq_len)
         batches = rows.split(s.ttt_batch_seqs) if len(rows) else ()
         epochs = s.ttt_epochs if s.ttt_epochs >= 0 else 10 if self.step_seconds else 1
         if self.step_seconds:
@@ -3035,14 +3007,14 @@ class WeightTTT:
         epochs = self.rt.from_rank0(epochs if left > 0 else 0)
         across = 0.5 * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
         steps = len(batches) * epochs
+        started = time.perf_counter()
         for k in range(steps):
-            started = time.perf_counter()
             inside = 0.5 * (1 + math.cos(math.pi * k / steps)) if s.ttt_intra_cosine else 1.0
             self._backward(batches[k % len(batches)])
             self.optimizers.step(across * inside, TTT_MOMENTUM)
-            if k + 1 in (1, steps):
-                self.rt.synchronize()
-            self.step_seconds.append(time.perf_counter() - started)
+        if steps:
+            self.rt.synchronize()
+            self.step_seconds.append((time.perf_counter() - started) / steps)
         wanted = s.ttt_epochs if s.ttt_epochs >= 0 else 1
         if epochs < wanted:
             self.rt.log(f"ttt_weights:late chunk={chunk + 1}/{chunks} epochs={epochs} of {wanted}: "
@@ -3050,17 +3022,17 @@ class WeightTTT:
                         "scoring that is left")
         if chunk % 10 == 0 or chunk + 2 == chunks:
             self.rt.log(f"  ttt_chunk [{chunk + 1}/{chunks}] val_loss="
-                        f"{np.nanmean(ledger.nll, dtype=np.float64):.6f} "
+                        f"{ledger.total / ledger.scored:.6f} "
                         f"time={time.perf_counter() - self.started:.1f}s")
         return epochs
 
     def _backward(self, batch):
-        """This rank's part of the gradients of the batch's mean nll. Compiled
-        micro-batches have one shape: a shorter one is padded with rows that do not count."""
+        """This rank's part of the gradients of the batch's mean nll. Compiled micro-batches have
+        one shape: a shorter one is padded, and its padding is ignored."""
         begin, end = self.rt.share(len(batch))
         mine = batch[begin:end].to(self.rt.device)
-        for rows in mine.split(self.pass_rows) if len(mine) else ():
-            missing = self.pass_rows - len(rows) if self.rt.compile else 0
+        for rows in mine.split(self.micro_rows) if len(mine) else ():
+            missing = self.micro_rows - len(rows) if self.rt.compile else 0
             x = torch.cat((rows, rows[:1].expand(missing, -1)))
             nll = self.forward(x[:, :-1], x[:, 1:])[: len(rows)]
             (nll.sum() / batch[:, 1:].numel()).backward()
@@ -3069,14 +3041,14 @@ class WeightTTT:
 class LoraTTT:
     """Test-time training by low-rank adapters that follow the documents (#1530).
 
-    The targets are split into streams, scored side by side, EVAL_STRIDE of each at a time. A stream
-    has a pair (A, B) for each of adapter_shapes, B zero at first, which takes one step of AdamW
-    without momentum on the mean nll of the targets just scored, given a quarter of the window as
-    context: a whole one gained up to 0.003 more in twice the time; smaller steps gain more.
+    The targets are split into streams, scored side by side, EVAL_STRIDE targets at a time. A stream
+    has a pair (A, B) for each of adapter_shapes, B zero at first. After each stride a pair takes
+    one step of AdamW without momentum on their mean nll, with a quarter of the window as context:
+    a whole window gained up to 0.003 more in twice the time; a smaller stride gains more.
     Where a document ends, the pair is reset.
 
-    Each stream has a learning rate, multiplied or divided by 1 + HYPER at each step by the sign of
-    the hypergradient (Baydin et al. 2018): up if the new gradient says that the last step went
+    Each stream has a learning rate. Each step multiplies or divides it by 1 + HYPER by the sign
+    of the hypergradient (Baydin et al. 2018): up if the new gradient says that the last step went
     downhill. It is summed over this stream and those before it, whose tokens are all earlier.
     """
     BETA2, DECAY, HYPER = 0.999, 0.5, 0.1
@@ -3105,7 +3077,8 @@ class LoraTTT:
             parts += [(uniform / math.sqrt(a[1])).flatten(), torch.zeros(math.prod(b))]
         self.initial = torch.cat(parts).to(self.rt.device)
         held = max(1, self.high - self.low)
-        self.batch = min(held, max(1, scorer.batch * scorer.length // self.length))
+        most = max(1, scorer.batch * scorer.length // self.length)
+        self.batch = -(-held // -(-held // most))  # equal batches
         self.params = self.initial.repeat(held, 1).requires_grad_()
         self.squares, self.moved = (torch.zeros_like(self.params) for _ in range(2))
         self.steps = torch.zeros(held, 1, device=self.rt.device)
@@ -3118,20 +3091,21 @@ class LoraTTT:
         return list(zip(parts[::2], parts[1::2]))
 
     def arguments(self, windows):
-        """The adapters of these windows of a chunk: window n is that of stream n."""
+        """The adapters of these windows of a chunk: window n belongs to stream n."""
         return dict(adapters=self.pairs(self.params[windows - self.low]))
 
     def warm_up(self, scorer):
         """Compile for the one shape of a batch, on random tokens; no adapter changes."""
         self.begin(scorer)
         windows = torch.full((scorer.batch,), self.low, device=self.rt.device)
-        scorer.warm_up(self.s.vocab_size, **self.arguments(windows))
+        with torch.no_grad():  # as in Scorer.score
+            scorer.warm_up(self.s.vocab_size, **self.arguments(windows))
         shape = self.high - self.low, self.length
         rows = torch.randint(self.s.vocab_size, (shape[0], shape[1] + 1), device=self.rt.device)
         self._backward(rows, torch.ones(shape, device=self.rt.device))
         self.params.grad = None
 
-    def adapt(self, ledger, parts, chunk, chunks, left=math.inf):
+    def adapt(self, ledger, span, chunk, chunks, left=math.inf):
         """Reset the adapters of streams where a document ended, then take a step of every stream on
         the targets it just scored. The step is skipped if the seconds `left` are too few for it."""
         rt, scorer, started = self.rt, self.scorer, time.perf_counter()
@@ -3145,7 +3119,7 @@ class LoraTTT:
                               for end in last.tolist()]).to(rt.device)
             new = torch.from_numpy(last - first).to(rt.device)[:, None]
             new = torch.arange(length, 0, -1, device=rt.device) <= new
-            ends = new & (rows[:, 1:] == BOS)  # the target that ends a document
+            ends = new & (rows[:, 1:] == BOS)  # what follows the last counts
             new &= ends.flip(1).cumsum(1).flip(1) == 0
             kept = ~ends.any(1, keepdim=True)
             with torch.no_grad():
@@ -3156,10 +3130,11 @@ class LoraTTT:
                 self._backward(rows, new / new.sum(1, keepdim=True).clamp(min=1))
         if scored and not late:
             self._step(new.any(1, keepdim=True) if len(last) else self.steps > 0)
+            rt.synchronize()
             self.step_seconds.append(time.perf_counter() - started)
         if chunk % max(1, chunks // 10) == 0 or chunk + 2 == chunks:
             rt.log(f"  ttt_lora [{chunk + 1}/{chunks}] streams={scorer.streams} val_loss="
-                   f"{np.nanmean(ledger.nll, dtype=np.float64):.6f} lr={self.lr[-1]:.2e} late="
+                   f"{ledger.total / ledger.scored:.6f} lr={self.lr.median():.2e} late="
                    f"{self.late} time={time.perf_counter() - self.started:.1f}s")
 
     def _backward(self, rows, weights):
@@ -3189,16 +3164,15 @@ class LoraTTT:
 
 
 def chosen_ttt(model, forward, s, rt):
-    """The test-time training that the settings ask for."""
     return LoraTTT(model, s, rt) if s.ttt_lora_rank else WeightTTT(model, forward, s, rt)
 
 
 # ---- 12. Training -------------------------------------------------------------------------------
 
 class Checkpoints:
-    """The state of training in OUT_DIR/checkpoints: the last two, each whole or absent.
+    """Checkpoints of training in OUT_DIR/checkpoints: the last two, each whole or absent.
 
-    A state belongs to a key: the settings that change weights, hashes of data and code.
+    Each holds a key: the settings that change weights, hashes of data and code.
     """
     NAMES = "step_" + "[0-9]" * 7 + ".pt"
     CARRIED = ("step", "elapsed", "step_ms", "fake_quant", "late")  # of a Trainer, in its state
@@ -3239,8 +3213,8 @@ class Checkpoints:
         return self.rt.from_rank0(problem)
 
     def resume(self, trainer):
-        """With RESUME=auto give the trainer the newest whole state, if there is one. Raises
-        UserError if it is not of this key."""
+        """With RESUME=auto load the newest whole state, if any, into the trainer. Raises UserError
+        if its key differs."""
         found = sorted(self.folder.glob(self.NAMES), reverse=True) if self.wanted else ()
         for path in found:
             with explained(f"RESUME=auto: {path} cannot be read", "move it away"):
@@ -3259,7 +3233,7 @@ class Checkpoints:
                     for p, saved in zip(trainer.model.parameters(), state["model"], strict=True):
                         p.data.copy_(saved)
                     vars(trainer).update({name: state[name] for name in self.CARRIED})
-            except Exception as problem:  # what is no state makes torch raise many kinds
+            except Exception as problem:  # torch raises many kinds on other files
                 raise UserError(f"RESUME=auto: {path} is no state of this run "
                                 f"({type(problem).__name__}): move it away, or set another OUT_DIR"
                                 ) from problem
@@ -3273,7 +3247,7 @@ class Checkpoints:
             self.rt.log("resume:no checkpoint, from the beginning")
 
     def export(self, trained):
-        """Note the facts of training, with the artifact's hash: it need not be done again."""
+        """Store the facts of training and the artifact's hash: a resumed run skips it."""
         with contextlib.suppress(UserError):
             write_whole(self.folder / "exported.json", compact_json(key=self.key, trained=trained))
 
@@ -3297,11 +3271,12 @@ class Trainer:
         mine, most = self.rows_per_step // rt.world_size, s.micro_batch_tokens // s.train_seq_len
         # Rows of a micro-batch: the most that MICRO_BATCH_TOKENS holds, in equal parts.
         self.micro_rows = max(n for n in range(1, min(mine, most) + 1) if mine % n == 0)
-        # Few: calibration squares the gradient of a whole micro-batch.
+        # Few: calibration squares the gradient sum of a micro-batch.
         self.calibration_rows = min(self.micro_rows, 8)
         self.optimizers = training_optimizers(model, s, rt)
         self.averages = WeightAverage(model, s)
-        self.step, self.elapsed, self.step_ms, self.reserve_ms = 0, 0.0, 0.0, 0.0
+        self.step, self.elapsed, self.step_ms = 0, 0.0, 0.0
+        self.plan = s  # what schedules follow: their clock ends where calibration begins
         self.seen = ""  # the last loss that was read from the device
         # Both stay on once set. Without LATE_PASSES there is one list: `late` is on from the start.
         self.fake_quant, self.late = False, not s.late_passes
@@ -3311,7 +3286,7 @@ class Trainer:
     def train(self, batches, validate):
         """Train until ITERATIONS or the clock; then give the model its averaged weights.
 
-        `validate()` scores the model as it is; its time is not training's, that of checkpoints is.
+        `validate()` scores the model as it is; its time is not counted, that of checkpoints is.
         Raises KeyboardInterrupt after a signal, with the state saved.
         """
         s, rt, saved_at, clock = self.s, self.rt, self.elapsed, StepClock(self.rt, self.elapsed)
@@ -3338,25 +3313,27 @@ class Trainer:
                 self.elapsed = clock.read(exact=True)
             self.step_ms = 0.9 * self.step_ms + 0.1 * (self.elapsed - before)
             self.check_and_log(loss, norm, scale)
-            rt.progress("train", progress_of(s, self.step, self.elapsed),
+            rt.progress("train", progress_of(self.plan, self.step, self.elapsed),
                         f"step:{self.step} {self.seen} {self.step_ms:.0f}ms ")
         if s.max_wallclock_seconds and (self.step < s.iterations or not s.iterations):
             rt.log(f"stopping_early: wallclock_cap train_time:{self.elapsed:.0f}ms "
                    f"step:{self.step}/{s.iterations}")
+        if not self.late:
+            rt.log("late_passes:never trained, and they are scored: lower LATE_PASSES_FROM="
+                   f"{s.late_passes_from} or take more steps")
         applied = self.averages.apply()
         rt.log(f"{'ema' if 'EMA' in applied else 'average'}:applying "
                f"{applied or 'no average, but the last'} weights")
 
     def over(self, steps=1):
         """Is training over, because ITERATIONS are done or so many `steps` no longer fit?"""
-        s = self.s
-        return self.step >= s.iterations > 0 or out_of_time(
-            s, self.step, self.elapsed, self.reserve_ms, self.step_ms, steps)
+        return self.step >= self.s.iterations > 0 or out_of_time(
+            self.plan, self.step, self.elapsed, self.step_ms, steps)
 
     def train_step(self, rows):
         """One step of training. Returns (mean nll of this rank's tokens, norm of all gradients,
-        share of the learning rate)."""
-        s = self.s
+        learning-rate factor)."""
+        s = self.plan
         scale = lr_scale(s, self.step, self.elapsed)
         left = warmdown_left(s, self.step, self.elapsed)
         if not self.fake_quant and left < s.late_qat_threshold:
@@ -3373,8 +3350,8 @@ class Trainer:
         return loss, norm, scale
 
     def optimize(self, rows, scale, momentum, fake_quant=False, late=True):
-        """One optimizer step on this rank's rows, in micro-batches. Returns their mean nll
-        and the norm of all gradients, on the device."""
+        """One optimizer step on this rank's rows, in micro-batches. Returns their mean nll and the
+        norm of all gradients, on the device."""
         loss = torch.zeros((), device=self.rt.device)
         for micro in rows.split(self.micro_rows):
             x, y = micro[:, :-1].long(), micro[:, 1:].long()
@@ -3384,8 +3361,8 @@ class Trainer:
         return loss * self.rt.world_size, self.optimizers.step(scale, momentum)
 
     def check_and_log(self, loss, norm, scale):
-        """Log the step where it is due. Raises UserError if its loss or norm is not finite. A
-        GPU would have to wait: only its first ten, every hundredth and logged steps are checked."""
+        """Log the step where it is due. Raises UserError if its loss or norm is not finite. Reading
+        them stalls a GPU: it checks only its first ten, every hundredth and logged steps."""
         rt, logged = self.rt, self.step <= 10 or self.step % self.s.train_log_every == 0
         if not logged and self.step % 100 and rt.device.type == "cuda":
             return
@@ -3417,8 +3394,9 @@ class Trainer:
         compilation is timed. Sets the time to keep for calibration."""
         s, rt = self.s, self.rt
         kept = [p.detach().clone() for p in self.model.parameters()]
-        rows = torch.randint(s.vocab_size, (self.rows_per_step // rt.world_size,
-                                            s.train_seq_len + 1), device=rt.device)
+        rows = torch.randint(  # of the type of batches_of: compiled code depends on strides
+            s.vocab_size, (self.rows_per_step // rt.world_size, s.train_seq_len + 1),
+            dtype=torch.int32, device=rt.device)
         variants = [(fake_quant, late) for late in sorted({not s.late_passes, True})
                     for fake_quant in sorted({s.late_qat_threshold > 1, s.late_qat_threshold > 0})]
         steps = max(s.warmup_steps, len(variants)) if s.warmup_steps else 0
@@ -3427,7 +3405,8 @@ class Trainer:
             if i + 1 in (1, steps) or (i + 1) % 10 == 0:
                 rt.log(f"warmup_step:{i + 1}/{steps}")
         if s.gptq and s.max_wallclock_seconds:
-            self.reserve_ms = self.measured_reserve(rows)
+            cap = s.max_wallclock_seconds
+            self.plan = replace(s, max_wallclock_seconds=cap - self.measured_reserve(rows))
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), kept)
         self.optimizers = training_optimizers(self.model, s, rt)
@@ -3439,18 +3418,18 @@ class Trainer:
                    f"graphs_from_cache {hits}")
 
     def measured_reserve(self, rows):
-        """Milliseconds that GPTQ_BATCHES will take, plus a quarter; at most a tenth of the clock.
-        The first of two runs loads kernels, the second counts."""
+        """Seconds that GPTQ_BATCHES will take, plus a quarter; at most a tenth of the clock.
+        The first run loads kernels, the second is timed."""
         parts = rows.split(self.calibration_rows)
         for _ in range(2):
             clock = StepClock(self.rt)
             calibrate(self.model, parts[:1], self.rt)
-        ms = clock.read(exact=True) * len(parts) * self.s.gptq_batches
-        return min(1.25 * ms, 100 * self.s.max_wallclock_seconds)
+        seconds = clock.read(exact=True) / 1000 * len(parts) * self.s.gptq_batches
+        return min(1.25 * seconds, 0.1 * self.s.max_wallclock_seconds)
 
     def calibration(self, batches):
-        """Calibration inside the clock, on the training rows that would have come next:
-        micro-batches until another, as long as the longest so far, would end after the clock."""
+        """Calibration inside the clock, on the next training rows. It stops before a micro-batch
+        that, at the longest time so far, would end after the clock."""
         s, began, clock = self.s, self.elapsed, StepClock(self.rt, self.elapsed)
         self.rt.log("gptq_calibration:start")
 
@@ -3460,7 +3439,7 @@ class Trainer:
                     yield part
                     before, self.elapsed = self.elapsed, clock.read(exact=True)
                     longest = max(longest, self.elapsed - before)
-                    ends = self.elapsed + 1.1 * longest
+                    ends = self.elapsed + 2 * longest  # one for the sums over ranks
                     if 0 < 1000 * s.max_wallclock_seconds < ends:
                         self.rt.log("gptq_calibration:stopped early, MAX_WALLCLOCK_SECONDS="
                                     f"{s.max_wallclock_seconds:g} is near")
@@ -3476,7 +3455,6 @@ class Trainer:
 # ---- 13. main: settings → data → train → average → quantize → write → read back → evaluate ------
 
 def versions(rt):
-    """Versions of what the result depends on."""
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                 sentencepiece=sentencepiece.__version__,
                 cuda=torch.version.cuda if rt.device.type == "cuda" else None)
@@ -3534,8 +3512,8 @@ def dry_run(s, world_size):
 
 
 def claim_places(s, rt, path, log_path):
-    """Before training, check that the outputs can be written, lock OUT_DIR for one training run and
-    open the log; an older log of the same name gets a number. Raises UserError."""
+    """Check before training that the outputs can be written, lock OUT_DIR for one training run and
+    open the log. An older log of that name gets a number. Raises UserError."""
     if rt.rank:
         return
     if not s.eval_only:
@@ -3576,9 +3554,9 @@ def claim_places(s, rt, path, log_path):
 def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     """Train, average, quantize, write. Returns (facts of training, {stage: result})."""
     stream = TrainStream(s)
-    for shard, start in zip(stream.paths, stream.shards):  # fewer tokens of each where many
-        count = max(4128, (1 << 18) // len(stream.paths))
-        byte_table.check_text(start[:count], shard, scored=False)
+    count = max(4128, (1 << 18) // len(stream.paths))  # of a shard: fewer if many
+    for file, shard in zip(stream.paths, stream.shards):
+        byte_table.check_text(shard[:count], file, scored=False)
     documents, shared = contamination(stream, tokens)
     rt.log(f"contamination:{shared} of {documents} sampled training documents begin like documents "
            "of the validation set" + "; no token there is BOS=1" * (not documents))
@@ -3620,7 +3598,7 @@ def facts_of(content):
 
 
 def write_artifact(state, s, rt, calibration, path):
-    """Rank 0 packs, reads back and writes; to the folder for temporary files if there is no room.
+    """Rank 0 packs, checks and writes the artifact; to the temporary folder if `path` fails.
     Returns facts_of the file or raises UserError, on every rank."""
     facts = problem = None
     if rt.rank == 0:
@@ -3657,12 +3635,12 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
                                **adapter.chunks(len(tokens) - 1)))
         model.requires_grad_(True)
     rt.synchronize()
-    rt.log(f"compile:evaluation {time.perf_counter() - started:.1f}s before the artifact is opened")
+    rt.log(f"compile:evaluation {time.perf_counter() - started:.1f}s before the evaluation's clock")
 
 
 def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha256=""):
-    """Read the artifact from disk and score it: plain, full context, TTT. Returns {stage:
-    result} and the last ledger. Raises UserError if the file has another SHA-256, LedgerError."""
+    """Read the artifact from disk and score it: plain, full context, TTT. Returns {stage: result}
+    and the last ledger. Raises UserError if the file has another SHA-256, LedgerError."""
     label, results, shape = s.quant_label, {}, s.scoring_shape
 
     def timed(stage, key, shape, note="", adapter=None):
@@ -3739,20 +3717,20 @@ def report(s, rt, path, trained, results, ledger, eval_seconds):
 
 
 def settings_of_artifact(path, environ, world_size=1):
-    """(Settings, names set explicitly) for EVAL_ONLY: those stored in the file, changed by explicit
-    variables where that does not contradict the model or its training. Raises UserError."""
+    """(Settings, names set explicitly) for EVAL_ONLY: those stored in the file; explicit variables
+    may change what fixes neither model nor training. Raises UserError."""
     stored, tensors, _ = read_artifact(path)
     for name, value in stored.items():
         with explained(f"{path}: holds {name}={value}", "make it again", ArtifactError, ValueError):
-            if name not in TYPES or name in TIED_TO_THE_RUN:  # none says where to write
+            if name not in TYPES or name in TIED_TO_THE_RUN:  # such as OUT_DIR
                 raise ValueError("no artifact of this script has that")
             stored[name] = parse_value(name, value)
     s, explicit = resolve_settings(environ, stored, world_size)
-    unsaid = [name.upper() for name, (section, _) in DESCRIBED.items()
+    absent = [name.upper() for name, (section, _) in DESCRIBED.items()
               if section == "Model" and name not in stored and name.upper() not in explicit]
-    if unsaid:
+    if absent:
         raise ArtifactError(f"{path}: made by an earlier version, which stored no "
-                            f"{', '.join(unsaid)}: set each, to 0 where that version lacked it")
+                            f"{', '.join(absent)}: set each, to 0 where that version lacked it")
     fixed = ("vocab_size", "train_seq_len", "attn_bits", "mlp_bits", "codec")
     other = [f"{name.upper()}={stored[name]}, not {getattr(s, name)}" for name in stored
              if getattr(s, name) != stored[name]
@@ -3823,7 +3801,7 @@ def main(argv, environ):
             torch._dynamo.config.cache_size_limit = 64
         rt = Runtime(s, ranks)
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            if signal.getsignal(number) != signal.SIG_IGN:  # under nohup
                 signal.signal(number, rt.on_signal)
         run_job(s, rt, explicit)
         rt.close()
@@ -3833,7 +3811,7 @@ def main(argv, environ):
         rt.log(text) if rt else printed(text, sys.stdout)
         return 130
     except (UserError, LedgerError, torch.OutOfMemoryError) as problem:
-        if rank:  # an error of all ranks is printed once: rank 0's exit ends the waiting others
+        if rank:  # rank 0 prints an error of all ranks; its exit ends those that wait here
             time.sleep(5)
         if isinstance(problem, torch.OutOfMemoryError):
             problem = ("GPU memory ran out; lower MICRO_BATCH_TOKENS="

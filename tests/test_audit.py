@@ -168,7 +168,8 @@ def test_a_damaged_artifact_is_refused(run, artifact, tmp_path):
 # -- planted
 
 SCORE = "        before, low = time.perf_counter(), 0\n"
-RECORD = "        parts = stretches(scorer.first[begin:end], scorer.last[begin:end])\n"
+RECORD = ("        for first, last in zip(scorer.first[begin:end].tolist(), "
+          "scorer.last[begin:end].tolist()):\n")
 RECORDED = "        scoring.append((time.perf_counter() - before) / (end - begin))\n"
 LOOP_END = ("    rt.synchronize()\n    seconds = time.perf_counter() - started\n"
             "    return dict(ledger.result(byte_table)")
@@ -184,6 +185,7 @@ TTT = '        ledger = timed("ttt", "legal_ttt", s.ttt_shape, adapter=adapter)\
 # all of the tokens as if they were scored
 BOOK = "book = object.__new__(ScoreLedger)\n"
 BOOK += "            book.tokens, book.nll = tokens, np.zeros(len(tokens) - 1, np.float32)\n"
+BOOK += "            book.total, book.scored = 0.0, 1\n"
 LOAD = "    load_quantized(model, read_artifact(path, sha256)[1], path)\n"
 SCORED = "        if not np.isnan(place).all():\n"
 HANDS_OUT = "        if not 0 <= first <= last <= len(self.nll) or "
@@ -231,11 +233,11 @@ CHEATS = {
         if adapter:
             """ + BOOK + """\
             adapter.byte_table, adapter.started = byte_table, 0.0
-            adapter.adapt(book, [(0, len(tokens) - 1)], 0, 10)
+            adapter.adapt(book, (0, len(tokens) - 1), 0, 10)
 """ + TTT)),
     "best of several epochs": (["3"], "a choice between scores", (RECORD, """\
         for _ in range(2 if adapter and c else 0):
-            adapter.adapt(ledger, [(0, int(scorer.first[begin]))], 0, 10)
+            adapter.adapt(ledger, (0, int(scorer.first[begin])), 0, 10)
             scores = np.minimum(scores, scorer.score(begin, end))
 """ + RECORD)),
     "the easy chunks first": (["4"], "scores in another order", (
@@ -265,7 +267,7 @@ CHEATS = {
 """ + TTT)),
     "adapters changed by hand": (["3"], "adapters for target", (
         RECORDED, RECORDED + "        if adapter:\n            adapter.adapt = lambda *_: 0\n"
-        "            adapter.params[1].data.add_(0.01)\n")),
+        "            adapter.params.data.add_(0.01)\n")),
     "the best of all streams' adapters": (["3"], "a choice between scores", (RECORD, """\
         if adapter:
             scores = np.minimum(scores, scorer.score(

@@ -1,6 +1,7 @@
 """The whole script: what a run writes, what reading it back gives, that ranks and seeds do what
 they should, and refusals."""
 
+import functools
 import hashlib
 import os
 import re
@@ -11,6 +12,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import train_gpt
 from bench.fuzz import put_together, taken_apart
@@ -348,6 +350,32 @@ def test_one_artifact_scores_the_same_on_any_ranks(one_rank, run_script, tmp_pat
 
 
 # -- compiled
+
+@pytest.mark.parametrize("variables", [
+    dict(LATE_PASSES="0-2,1-2", LATE_QAT_THRESHOLD=0.5, WARMUP_STEPS=1, TTT_LORA_RANK=2),
+    dict(TTT_LORA_RANK=0, TTT_OPTIMIZER="muon", TTT_FREEZE_BLOCKS=1)])
+def test_nothing_is_compiled_inside_of_a_clock(corpus, tmp_path, monkeypatch, variables):
+    """No graph of a training step is new after the warm-up, nor one of the evaluations."""
+    frames, new = CompileCounter(), {}
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=frames))
+
+    def watched(owner, name):
+        function = getattr(owner, name)
+
+        def watch(*arguments):
+            before = frames.frame_count
+            found = function(*arguments)
+            new[name] = new.get(name, 0) + frames.frame_count - before
+            return found
+        monkeypatch.setattr(owner, name, watch)
+    watched(train_gpt.Trainer, "warm_up")
+    watched(train_gpt.Trainer, "train_step")
+    watched(train_gpt, "run_evaluations")
+    succeeded(run_main(corpus, tmp_path, COMPILE=1, ITERATIONS=6, WARMDOWN_ITERS=4, GPTQ=0,
+                       **variables))
+    assert new.pop("warm_up") > 0 and new == dict(train_step=0, run_evaluations=0)
+
 
 @pytest.mark.slow
 def test_the_compiled_run_equals_the_eager_one(run_script, tmp_path):

@@ -69,11 +69,8 @@ class Onlooker:
     def begin(self, scorer):
         assert not self.given, "before the first score"
 
-    def arguments(self, passes):
-        return {}
-
-    def adapt(self, ledger, parts, chunk, chunks, left):
-        (first, last), = parts
+    def adapt(self, ledger, span, chunk, chunks, left):
+        first, last = span
         assert last == ledger.scored
         self.given.append((first, last, chunk, chunks))
         self.act(ledger, first, last)
@@ -598,9 +595,9 @@ def told_late(w, late):
     adapter = adapting(w)
     adapter.epochs, adapt = [], adapter.adapt
 
-    def adapt_late(ledger, parts, chunk, chunks, left):
+    def adapt_late(ledger, span, chunk, chunks, left):
         before = len(adapter.step_seconds)
-        adapt(ledger, parts, chunk, chunks, -100.0 if chunk in late else left)
+        adapt(ledger, span, chunk, chunks, -100.0 if chunk in late else left)
         adapter.epochs.append(len(adapter.step_seconds) - before)
     adapter.adapt = adapt_late
     return adapter

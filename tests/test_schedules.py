@@ -88,9 +88,10 @@ def test_muon_momentum_is_a_line_then_constant():
 def test_no_step_is_begun_that_would_pass_the_cap_and_none_is_wasted(cap, first, reserve):
     """Some steps of any length, then each takes the mean of those before: the run takes the most
     that fit beside the reserve, up to rounding of the clock."""
-    s, room, step = replace(PUBLISHED, max_wallclock_seconds=cap), 1000 * cap * (1 - reserve), len(first)
+    s, step = replace(PUBLISHED, max_wallclock_seconds=cap * (1 - reserve)), len(first)
+    room = 1000 * s.max_wallclock_seconds
     begun = elapsed = 1000 * cap * sum(first)
-    while not train_gpt.out_of_time(s, step, elapsed, 1000 * cap * reserve):
+    while not train_gpt.out_of_time(s, step, elapsed):
         elapsed, step = elapsed + elapsed / step, step + 1
     assert elapsed <= max(room * (1 + 1e-9), begun) and elapsed + elapsed / step > room * (1 - 1e-9)
 
@@ -105,7 +106,7 @@ def test_a_slow_step_is_foreseen():
     """After the switch to more passes a step takes longer than the mean so far."""
     s = replace(PUBLISHED, max_wallclock_seconds=10.0)
     assert not train_gpt.out_of_time(s, 9, 9000.0) and train_gpt.out_of_time(s, 9, 9000.0, step_ms=1500.0)
-    assert train_gpt.out_of_time(s, 9, 9000.0, reserve_ms=1.0) and train_gpt.out_of_time(s, 8, 8000.0, steps=3)
+    assert train_gpt.out_of_time(s, 8, 8000.0, steps=3)
 
 
 # -- averaging -------------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(VE_LAYERS="9;10"), "VE_LAYERS=9;10: must be different blocks of 0..10"),
     *((dict(LATE_PASSES=text), f"LATE_PASSES={text}: must be blocks of 0..10")
       for text in ("0-11", "11", "5-3", "-1", "a", ",", "0-9", "1-10,0", "0-99999999999999")),
-    (dict(LATE_PASSES_FROM=1), "LATE_PASSES_FROM=1.0, LATE_PASSES=auto: would be scored")]
+    (dict(LATE_PASSES_FROM=1), "LATE_PASSES_FROM=1.0, LATE_PASSES=auto: the late passes would be")]
 
 
 def test_contradictions_are_named():
