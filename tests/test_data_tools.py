@@ -1,4 +1,4 @@
-"""Tests of data/: shards, the download against a server on loopback, the builder, the demo corpus, the report."""
+"""data/: shards, the download from a server on loopback, the builder, the demo and its report."""
 
 import bz2
 import gzip
@@ -38,15 +38,18 @@ import demo_corpus
 import shards
 from shards import BOS_ID, DataError
 
-WORDS = ("river stone quiet lamp orchard winter copper signal harbor meadow paper engine violet thunder basket "
-         "garden mirror candle forest bridge window silver ocean timber castle rocket planet hollow ribbon marble").split()
-FAST = settings(max_examples=40, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+WORDS = ("river stone quiet lamp orchard winter copper signal harbor meadow paper engine violet "
+         "thunder basket garden mirror candle forest bridge window silver ocean timber castle "
+         "rocket planet hollow ribbon marble").split()
+FAST = settings(max_examples=40, deadline=None, database=None,
+                suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
     """`count` different documents of 30 to 80 words; numbers and accents included."""
     rng = np.random.default_rng(seed)
-    return [f"Document {seed}-{i}, café №{i}.\n" + " ".join(rng.choice(WORDS, rng.integers(30, 80))) for i in range(count)]
+    return [f"Document {seed}-{i}, café №{i}.\n" + " ".join(rng.choice(WORDS, rng.integers(30, 80)))
+            for i in range(count)]
 
 
 def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
@@ -58,13 +61,15 @@ def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
 def tokenizer_path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "small.model"
     made = build_dataset.Settings("x", vocab_size=320)
-    path.write_bytes(build_dataset.train_tokenizer(made, build_dataset.ListDocuments([t + " in 1984" * 9 for t in sentences(60)]), 0))
+    path.write_bytes(build_dataset.train_tokenizer(
+        made, build_dataset.ListDocuments([t + " in 1984" * 9 for t in sentences(60)]), 0))
     return path
 
 
 def documents_of(folder: Path, split: str) -> list[tuple[int, ...]]:
     """Token tuples of the documents of a split, without BOS; the stream must start with BOS."""
-    tokens = np.concatenate([shards.read_shard(p) for p in sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))])
+    tokens = np.concatenate([shards.read_shard(p)
+                             for p in sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))])
     assert tokens[0] == BOS_ID
     return [tuple(d[1:].tolist()) for d in np.split(tokens, np.flatnonzero(tokens == BOS_ID))[1:]]
 
@@ -123,9 +128,10 @@ def test_atomic_write_leaves_the_old_file_and_no_rest_on_error(tmp_path):
 # ---- download -------------------------------------------------------------------------------
 
 class StandIn:
-    """A server on loopback with the two requests huggingface_hub makes; `files` maps remote paths to bytes.
+    """A server on loopback for the two requests of huggingface_hub.
 
-    `cut` maps a path to the bytes after which its next transfers break; `requests` lists (method, path, range).
+    `files`: content by path; `cut`: bytes of a path after which its next transfers break;
+    `requests`: (method, path, range).
     """
 
     def __init__(self):
@@ -192,7 +198,8 @@ def shard_bytes(seed: int, count: int = 3000) -> bytes:
 
 
 FOLDER = "datasets/datasets/fineweb10B_sp1024/"
-TRAIN_0, TRAIN_1, VAL_0 = (FOLDER + f"fineweb_{name}.bin" for name in ("train_000000", "train_000001", "val_000000"))
+TRAIN_0, TRAIN_1, VAL_0 = (FOLDER + f"fineweb_{name}.bin"
+                           for name in ("train_000000", "train_000001", "val_000000"))
 
 
 @pytest.fixture
@@ -200,8 +207,8 @@ def hub(tokenizer_path, capsys):
     stand_in = StandIn()
     stand_in.capsys = capsys
     manifest = {"datasets": [{"name": "fineweb10B_sp1024", "path": "datasets/fineweb10B_sp1024",
-                              "tokenizer_name": "sp_bpe_1024", "stats": {"files_train": 2, "files_val": 1}}],
-                "tokenizers": [{"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model"}]}
+                              "stats": {"files_train": 2, "files_val": 1}, "tokenizer_name": "t"}],
+                "tokenizers": [{"name": "t", "model_path": "tokenizers/fineweb_1024_bpe.model"}]}
     stand_in.files = {"datasets/manifest.json": json.dumps(manifest).encode(),
                       "datasets/tokenizers/fineweb_1024_bpe.model": tokenizer_path.read_bytes(),
                       "datasets/docs_selected.jsonl": b'{"text": "a"}\n',
@@ -213,7 +220,7 @@ def hub(tokenizer_path, capsys):
 
 
 def fetch(hub: StandIn, data_root: Path, *arguments, offline: bool = False) -> SimpleNamespace:
-    """What the script does and says with `data_root` as its folder and the stand-in as its server."""
+    """What the script does and says with `data_root` as its folder and the stand-in as server."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cached, "DATA_ROOT", data_root)
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
@@ -267,7 +274,7 @@ def test_broken_connection_goes_on_where_it_stopped(hub, tmp_path):
         process = fetch(hub, tmp_path / "data", "--train-shards", 1)
     assert process.returncode == 0, process.stderr
     assert local(tmp_path / "data", TRAIN_0).read_bytes() == hub.files[TRAIN_0]
-    ranges = [range_ for method, path, range_ in hub.requests if path == TRAIN_0 and method == "GET"]
+    ranges = [range_ for method, path, range_ in hub.requests if (method, path) == ("GET", TRAIN_0)]
     assert ranges[0] is None and len(ranges) == 2
     assert int(re.fullmatch(r"bytes=(\d+)-(\d+)?", ranges[1])[1]) >= 10 << 20
 
@@ -275,8 +282,10 @@ def test_broken_connection_goes_on_where_it_stopped(hub, tmp_path):
 def test_interrupted_run_is_resumed_without_fetching_whole_shards_again(hub, tmp_path):
     second = hub.files.pop(TRAIN_1)
     process = fetch(hub, tmp_path / "data", "--train-shards", 2)
-    assert_one_line_error(process, "fineweb_train_000001.bin", "does not exist", "1 of the 2 train shards")
-    assert local(tmp_path / "data", TRAIN_0).exists() and not local(tmp_path / "data", TRAIN_1).exists()
+    assert_one_line_error(process, "fineweb_train_000001.bin", "does not exist",
+                          "1 of the 2 train shards")
+    assert local(tmp_path / "data", TRAIN_0).exists()
+    assert not local(tmp_path / "data", TRAIN_1).exists()
     hub.files[TRAIN_1] = second
     hub.requests.clear()
     assert fetch(hub, tmp_path / "data", "--train-shards", 2, "--skip-manifest").returncode == 0
@@ -286,7 +295,8 @@ def test_interrupted_run_is_resumed_without_fetching_whole_shards_again(hub, tmp
 def test_bad_shard_on_the_server_gets_no_name(hub, tmp_path):
     hub.files[TRAIN_0] = struct.pack("<i", 42) + shard_bytes(0)[4:]
     process = fetch(hub, tmp_path / "data", "--train-shards", 1)
-    assert_one_line_error(process, "fineweb_train_000000.bin", "magic number 42", "MATCHED_FINEWEB_REPO_ID")
+    assert_one_line_error(process, "fineweb_train_000000.bin", "magic number 42",
+                          "MATCHED_FINEWEB_REPO_ID")
     assert hub.transfers().count(TRAIN_0) == 2
     assert not local(tmp_path / "data", TRAIN_0).exists()
 
@@ -315,17 +325,19 @@ def git_hash(content: bytes) -> str:
 def test_damage_of_the_right_size_is_found_by_the_servers_hash(hub, tmp_path, damage, hash_):
     hub.hash, data = hash_, tmp_path / "data"
     hub.damaged = {TRAIN_0: damage(hub.files[TRAIN_0])}
-    assert_one_line_error(fetch(hub, data, "--train-shards", 1), "fineweb_train_000000.bin", "its hash is not", "came damaged twice")
+    assert_one_line_error(fetch(hub, data, "--train-shards", 1), "fineweb_train_000000.bin",
+                          "its hash is not", "came damaged twice")
     assert not local(data, TRAIN_0).exists()
     hub.damaged_once = True  # and the second transfer is good
     assert fetch(hub, data, "--train-shards", 1).returncode == 0
     model = "datasets/tokenizers/fineweb_1024_bpe.model"
     for path in (TRAIN_0, VAL_0):
         local(data, path).write_bytes(damage(hub.files[path]))
-    local(data, model).write_bytes(hub.files[model] + b"\x0a\x02\x0a\x00")  # loads, with a piece more
+    local(data, model).write_bytes(hub.files[model] + b"\x0a\x02\x0a\x00")  # loads; a piece more
     hub.requests.clear()
     process = fetch(hub, data, "--train-shards", 1)
-    assert process.returncode == 0 and "fetching again" in process.stderr and "its hash is not" in process.stderr
+    assert process.returncode == 0 and "fetching again" in process.stderr
+    assert "its hash is not" in process.stderr
     assert hub.transfers() == ["datasets/manifest.json", model, VAL_0, TRAIN_0]
     for path in (TRAIN_0, VAL_0, model):
         assert local(data, path).read_bytes() == hub.files[path]
@@ -334,12 +346,14 @@ def test_damage_of_the_right_size_is_found_by_the_servers_hash(hub, tmp_path, da
 def test_without_a_hash_the_content_is_looked_at(hub, tmp_path):
     hub.hash = lambda content: "some-version"
     hub.files[VAL_0] = with_hole(hub.files[VAL_0])
-    assert_one_line_error(fetch(hub, tmp_path / "data", "--train-shards", 1), "fineweb_val_000000.bin", "token 0 fills a hole from token 1024 on")
+    assert_one_line_error(fetch(hub, tmp_path / "data", "--train-shards", 1),
+                          "fineweb_val_000000.bin", "token 0 fills a hole from token 1024 on")
     hub.files[VAL_0] = shard_bytes(2)
     process = fetch(hub, tmp_path / "data", "--train-shards", 1)
     assert process.returncode == 0, process.stderr
     local(tmp_path / "data", TRAIN_0).write_bytes(with_hole(hub.files[TRAIN_0]))
-    assert_one_line_error(fetch(hub, tmp_path / "data", "--train-shards", 1, "--skip-manifest", offline=True), "cannot be reached")
+    assert_one_line_error(fetch(hub, tmp_path / "data", "--train-shards", 1, "--skip-manifest",
+                                offline=True), "cannot be reached")
     process = fetch(hub, tmp_path / "data", "--train-shards", 1)
     assert process.returncode == 0 and "fills a hole" in process.stderr
     assert local(tmp_path / "data", TRAIN_0).read_bytes() == hub.files[TRAIN_0]
@@ -355,7 +369,8 @@ def some_tokens(count: int = 60_000) -> np.ndarray:
     (lambda t: t[7000:9048].fill(0), "token 0 fills a hole from token 7168 on"),
     (lambda t: t[-2200:].fill(99), "token 99 fills a hole"),
     (lambda t: t[5:6].fill(1024), "token id 1024, the vocabulary has 1024 pieces"),
-    (lambda t: t[::1000].fill(7), "0 document starts"), (lambda t: t[::3].fill(1), "document starts"),
+    (lambda t: t[::1000].fill(7), "0 document starts"),
+    (lambda t: t[::3].fill(1), "document starts"),
     (lambda t: [t[i::20].fill(8) for i in range(1, 13)], "60% of it is token 8")])
 def test_a_shard_with_wrong_content_is_named(tmp_path, change, message):
     tokens = some_tokens()
@@ -394,8 +409,10 @@ def test_without_manifest_the_known_names_are_probed(hub, tmp_path):
     assert "1 train and 2 validation shards" in process.stdout
     assert local(tmp_path / "data", "datasets/tokenizers/fineweb_1024_bpe.model").exists()
     assert_one_line_error(fetch(hub, tmp_path / "data"), "manifest.json", "does not exist")
-    hub.files["datasets/manifest.json"] = b'{"datasets": [{"name": "fineweb10B_sp1024", "stats": {"files_train": "many"}}]}'
-    assert fetch(hub, tmp_path / "data", "--train-shards", 2).returncode == 0, "it does not say how many there are"
+    manifest = {"datasets": [{"name": "fineweb10B_sp1024", "stats": {"files_train": "many"}}]}
+    hub.files["datasets/manifest.json"] = json.dumps(manifest).encode()
+    process = fetch(hub, tmp_path / "data", "--train-shards", 2)
+    assert process.returncode == 0, "the manifest does not say how many there are"
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe{\0}\0", b"[]", b"9" * 5_000])
@@ -404,7 +421,8 @@ def test_a_manifest_that_is_none_is_named(tmp_path, content):
         cached.read_manifest(file_of(tmp_path / "manifest.json", content))
 
 
-@pytest.mark.parametrize("path", ["/etc/x.model", "tokenizers/../../x.model", "c:/x.model", "a\\..\\x/y.model"])
+@pytest.mark.parametrize("path", ["/etc/x.model", "tokenizers/../../x.model", "c:/x.model",
+                                  "a\\..\\x/y.model"])
 def test_manifest_cannot_lead_out_of_the_data_folder(path):
     manifest = {"tokenizers": [{"name": "t", "model_path": path}]}
     with pytest.raises(DataError, match="out of the data folder"):
@@ -418,11 +436,12 @@ def test_manifest_cannot_lead_out_of_the_data_folder(path):
 def test_built_dataset_round_trips_and_its_manifest_counts(tmp_path):
     texts = sentences(80)
     source = write_jsonl(tmp_path / "tales.jsonl", texts)
-    run_builder(source, "--out-root", tmp_path, "--vocab-size", 400, "--val-docs", 9, "--shard-tokens", 1000)
+    run_builder(source, "--out-root", tmp_path, "--vocab-size", 400, "--val-docs", 9,
+                "--shard-tokens", 1000)
     folder, tokenizer = tmp_path / "datasets/tales", tmp_path / "tokenizers/tales_400_bpe.model"
     train, val = texts_of(folder, "train", tokenizer), texts_of(folder, "val", tokenizer)
     assert Counter(train + val) == Counter(map(folded, texts)) and len(val) == 9
-    assert train != [t for t in map(folded, texts) if t in train], "training documents are not shuffled"
+    assert train != [t for t in map(folded, texts) if t in train], "training is not shuffled"
     manifest = json.loads((folder / "manifest.json").read_text())
     for split, decoded in (("train", train), ("val", val)):
         entry = manifest["splits"][split]
@@ -430,9 +449,11 @@ def test_built_dataset_round_trips_and_its_manifest_counts(tmp_path):
         originals = {folded(text): text for text in texts}
         assert entry["utf8_bytes"] == sum(len(originals[t].encode()) for t in decoded)
         assert [f["tokens"] for f in entry["files"][:-1]] == [1000] * (len(entry["files"]) - 1)
-        assert entry["tokens"] == sum(f["tokens"] for f in entry["files"]) == sum(len(d) + 1 for d in documents_of(folder, split))
+        assert (entry["tokens"] == sum(f["tokens"] for f in entry["files"])
+                == sum(len(d) + 1 for d in documents_of(folder, split)))
         for file in entry["files"]:
-            assert hashlib.sha256((folder / file["name"]).read_bytes()).hexdigest() == file["sha256"]
+            content = (folder / file["name"]).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == file["sha256"]
             assert shards.check_shard(folder / file["name"]) == file["tokens"]
     assert manifest["tokenizer"]["sha256"] == shards.sha256_file(tokenizer)
     assert sorted(os.listdir(tmp_path / "datasets")) == ["tales"]  # no temporary folder left
@@ -440,11 +461,12 @@ def test_built_dataset_round_trips_and_its_manifest_counts(tmp_path):
 
 def test_new_tokenizer_has_the_challenge_settings(tokenizer_path):
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
-    assert [tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id()] == [0, 1, 2, 3]
+    special = tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id()
+    assert special == (0, 1, 2, 3)
     assert tokenizer.encode("river", out_type=str)[0][0] != "▁"          # no dummy prefix
     assert tokenizer.is_byte(tokenizer.encode("\U0001d11e")[0])          # byte fallback
     assert tokenizer.decode(tokenizer.encode("２３")) == "23"              # NFKC
-    assert tokenizer.encode("1984", out_type=str) == list("1984")        # digits split, however often they recur
+    assert tokenizer.encode("1984", out_type=str) == list("1984")        # digits are split
 
 
 def test_tokenizer_sees_no_validation_text():
@@ -467,11 +489,13 @@ def test_tokenizer_lines_lose_nothing_and_are_short(text, width):
 
 
 @FAST
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), min_size=1, max_size=12),
-       val_texts=st.none() | st.lists(st.text("ab \n", max_size=4), min_size=1, max_size=6), seed=st.integers(0, 9))
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), min_size=1,
+                      max_size=12),
+       val_texts=st.none() | st.lists(st.text("ab \n", max_size=4), min_size=1, max_size=6),
+       seed=st.integers(0, 9))
 def test_train_and_validation_are_disjoint(tmp_path, tokenizer_path, texts, val_texts, seed):
-    made = build_dataset.Settings("d", tmp_path, tokenizer_path, val_fraction=None if val_texts else 0.4,
-                                  seed=seed, force=True)
+    made = build_dataset.Settings("d", tmp_path, tokenizer_path,
+                                  val_fraction=None if val_texts else 0.4, seed=seed, force=True)
     val = build_dataset.ListDocuments(val_texts) if val_texts else None
     try:
         build_dataset.build(made, build_dataset.ListDocuments(texts + texts[:2]), val)
@@ -490,10 +514,12 @@ def test_copies_of_validation_documents_leave_training(tmp_path, tokenizer_path)
     source = write_jsonl(tmp_path / "t.jsonl", texts + [texts[3].replace(" ", "  ")])
     val = write_jsonl(tmp_path / "v.jsonl", texts[:5] + texts[:1])
     run_builder(source, "--out-root", tmp_path, "--tokenizer", tokenizer_path, "--val-input", val)
-    assert texts_of(tmp_path / "datasets/t", "val", tokenizer_path) == [folded(t) for t in texts[:5]]
-    assert sorted(texts_of(tmp_path / "datasets/t", "train", tokenizer_path)) == sorted(map(folded, texts[5:]))
+    train, val = (texts_of(tmp_path / "datasets/t", split, tokenizer_path)
+                  for split in ("train", "val"))
+    assert val == list(map(folded, texts[:5])) and sorted(train) == sorted(map(folded, texts[5:]))
     splits = json.loads((tmp_path / "datasets/t/manifest.json").read_text())["splits"]
-    assert splits["train"]["dropped_copies_of_validation"] == 6 and splits["val"]["dropped_repeats"] == 1
+    assert splits["train"]["dropped_copies_of_validation"] == 6
+    assert splits["val"]["dropped_repeats"] == 1
 
 
 def test_same_bytes_whatever_the_workers_and_another_seed_differs(tmp_path, monkeypatch):
@@ -502,14 +528,16 @@ def test_same_bytes_whatever_the_workers_and_another_seed_differs(tmp_path, monk
     contents = []
     for run, (workers, seed) in enumerate([(1, 5), (2, 5), (1, 6)]):
         root = tmp_path / str(run)
-        build_dataset.main([str(source), "--out-root", str(root), "--vocab-size", "350", "--val-fraction", "0.2",
-                            "--workers", str(workers), "--seed", str(seed)])
-        contents.append({p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()})
+        build_dataset.main([str(source), "--out-root", str(root), "--vocab-size", "350", "--seed",
+                            str(seed), "--val-fraction", "0.2", "--workers", str(workers)])
+        files = [path for path in root.rglob("*") if path.is_file()]
+        contents.append({path.relative_to(root): path.read_bytes() for path in files})
     assert contents[0] == contents[1] and len(contents[0]) == 5
     assert all(contents[0][name] != contents[2][name] for name in contents[0])
 
 
-PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress, ".bz2": bz2.compress}
+PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress,
+        ".bz2": bz2.compress}
 TEXTS = sentences(300)
 JSONL = "".join(json.dumps({"body": t}) + "\n" for t in TEXTS).encode()
 
@@ -538,7 +566,8 @@ def test_compression_and_json_are_told_by_content(tmp_path, suffix):
 def test_damaged_compression_is_named(tmp_path, suffix):
     content = PACK[suffix](JSONL)
     for bad in (content[:-30], content[:len(content) // 2]):
-        with pytest.raises(DataError, match=r"t\.jsonl, (after line \d+|at its beginning): damaged"):
+        where = r"t\.jsonl, (after line \d+|at its beginning): damaged"
+        with pytest.raises(DataError, match=where):
             read(file_of(tmp_path / "t.jsonl", bad), "body")
     for rest in (b"garbage", b"\0\0\0\0garbage", JSONL):
         with pytest.raises(DataError, match="damaged"):
@@ -565,9 +594,11 @@ def tar(format_: int) -> bytes:
 
 @pytest.mark.parametrize("content, message", [
     (tar(tarfile.GNU_FORMAT), "a tar archive"), (tar(tarfile.PAX_FORMAT), "a tar archive"),
-    (b"PK\x03\x04" + b"x" * 99, "a zip archive"), (b"PAR1" + b"x" * 99, "a Parquet file"), (b"%PDF-1.7\n", "a PDF"),
-    ("a text".encode("utf-16"), "UTF-16"), ("a text".encode("utf-16-be"), "binary"), (b"a\0b", "binary"),
-    (shards.shard_header(2) + b"abcd", "binary"), (b'{"text": "a\0b"}', "binary"), (bytes(5000), "binary"),
+    (b"PK\x03\x04" + b"x" * 99, "a zip archive"), (b"PAR1" + b"x" * 99, "a Parquet file"),
+    (b"%PDF-1.7\n", "a PDF"), ("a text".encode("utf-16"), "UTF-16"),
+    ("a text".encode("utf-16-be"), "binary"), (b"a\0b", "binary"),
+    (shards.shard_header(2) + b"abcd", "binary"), (b'{"text": "a\0b"}', "binary"),
+    (bytes(5000), "binary"),
     ("a text".encode("utf-32"), "UTF-32"), (b"\0\0\xfe\xff\0\0\0a", "UTF-32"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
     (b"PK\x05\x06" + bytes(18), "binary"), (b"7z\xbc\xaf\x27\x1c\0\4", "binary"),
@@ -579,7 +610,8 @@ def test_what_is_no_text_is_refused(tmp_path, content, message):
             read(path)
 
 
-@pytest.mark.parametrize("content", [b'[{"text": "a"}]', b'[\n {"text": "a"}\n]', b'\xef\xbb\xbf [ "a", "b"]', b'[["a"]]'])
+@pytest.mark.parametrize("content", [b'[{"text": "a"}]', b'[\n {"text": "a"}\n]',
+                                     b'\xef\xbb\xbf [ "a", "b"]', b'[["a"]]'])
 def test_a_json_array_is_refused_with_the_way_out(tmp_path, content):
     for name in ("t.json", "t.JSONL", "t.txt"):
         way_out = r"is a JSON array.*jq -c '\.\[\]' t\.\w+ > t_lines\.jsonl"
@@ -598,12 +630,15 @@ def test_plain_text_that_looks_a_little_like_json_stays_text(tmp_path, content):
 
 
 @pytest.mark.parametrize("line, message", [
-    (b'{"text": "a', "line 3: not valid JSON"), (b'["a"]', "line 3: a list, an object with 'text' was expected"),
-    (b"7", "line 3: a int"), (b'{"txt": "a"}', "line 3: no 'text' in it, found keys ['txt']: name the right --text-field"),
-    (b"{}", "line 3: no 'text' in it, found keys []"), (b'{"text": 5}', "line 3: 'text' is 5, not a string"),
-    (b'{"text": null}', "line 3: 'text' is null, not a string"), (b'{"text": ["a"]}', """line 3: 'text' is ["a"], not"""),
-    (b"[" * 100_000, "line 3: not valid JSON"),
-    (b'{"text": "\xff"}', "line 3: not UTF-8"), (b'{"text": "\\ud800"}', "line 3: half of a surrogate")])
+    (b'{"text": "a', "line 3: not valid JSON"),
+    (b'["a"]', "line 3: a list, an object with 'text' was expected"), (b"7", "line 3: a int"),
+    (b'{"txt": "a"}', "line 3: no 'text' in it, found keys ['txt']: name the right --text-field"),
+    (b"{}", "line 3: no 'text' in it, found keys []"),
+    (b'{"text": 5}', "line 3: 'text' is 5, not a string"),
+    (b'{"text": null}', "line 3: 'text' is null, not a string"),
+    (b'{"text": ["a"]}', """line 3: 'text' is ["a"], not"""),
+    (b"[" * 100_000, "line 3: not valid JSON"), (b'{"text": "\xff"}', "line 3: not UTF-8"),
+    (b'{"text": "\\ud800"}', "line 3: half of a surrogate")])
 def test_bad_json_line_is_named(tmp_path, line, message):
     path = file_of(tmp_path / "t.jsonl", b'{"text": "fine"}\n\n' + line + b"\n")
     with pytest.raises(DataError, match=re.escape(f"{path}, {message}")):
@@ -655,22 +690,24 @@ def test_what_cannot_be_read_again_is_refused(tmp_path, monkeypatch, path):
 
 
 def test_paths_and_arguments_of_odd_surroundings(tmp_path, tokenizer_path):
-    """~ in every path, carriage returns, names that are not UTF-8, a console that writes ASCII only."""
+    """~ in each path, carriage returns, names that are not UTF-8, a console that writes ASCII."""
     write_jsonl(tmp_path / os.fsdecode(b"caf\xc3\xa9\xff.jsonl"), sentences(30))
     write_jsonl(tmp_path / "val.jsonl", sentences(3, 1))
     (tmp_path / os.fsdecode(b"\xfe.model")).write_bytes(tokenizer_path.read_bytes())
     environment = os.environ | {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
 
     def run(*arguments):
-        return subprocess.run([sys.executable, DATA / "build_dataset.py", *arguments], env=environment, capture_output=True)
+        return subprocess.run([sys.executable, DATA / "build_dataset.py", *arguments],
+                              env=environment, capture_output=True)
 
-    process = run(b"~/caf\xc3\xa9\xff.jsonl", "--tokenizer", b"~/\xfe.model", "--val-input", "~/val.jsonl\r",
-                  "--out-root", "~/out\r", "--workers", "2\r", "\r")
+    process = run(b"~/caf\xc3\xa9\xff.jsonl", "--tokenizer", b"~/\xfe.model", "--val-input",
+                  "~/val.jsonl\r", "--out-root", "~/out\r", "--workers", "2\r", "\r")
     assert process.returncode == 0, process.stderr
     assert rb"caf\xe9\udcff  (tokenizer" in process.stdout
     assert (tmp_path / "out/datasets" / os.fsdecode(b"caf\xc3\xa9\xff") / "manifest.json").is_file()
     process = run(b"~/\xff\r", "--workers", "0")
-    assert process.returncode == 2 and process.stderr.startswith(b"error: ") and b"--workers 0" in process.stderr
+    assert process.returncode == 2 and process.stderr.startswith(b"error: ")
+    assert b"--workers 0" in process.stderr
     assert b"Traceback" not in process.stderr and process.stderr.isascii()
 
 
@@ -719,7 +756,7 @@ def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path):
     bad = write_jsonl(tmp_path / "bad.jsonl", ["a"], field="other")
     with pytest.raises(DataError, match="no 'text' in it"):
         run_builder(bad, "--name", "t", "--force", *arguments[1:])
-    assert marker.exists() and os.listdir(tmp_path / "datasets") == ["t"]  # a failed build changes nothing
+    assert marker.exists() and os.listdir(tmp_path / "datasets") == ["t"], "a failed build"
     run_builder(*arguments, "--force")
     assert not marker.exists() and os.listdir(tmp_path / "datasets") == ["t"]
 
@@ -729,7 +766,8 @@ def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path):
     (sentences(5), ["--val-docs", 5], "there are 5 different documents"),
     (sentences(3), ["--vocab-size", 30_000], "--vocab-size 30000: SentencePiece refuses"),
     (sentences(3), ["--vocab-size", 300, "--val-fraction", 1e-9], "fell to validation"),
-    (sentences(3), ["--name", "../up"], "--name '../up'"), (sentences(3), ["--val-fraction", 1.5], "--val-fraction 1.5"),
+    (sentences(3), ["--name", "../up"], "--name '../up'"),
+    (sentences(3), ["--val-fraction", 1.5], "--val-fraction 1.5"),
     (sentences(3), ["--vocab-size", 65537], "--vocab-size 65537"),
     (sentences(3), ["--tokenizer", "none.model"], "none.model: no such file"),
     (sentences(3), ["--demo"], "--demo has its own text")])
@@ -749,8 +787,9 @@ def test_unusable_tokenizers_and_paths(tmp_path, monkeypatch, tokenizer_path):
     with pytest.raises(DataError, match="320 pieces, uint16 shards hold at most 300"):
         build_dataset.load_tokenizer(str(tokenizer_path))
     foreign = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences(20)), model_writer=foreign,
-                                             vocab_size=80, model_type="bpe", bos_id=2, eos_id=1, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences(20)), model_writer=foreign, vocab_size=80,
+        model_type="bpe", bos_id=2, eos_id=1, minloglevel=2)
     (tmp_path / "foreign.model").write_bytes(foreign.getvalue())
     with pytest.raises(DataError, match="BOS has id 2, shards need 1"):
         build_dataset.load_tokenizer(str(tmp_path / "foreign.model"))
@@ -767,7 +806,8 @@ def test_training_loses_the_paragraphs_that_validation_has():
     near = copy.replace("dropped", "dropped from training")
     val = ["Something else entirely stands here before the copy. " * 4 + "\n\n" + copy]
     assert demo_corpus.drop_copies([f"{own}\n\n{copy}\n\n{near}"], val) == [own]
-    assert demo_corpus.without_repeats([f"{copy}\n\nNote.", f"Note.\n\n{copy}"]) == [f"{copy}\n\nNote.", "Note."]
+    assert (demo_corpus.without_repeats([f"{copy}\n\nNote.", f"Note.\n\n{copy}"])
+            == [f"{copy}\n\nNote.", "Note."])
 
 
 def check_demo(root: Path, manifest: dict) -> None:
@@ -782,7 +822,10 @@ def check_demo(root: Path, manifest: dict) -> None:
     val_bytes = sum(len(t.encode()) for t in val)
     assert manifest["xz_bits_per_byte"] == pytest.approx(8 * extra_bytes / val_bytes)
     assert manifest["xz_bytes"]["val_text"] == manifest["splits"]["val"]["utf8_bytes"] == val_bytes
-    runs = lambda texts: {tuple(w[i:i + 40]) for t in texts for w in [t.split()] for i in range(len(w) - 39)}
+
+    def runs(texts):
+        return {tuple(words[i:i + 40]) for words in map(str.split, texts)
+                for i in range(len(words) - 39)}
     assert not runs(train) & runs(val), "40 words in a row stand on both sides"
     assert json.loads((folder / "manifest.json").read_text()) == manifest
 
@@ -802,7 +845,8 @@ def demo_manifest(tmp_path) -> Path:
 
 def test_report_compares_the_best_score(tmp_path, demo_manifest, capsys):
     result = tmp_path / "r.json"
-    result.write_text(json.dumps({"val_bpb": {"float": 1.4, "int6": 1.6, "sliding": 1.5, "ttt": None}, "total_bytes": 900, "scored_bytes": 990}))
+    scores = {"float": 1.4, "int6": 1.6, "sliding": 1.5, "ttt": None}
+    result.write_text(json.dumps({"val_bpb": scores, "total_bytes": 900, "scored_bytes": 990}))
     build_dataset.main(["--report", str(result), "--out-root", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines[1:5]] == [
@@ -834,7 +878,8 @@ def test_report_shows_what_the_packed_model_writes(tmp_path, demo_manifest, corp
 
 @pytest.mark.parametrize("content, message", [
     (None, "is not there"), ("{", "cannot be read as JSON"), ("[]", "holds a list"),
-    ({"scored_bytes": 990}, "val_bpb is None"), ({"val_bpb": {"int6": "low"}, "scored_bytes": 9}, "val_bpb.int6 is 'low'"),
+    ({"scored_bytes": 990}, "val_bpb is None"),
+    ({"val_bpb": {"int6": "low"}, "scored_bytes": 9}, "val_bpb.int6 is 'low'"),
     ({"val_bpb": {"int6": float("nan")}, "scored_bytes": 9}, "val_bpb.int6 is nan"),
     ({"val_bpb": {"int6": 1.0}, "scored_bytes": 1001}, "scored_bytes is 1001"),
     ("[" * 100_000, "cannot be read as JSON"),
@@ -847,7 +892,8 @@ def test_report_refuses_a_wrong_result(tmp_path, demo_manifest, content, message
     with pytest.raises(DataError, match=re.escape(message)):
         build_dataset.report(result, demo_manifest)
     result.write_text(json.dumps({"val_bpb": {"int6": 1.0}, "scored_bytes": 9}))
-    for manifest in ({"xz_bits_per_byte": 2.0}, {"xz_bits_per_byte": 0.0, "xz_bytes": {"val_text": 9}},
+    for manifest in ({"xz_bits_per_byte": 2.0},
+                     {"xz_bits_per_byte": 0.0, "xz_bytes": {"val_text": 9}},
                      {"xz_bits_per_byte": 2.0, "xz_bytes": [9]}):
         demo_manifest.write_text(json.dumps(manifest))
         with pytest.raises(DataError, match="build the demo again with --demo --force"):
