@@ -1,14 +1,15 @@
-"""Build a tokenizer, token shards and a manifest from your own text, or from the embedded demo corpus.
+"""Build a tokenizer, token shards and a manifest from your own text or the embedded demo corpus.
 
-    python data/build_dataset.py stories.jsonl.zst                       new tokenizer, 5 % validation
+    python data/build_dataset.py stories.jsonl.zst            new tokenizer, 5 % validation
     python data/build_dataset.py a.txt b.txt.gz --name books --val-docs 50
-    python data/build_dataset.py train.jsonl --val-input val.jsonl --tokenizer data/tokenizers/x.model
-    python data/build_dataset.py --demo                                  Python's documentation, no download
-    python data/build_dataset.py --report result.json                    a demo model's score beside xz's
+    python data/build_dataset.py t.jsonl --val-input v.jsonl --tokenizer data/tokenizers/x.model
+    python data/build_dataset.py --demo                       Python's documentation, no download
+    python data/build_dataset.py --report result.json         a demo model's score beside xz's
 
 The result is data/datasets/<name>/ with fineweb_train_*.bin, fineweb_val_*.bin and manifest.json,
-and data/tokenizers/<name>_<vocabulary>_bpe.model unless --tokenizer is given. Beside each validation
-shard stands fineweb_val_bytes_*.bin: for every token the UTF-8 bytes of the text that it stands for.
+and data/tokenizers/<name>_<vocabulary>_bpe.model unless --tokenizer is given. Beside each
+validation shard stands fineweb_val_bytes_*.bin: for every token the UTF-8 bytes of the text that it
+stands for.
 
 The same inputs and seed give the same bytes whatever --workers is. Documents are read one by one;
 what stays in memory is about 24 bytes per document and at most 100 MB of text for a new tokenizer.
@@ -43,8 +44,8 @@ import zstandard
 from tqdm import tqdm
 
 import demo_corpus
-from shards import (BOS_ID, EOS_ID, MAX_VOCAB_SIZE, PAD_ID, UNK_ID, DataError, atomic_write, exit_code_of,
-                    read_shard, sha256_file, user_path, write_shard)
+from shards import (BOS_ID, EOS_ID, MAX_VOCAB_SIZE, PAD_ID, UNK_ID, DataError, atomic_write,
+                    exit_code_of, read_shard, sha256_file, user_path, write_shard)
 
 DATA_ROOT = Path(__file__).resolve().parent
 COMPRESSED_SUFFIXES = {".gz", ".xz", ".zst", ".bz2"}
@@ -77,7 +78,8 @@ LOSSES = ("changed_documents", "white_space_bytes", "dropped_characters_bytes",
 
 @dataclass(frozen=True)
 class Settings:
-    """What to build. Exactly one of val_fraction, val_docs or separate validation documents is in use."""
+    """What to build. Exactly one of val_fraction, val_docs or separate validation documents is in
+    use."""
     name: str
     out_root: Path = DATA_ROOT
     tokenizer: Path | None = None      # None: train one
@@ -112,7 +114,8 @@ def what_is(path: Path) -> str:
 
 
 class FileDocuments:
-    """The documents of several files, read lazily, as often as asked for; errors name file and line."""
+    """The documents of several files, read lazily, as often as asked for; errors name file and
+    line."""
 
     def __init__(self, paths: list[Path], text_field: str = "text", separator: str | None = None):
         self.paths, self.text_field, self.separator = paths, text_field, separator
@@ -149,7 +152,8 @@ def text_lines(path: Path, content):
         for number, line in enumerate(content, start=1):
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}): convert the file") from None
+        raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}): convert the "
+                        "file") from None
     except DECODE_ERRORS as error:
         raise damaged(path, f"after line {number}", error) from None
 
@@ -159,7 +163,8 @@ def damaged(path: Path, where: str, error: Exception) -> DataError:
 
 
 def decompressed(path: Path, raw) -> io.BufferedIOBase:
-    """A file object over the content of `raw`, unpacked by its first bytes, whatever the name says."""
+    """A file object over the content of `raw`, unpacked by its first bytes, whatever the name
+    says."""
     content, layers = raw, 0
     try:
         while new_decompressor := next((make for magic, make in COMPRESSIONS if
@@ -196,7 +201,8 @@ class Decompressed(io.RawIOBase):
     """
 
     def __init__(self, raw, new_decompressor):
-        self.raw, self.new, self.stream, self.pending, self.output = raw, new_decompressor, None, b"", b""
+        self.raw, self.new = raw, new_decompressor
+        self.stream, self.pending, self.output = None, b"", b""
 
     def readable(self) -> bool:
         return True
@@ -223,7 +229,8 @@ class Decompressed(io.RawIOBase):
 
 
 def is_json_lines(path: Path, content, guess: bool) -> bool:
-    """Whether to read JSON lines: by the first bytes if `guess`, else by the name; refuses an array."""
+    """Whether to read JSON lines: by the first bytes if `guess`, else by the name; refuses an
+    array."""
     inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED_SUFFIXES else path
     named = inner.suffix.lower() in JSON_LINES
     head = content.peek(PEEK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -247,8 +254,8 @@ def json_documents(path: Path, lines, text_field: str):
             raise DataError(f"{where}: not valid JSON ({error}): mend or remove the line; "
                             "each line is one object") from None
         if not isinstance(record, dict):
-            raise DataError(f"{where}: a {type(record).__name__}, an object with {text_field!r} was expected: "
-                            "mend or remove the line")
+            raise DataError(f"{where}: a {type(record).__name__}, an object with {text_field!r} "
+                            "was expected: mend or remove the line")
         if text_field not in record:
             raise DataError(f"{where}: no {text_field!r} in it, found keys {sorted(record)[:8]}: "
                             "name the right --text-field")
@@ -262,11 +269,13 @@ def json_documents(path: Path, lines, text_field: str):
 
 
 def plain_documents(lines, separator: str | None):
-    """Yield documents: cut at lines equal to `separator`, or (None) at blank lines after 2,000 characters."""
+    """Yield documents: cut at lines equal to `separator`, or (None) at blank lines after 2,000
+    characters."""
     kept, chars = [], 0
     for _, line in lines:
         blank = not line.strip()
-        cut = (blank and chars >= MIN_DOCUMENT_CHARS) if separator is None else line.strip() == separator.strip()
+        cut = (blank and chars >= MIN_DOCUMENT_CHARS if separator is None
+               else line.strip() == separator.strip())
         if cut:
             yield "\n".join(kept)
             kept, chars = [], 0
@@ -292,12 +301,15 @@ class ListDocuments:
 # ---------------------------------------------------------------------------------------------
 
 def text_key(text: str, seed: int) -> int:
-    """64 bits that depend on the document's text and the seed only, so copies always fall together."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest(), "big")
+    """64 bits that depend on the document's text and the seed only, so copies always fall
+    together."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8,
+                                          key=str(seed).encode()).digest(), "big")
 
 
 def val_key_limit(settings: Settings, train) -> int:
-    """Documents whose key is below this limit are for validation (0: none, they come separately)."""
+    """Documents whose key is below this limit are for validation (0: none, they come
+    separately)."""
     if settings.val_docs is not None:
         return _limit_for_count(settings.val_docs, settings.seed, train)
     return int((settings.val_fraction or 0) * 2**64)
@@ -317,8 +329,8 @@ def _limit_for_count(count: int, seed: int, train) -> int:
             members.remove(-heapq.heapreplace(smallest, -key))
             members.add(key)
     if len(smallest) <= count:
-        raise DataError(f"--val-docs {count}: there are {len(smallest)} different documents and training needs "
-                        "at least one: give a smaller number or more text")
+        raise DataError(f"--val-docs {count}: there are {len(smallest)} different documents and "
+                        "training needs at least one: give a smaller number or more text")
     return -smallest[0]
 
 
@@ -327,14 +339,16 @@ def _limit_for_count(count: int, seed: int, train) -> int:
 # ---------------------------------------------------------------------------------------------
 
 def train_tokenizer(settings: Settings, train, key_limit: int) -> bytes:
-    """A SentencePiece BPE model trained on training documents only (a sample by hash of at most 100 MB)."""
+    """A SentencePiece BPE model trained on training documents only (a sample by hash of at most 100
+    MB)."""
     model = io.BytesIO()
     lines = iter(tokenizer_lines(sample_documents(train, settings.seed, key_limit)))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=settings.vocab_size,
-            byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
-            pad_id=PAD_ID, bos_id=BOS_ID, eos_id=EOS_ID, unk_id=UNK_ID, num_threads=1, minloglevel=2)
+            sentence_iterator=lines, model_writer=model, model_type="bpe",
+            vocab_size=settings.vocab_size, byte_fallback=True, split_digits=True,
+            normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, pad_id=PAD_ID,
+            bos_id=BOS_ID, eos_id=EOS_ID, unk_id=UNK_ID, num_threads=1, minloglevel=2)
     except (RuntimeError, ValueError) as error:
         reason = str(error).split(") ]")[-1].split("] ")[-1].strip() or str(error)
         raise DataError(f"--vocab-size {settings.vocab_size}: SentencePiece refuses ({reason}): "
@@ -343,7 +357,8 @@ def train_tokenizer(settings: Settings, train, key_limit: int) -> bytes:
 
 
 def sample_documents(train, seed: int, key_limit: int) -> list[str]:
-    """Training documents with the smallest keys, up to TOKENIZER_SAMPLE_CHARS, in the order of their keys."""
+    """Training documents with the smallest keys, up to TOKENIZER_SAMPLE_CHARS, in the order of
+    their keys."""
     heap, chars = [], 0
     for text in train.read("sampling for the tokenizer"):
         key = text_key(text, seed)
@@ -354,7 +369,8 @@ def sample_documents(train, seed: int, key_limit: int) -> list[str]:
         while chars > TOKENIZER_SAMPLE_CHARS and len(heap) > 1:
             chars -= len(heapq.heappop(heap)[1])
     if not heap:
-        raise DataError("no training document with any text in the inputs: give more text, or less validation")
+        raise DataError("no training document with any text in the inputs: give more text, or less "
+                        "validation")
     return [text for _, text in sorted(heap, reverse=True)]
 
 
@@ -372,20 +388,22 @@ def tokenizer_lines(texts):
 
 @functools.lru_cache(maxsize=1)
 def load_tokenizer(path: str) -> sentencepiece.SentencePieceProcessor:
-    """The SentencePiece model at `path`, loaded once per process; DataError if it cannot make shards."""
+    """The SentencePiece model at `path`, loaded once per process; DataError if it cannot make
+    shards."""
     if not Path(path).is_file():
         raise DataError(f"--tokenizer {path}: no such file: give a SentencePiece .model file")
     try:
         # Read here: SentencePiece cannot open names that are not UTF-8.
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
     except (RuntimeError, OSError) as error:
-        raise DataError(f"--tokenizer {path}: not a SentencePiece model ({error}): give a .model file") from None
+        raise DataError(f"--tokenizer {path}: not a SentencePiece model ({error}): give a .model "
+                        "file") from None
     if tokenizer.vocab_size() > MAX_VOCAB_SIZE:
-        raise DataError(f"--tokenizer {path}: {tokenizer.vocab_size()} pieces, uint16 shards hold at most "
-                        f"{MAX_VOCAB_SIZE}: choose a smaller tokenizer")
+        raise DataError(f"--tokenizer {path}: {tokenizer.vocab_size()} pieces, uint16 shards hold "
+                        f"at most {MAX_VOCAB_SIZE}: choose a smaller tokenizer")
     if tokenizer.bos_id() != BOS_ID:
-        raise DataError(f"--tokenizer {path}: BOS has id {tokenizer.bos_id()}, shards need {BOS_ID}: "
-                        "train one with --vocab-size instead")
+        raise DataError(f"--tokenizer {path}: BOS has id {tokenizer.bos_id()}, shards "
+                        f"need {BOS_ID}: train one with --vocab-size instead")
     return tokenizer
 
 
@@ -394,11 +412,12 @@ def load_tokenizer(path: str) -> sentencepiece.SentencePieceProcessor:
 # ---------------------------------------------------------------------------------------------
 
 class Spool:
-    """Encoded documents of one split in temporary files, with an index in memory (24 bytes a document,
-    validation 56)."""
+    """Encoded documents of one split in temporary files, with an index in memory (24 bytes a
+    document, validation 56)."""
 
     def __init__(self, path: Path):
-        self.token_file, self.count_file = open(path, "w+b"), open(path.with_suffix(".bytes"), "w+b")
+        self.token_file, self.count_file = open(path,
+                                                "w+b"), open(path.with_suffix(".bytes"), "w+b")
         self.starts, self.keys, self.text_bytes = array("Q", [0]), array("Q"), array("Q")
         self.lost = array("q")  # validation only: LOSSES of every document
 
@@ -423,7 +442,8 @@ class Spool:
         return self._mapped(self.token_file)
 
     def counts(self) -> np.ndarray:
-        """Bytes of text of all tokens [token_count] uint16, mapped from the file; validation only."""
+        """Bytes of text of all tokens [token_count] uint16, mapped from the file; validation
+        only."""
         return self._mapped(self.count_file)
 
     def close(self) -> None:
@@ -449,8 +469,8 @@ def encode_batch(tokenizer_path: str, seed: int, key_limit: int, texts: list[str
     tokenizer = load_tokenizer(tokenizer_path)
     for_val = [text_key(text, seed) < key_limit for text in texts]
     plain = iter(tokenizer.encode([text for text, val in zip(texts, for_val) if not val]))
-    made = (encode_for_val(tokenizer, text) if val else
-            Encoded(_with_bos(next(plain)), len(text.encode()), False) for text, val in zip(texts, for_val))
+    made = (encode_for_val(tokenizer, text) if val else Encoded(
+        _with_bos(next(plain)), len(text.encode()), False) for text, val in zip(texts, for_val))
     return [document for document in made if len(document.tokens) > 2]
 
 
@@ -465,19 +485,20 @@ def encode_for_val(tokenizer, text: str) -> Encoded:
     counts = token_bytes(tokenizer, ids, [end for _, end in found["offsets"]], len(raw))
     if counts and max(counts) > MAX_COUNT:
         where = sum(counts[:counts.index(max(counts))])
-        raise DataError(f"validation document {text[:40]!r}: {max(counts)} bytes of text fall to one token "
-                        f"(at byte {where}), side files hold at most {MAX_COUNT}: shorten the run of white "
-                        "space or unknown characters there")
+        raise DataError(f"validation document {text[:40]!r}: {max(counts)} bytes of text fall to "
+                        f"one token (at byte {where}), side files hold at most {MAX_COUNT}: "
+                        "shorten the run of white space or unknown characters there")
     unknown = ids.count(tokenizer.unk_id())
     return Encoded(_with_bos(ids), len(raw), True, np.array([0, *counts], dtype="<u2").tobytes(),
                    (*lost_bytes(tokenizer, text), unknown))
 
 
 def token_bytes(tokenizer, ids: list[int], ends: list[int], total: int) -> list[int]:
-    """UTF-8 bytes of the text behind each token; together exactly `total`, the bytes of the document.
+    """UTF-8 bytes of the text behind each token; together exactly `total`, the bytes of the
+    document.
 
-    `ends`: where the text behind each token ends, in bytes. A token takes what normalization dropped
-    in front of it, the last one also what is behind. Of a stretch that is normalized as one
+    `ends`: where the text behind each token ends, in bytes. A token takes what normalization
+    dropped in front of it, the last one also what is behind. Of a stretch that is normalized as one
     (a character in byte pieces, a symbol with a space) SentencePiece gives all to the last token;
     here each gets the bytes of its piece, if there are enough, and the last one the rest.
     """
@@ -500,11 +521,13 @@ def token_bytes(tokenizer, ids: list[int], ends: list[int], total: int) -> list[
 
 
 def _piece_bytes(tokenizer, id_: int) -> int:
-    return 1 if tokenizer.is_byte(id_) else len(tokenizer.id_to_piece(id_).replace("▁", " ").encode())
+    return (1 if tokenizer.is_byte(id_)
+            else len(tokenizer.id_to_piece(id_).replace("▁", " ").encode()))
 
 
 def lost_bytes(tokenizer, text: str) -> tuple[int, int, int, int]:
-    """LOSSES without the last: 1 if normalization changes more than line ends; then the bytes by cause."""
+    """LOSSES without the last: 1 if normalization changes more than line ends; then the bytes by
+    cause."""
     normal = _without_dummy(tokenizer, tokenizer.normalize(text)).replace("▁", " ")
     if normal in (text, re.sub(r"[\t\n\r]", " ", text)):  # a line end for a space loses no byte
         return 0, 0, 0, 0
@@ -546,11 +569,13 @@ def batches(texts):
 
 
 def parallel_map(function, items, workers: int):
-    """Yield (item, function(item)) in order; reads at most 4 items per worker ahead (Pool.imap reads all)."""
+    """Yield (item, function(item)) in order; reads at most 4 items per worker ahead (Pool.imap
+    reads all)."""
     if workers == 1:
         yield from ((item, function(item)) for item in items)
         return
-    with multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C is ours
+    # Ctrl-C is ours
+    with multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         running = collections.deque()
         for item in items:
             running.append((item, pool.apply_async(function, (item,))))
@@ -564,7 +589,8 @@ def parallel_map(function, items, workers: int):
 
 def encode(settings: Settings, documents, label: str, tokenizer_path: Path, key_limit: int,
            train: Spool, val: Spool) -> None:
-    """Encode the documents into `val` (key below `key_limit`) or `train`; texts without tokens are left out."""
+    """Encode the documents into `val` (key below `key_limit`) or `train`; texts without tokens are
+    left out."""
     work = functools.partial(encode_batch, str(tokenizer_path), settings.seed, key_limit)
     for _, encoded in parallel_map(work, batches(documents.read(label)), settings.workers):
         for document in encoded:
@@ -576,9 +602,11 @@ def encode(settings: Settings, documents, label: str, tokenizer_path: Path, key_
 # ---------------------------------------------------------------------------------------------
 
 def chosen_documents(train: Spool, val: Spool, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the documents to write: train shuffled and without copies of validation, val each once.
+    """Indices of the documents to write: train shuffled and without copies of validation, val each
+    once.
 
-    Copies are found by their tokens, so texts that differ in what the tokenizer normalizes count as well.
+    Copies are found by their tokens, so texts that differ in what the tokenizer normalizes count as
+    well.
     """
     val_keys, first = np.unique(np.frombuffer(val.keys, dtype="u8"), return_index=True)
     order = np.random.default_rng(seed).permutation(len(train))
@@ -586,8 +614,10 @@ def chosen_documents(train: Spool, val: Spool, seed: int) -> tuple[np.ndarray, n
     return order[~is_copy[order]], np.sort(first)
 
 
-def write_split(folder: Path, split: str, spool: Spool, indices: np.ndarray, shard_tokens: int) -> dict:
-    """Write the documents as shards of `shard_tokens` tokens, the last one shorter; their manifest entry.
+def write_split(folder: Path, split: str, spool: Spool, indices: np.ndarray,
+                shard_tokens: int) -> dict:
+    """Write the documents as shards of `shard_tokens` tokens, the last one shorter; their manifest
+    entry.
 
     Validation shards get side files with the bytes of text behind each token.
     """
@@ -595,12 +625,14 @@ def write_split(folder: Path, split: str, spool: Spool, indices: np.ndarray, sha
     lengths = starts[indices + 1] - starts[indices]
     total = int(lengths.sum())
     pieces = _pieces(spool.tokens(), starts[indices], lengths, shard_tokens)
-    counts = _pieces(spool.counts(), starts[indices], lengths, shard_tokens) if split == "val" else None
+    counts = _pieces(spool.counts(), starts[indices], lengths,
+                     shard_tokens) if split == "val" else None
     files = []
     for number in range(-(-total // shard_tokens)):
         count = min(shard_tokens, total - number * shard_tokens)
         name = f"fineweb_{split}_{number:06d}.bin"
-        files.append({"name": name, "tokens": count, "sha256": write_shard(folder / name, next(pieces), count)})
+        files.append({"name": name, "tokens": count,
+                      "sha256": write_shard(folder / name, next(pieces), count)})
         if counts:
             name = f"fineweb_{split}_bytes_{number:06d}.bin"
             sha256 = write_shard(folder / name, next(counts), count)
@@ -610,14 +642,18 @@ def write_split(folder: Path, split: str, spool: Spool, indices: np.ndarray, sha
     entry = {"documents": len(indices), "tokens": total, "utf8_bytes": text_bytes, "files": files}
     if counts:
         if sum(file["utf8_bytes"] for file in files) != text_bytes:
-            raise AssertionError(f"{folder}: the side files do not add up to the {text_bytes} bytes of text")
-        lost = np.frombuffer(spool.lost, dtype="i8").reshape(-1, len(LOSSES))[indices].sum(axis=0).tolist()
-        entry |= {"bytes_lost_by_normalization": sum(lost[1:4]), "normalization": dict(zip(LOSSES, lost))}
+            raise AssertionError(f"{folder}: the side files do not add up to the {text_bytes} "
+                                 "bytes of text")
+        lost = np.frombuffer(spool.lost,
+                             dtype="i8").reshape(-1, len(LOSSES))[indices].sum(axis=0).tolist()
+        entry |= {"bytes_lost_by_normalization": sum(lost[1:4]),
+                  "normalization": dict(zip(LOSSES, lost))}
     return entry
 
 
 def _pieces(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, shard_tokens: int):
-    """Yield per shard an iterator over arrays that fill it exactly; a document may go on in the next shard."""
+    """Yield per shard an iterator over arrays that fill it exactly; a document may go on in the
+    next shard."""
     documents = zip(starts.tolist(), lengths.tolist())
     rest = collections.deque()
 
@@ -648,7 +684,8 @@ def check_free(settings: Settings) -> None:
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Rename the finished folder to its name; an old one of that name goes only once the new one is there."""
+    """Rename the finished folder to its name; an old one of that name goes only once the new one is
+    there."""
     old = staging.with_name(staging.name + ".old")
     if target.exists():
         os.rename(target, old)
@@ -668,20 +705,22 @@ def publish(staging: Path, target: Path) -> None:
 def build(settings: Settings, train, val=None, source: dict | None = None, finish=None) -> dict:
     """Build the dataset from documents with a `read(label)` method; its manifest.
 
-    `val`: separate validation documents, else the settings split `train`. `source`: where the text is
-    from, for the manifest. `finish(folder, tokenizer)` returns further manifest keys.
+    `val`: separate validation documents, else the settings split `train`. `source`: where the text
+    is from, for the manifest. `finish(folder, tokenizer)` returns further manifest keys.
     """
     check_free(settings)
     datasets = settings.target.parent
     datasets.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{settings.name}.", suffix=".part", dir=datasets) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f".{settings.name}.", suffix=".part",
+                                     dir=datasets) as temporary:
         folder = Path(temporary) / settings.name
         folder.mkdir()
         tokenizer_path, model, key_limit = prepare_tokenizer(settings, train, Path(temporary))
         splits = encode_splits(settings, train, val, tokenizer_path, key_limit, folder)
         manifest = make_manifest(settings, tokenizer_path, splits, source or {})
         manifest |= finish(folder, load_tokenizer(str(tokenizer_path))) if finish else {}
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n",
+                                              encoding="utf-8")
         if model is not None:
             with atomic_write(settings.new_tokenizer) as file:
                 file.write(model)
@@ -690,7 +729,8 @@ def build(settings: Settings, train, val=None, source: dict | None = None, finis
 
 
 def prepare_tokenizer(settings: Settings, train, temporary: Path) -> tuple[Path, bytes | None, int]:
-    """(path to encode with, bytes of a new model or None, validation key limit); the model is checked."""
+    """(path to encode with, bytes of a new model or None, validation key limit); the model is
+    checked."""
     if settings.tokenizer is not None:
         load_tokenizer(str(settings.tokenizer))  # complain before the passes over the text
         return settings.tokenizer, None, val_key_limit(settings, train)
@@ -701,17 +741,20 @@ def prepare_tokenizer(settings: Settings, train, temporary: Path) -> tuple[Path,
     return path, model, key_limit
 
 
-def encode_splits(settings: Settings, train, val, tokenizer_path: Path, key_limit: int, folder: Path) -> dict:
+def encode_splits(settings: Settings, train, val, tokenizer_path: Path, key_limit: int,
+                  folder: Path) -> dict:
     """Encode everything and write the shards; the manifest's `splits`."""
     spools = [Spool(folder.parent / f"{split}.spool") for split in ("train", "val")]
     train_spool, val_spool = spools
     try:
         if val is not None:
-            encode(settings, val, "encoding validation", tokenizer_path, 2**64, train_spool, val_spool)
+            encode(settings, val, "encoding validation", tokenizer_path, 2**64,
+                   train_spool, val_spool)
         encode(settings, train, "encoding", tokenizer_path, key_limit, train_spool, val_spool)
         train_indices, val_indices = chosen_documents(train_spool, val_spool, settings.seed)
         check_split(settings, len(train_indices), len(val_indices), len(train_spool))
-        splits = {"train": write_split(folder, "train", train_spool, train_indices, settings.shard_tokens),
+        splits = {"train": write_split(folder, "train",
+                                       train_spool, train_indices, settings.shard_tokens),
                   "val": write_split(folder, "val", val_spool, val_indices, settings.shard_tokens)}
         splits["train"]["dropped_copies_of_validation"] = len(train_spool) - len(train_indices)
         splits["val"]["dropped_repeats"] = len(val_spool) - len(val_indices)
@@ -724,24 +767,27 @@ def encode_splits(settings: Settings, train, val, tokenizer_path: Path, key_limi
 def check_split(settings: Settings, train_docs: int, val_docs: int, seen_train_docs: int) -> None:
     """DataError if a side is empty."""
     if not train_docs and seen_train_docs:
-        raise DataError(f"all {seen_train_docs} training documents stand in the validation text too: "
-                        "give other training text")
+        raise DataError(f"all {seen_train_docs} training documents stand in the validation text "
+                        "too: give other training text")
     if not train_docs and not val_docs:
         raise DataError("no document with any text in the inputs: check the paths and --text-field")
     if not val_docs:
-        raise DataError(f"none of {train_docs} documents fell to validation: use --val-docs 10 or so, more text, "
-                        "or --doc-separator to cut it into more documents")
+        raise DataError(f"none of {train_docs} documents fell to validation: use --val-docs 10 or "
+                        "so, more text, or --doc-separator to cut it into more documents")
     if not train_docs:
-        raise DataError(f"all {val_docs} documents fell to validation: lower --val-fraction ({settings.val_fraction}) "
-                        "or use --doc-separator to cut the text into more documents")
+        raise DataError(f"all {val_docs} documents fell to validation: lower --val-fraction "
+                        f"({settings.val_fraction}) or use --doc-separator to cut the text into "
+                        "more documents")
 
 
 def make_manifest(settings: Settings, tokenizer_path: Path, splits: dict, source: dict) -> dict:
-    """The manifest; it holds nothing that differs between runs (no time, no --workers, no output folder)."""
+    """The manifest; it holds nothing that differs between runs (no time, no --workers, no output
+    folder)."""
     trained = settings.tokenizer is None
     return {
         "name": settings.name,
-        "tokenizer": {"path": f"tokenizers/{settings.new_tokenizer.name}" if trained else str(settings.tokenizer),
+        "tokenizer": {"path": f"tokenizers/{settings.new_tokenizer.name}" if trained
+                      else str(settings.tokenizer),
                       "sha256": sha256_file(tokenizer_path), "trained_here": trained,
                       "vocab_size": load_tokenizer(str(tokenizer_path)).vocab_size()},
         "splits": splits,
@@ -757,22 +803,27 @@ def make_manifest(settings: Settings, tokenizer_path: Path, splits: dict, source
 
 def decoded_documents(folder: Path, split: str, tokenizer) -> list[str]:
     """The texts of a split as its tokens decode: what a model is scored on."""
-    tokens = np.concatenate([read_shard(path) for path in sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))])
+    tokens = np.concatenate([read_shard(path)
+                             for path in sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))])
     documents = np.split(tokens, np.flatnonzero(tokens == BOS_ID))[1:]
     return tokenizer.decode([document[1:].tolist() for document in documents])
 
 
 def normal_lines(text: str) -> str:
-    """The text as the demo's tokenizer decodes it, with its lines: xz and the model count the same bytes."""
+    """The text as the demo's tokenizer decodes it, with its lines: xz and the model count the same
+    bytes."""
     normalizer = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc", add_dummy_prefix=False,
-                                                       escape_whitespaces=False, remove_extra_whitespaces=True)
+                                                       escape_whitespaces=False,
+                                                       remove_extra_whitespaces=True)
     return "\n".join(filter(None, map(normalizer.normalize, text.splitlines())))
 
 
 def build_demo(settings: Settings, max_modules: int | None = None) -> dict:
-    """Build the demo corpus (of `max_modules` modules only, if given) with xz's figure in the manifest."""
+    """Build the demo corpus (of `max_modules` modules only, if given) with xz's figure in the
+    manifest."""
     check_free(settings)
-    train, val = demo_corpus.split(demo_corpus.documents(max_modules), settings.seed, DEMO_VAL_FRACTION)
+    train, val = demo_corpus.split(demo_corpus.documents(max_modules), settings.seed,
+                                   DEMO_VAL_FRACTION)
     train, val = ([normal_lines(text) for text in texts] for texts in (train, val))
 
     def xz_figure(folder: Path, tokenizer) -> dict:
@@ -796,9 +847,11 @@ def report(result_path: Path, manifest_path: Path) -> str:
     scores = _scores(result, result_path)
     scored_bytes = result.get("scored_bytes")
     if not isinstance(scored_bytes, (int, float)) or not 0 < scored_bytes <= val_bytes:
-        raise DataError(f"{result_path}: scored_bytes is {scored_bytes!r}, the demo's validation text has {val_bytes}: "
-                        "this is not a run on the demo; train on it (or on this build of it) and try again")
-    shipped = {name: bpb for name, bpb in scores.items() if name != "float"} or scores  # float is not the artifact
+        raise DataError(f"{result_path}: scored_bytes is {scored_bytes!r}, the demo's validation "
+                        f"text has {val_bytes}: this is not a run on the demo; train on it (or on "
+                        "this build of it) and try again")
+    # float is not the artifact
+    shipped = {name: bpb for name, bpb in scores.items() if name != "float"} or scores
     best = min(shipped, key=shipped.get)
     ratio = shipped[best] / xz_bpb
     rows = {"xz -9e": (xz_bpb, "after it has read the training text")}
@@ -891,12 +944,15 @@ def _read_json(path: Path, what: str) -> dict:
 
 
 def _scores(result: dict, path: Path) -> dict[str, float]:
-    """The numbers in `val_bpb` by name; DataError if there are none or one is not a positive number."""
+    """The numbers in `val_bpb` by name; DataError if there are none or one is not a positive
+    number."""
     val_bpb = result.get("val_bpb")
-    scores = {k: v for k, v in val_bpb.items() if v is not None} if isinstance(val_bpb, dict) else {}
+    scores = {k: v
+              for k, v in val_bpb.items() if v is not None} if isinstance(val_bpb, dict) else {}
     for name, bpb in scores.items():
         if isinstance(bpb, bool) or not isinstance(bpb, (int, float)) or not 0 < bpb < 1e9:
-            raise DataError(f"{path}: val_bpb.{name} is {bpb!r}, a positive number was expected: run the training again")
+            raise DataError(f"{path}: val_bpb.{name} is {bpb!r}, a positive number was expected: "
+                            "run the training again")
     if not scores:
         raise DataError(f"{path}: val_bpb is {val_bpb!r}, an object with scores was expected: "
                         "give the result file of train_gpt.py")
@@ -908,28 +964,40 @@ def _scores(result: dict, path: Path) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="*", type=user_path, help="JSON lines or plain text, also packed by gzip, xz, zstd or bzip2: told by content")
+    add("inputs", nargs="*", type=user_path,
+        help="JSON lines or plain text, also packed by gzip, xz, zstd or bzip2: told by content")
     add("--name", help="folder under datasets/ (default: name of the first input)")
-    add("--out-root", type=user_path, default=DATA_ROOT, help="where datasets/ and tokenizers/ are (default: %(default)s)")
-    add("--tokenizer", type=user_path, metavar="MODEL", help="use this SentencePiece model instead of training one")
-    add("--vocab-size", type=int, default=1024, help="pieces of the tokenizer to train (default %(default)s)")
+    add("--out-root", type=user_path, default=DATA_ROOT,
+        help="where datasets/ and tokenizers/ are (default: %(default)s)")
+    add("--tokenizer", type=user_path, metavar="MODEL",
+        help="use this SentencePiece model instead of training one")
+    add("--vocab-size", type=int, default=1024,
+        help="pieces of the tokenizer to train (default %(default)s)")
     validation = parser.add_mutually_exclusive_group()
-    validation.add_argument("--val-fraction", type=float, help="share of documents for validation (default 0.05)")
-    validation.add_argument("--val-docs", type=int, metavar="N", help="this many documents for validation")
-    validation.add_argument("--val-input", type=user_path, nargs="+", metavar="PATH", help="files of validation documents")
+    validation.add_argument("--val-fraction", type=float,
+                            help="share of documents for validation (default 0.05)")
+    validation.add_argument("--val-docs", type=int, metavar="N",
+                            help="this many documents for validation")
+    validation.add_argument("--val-input", type=user_path, nargs="+", metavar="PATH",
+                            help="files of validation documents")
     add("--text-field", default="text", help="key of the text in JSON lines (default %(default)s)")
-    add("--doc-separator", metavar="LINE",
-        help="plain text: a line equal to this ends a document ('' is every blank line). Default: a document ends "
-             f"at the first blank line after {MIN_DOCUMENT_CHARS} characters, and at the end of the file")
-    add("--shard-tokens", type=int, default=100_000_000, help="tokens per shard (default %(default)s)")
-    add("--seed", type=int, default=1337, help="decides the split and the order of training (default %(default)s)")
+    add("--doc-separator", metavar="LINE", help="plain text: a line equal to this ends a document "
+        "('' is every blank line). Default: a document ends at the first blank line "
+        f"after {MIN_DOCUMENT_CHARS} characters, and at the end of the file")
+    add("--shard-tokens", type=int, default=100_000_000,
+        help="tokens per shard (default %(default)s)")
+    add("--seed", type=int, default=1337,
+        help="decides the split and the order of training (default %(default)s)")
     add("--workers", type=int, default=min(os.cpu_count() or 1, 16),
         help="processes that encode (default: one per core, at most 16: %(default)s)")
-    add("--force", action="store_true", help="replace an existing dataset and tokenizer of this name")
-    add("--demo", action="store_true", help="build the demo corpus from the documentation that comes with Python: "
-        "pydoc topics, and docstrings and comment blocks of the standard library")
+    add("--force", action="store_true",
+        help="replace an existing dataset and tokenizer of this name")
+    add("--demo", action="store_true",
+        help="build the demo corpus from the documentation that comes with Python: pydoc topics, "
+        "and docstrings and comment blocks of the standard library")
     add("--report", type=user_path, metavar="RESULT.json", help="a run on the demo beside xz, some "
         "text that it writes, and a picture of its loss; builds nothing")
     return parser
@@ -939,26 +1007,32 @@ def settings_from(options: argparse.Namespace) -> Settings:
     """Checked settings; DataError naming every flag that is out of range."""
     checks = [
         (1 <= options.workers <= 1024, f"--workers {options.workers}: 1 to 1024"),
-        (1 <= options.shard_tokens < 2**31, f"--shard-tokens {options.shard_tokens}: 1 to 2147483647"),
-        (260 <= options.vocab_size <= MAX_VOCAB_SIZE, f"--vocab-size {options.vocab_size}: 260 (bytes and control "
-         f"pieces) to {MAX_VOCAB_SIZE} (uint16 shards)"),
+        (1 <= options.shard_tokens < 2**31,
+         f"--shard-tokens {options.shard_tokens}: 1 to 2147483647"),
+        (260 <= options.vocab_size <= MAX_VOCAB_SIZE, f"--vocab-size {options.vocab_size}: 260 "
+         f"(bytes and control pieces) to {MAX_VOCAB_SIZE} (uint16 shards)"),
         (options.seed >= 0, f"--seed {options.seed}: 0 or more"),
-        (options.val_docs is None or options.val_docs > 0, f"--val-docs {options.val_docs}: 1 or more"),
+        (options.val_docs is None or options.val_docs > 0,
+         f"--val-docs {options.val_docs}: 1 or more"),
         (options.val_fraction is None or 0 < options.val_fraction < 1,
          f"--val-fraction {options.val_fraction}: above 0, below 1"),
-        (options.demo or bool(options.inputs), "no inputs: name text or JSONL files, or use --demo"),
-        (not (options.demo and (options.inputs or options.val_input or options.val_docs or options.val_fraction)),
+        (options.demo or bool(options.inputs),
+         "no inputs: name text or JSONL files, or use --demo"),
+        (not (options.demo and (options.inputs or options.val_input or options.val_docs
+                                or options.val_fraction)),
          "--demo has its own text and split: leave out inputs and --val-*"),
     ]
     problems = [message for fine, message in checks if not fine]
-    name = options.name or ("demo" if options.demo else options.inputs[0].name.split(".")[0] if options.inputs else "x")
+    name = options.name or ("demo" if options.demo else options.inputs[0].name.split(".")[0]
+                            if options.inputs else "x")
     if not name or name.startswith(".") or set(name) & set("/\\:"):
         problems.append(f"--name {name!r}: a plain folder name")
     if problems:
         raise DataError("; ".join(problems))
     separate = options.demo or options.val_input or options.val_docs
     fraction = options.val_fraction if options.val_fraction or separate else 0.05
-    return Settings(name, options.out_root, options.tokenizer, options.vocab_size, fraction, options.val_docs,
+    return Settings(name, options.out_root, options.tokenizer, options.vocab_size, fraction,
+                    options.val_docs,
                     options.shard_tokens, options.seed, options.workers, options.force)
 
 
@@ -983,22 +1057,26 @@ def summary(settings: Settings, manifest: dict) -> str:
                      f"{entry['utf8_bytes']:,} bytes of text, {len(entry['files'])} shards")
     lines += normalization_lines(manifest["splits"]["val"])
     if "xz_bits_per_byte" in manifest:
-        lines.append(f"xz -9e needs {manifest['xz_bits_per_byte']:.4f} bits per byte of validation text")
+        lines.append(f"xz -9e needs {manifest['xz_bits_per_byte']:.4f} bits per byte of "
+                     "validation text")
     return "\n".join(lines)
 
 
 def normalization_lines(val: dict) -> list[str]:
-    """What of the validation text the tokens do not hold, by name; nothing if they hold everything."""
+    """What of the validation text the tokens do not hold, by name; nothing if they hold
+    everything."""
     found, lines = val["normalization"], []
     if found["changed_documents"]:
         lines.append(
-            f"the tokenizer's normalization changes {found['changed_documents']:,} of {val['documents']:,} validation "
-            f"documents and loses {val['bytes_lost_by_normalization']:,} bytes: "
-            f"{found['white_space_bytes']:,} of white space, {found['dropped_characters_bytes']:,} of dropped characters, "
-            f"{found['rewritten_characters_bytes']:,} by rewritten characters (NFKC); bits per byte count the original text")
+            f"the tokenizer's normalization changes {found['changed_documents']:,} "
+            f"of {val['documents']:,} validation documents and "
+            f"loses {val['bytes_lost_by_normalization']:,} bytes: {found['white_space_bytes']:,} "
+            f"of white space, {found['dropped_characters_bytes']:,} of dropped "
+            f"characters, {found['rewritten_characters_bytes']:,} by rewritten characters (NFKC); "
+            "bits per byte count the original text")
     if found["unknown_tokens"]:
-        lines.append(f"{found['unknown_tokens']:,} validation tokens are unknown pieces, which stand for any text: "
-                     "no fair score; use a tokenizer with byte fallback")
+        lines.append(f"{found['unknown_tokens']:,} validation tokens are unknown pieces, which "
+                     "stand for any text: no fair score; use a tokenizer with byte fallback")
     return lines
 
 

@@ -1,4 +1,5 @@
-"""The demo corpus: documentation that every CPython carries, and what xz needs for its validation part.
+"""The demo corpus: documentation that every CPython carries, and what xz needs for its validation
+part.
 
 One document per pydoc topic, and one per standard library module: its docstrings with their
 signatures, and its comment blocks. Test suites are left out.
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from shards import DataError
 
-EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "turtledemo", "__pycache__"}
+EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "turtledemo",
+                    "__pycache__"}
 MIN_DOCUMENT_CHARS = 200
 MAX_VAL_DOCUMENT_CHARS = 24_000  # one huge module must not make up the validation text
 MIN_REPEATED_CHARS = 40          # shorter paragraphs ("Raises ValueError.") repeat by nature
@@ -24,11 +26,13 @@ MIN_CORPUS_CHARS = 500_000
 
 
 def documents(max_modules: int | None = None) -> list[str]:
-    """The corpus, in a fixed order, no paragraph twice; the first `max_modules` modules only, if given."""
+    """The corpus, in a fixed order, no paragraph twice; the first `max_modules` modules only, if
+    given."""
     found = list(_topics()) + list(_modules(max_modules))
     if max_modules is None and sum(map(len, found)) < MIN_CORPUS_CHARS:
-        raise DataError(f"the standard library at {sysconfig.get_path('stdlib')} has {sum(map(len, found))} "
-                        f"characters of documentation, {MIN_CORPUS_CHARS} are needed: use a full CPython")
+        raise DataError(f"the standard library at {sysconfig.get_path('stdlib')} "
+                        f"has {sum(map(len, found))} characters of "
+                        f"documentation, {MIN_CORPUS_CHARS} are needed: use a full CPython")
     return [text for text in without_repeats(found) if len(text) >= MIN_DOCUMENT_CHARS]
 
 
@@ -53,7 +57,8 @@ def _modules(max_modules: int | None):
 
 
 def module_text(source: str) -> str:
-    """Docstrings (with signatures) and comment blocks of Python source, in the order of its lines."""
+    """Docstrings (with signatures) and comment blocks of Python source, in the order of its
+    lines."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -74,7 +79,8 @@ def _docstrings(tree: ast.Module):
         if isinstance(node, ast.Module):
             yield 0, text
         elif isinstance(node, ast.ClassDef):
-            yield node.lineno, f"class {node.name}({', '.join(map(ast.unparse, node.bases))})\n{text}"
+            bases = ", ".join(map(ast.unparse, node.bases))
+            yield node.lineno, f"class {node.name}({bases})\n{text}"
         else:
             yield node.lineno, f"{node.name}({ast.unparse(node.args)})\n{text}"
 
@@ -98,7 +104,8 @@ def paragraphs(text: str) -> list[str]:
 
 
 def without_repeats(texts: list[str]) -> list[str]:
-    """Each text without the paragraphs that stood before, in it or in another (license texts, mostly)."""
+    """Each text without the paragraphs that stood before, in it or in another (license texts,
+    mostly)."""
     seen, result = set(), []
     for text in texts:
         kept = []
@@ -112,7 +119,8 @@ def without_repeats(texts: list[str]) -> list[str]:
 
 
 def split(texts: list[str], seed: int, val_fraction: float) -> tuple[list[str], list[str]]:
-    """(train, validation) documents; training paragraphs that validation has, or nearly has, are dropped.
+    """(train, validation) documents; training paragraphs that validation has, or nearly has, are
+    dropped.
 
     Validation takes documents in the order of a hash until it has `val_fraction` of the characters.
     """
@@ -127,7 +135,8 @@ def split(texts: list[str], seed: int, val_fraction: float) -> tuple[list[str], 
 
 
 def drop_copies(train: list[str], val: list[str]) -> list[str]:
-    """`train` without paragraphs that stand in `val` word for word, or share half their 8-word runs with it."""
+    """`train` without paragraphs that stand in `val` word for word, or share half their 8-word runs
+    with it."""
     val_paragraphs = {" ".join(p.split()) for text in val for p in paragraphs(text)}
     val_shingles = {shingle for text in val for shingle in _shingles(text)}
 

@@ -1,4 +1,5 @@
-"""Token shards on disk, and what the data scripts share: header, checks, whole-or-nothing writes, errors.
+"""Token shards on disk, and what the data scripts share: header, checks, whole-or-nothing writes,
+errors.
 
 A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then that
 many little-endian uint16 token ids. Nothing may follow the last token.
@@ -37,14 +38,16 @@ def shard_header(token_count: int) -> bytes:
 
 
 def check_shard(path: Path) -> int:
-    """Number of tokens of the shard at `path`; DataError unless header and size are exactly right."""
+    """Number of tokens of the shard at `path`; DataError unless header and size are exactly
+    right."""
     path = Path(path)
     size_bytes = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(HEADER_BYTES)
     way_out = "delete it and download or build it again"
     if len(head) < HEADER_BYTES:
-        raise DataError(f"{path}: {size_bytes} bytes, a shard header alone has {HEADER_BYTES}: {way_out}")
+        raise DataError(f"{path}: {size_bytes} bytes, a shard header alone "
+                        f"has {HEADER_BYTES}: {way_out}")
     magic, version, token_count = struct.unpack_from("<3i", head)
     if magic != MAGIC:
         raise DataError(f"{path}: magic number {magic}, a token shard has {MAGIC}: {way_out}")
@@ -79,22 +82,27 @@ def check_content(path: Path, vocab_size: int) -> None:
         holes = np.flatnonzero((rows == rows[:, :1]).all(axis=1))
         if len(holes):
             row = holes[0]
-            raise DataError(f"{path}: token {rows[row, 0]} fills a hole from token {start + row * HOLE_TOKENS} on, "
-                            f"{HOLE_TOKENS} times or more: {way_out}")
+            raise DataError(f"{path}: token {rows[row, 0]} fills a hole from "
+                            f"token {start + row * HOLE_TOKENS} on, {HOLE_TOKENS} times or "
+                            f"more: {way_out}")
     highest = int(np.flatnonzero(counts)[-1]) if len(tokens) else 0
     if highest >= vocab_size:
-        raise DataError(f"{path}: token id {highest}, the vocabulary has {vocab_size} pieces: {way_out}")
+        raise DataError(f"{path}: token id {highest}, the vocabulary has {vocab_size} "
+                        f"pieces: {way_out}")
     if len(tokens) < MIN_CHECKED_TOKENS:
         return
     if counts.max() > len(tokens) / 2:
-        raise DataError(f"{path}: {counts.max() / len(tokens):.0%} of it is token {counts.argmax()}: {way_out}")
+        raise DataError(f"{path}: {counts.max() / len(tokens):.0%} of it is "
+                        f"token {counts.argmax()}: {way_out}")
     if not len(tokens) / MAX_MEAN_DOCUMENT_TOKENS <= counts[BOS_ID] <= len(tokens) / 4:
-        raise DataError(f"{path}: {counts[BOS_ID]} document starts (token {BOS_ID}) among {len(tokens)} tokens, "
-                        f"one in 4 to {MAX_MEAN_DOCUMENT_TOKENS} was expected: {way_out}")
+        raise DataError(f"{path}: {counts[BOS_ID]} document starts (token {BOS_ID}) "
+                        f"among {len(tokens)} tokens, one in 4 to {MAX_MEAN_DOCUMENT_TOKENS} was "
+                        f"expected: {way_out}")
 
 
 def write_shard(path: Path, token_arrays, token_count: int) -> str:
-    """Write the arrays one after the other as one shard of `token_count` tokens; its sha256 in hex."""
+    """Write the arrays one after the other as one shard of `token_count` tokens; its sha256 in
+    hex."""
     digest = hashlib.sha256()
     written_tokens = 0
     with atomic_write(path) as file:
@@ -107,20 +115,23 @@ def write_shard(path: Path, token_arrays, token_count: int) -> str:
             digest.update(block)
             written_tokens += len(array)
         if written_tokens != token_count:
-            raise AssertionError(f"{path}: {written_tokens} tokens written, {token_count} announced")
+            raise AssertionError(f"{path}: {written_tokens} tokens written, {token_count} "
+                                 "announced")
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path):
-    """A binary file that appears at `path` complete on leaving the block, or not at all on an error."""
+    """A binary file that appears at `path` complete on leaving the block, or not at all on an
+    error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
-        os.chmod(temporary, 0o644)  # mkstemp gives 600, which other users of a shared disk cannot read
+        # mkstemp gives 600, which other users of a shared disk cannot read
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
