@@ -424,11 +424,18 @@ def test_a_manifest_that_is_none_is_named(tmp_path, content):
 @pytest.mark.parametrize("path", ["/etc/x.model", "tokenizers/../../x.model", "c:/x.model",
                                   "a\\..\\x/y.model"])
 def test_manifest_cannot_lead_out_of_the_data_folder(path):
-    manifest = {"tokenizers": [{"name": "t", "model_path": path}]}
-    with pytest.raises(DataError, match="out of the data folder"):
-        cached.tokenizer_paths(manifest, {"tokenizer_name": "t"}, "sp1024")
-    with pytest.raises(DataError, match="out of the data folder"):
-        cached.dataset_folder({"path": path}, "x")
+    for folder, model in ((path, "t.model"), ("x", path)):
+        manifest = {"datasets": [{"name": "fineweb10B_sp1", "path": folder, "tokenizer_name": "t"}],
+                    "tokenizers": [{"name": "t", "model_path": model}]}
+        with pytest.raises(DataError, match="out of the data folder"):
+            cached.listing(manifest, "sp1", strict=True)
+
+
+@pytest.mark.parametrize("manifest", [{"datasets": 5}, {"datasets": ["sp1"]}, {"datasets": [{}]},
+                                      {"datasets": [{"name": "fineweb10B_sp1", "path": 5}]}])
+def test_a_manifest_of_unknown_form_is_refused(manifest):
+    with pytest.raises(DataError, match="unknown form.*--skip-manifest"):
+        cached.listing(manifest, "sp1", strict=True)
 
 
 # ---- builder --------------------------------------------------------------------------------
