@@ -81,7 +81,7 @@ def tokenizers(tmp_path_factory):
                 assert content.count(b"\x0a\x03\xe2\x96\x81") == 1
                 content = content.replace(b"\x0a\x03\xe2\x96\x81", b"\x0a\x03\x01\x01\x01")
             path.write_bytes(content)
-            made[kind] = path, build_dataset.load_tokenizer(str(path))
+            made[kind] = path, build_dataset.load_tokenizer(path)
         return made[kind]
 
     return get
