@@ -3,19 +3,14 @@
 import io
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("sentencepiece")
-pytest.importorskip("zstandard")
 import sentencepiece
+from conftest import write_jsonl
 from hypothesis import given, settings, strategies as st
 
-DATA = Path(__file__).resolve().parents[1] / "data"
-sys.path.insert(0, str(DATA))
 import build_dataset
 import shards
 from shards import BOS_ID, DataError
@@ -150,11 +145,6 @@ def test_any_text_in_any_kind_adds_up(tokenizers, text, kind):
 def test_what_normalization_loses_has_a_name(tokenizers, text, spaces, dropped, rewritten):
     _, tokenizer = tokenizers("prefix")
     assert build_dataset.lost_bytes(tokenizer, text)[1:] == (spaces, dropped, rewritten)
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
 
 
 def build(tmp_path, tokenizer_path, val: list[str], *arguments) -> tuple[Path, dict]:

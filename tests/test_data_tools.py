@@ -20,27 +20,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
-
-pytest.importorskip("sentencepiece")
-pytest.importorskip("zstandard")
-huggingface_hub = pytest.importorskip("huggingface_hub")
 import sentencepiece
 import zstandard
+from conftest import ROOT, WORDS, write_jsonl
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-DATA = Path(__file__).resolve().parents[1] / "data"
-sys.path.insert(0, str(DATA))
 import build_dataset
 import cached_challenge_fineweb as cached
 import demo_corpus
 import shards
 from shards import BOS_ID, DataError
 
-WORDS = ("river stone quiet lamp orchard winter copper signal harbor meadow paper engine violet "
-         "thunder basket garden mirror candle forest bridge window silver ocean timber castle "
-         "rocket planet hollow ribbon marble").split()
 FAST = settings(max_examples=40, deadline=None, database=None,
                 suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -50,11 +43,6 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     rng = np.random.default_rng(seed)
     return [f"Document {seed}-{i}, café №{i}.\n" + " ".join(rng.choice(WORDS, rng.integers(30, 80)))
             for i in range(count)]
-
-
-def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
-    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -127,69 +115,89 @@ def test_atomic_write_leaves_the_old_file_and_no_rest_on_error(tmp_path):
 
 # ---- download -------------------------------------------------------------------------------
 
-class StandIn:
-    """A server on loopback for the two requests of huggingface_hub.
+class Request(BaseHTTPRequestHandler):
+    """One of the two that huggingface_hub makes."""
+    protocol_version = "HTTP/1.1"
 
-    `files`: content by path; `cut`: bytes of a path after which its next transfers break;
-    `requests`: (method, path, range).
+    def do_GET(self):
+        hub, range_ = self.server, self.headers.get("Range")
+        path = self.path.split("/resolve/main/")[-1]
+        hub.requests.append((self.command, path, range_))
+        content = hub.files.get(path) if self.path.startswith("/datasets/some/repo/") else None
+        if content is None:
+            return self.begin(404, {"X-Error-Code": "EntryNotFound", "Content-Length": 0})
+        start = int(range_.split("=")[1].split("-")[0]) if range_ else 0
+        self.begin(206 if range_ else 200, {
+            "ETag": f'"{hub.hash(content)}"', "X-Repo-Commit": "0" * 40,
+            "Content-Length": len(content) - start,
+            "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"})
+        if self.command == "GET":
+            damaged = hub.damaged.pop if hub.damaged_once else hub.damaged.get
+            end = hub.cut.pop(path, None)
+            self.close_connection |= end is not None
+            self.wfile.write(damaged(path, content)[start:end])
+    do_HEAD = do_GET
+
+    def begin(self, status, headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+class Hub(ThreadingHTTPServer):
+    """A server on loopback, and the script that loads from it into the folder `data`.
+
+    `files`: content by path; `damaged`: what is sent instead; `cut`: bytes of a path after which
+    its next transfer breaks; `requests`: (method, path, range).
     """
 
-    def __init__(self):
-        self.files, self.cut, self.cuts_left, self.requests = {}, {}, 0, []
-        self.damaged, self.damaged_once = {}, False  # damaged: sent instead
+    def __init__(self, data: Path, capsys):
+        super().__init__(("127.0.0.1", 0), Request)
+        self.data, self.capsys, self.files, self.requests = data, capsys, {}, []
+        self.cut, self.damaged, self.damaged_once = {}, {}, False
         self.hash = lambda content: hashlib.sha256(content).hexdigest()
-        stand_in = self
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+    def run(self, *arguments, offline: bool = False) -> SimpleNamespace:
+        """What the script does and says."""
+        url = f"http://127.0.0.1:{self.server_port}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cached, "DATA_ROOT", self.data)
+            patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+            for name in ("hf_hub_download", "hf_hub_url"):
+                patch.setattr(cached, name, partial(getattr(cached, name), endpoint=url))
+            patch.setenv("MATCHED_FINEWEB_REPO_ID", "some/repo")
+            patch.setenv("NO_PROXY", "127.0.0.1")
+            self.requests.clear()
+            self.capsys.readouterr()
+            code = shards.exit_code_of(cached.main, list(map(str, arguments)))
+        said = self.capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
 
-            def do_HEAD(self):
-                stand_in.answer(self, body=False)
+    def fetch(self, *arguments) -> SimpleNamespace:
+        process = self.run(*arguments)
+        assert process.returncode == 0, process.stderr
+        return process
 
-            def do_GET(self):
-                stand_in.answer(self, body=True)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def answer(self, request, body: bool) -> None:
-        path = request.path.split("/resolve/main/")[-1]
-        range_ = request.headers.get("Range")
-        self.requests.append((request.command, path, range_))
-        content = self.files.get(path) if request.path.startswith("/datasets/some/repo/") else None
-        if content is None:
-            request.send_response(404)
-            request.send_header("X-Error-Code", "EntryNotFound")
-            request.send_header("Content-Length", "0")
-            request.end_headers()
-            return
-        start = int(range_.split("=")[1].split("-")[0]) if range_ else 0
-        request.send_response(206 if range_ else 200)
-        request.send_header("ETag", f'"{self.hash(content)}"')
-        request.send_header("X-Repo-Commit", "0" * 40)
-        request.send_header("Content-Length", str(len(content) - start))
-        if range_:
-            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        request.end_headers()
-        if body:
-            damaged = self.damaged.pop if self.damaged_once else self.damaged.get
-            self.send_body(request, path, damaged(path, content), start)
-
-    def send_body(self, request, path: str, content: bytes, start: int) -> None:
-        if path in self.cut and self.cuts_left:
-            self.cuts_left -= 1
-            request.wfile.write(content[start:self.cut[path]])
-            request.close_connection = True
-            request.wfile.flush()
-            return
-        request.wfile.write(content[start:])
+    def refused(self, *arguments, says: tuple[str, ...], offline: bool = False) -> None:
+        """The script ends in an error of one line with these words."""
+        process = self.run(*arguments, offline=offline)
+        assert process.returncode == 2 and "Traceback" not in process.stderr, process.stderr
+        last = process.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ") and all(part in last for part in says), last
 
     def transfers(self) -> list[str]:
         return [path for method, path, _ in self.requests if method == "GET"]
+
+    def local(self, path: str) -> Path:
+        return self.data / path.removeprefix("datasets/")
+
+    def same(self, *paths: str) -> bool:
+        return all(self.local(path).read_bytes() == self.files[path] for path in paths)
 
 
 def shard_bytes(seed: int, count: int = 3000) -> bytes:
@@ -200,115 +208,75 @@ def shard_bytes(seed: int, count: int = 3000) -> bytes:
 FOLDER = "datasets/datasets/fineweb10B_sp1024/"
 TRAIN_0, TRAIN_1, VAL_0 = (FOLDER + f"fineweb_{name}.bin"
                            for name in ("train_000000", "train_000001", "val_000000"))
+MANIFEST, MODEL = "datasets/manifest.json", "datasets/tokenizers/fineweb_1024_bpe.model"
 
 
 @pytest.fixture
-def hub(tokenizer_path, capsys):
-    stand_in = StandIn()
-    stand_in.capsys = capsys
+def hub(tokenizer_path, tmp_path, capsys):
+    hub = Hub(tmp_path / "data", capsys)
     manifest = {"datasets": [{"name": "fineweb10B_sp1024", "path": "datasets/fineweb10B_sp1024",
                               "stats": {"files_train": 2, "files_val": 1}, "tokenizer_name": "t"}],
                 "tokenizers": [{"name": "t", "model_path": "tokenizers/fineweb_1024_bpe.model"}]}
-    stand_in.files = {"datasets/manifest.json": json.dumps(manifest).encode(),
-                      "datasets/tokenizers/fineweb_1024_bpe.model": tokenizer_path.read_bytes(),
-                      "datasets/docs_selected.jsonl": b'{"text": "a"}\n',
-                      "datasets/docs_selected.source_manifest.json": b"{}",
-                      TRAIN_0: shard_bytes(0), TRAIN_1: shard_bytes(1), VAL_0: shard_bytes(2)}
-    yield stand_in
-    stand_in.server.shutdown()
-    stand_in.server.server_close()
+    hub.files = {MANIFEST: json.dumps(manifest).encode(), MODEL: tokenizer_path.read_bytes(),
+                 "datasets/docs_selected.jsonl": b'{"text": "a"}\n',
+                 "datasets/docs_selected.source_manifest.json": b"{}",
+                 TRAIN_0: shard_bytes(0), TRAIN_1: shard_bytes(1), VAL_0: shard_bytes(2)}
+    yield hub
+    hub.shutdown()
+    hub.server_close()
 
 
-def fetch(hub: StandIn, data_root: Path, *arguments, offline: bool = False) -> SimpleNamespace:
-    """What the script does and says with `data_root` as its folder and the stand-in as server."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cached, "DATA_ROOT", data_root)
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-        for name in ("hf_hub_download", "hf_hub_url"):
-            patch.setattr(cached, name, partial(getattr(cached, name), endpoint=hub.url))
-        patch.setenv("MATCHED_FINEWEB_REPO_ID", "some/repo")
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        hub.capsys.readouterr()
-        code = shards.exit_code_of(cached.main, list(map(str, arguments)))
-    said = hub.capsys.readouterr()
-    return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+def test_download_brings_everything_and_repeats_nothing(hub):
+    hub.fetch("--train-shards", 1, "--with-docs")
+    expected = hub.files.keys() - {TRAIN_1}
+    assert {path for path in hub.files if hub.local(path).exists()} == expected
+    assert hub.same(*expected)
+    hub.fetch("--train-shards", 2)
+    assert hub.transfers() == [MANIFEST, TRAIN_1]
+    hub.refused("--train-shards", 3, says=("--train-shards 3", "has 2 train shards", "2 or fewer"))
+    assert hub.transfers() == [MANIFEST]
 
 
-def local(data_root: Path, remote_path: str) -> Path:
-    return data_root / remote_path.removeprefix("datasets/")
-
-
-def assert_one_line_error(process, *parts: str) -> None:
-    assert process.returncode == 2, process.stderr
-    assert "Traceback" not in process.stderr
-    last = process.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    for part in parts:
-        assert part in last
-
-
-def test_download_brings_everything_and_repeats_nothing(hub, tmp_path):
-    process = fetch(hub, tmp_path / "data", "--train-shards", 1, "--with-docs")
-    assert process.returncode == 0, process.stderr
-    expected = {path for path in hub.files if path != TRAIN_1}
-    assert {path for path in hub.files if local(tmp_path / "data", path).exists()} == expected
-    for path in expected:
-        assert local(tmp_path / "data", path).read_bytes() == hub.files[path]
-    hub.requests.clear()
-    process = fetch(hub, tmp_path / "data", "--train-shards", 2)
-    assert process.returncode == 0, process.stderr
-    assert hub.transfers() == ["datasets/manifest.json", TRAIN_1]
-    hub.requests.clear()
-    process = fetch(hub, tmp_path / "data", "--train-shards", 3)
-    assert_one_line_error(process, "--train-shards 3", "has 2 train shards", "2 or fewer")
-    assert hub.transfers() == ["datasets/manifest.json"]
-
-
-def test_broken_connection_goes_on_where_it_stopped(hub, tmp_path):
+def test_broken_connection_goes_on_where_it_stopped(hub):
     hub.files[TRAIN_0] = shard_bytes(5, 6_500_000)  # the hub library writes blocks of 10 MiB
-    hub.cut, hub.cuts_left = {TRAIN_0: 12_000_000}, 1
-    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
+    hub.cut = {TRAIN_0: 12_000_000}
+    process = hub.run("--train-shards", 1)
+    requests = hub.requests[:]
     if process.returncode:  # older hub versions give up here, and go on in the next run
-        assert_one_line_error(process, "fineweb_train_000000.bin", "again")
-        assert not local(tmp_path / "data", TRAIN_0).exists()
-        process = fetch(hub, tmp_path / "data", "--train-shards", 1)
-    assert process.returncode == 0, process.stderr
-    assert local(tmp_path / "data", TRAIN_0).read_bytes() == hub.files[TRAIN_0]
-    ranges = [range_ for method, path, range_ in hub.requests if (method, path) == ("GET", TRAIN_0)]
+        assert "fineweb_train_000000.bin" in process.stderr and not hub.local(TRAIN_0).exists()
+        hub.fetch("--train-shards", 1)
+        requests += hub.requests
+    assert hub.same(TRAIN_0)
+    ranges = [range_ for method, path, range_ in requests if (method, path) == ("GET", TRAIN_0)]
     assert ranges[0] is None and len(ranges) == 2
     assert int(re.fullmatch(r"bytes=(\d+)-(\d+)?", ranges[1])[1]) >= 10 << 20
 
 
-def test_interrupted_run_is_resumed_without_fetching_whole_shards_again(hub, tmp_path):
+def test_interrupted_run_is_resumed_without_fetching_whole_shards_again(hub):
     second = hub.files.pop(TRAIN_1)
-    process = fetch(hub, tmp_path / "data", "--train-shards", 2)
-    assert_one_line_error(process, "fineweb_train_000001.bin", "does not exist",
-                          "1 of the 2 train shards")
-    assert local(tmp_path / "data", TRAIN_0).exists()
-    assert not local(tmp_path / "data", TRAIN_1).exists()
+    hub.refused("--train-shards", 2, says=("fineweb_train_000001.bin", "does not exist",
+                                           "1 of the 2 train shards"))
+    assert hub.local(TRAIN_0).exists() and not hub.local(TRAIN_1).exists()
     hub.files[TRAIN_1] = second
-    hub.requests.clear()
-    assert fetch(hub, tmp_path / "data", "--train-shards", 2, "--skip-manifest").returncode == 0
+    hub.fetch("--train-shards", 2, "--skip-manifest")
     assert hub.transfers() == [TRAIN_1]
 
 
-def test_bad_shard_on_the_server_gets_no_name(hub, tmp_path):
+def test_bad_shard_on_the_server_gets_no_name(hub):
     hub.files[TRAIN_0] = struct.pack("<i", 42) + shard_bytes(0)[4:]
-    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
-    assert_one_line_error(process, "fineweb_train_000000.bin", "magic number 42",
-                          "MATCHED_FINEWEB_REPO_ID")
-    assert hub.transfers().count(TRAIN_0) == 2
-    assert not local(tmp_path / "data", TRAIN_0).exists()
+    hub.refused("--train-shards", 1, says=("fineweb_train_000000.bin", "magic number 42",
+                                           "MATCHED_FINEWEB_REPO_ID"))
+    assert hub.transfers().count(TRAIN_0) == 2 and not hub.local(TRAIN_0).exists()
 
 
 def test_damaged_copy_in_the_hub_cache_is_not_used_twice(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    huggingface_hub.hf_hub_download("some/repo", TRAIN_0, repo_type="dataset", endpoint=hub.url)
+    huggingface_hub.hf_hub_download("some/repo", TRAIN_0, repo_type="dataset",
+                                    endpoint=f"http://127.0.0.1:{hub.server_port}")
     blob = next(path for path in (tmp_path / "cache").rglob("blobs/*") if path.is_file())
     blob.write_bytes(b"damaged")
-    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
-    assert process.returncode == 0, process.stderr
-    assert local(tmp_path / "data", TRAIN_0).read_bytes() == hub.files[TRAIN_0]
+    hub.fetch("--train-shards", 1)
+    assert hub.same(TRAIN_0)
 
 
 def with_hole(content: bytes) -> bytes:
@@ -322,41 +290,31 @@ def git_hash(content: bytes) -> str:
 @pytest.mark.parametrize("damage, hash_", [
     (with_hole, lambda c: hashlib.sha256(c).hexdigest()),
     (lambda c: c[:1024] + c[1026:] + c[1024:1026], git_hash)])
-def test_damage_of_the_right_size_is_found_by_the_servers_hash(hub, tmp_path, damage, hash_):
-    hub.hash, data = hash_, tmp_path / "data"
-    hub.damaged = {TRAIN_0: damage(hub.files[TRAIN_0])}
-    assert_one_line_error(fetch(hub, data, "--train-shards", 1), "fineweb_train_000000.bin",
-                          "its hash is not", "came damaged twice")
-    assert not local(data, TRAIN_0).exists()
+def test_damage_of_the_right_size_is_found_by_the_servers_hash(hub, damage, hash_):
+    hub.hash, hub.damaged = hash_, {TRAIN_0: damage(hub.files[TRAIN_0])}
+    hub.refused("--train-shards", 1, says=("fineweb_train_000000.bin", "its hash is not",
+                                           "came damaged twice"))
+    assert not hub.local(TRAIN_0).exists()
     hub.damaged_once = True  # and the second transfer is good
-    assert fetch(hub, data, "--train-shards", 1).returncode == 0
-    model = "datasets/tokenizers/fineweb_1024_bpe.model"
+    hub.fetch("--train-shards", 1)
     for path in (TRAIN_0, VAL_0):
-        local(data, path).write_bytes(damage(hub.files[path]))
-    local(data, model).write_bytes(hub.files[model] + b"\x0a\x02\x0a\x00")  # loads; a piece more
-    hub.requests.clear()
-    process = fetch(hub, data, "--train-shards", 1)
-    assert process.returncode == 0 and "fetching again" in process.stderr
-    assert "its hash is not" in process.stderr
-    assert hub.transfers() == ["datasets/manifest.json", model, VAL_0, TRAIN_0]
-    for path in (TRAIN_0, VAL_0, model):
-        assert local(data, path).read_bytes() == hub.files[path]
+        hub.local(path).write_bytes(damage(hub.files[path]))
+    hub.local(MODEL).write_bytes(hub.files[MODEL] + b"\x0a\x02\x0a\x00")  # loads; a piece more
+    process = hub.fetch("--train-shards", 1)
+    assert "fetching again" in process.stderr and "its hash is not" in process.stderr
+    assert hub.transfers() == [MANIFEST, MODEL, VAL_0, TRAIN_0] and hub.same(TRAIN_0, VAL_0, MODEL)
 
 
-def test_without_a_hash_the_content_is_looked_at(hub, tmp_path):
+def test_without_a_hash_the_content_is_looked_at(hub):
     hub.hash = lambda content: "some-version"
     hub.files[VAL_0] = with_hole(hub.files[VAL_0])
-    assert_one_line_error(fetch(hub, tmp_path / "data", "--train-shards", 1),
-                          "fineweb_val_000000.bin", "token 0 fills a hole from token 1024 on")
+    hub.refused("--train-shards", 1, says=("fineweb_val_000000.bin",
+                                           "token 0 fills a hole from token 1024 on"))
     hub.files[VAL_0] = shard_bytes(2)
-    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
-    assert process.returncode == 0, process.stderr
-    local(tmp_path / "data", TRAIN_0).write_bytes(with_hole(hub.files[TRAIN_0]))
-    assert_one_line_error(fetch(hub, tmp_path / "data", "--train-shards", 1, "--skip-manifest",
-                                offline=True), "cannot be reached")
-    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
-    assert process.returncode == 0 and "fills a hole" in process.stderr
-    assert local(tmp_path / "data", TRAIN_0).read_bytes() == hub.files[TRAIN_0]
+    hub.fetch("--train-shards", 1)
+    hub.local(TRAIN_0).write_bytes(with_hole(hub.files[TRAIN_0]))
+    hub.refused("--train-shards", 1, "--skip-manifest", offline=True, says=("cannot be reached",))
+    assert "fills a hole" in hub.fetch("--train-shards", 1).stderr and hub.same(TRAIN_0)
 
 
 def some_tokens(count: int = 60_000) -> np.ndarray:
@@ -397,22 +355,19 @@ def test_the_variant_decides_the_repository(monkeypatch, variable, variant, repo
 @pytest.mark.parametrize("variant, said", [
     *((variant, "--variant") for variant in ("sp", "1024", "sp10k", "../sp1024", "")),
     ("sp1", "no dataset fineweb10B_sp1, only fineweb10B_sp1024")])
-def test_an_unknown_variant_is_refused(hub, tmp_path, variant, said):
-    assert_one_line_error(fetch(hub, tmp_path, "--variant", variant), said)
+def test_an_unknown_variant_is_refused(hub, variant, said):
+    hub.refused("--variant", variant, says=(said,))
 
 
-def test_without_manifest_the_known_names_are_probed(hub, tmp_path):
+def test_without_manifest_the_known_names_are_probed(hub):
     hub.files[FOLDER + "fineweb_val_000001.bin"] = shard_bytes(7)
-    del hub.files["datasets/manifest.json"]
-    process = fetch(hub, tmp_path / "data", "--train-shards", 1, "--skip-manifest")
-    assert process.returncode == 0, process.stderr
-    assert "1 train and 2 validation shards" in process.stdout
-    assert local(tmp_path / "data", "datasets/tokenizers/fineweb_1024_bpe.model").exists()
-    assert_one_line_error(fetch(hub, tmp_path / "data"), "manifest.json", "does not exist")
+    del hub.files[MANIFEST]
+    process = hub.fetch("--train-shards", 1, "--skip-manifest")
+    assert "1 train and 2 validation shards" in process.stdout and hub.local(MODEL).exists()
+    hub.refused(says=("manifest.json", "does not exist"))
     manifest = {"datasets": [{"name": "fineweb10B_sp1024", "stats": {"files_train": "many"}}]}
-    hub.files["datasets/manifest.json"] = json.dumps(manifest).encode()
-    process = fetch(hub, tmp_path / "data", "--train-shards", 2)
-    assert process.returncode == 0, "the manifest does not say how many there are"
+    hub.files[MANIFEST] = json.dumps(manifest).encode()
+    hub.fetch("--train-shards", 2)  # the manifest does not say how many there are
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe{\0}\0", b"[]", b"9" * 5_000])
@@ -704,7 +659,7 @@ def test_paths_and_arguments_of_odd_surroundings(tmp_path, tokenizer_path):
     environment = os.environ | {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
 
     def run(*arguments):
-        return subprocess.run([sys.executable, DATA / "build_dataset.py", *arguments],
+        return subprocess.run([sys.executable, ROOT / "data/build_dataset.py", *arguments],
                               env=environment, capture_output=True)
 
     process = run(b"~/caf\xc3\xa9\xff.jsonl", "--tokenizer", b"~/\xfe.model", "--val-input",
