@@ -184,6 +184,22 @@ def on_ranks(ranks, said, act, *arguments):
     assert [process.exitcode for process in started] == [0] * ranks, Path(said).read_text()
 
 
+class Device(str):
+    """A CPU that says it is of another type."""
+
+
+def a_rank(kind="cpu", **more):
+    """What a choice of kernels needs of a Runtime; `lines` is its log."""
+    device = Device("cpu")
+    device.type = kind
+    told = dict(device=device, compile=False, world_size=1, rank=0, lines=[], any_rank=bool,
+                dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
+                compiled=lambda function, **how: function)
+    rank = SimpleNamespace(**{**told, **more})
+    rank.log = rank.lines.append
+    return rank
+
+
 @pytest.fixture
 def run_script(corpus, tmp_path):
     """script_runner of this test's own folder."""

@@ -3,12 +3,11 @@
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, clean_environ, environment
+from conftest import ROOT, a_rank, clean_environ, environment
 from hypothesis import example, given, settings as hypothesis_settings, strategies as st
 
 import train_gpt
@@ -224,18 +223,10 @@ def test_a_model_computes_with_kernels_what_it_does_without(tiny, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max() + 1e-6))
 
 
-class Graphics(str):
-    """A CPU that says it is a GPU."""
-    type = "cuda"
-
-
 @pytest.fixture
 def gpu():
     """A rank that compiles for a GPU, so it says; kernels are interpreted."""
-    rt = SimpleNamespace(device=Graphics("cpu"), dtype=torch.float32, compile=True,
-                         compiled=lambda f, **_: f, any_rank=bool, lines=[])
-    rt.log = rt.lines.append
-    return rt
+    return a_rank("cuda", dtype=torch.float32, compile=True)
 
 
 PLAIN_NAMES = dict(attention="sdpa", mlp="plain", nll="plain")

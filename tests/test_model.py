@@ -3,26 +3,18 @@
 import math
 import re
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
+from conftest import a_rank
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 import train_gpt
 from train_gpt import GPT, Settings, UserError, fake_quantize, init_weights, kind_of, sdpa
 
 
-def one_rank(**more):
-    """What choosing needs of a Runtime: one rank on a CPU."""
-    told = dict(device=torch.device("cpu"), dtype=torch.float32, compile=False, lines=[], rank=0,
-                world_size=1, any_rank=bool, compiled=lambda function, **how: function)
-    rt = SimpleNamespace(**{**told, **more})
-    rt.log = rt.lines.append
-    return rt
-
-
-CPU = one_rank()
+CPU = a_rank()
 
 
 def randomized(s, seed=0, dtype=torch.float32):
@@ -543,11 +535,6 @@ def refuse(q, k, v, causal):
     raise RuntimeError("no kernel image is available for execution on the device")
 
 
-class Graphics(str):
-    """A CPU that says it is a GPU."""
-    type = "cuda"
-
-
 WRONG = {"not causal": attend_all, "other grouping": attend_interleaved, "no kernel": refuse,
          "scaled": lambda q, k, v, causal: sdpa(1.1 * q, k, v),
          "nan": lambda q, k, v, causal: sdpa(q, k, v) * math.nan,
@@ -581,7 +568,7 @@ def test_wrong_flash_attention_is_rejected(tiny, monkeypatch, case):
 @pytest.mark.parametrize("case", WRONG_IN_A_WINDOW)
 def test_a_kernel_that_is_wrong_in_a_window_is_for_whole_rows_alone(tiny, monkeypatch, case):
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", WRONG_IN_A_WINDOW[case])
-    rt = one_rank(device=Graphics("cpu"), dtype=torch.bfloat16)
+    rt = a_rank("cuda")
     names, _ = train_gpt.choose_kernels(tiny(EVAL_ATTENTION="window"), rt)
     assert names["attention"] == "fa3"
     names, _ = train_gpt.choose_kernels(tiny(), rt)
@@ -615,7 +602,7 @@ def varlen(q_NHE, k_NKE, v_NKE, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_se
 def test_flash_attention_ends_at_documents_by_variable_lengths(tiny, monkeypatch):
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", refuse)
     sys.modules["flash_attn_interface"].flash_attn_varlen_func = varlen
-    rt = one_rank(device=Graphics("cpu"), dtype=torch.bfloat16)
+    rt = a_rank("cuda")
     names, kernels = train_gpt.choose_kernels(tiny(DOC_ATTENTION=1), rt)
     assert names["attention"] == "fa3"
     q, k, v = (torch.randn(3, 40, heads, 8) for heads in (4, 2, 2))
@@ -639,7 +626,7 @@ def test_the_first_kernel_that_is_right_is_taken_every_time(tiny, monkeypatch):
     """fa3 computes something else, cuDNN raises: auto takes flash, twice, and says why."""
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend_all)
     for _ in range(2):
-        rt = one_rank(device=Graphics("cpu"), dtype=torch.bfloat16)
+        rt = a_rank("cuda")
         names, _ = train_gpt.choose_kernels(tiny(EVAL_ATTENTION="window"), rt)
         assert names["attention"] == "flash"
         assert [line[:38] for line in rt.lines] == ["attention: not fa3: gives another resu",
@@ -649,7 +636,7 @@ def test_the_first_kernel_that_is_right_is_taken_every_time(tiny, monkeypatch):
 
 
 def test_a_kernel_must_be_right_on_every_rank():
-    rt, x = one_rank(), torch.randn(64, requires_grad=True)
+    rt, x = a_rank(), torch.randn(64, requires_grad=True)
     rt.any_rank = lambda why: True
     assert train_gpt.first_right("mlp", {"triton": lambda x: 2 * x}, lambda x: 2 * x, [x], rt) == ""
     assert rt.lines == ["mlp: not triton: unusable on another rank"]

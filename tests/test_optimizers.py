@@ -2,7 +2,6 @@
 
 import math
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,14 +100,6 @@ class Reference:
         return norm
 
 
-def alone(dtype=torch.float32):
-    """One rank, in this process."""
-    later = lambda x: lambda: x  # noqa: E731
-    return SimpleNamespace(rank=0, world_size=1, dtype=dtype, compile=False, compiled=lambda f: f,
-                           sum_=lambda x: x, sum_later=later, reduce_scatter=later,
-                           all_gather=later)
-
-
 class ThreadRank:
     """A rank that is a thread: collectives by their definitions, through a list that all see."""
 
@@ -172,7 +163,7 @@ def run_on_ranks(s, ranks, grads, schedule):
 
     def work(rank):
         try:
-            rt = ThreadRank(rank, board, barrier) if ranks > 1 else alone()
+            rt = ThreadRank(rank, board, barrier) if ranks > 1 else train_gpt.Runtime(s)
             optimizers = train_gpt.training_optimizers(models[rank], s, rt)
             for g, (scale, momentum) in zip(grads, schedule):
                 for n, p in models[rank].named_parameters():
@@ -235,7 +226,7 @@ def test_gradients_below_the_norm_are_not_scaled(tiny):
 def test_every_parameter_is_in_exactly_one_group(tiny, variables):
     s = tiny(MATRIX_LR=0.1, SCALAR_LR=0.2, TIED_EMBED_LR=0.3, **variables)
     model = fresh_model(s)
-    groups = train_gpt.training_optimizers(model, s, alone()).groups
+    groups = train_gpt.training_optimizers(model, s, train_gpt.Runtime(s)).groups
     rates = [(id(p), group.lr) for group in groups for p in group.params]
     expected = {id(p): 0.1 if n.endswith(MATRICES) else 0.3 if n.endswith(TABLES) else 0.2
                 for n, p in model.named_parameters()}
