@@ -13,9 +13,6 @@ from train_gpt import Settings
 
 PUBLISHED = Settings(warmdown_frac=0.0)  # the warmdown is WARMDOWN_ITERS
 quick = settings(deadline=None, database=None, max_examples=100)
-floors = st.floats(0, 1)
-warmdowns = st.integers(0, 10**5)
-iterations = st.integers(1, 10**5)
 paces_ms = st.floats(0.01, 10**5)
 caps = st.floats(0.1, 10**5)
 
@@ -24,8 +21,9 @@ caps = st.floats(0.1, 10**5)
 def runs(draw):
     """Settings that end by iterations, by the clock, or by whichever is first."""
     ends = draw(st.sampled_from(["iterations", "clock", "both"]))
-    return replace(PUBLISHED, lr_floor=draw(floors), warmdown_iters=draw(warmdowns),
-                   iterations=0 if ends == "clock" else draw(iterations),
+    return replace(PUBLISHED, lr_floor=draw(st.floats(0, 1)),
+                   warmdown_iters=draw(st.integers(0, 10**5)),
+                   iterations=0 if ends == "clock" else draw(st.integers(1, 10**5)),
                    max_wallclock_seconds=0.0 if ends == "iterations" else draw(caps))
 
 
@@ -180,20 +178,14 @@ def late(step):
     return 1.0 if step <= 30 else 0.1
 
 
-def test_swa_mean_is_applied():
-    s = replace(PUBLISHED, ema_enabled=0, swa_enabled=1, swa_every=7)
+@pytest.mark.parametrize("ema", [0, 1])
+def test_the_mean_of_snapshots_is_applied_and_halved_with_the_ema(ema):
+    s = replace(PUBLISHED, ema_enabled=ema, ema_decay=0.9, swa_enabled=1, swa_every=7)
     model, history, average, firsts = trained(s, 80, late)
-    snapshots = [step for step in range(31, 81) if step % 7 == 0]
-    assert firsts == [35] and average.apply() == "SWA"
-    np.testing.assert_allclose(flat(model), history[[i - 1 for i in snapshots]].mean(0), atol=1e-5)
-
-
-def test_ema_and_swa_give_the_mean_of_both():
-    s = replace(PUBLISHED, ema_decay=0.9, swa_enabled=1, swa_every=7)
-    model, history, average, _ = trained(s, 80, late)
-    swa = history[[i - 1 for i in range(31, 81) if i % 7 == 0]].mean(0)
-    assert average.apply() == "EMA and SWA"
-    np.testing.assert_allclose(flat(model), (ema_of(history, 0.9) + swa) / 2, atol=1e-5)
+    expected = history[[step - 1 for step in range(31, 81) if step % 7 == 0]].mean(0)
+    expected = (ema_of(history, 0.9) + expected) / 2 if ema else expected
+    assert firsts == [35] and average.apply() == ("EMA and SWA" if ema else "SWA")
+    np.testing.assert_allclose(flat(model), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("s", [replace(PUBLISHED, ema_enabled=0),
