@@ -154,8 +154,8 @@ def text_lines(path: Path, content):
         for number, line in enumerate(content, start=1):
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}): convert the "
-                        "file") from None
+        raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}): "
+                        "convert the file") from None
     except DECODE_ERRORS as error:
         raise damaged(path, f"after line {number}", error) from None
 
@@ -541,13 +541,14 @@ def write_split(folder: Path, split: str, spool: Spool, indices: np.ndarray,
     validation with the bytes of text behind each token beside them; their manifest entry."""
     starts, lengths = np.frombuffer(spool.starts, "i8")[indices], np.diff(spool.starts)[indices]
     ends, total = np.cumsum(lengths), int(lengths.sum())  # of the documents in the split
+    shifts = starts + lengths - ends                      # from there to the spool
 
     def write(name: str, values: np.ndarray, begin: int, end: int) -> str:
         """Write the tokens `begin` to `end` of the split, of one document or several."""
         first, last = np.searchsorted(ends, [begin, end - 1], "right")
         bounds = [begin, *ends[first:last].tolist(), end]
-        shifts = (starts + lengths - ends)[first:last + 1].tolist()  # from there to the spool
-        pieces = (values[a + shift:b + shift] for a, b, shift in zip(bounds, bounds[1:], shifts))
+        pieces = (values[a + shift:b + shift] for a, b, shift in
+                  zip(bounds, bounds[1:], shifts[first:last + 1].tolist()))
         return write_shard(folder / name, pieces, end - begin)
 
     files, tokens, counts = [], spool.mapped(spool.token_file), spool.mapped(spool.count_file)

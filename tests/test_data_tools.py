@@ -306,7 +306,9 @@ def test_damage_of_the_right_size_is_found_by_the_servers_hash(hub, damage, hash
 
 def test_without_a_hash_the_content_is_looked_at(hub):
     hub.hash = lambda content: "some-version"
-    hub.files[VAL_0] = with_hole(hub.files[VAL_0])
+    model, hub.files[MODEL] = hub.files[MODEL], b"an error page"
+    hub.refused("--train-shards", 1, says=("fineweb_1024_bpe.model: not a SentencePiece model",))
+    hub.files[MODEL], hub.files[VAL_0] = model, with_hole(hub.files[VAL_0])
     hub.refused("--train-shards", 1, says=("fineweb_val_000000.bin",
                                            "token 0 fills a hole from token 1024 on"))
     hub.files[VAL_0] = shard_bytes(2)
@@ -693,7 +695,7 @@ def _encode_nothing(texts):
     return texts
 
 
-def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path):
+def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path, monkeypatch):
     source = write_jsonl(tmp_path / "t.jsonl", sentences(30))
     arguments = [source, "--out-root", tmp_path, "--tokenizer", tokenizer_path, "--val-docs", 3]
     run_builder(*arguments)
@@ -706,6 +708,14 @@ def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path):
     with pytest.raises(DataError, match="no 'text' in it"):
         run_builder(bad, "--name", "t", "--force", *arguments[1:])
     assert marker.exists() and os.listdir(tmp_path / "datasets") == ["t"], "a failed build"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    renames = iter([os.rename, interrupt, os.rename])  # between the old one's and the new one's
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", lambda *paths: next(renames)(*paths))
+        run_builder(*arguments, "--force")
+    assert marker.exists() and os.listdir(tmp_path / "datasets") == ["t"]
     run_builder(*arguments, "--force")
     assert not marker.exists() and os.listdir(tmp_path / "datasets") == ["t"]
 
