@@ -80,7 +80,9 @@ def test_late_passes_follow_the_depth():
 
 def test_pr537_shares_a_core_and_marks_xsa_by_core():
     s = settings_of("pr537")
-    assert [p.block for p in train_gpt.pass_list(s) if p.xsa] == [6, 7, 8, 9] and s.cores == 10
+    passes = train_gpt.pass_list(s)
+    assert [p.core for p in passes] == [*range(10), 0]
+    assert [p.block for p in passes if p.xsa] == [6, 7, 8, 9]
     assert train_gpt.bits_of("tok_emb", s) == train_gpt.bits_of("cores.2.attn.k", s) == 16
     assert train_gpt.bits_of("cores.3.attn.k", s) == train_gpt.bits_of("bigram.table", s) == 6
 
