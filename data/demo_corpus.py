@@ -1,4 +1,4 @@
-"""The demo corpus: documentation that every CPython carries, and what xz needs for its validation part.
+"""The demo corpus: documentation that every CPython carries, and what xz needs for a part of it.
 
 One document per pydoc topic, and one per standard library module: its docstrings with their
 signatures, and its comment blocks. Test suites are left out.
@@ -15,7 +15,8 @@ from pathlib import Path
 
 from shards import DataError
 
-EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "turtledemo", "__pycache__"}
+EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "turtledemo",
+                    "__pycache__"}
 MIN_DOCUMENT_CHARS = 200
 MAX_VAL_DOCUMENT_CHARS = 24_000  # one huge module must not make up the validation text
 MIN_REPEATED_CHARS = 40          # shorter paragraphs ("Raises ValueError.") repeat by nature
@@ -24,11 +25,13 @@ MIN_CORPUS_CHARS = 500_000
 
 
 def documents(max_modules: int | None = None) -> list[str]:
-    """The corpus, in a fixed order, no paragraph twice; the first `max_modules` modules only, if given."""
-    found = list(_topics()) + list(_modules(max_modules))
-    if max_modules is None and sum(map(len, found)) < MIN_CORPUS_CHARS:
-        raise DataError(f"the standard library at {sysconfig.get_path('stdlib')} has {sum(map(len, found))} "
-                        f"characters of documentation, {MIN_CORPUS_CHARS} are needed: use a full CPython")
+    """The corpus (of `max_modules` modules only), in a fixed order, no paragraph twice."""
+    found = [*_topics(), *_modules(max_modules)]
+    chars = sum(map(len, found))
+    if max_modules is None and chars < MIN_CORPUS_CHARS:
+        raise DataError(f"the standard library at {sysconfig.get_path('stdlib')} has {chars} "
+                        f"characters of documentation, {MIN_CORPUS_CHARS} are needed: "
+                        "use a full CPython")
     return [text for text in without_repeats(found) if len(text) >= MIN_DOCUMENT_CHARS]
 
 
@@ -53,15 +56,13 @@ def _modules(max_modules: int | None):
 
 
 def module_text(source: str) -> str:
-    """Docstrings (with signatures) and comment blocks of Python source, in the order of its lines."""
+    """Docstrings (with signatures) and comment blocks of Python source, ordered by line."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return ""
-    parts = [*_docstrings(tree), *_comment_blocks(source)]
-    return "\n\n".join(text for _, text in sorted(parts))
+    return "\n\n".join(text for _, text in sorted([*_docstrings(tree), *_comment_blocks(source)]))
 
 
 def _docstrings(tree: ast.Module):
@@ -69,14 +70,12 @@ def _docstrings(tree: ast.Module):
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
         text = ast.get_docstring(node)
-        if not text:
-            continue
-        if isinstance(node, ast.Module):
+        if text and isinstance(node, ast.Module):
             yield 0, text
-        elif isinstance(node, ast.ClassDef):
-            yield node.lineno, f"class {node.name}({', '.join(map(ast.unparse, node.bases))})\n{text}"
-        else:
-            yield node.lineno, f"{node.name}({ast.unparse(node.args)})\n{text}"
+        elif text:
+            head = (f"class {node.name}({', '.join(map(ast.unparse, node.bases))})"
+                    if isinstance(node, ast.ClassDef) else f"{node.name}({ast.unparse(node.args)})")
+            yield node.lineno, f"{head}\n{text}"
 
 
 def _comment_blocks(source: str):
@@ -93,26 +92,26 @@ def _comment_blocks(source: str):
         block, first_line = [], 0
 
 
-def paragraphs(text: str) -> list[str]:
-    return re.split(r"\n\s*\n", text)
+def paragraphs(text: str) -> list[tuple[str, str]]:
+    """(paragraph, its words) of a text."""
+    return [(paragraph, " ".join(paragraph.split())) for paragraph in re.split(r"\n\s*\n", text)]
 
 
 def without_repeats(texts: list[str]) -> list[str]:
-    """Each text without the paragraphs that stood before, in it or in another (license texts, mostly)."""
+    """Each text without the paragraphs that stood before, in it or in another (license texts)."""
     seen, result = set(), []
     for text in texts:
         kept = []
-        for paragraph in paragraphs(text):
-            key = " ".join(paragraph.split())
-            if len(key) < MIN_REPEATED_CHARS or key not in seen:
+        for paragraph, words in paragraphs(text):
+            if len(words) < MIN_REPEATED_CHARS or words not in seen:
                 kept.append(paragraph)
-            seen.add(key)
+            seen.add(words)
         result.append("\n\n".join(kept))
     return result
 
 
 def split(texts: list[str], seed: int, val_fraction: float) -> tuple[list[str], list[str]]:
-    """(train, validation) documents; training paragraphs that validation has, or nearly has, are dropped.
+    """(train, validation) documents; training paragraphs that validation has are dropped.
 
     Validation takes documents in the order of a hash until it has `val_fraction` of the characters.
     """
@@ -127,18 +126,18 @@ def split(texts: list[str], seed: int, val_fraction: float) -> tuple[list[str], 
 
 
 def drop_copies(train: list[str], val: list[str]) -> list[str]:
-    """`train` without paragraphs that stand in `val` word for word, or share half their 8-word runs with it."""
-    val_paragraphs = {" ".join(p.split()) for text in val for p in paragraphs(text)}
+    """`train` without paragraphs that `val` has, or half of whose 8-word runs it has."""
+    val_paragraphs = {words for text in val for _, words in paragraphs(text)}
     val_shingles = {shingle for text in val for shingle in _shingles(text)}
 
-    def is_copy(paragraph: str) -> bool:
-        key = " ".join(paragraph.split())
-        if len(key) >= MIN_REPEATED_CHARS and key in val_paragraphs:
+    def is_copy(words: str) -> bool:
+        if len(words) >= MIN_REPEATED_CHARS and words in val_paragraphs:
             return True
-        shingles = _shingles(paragraph)
+        shingles = _shingles(words)
         return bool(shingles) and 2 * sum(s in val_shingles for s in shingles) >= len(shingles)
 
-    cleaned = ("\n\n".join(p for p in paragraphs(text) if not is_copy(p)) for text in train)
+    cleaned = ("\n\n".join(paragraph for paragraph, words in paragraphs(text) if not is_copy(words))
+               for text in train)
     return [text for text in cleaned if len(text) >= MIN_DOCUMENT_CHARS]
 
 
@@ -157,7 +156,7 @@ def xz_comparison(train_texts: list[str], val_texts: list[str]) -> dict:
     both = train + b"\n" + "\n".join(val_texts).encode()
     with ProcessPoolExecutor(2) as pool:
         train_bytes, both_bytes = pool.map(_xz_size, [train, both])
-    val_bytes = sum(len(text.encode()) for text in val_texts)
+    val_bytes = len("".join(val_texts).encode())
     return {"xz_bits_per_byte": 8 * (both_bytes - train_bytes) / val_bytes,
             "xz_bytes": {"train": train_bytes, "train_and_val": both_bytes, "val_text": val_bytes}}
 

@@ -1,4 +1,4 @@
-"""Token shards on disk, and what the data scripts share: header, checks, whole-or-nothing writes, errors.
+"""Token shards on disk, and what the data scripts share: checks, atomic writes, errors.
 
 A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then that
 many little-endian uint16 token ids. Nothing may follow the last token.
@@ -6,6 +6,7 @@ many little-endian uint16 token ids. Nothing may follow the last token.
 
 import contextlib
 import hashlib
+import json
 import os
 import struct
 import sys
@@ -31,29 +32,29 @@ class DataError(Exception):
     """A mistake in the input that the user can mend; its message is one line with the way out."""
 
 
+def bad_shard(path: Path, reason: str) -> DataError:
+    return DataError(f"{path}: {reason}: delete it and download or build it again")
+
+
 def shard_header(token_count: int) -> bytes:
     """The 1,024 header bytes of a shard with `token_count` tokens."""
     return struct.pack(f"<{HEADER_INTS}i", MAGIC, VERSION, token_count, *[0] * (HEADER_INTS - 3))
 
 
 def check_shard(path: Path) -> int:
-    """Number of tokens of the shard at `path`; DataError unless header and size are exactly right."""
-    path = Path(path)
-    size_bytes = path.stat().st_size
+    """Number of tokens of the shard at `path`; DataError unless header and size are right."""
     with open(path, "rb") as file:
-        head = file.read(HEADER_BYTES)
-    way_out = "delete it and download or build it again"
+        head, size_bytes = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
     if len(head) < HEADER_BYTES:
-        raise DataError(f"{path}: {size_bytes} bytes, a shard header alone has {HEADER_BYTES}: {way_out}")
+        raise bad_shard(path, f"{size_bytes} bytes, a shard header alone has {HEADER_BYTES}")
     magic, version, token_count = struct.unpack_from("<3i", head)
-    if magic != MAGIC:
-        raise DataError(f"{path}: magic number {magic}, a token shard has {MAGIC}: {way_out}")
-    if version != VERSION:
-        raise DataError(f"{path}: shard version {version}, only {VERSION} is known: {way_out}")
+    if (magic, version) != (MAGIC, VERSION):
+        raise bad_shard(path, f"magic number {magic}, version {version}, "
+                              f"a token shard has {MAGIC}, {VERSION}")
     expected_bytes = HEADER_BYTES + TOKEN_BYTES * token_count
     if token_count < 0 or size_bytes != expected_bytes:
-        raise DataError(f"{path}: header says {token_count} tokens, so {expected_bytes} bytes, "
-                        f"but the file has {size_bytes}: {way_out}")
+        raise bad_shard(path, f"header says {token_count} tokens, so {expected_bytes} bytes, "
+                              f"but the file has {size_bytes}")
     return token_count
 
 
@@ -70,57 +71,51 @@ def check_content(path: Path, vocab_size: int) -> None:
     A hole (one token for HOLE_TOKENS, 2 KiB, in a row), ids outside of the vocabulary, one token
     that is most of the text, documents far too long or short.
     """
-    counts = np.zeros(2**16, np.int64)
-    tokens, way_out = read_shard(path), "delete it and download or build it again"
+    counts, tokens = np.zeros(2**16, np.int64), read_shard(path)
     for start in range(0, len(tokens), CHECK_TOKENS):
         block = tokens[start:start + CHECK_TOKENS]
         counts += np.bincount(block, minlength=2**16)
         rows = block[:len(block) // HOLE_TOKENS * HOLE_TOKENS].reshape(-1, HOLE_TOKENS)
         holes = np.flatnonzero((rows == rows[:, :1]).all(axis=1))
         if len(holes):
-            row = holes[0]
-            raise DataError(f"{path}: token {rows[row, 0]} fills a hole from token {start + row * HOLE_TOKENS} on, "
-                            f"{HOLE_TOKENS} times or more: {way_out}")
-    highest = int(np.flatnonzero(counts)[-1]) if len(tokens) else 0
+            begin = start + holes[0] * HOLE_TOKENS
+            raise bad_shard(path, f"token {rows[holes[0], 0]} fills a hole from token {begin} on, "
+                                  f"{HOLE_TOKENS} times or more")
+    highest = counts.nonzero()[0].max(initial=0)
     if highest >= vocab_size:
-        raise DataError(f"{path}: token id {highest}, the vocabulary has {vocab_size} pieces: {way_out}")
+        raise bad_shard(path, f"token id {highest}, the vocabulary has {vocab_size} pieces")
     if len(tokens) < MIN_CHECKED_TOKENS:
         return
     if counts.max() > len(tokens) / 2:
-        raise DataError(f"{path}: {counts.max() / len(tokens):.0%} of it is token {counts.argmax()}: {way_out}")
+        raise bad_shard(path, f"{counts.max() / len(tokens):.0%} of it is token {counts.argmax()}")
     if not len(tokens) / MAX_MEAN_DOCUMENT_TOKENS <= counts[BOS_ID] <= len(tokens) / 4:
-        raise DataError(f"{path}: {counts[BOS_ID]} document starts (token {BOS_ID}) among {len(tokens)} tokens, "
-                        f"one in 4 to {MAX_MEAN_DOCUMENT_TOKENS} was expected: {way_out}")
+        raise bad_shard(path, f"{counts[BOS_ID]} document starts among {len(tokens)} tokens, "
+                              f"one in 4 to {MAX_MEAN_DOCUMENT_TOKENS} was expected")
 
 
 def write_shard(path: Path, token_arrays, token_count: int) -> str:
-    """Write the arrays one after the other as one shard of `token_count` tokens; its sha256 in hex."""
-    digest = hashlib.sha256()
-    written_tokens = 0
+    """Write the arrays one after the other as one shard of `token_count` tokens; its sha256."""
     with atomic_write(path) as file:
-        header = shard_header(token_count)
-        file.write(header)
-        digest.update(header)
+        file.write(shard_header(token_count))
         for array in token_arrays:
-            block = np.ascontiguousarray(array, dtype="<u2").tobytes()
-            file.write(block)
-            digest.update(block)
-            written_tokens += len(array)
-        if written_tokens != token_count:
-            raise AssertionError(f"{path}: {written_tokens} tokens written, {token_count} announced")
-    return digest.hexdigest()
+            file.write(np.ascontiguousarray(array, dtype="<u2"))
+        if file.tell() != HEADER_BYTES + TOKEN_BYTES * token_count:
+            raise AssertionError(f"{path}: {file.tell()} bytes, {token_count} tokens announced")
+    return sha256_file(path)
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path):
-    """A binary file that appears at `path` complete on leaving the block, or not at all on an error."""
+    """A binary file that appears at `path` complete on leaving the block, or not at all on an
+    error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
-        os.chmod(temporary, 0o644)  # mkstemp gives 600, which other users of a shared disk cannot read
+        # mkstemp gives 600, which other users of a shared disk cannot read
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -128,12 +123,22 @@ def atomic_write(path: Path):
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file in hex, read in blocks of 1 MiB."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file in hex."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, what: str) -> dict:
+    """The JSON object in a file, which should be `what`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is not there; it should be {what}") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); it should be {what}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}; it should be {what}")
+    return content
 
 
 def user_path(text: str) -> Path:

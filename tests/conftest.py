@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import train_gpt  # noqa: E402
 
 # The same examples in every run, so that a change alone decides whether the suite passes.
@@ -69,6 +69,12 @@ def write_shard(path, tokens):
     header = np.zeros(256, "<i4")
     header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, len(tokens)
     Path(path).write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+def write_jsonl(path, texts, field="text"):
+    lines = (json.dumps({field: text}) + "\n" for text in texts)
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -176,6 +182,22 @@ def on_ranks(ranks, said, act, *arguments):
     for process in started:
         process.join(200)
     assert [process.exitcode for process in started] == [0] * ranks, Path(said).read_text()
+
+
+class Device(str):
+    """A CPU that says it is of another type."""
+
+
+def a_rank(kind="cpu", **more):
+    """What a choice of kernels needs of a Runtime; `lines` is its log."""
+    device = Device("cpu")
+    device.type = kind
+    told = dict(device=device, compile=False, world_size=1, rank=0, lines=[], any_rank=bool,
+                dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
+                compiled=lambda function, **how: function)
+    rank = SimpleNamespace(**{**told, **more})
+    rank.log = rank.lines.append
+    return rank
 
 
 @pytest.fixture

@@ -121,8 +121,8 @@ def test_validation_is_the_first_whole_rows_of_targets(tiny, folder, length, lim
 @pytest.mark.parametrize("count, window", [(32, 0), (64, 40), (64, 64)])
 def test_validation_shorter_than_a_row_is_refused(tiny, tmp_path, count, window):
     write_shard(tmp_path / "fineweb_val_000000.bin", range(count))
-    with pytest.raises(UserError,
-                       match=rf"{count} validation tokens, a row needs {64 if window else 32} \+ 1"):
+    said = rf"{count} validation tokens, a row needs {64 if window else 32} \+ 1"
+    with pytest.raises(UserError, match=said):
         load_validation(tiny(DATA_PATH=tmp_path, EVAL_SEQ_LEN=window, TTT_ENABLED=0))
     write_shard(tmp_path / "fineweb_val_000001.bin", range(65 - count))
     load_validation(tiny(DATA_PATH=tmp_path, EVAL_SEQ_LEN=window, TTT_ENABLED=0))

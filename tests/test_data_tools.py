@@ -1,4 +1,4 @@
-"""Tests of data/: shards, the download against a server on loopback, the builder, the demo corpus, the report."""
+"""data/: shards, the download from a server on loopback, the builder, the demo and its report."""
 
 import bz2
 import gzip
@@ -13,58 +13,50 @@ import subprocess
 import sys
 import tarfile
 import threading
-import zipfile
 from collections import Counter
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
-
-pytest.importorskip("sentencepiece")
-pytest.importorskip("zstandard")
-huggingface_hub = pytest.importorskip("huggingface_hub")
 import sentencepiece
 import zstandard
+from conftest import ROOT, WORDS, write_jsonl
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-DATA = Path(__file__).resolve().parents[1] / "data"
-sys.path.insert(0, str(DATA))
 import build_dataset
 import cached_challenge_fineweb as cached
 import demo_corpus
 import shards
 from shards import BOS_ID, DataError
 
-WORDS = ("river stone quiet lamp orchard winter copper signal harbor meadow paper engine violet thunder basket "
-         "garden mirror candle forest bridge window silver ocean timber castle rocket planet hollow ribbon marble").split()
-FAST = settings(max_examples=40, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAST = settings(max_examples=40, deadline=None, database=None,
+                suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
     """`count` different documents of 30 to 80 words; numbers and accents included."""
     rng = np.random.default_rng(seed)
-    return [f"Document {seed}-{i}, café №{i}.\n" + " ".join(rng.choice(WORDS, rng.integers(30, 80))) for i in range(count)]
-
-
-def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
-    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts), encoding="utf-8")
-    return path
+    return [f"Document {seed}-{i}, café №{i}.\n" + " ".join(rng.choice(WORDS, rng.integers(30, 80)))
+            for i in range(count)]
 
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "small.model"
     made = build_dataset.Settings("x", vocab_size=320)
-    path.write_bytes(build_dataset.train_tokenizer(made, build_dataset.ListDocuments([t + " in 1984" * 9 for t in sentences(60)]), 0))
+    path.write_bytes(build_dataset.train_tokenizer(
+        made, build_dataset.ListDocuments([t + " in 1984" * 9 for t in sentences(60)]), 0))
     return path
 
 
 def documents_of(folder: Path, split: str) -> list[tuple[int, ...]]:
     """Token tuples of the documents of a split, without BOS; the stream must start with BOS."""
-    tokens = np.concatenate([shards.read_shard(p) for p in sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))])
+    tokens = np.concatenate([shards.read_shard(p)
+                             for p in sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))])
     assert tokens[0] == BOS_ID
     return [tuple(d[1:].tolist()) for d in np.split(tokens, np.flatnonzero(tokens == BOS_ID))[1:]]
 
@@ -122,68 +114,89 @@ def test_atomic_write_leaves_the_old_file_and_no_rest_on_error(tmp_path):
 
 # ---- download -------------------------------------------------------------------------------
 
-class StandIn:
-    """A server on loopback with the two requests huggingface_hub makes; `files` maps remote paths to bytes.
+class Request(BaseHTTPRequestHandler):
+    """One of the two that huggingface_hub makes."""
+    protocol_version = "HTTP/1.1"
 
-    `cut` maps a path to the bytes after which its next transfers break; `requests` lists (method, path, range).
+    def do_GET(self):
+        hub, range_ = self.server, self.headers.get("Range")
+        path = self.path.split("/resolve/main/")[-1]
+        hub.requests.append((self.command, path, range_))
+        content = hub.files.get(path) if self.path.startswith("/datasets/some/repo/") else None
+        if content is None:
+            return self.begin(404, {"X-Error-Code": "EntryNotFound", "Content-Length": 0})
+        start = int(range_.split("=")[1].split("-")[0]) if range_ else 0
+        self.begin(206 if range_ else 200, {
+            "ETag": f'"{hub.hash(content)}"', "X-Repo-Commit": "0" * 40,
+            "Content-Length": len(content) - start,
+            "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"})
+        if self.command == "GET":
+            damaged = hub.damaged.pop if hub.damaged_once else hub.damaged.get
+            end = hub.cut.pop(path, None)
+            self.close_connection |= end is not None
+            self.wfile.write(damaged(path, content)[start:end])
+    do_HEAD = do_GET
+
+    def begin(self, status, headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+class Hub(ThreadingHTTPServer):
+    """A server on loopback, and the script that loads from it into the folder `data`.
+
+    `files`: content by path; `damaged`: what is sent instead; `cut`: bytes of a path after which
+    its next transfer breaks; `requests`: (method, path, range).
     """
 
-    def __init__(self):
-        self.files, self.cut, self.cuts_left, self.requests = {}, {}, 0, []
-        self.damaged, self.damaged_once = {}, False  # damaged: sent instead
+    def __init__(self, data: Path, capsys):
+        super().__init__(("127.0.0.1", 0), Request)
+        self.data, self.capsys, self.files, self.requests = data, capsys, {}, []
+        self.cut, self.damaged, self.damaged_once = {}, {}, False
         self.hash = lambda content: hashlib.sha256(content).hexdigest()
-        stand_in = self
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+    def run(self, *arguments, offline: bool = False) -> SimpleNamespace:
+        """What the script does and says."""
+        url = f"http://127.0.0.1:{self.server_port}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cached, "DATA_ROOT", self.data)
+            patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+            for name in ("hf_hub_download", "hf_hub_url"):
+                patch.setattr(cached, name, partial(getattr(cached, name), endpoint=url))
+            patch.setenv("MATCHED_FINEWEB_REPO_ID", "some/repo")
+            patch.setenv("NO_PROXY", "127.0.0.1")
+            self.requests.clear()
+            self.capsys.readouterr()
+            code = shards.exit_code_of(cached.main, list(map(str, arguments)))
+        said = self.capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
 
-            def do_HEAD(self):
-                stand_in.answer(self, body=False)
+    def fetch(self, *arguments) -> SimpleNamespace:
+        process = self.run(*arguments)
+        assert process.returncode == 0, process.stderr
+        return process
 
-            def do_GET(self):
-                stand_in.answer(self, body=True)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def answer(self, request, body: bool) -> None:
-        path = request.path.split("/resolve/main/")[-1]
-        range_ = request.headers.get("Range")
-        self.requests.append((request.command, path, range_))
-        content = self.files.get(path) if request.path.startswith("/datasets/some/repo/") else None
-        if content is None:
-            request.send_response(404)
-            request.send_header("X-Error-Code", "EntryNotFound")
-            request.send_header("Content-Length", "0")
-            request.end_headers()
-            return
-        start = int(range_.split("=")[1].split("-")[0]) if range_ else 0
-        request.send_response(206 if range_ else 200)
-        request.send_header("ETag", f'"{self.hash(content)}"')
-        request.send_header("X-Repo-Commit", "0" * 40)
-        request.send_header("Content-Length", str(len(content) - start))
-        if range_:
-            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        request.end_headers()
-        if body:
-            damaged = self.damaged.pop if self.damaged_once else self.damaged.get
-            self.send_body(request, path, damaged(path, content), start)
-
-    def send_body(self, request, path: str, content: bytes, start: int) -> None:
-        if path in self.cut and self.cuts_left:
-            self.cuts_left -= 1
-            request.wfile.write(content[start:self.cut[path]])
-            request.close_connection = True
-            request.wfile.flush()
-            return
-        request.wfile.write(content[start:])
+    def refused(self, *arguments, says: tuple[str, ...], offline: bool = False) -> None:
+        """The script ends in an error of one line with these words."""
+        process = self.run(*arguments, offline=offline)
+        assert process.returncode == 2 and "Traceback" not in process.stderr, process.stderr
+        last = process.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ") and all(part in last for part in says), last
 
     def transfers(self) -> list[str]:
         return [path for method, path, _ in self.requests if method == "GET"]
+
+    def local(self, path: str) -> Path:
+        return self.data / path.removeprefix("datasets/")
+
+    def same(self, *paths: str) -> bool:
+        return all(self.local(path).read_bytes() == self.files[path] for path in paths)
 
 
 def shard_bytes(seed: int, count: int = 3000) -> bytes:
@@ -192,113 +205,77 @@ def shard_bytes(seed: int, count: int = 3000) -> bytes:
 
 
 FOLDER = "datasets/datasets/fineweb10B_sp1024/"
-TRAIN_0, TRAIN_1, VAL_0 = (FOLDER + f"fineweb_{name}.bin" for name in ("train_000000", "train_000001", "val_000000"))
+TRAIN_0, TRAIN_1, VAL_0 = (FOLDER + f"fineweb_{name}.bin"
+                           for name in ("train_000000", "train_000001", "val_000000"))
+MANIFEST, MODEL = "datasets/manifest.json", "datasets/tokenizers/fineweb_1024_bpe.model"
 
 
 @pytest.fixture
-def hub(tokenizer_path, capsys):
-    stand_in = StandIn()
-    stand_in.capsys = capsys
+def hub(tokenizer_path, tmp_path, capsys):
+    hub = Hub(tmp_path / "data", capsys)
     manifest = {"datasets": [{"name": "fineweb10B_sp1024", "path": "datasets/fineweb10B_sp1024",
-                              "tokenizer_name": "sp_bpe_1024", "stats": {"files_train": 2, "files_val": 1}}],
-                "tokenizers": [{"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model"}]}
-    stand_in.files = {"datasets/manifest.json": json.dumps(manifest).encode(),
-                      "datasets/tokenizers/fineweb_1024_bpe.model": tokenizer_path.read_bytes(),
-                      "datasets/docs_selected.jsonl": b'{"text": "a"}\n',
-                      "datasets/docs_selected.source_manifest.json": b"{}",
-                      TRAIN_0: shard_bytes(0), TRAIN_1: shard_bytes(1), VAL_0: shard_bytes(2)}
-    yield stand_in
-    stand_in.server.shutdown()
-    stand_in.server.server_close()
+                              "stats": {"files_train": 2, "files_val": 1}, "tokenizer_name": "t"}],
+                "tokenizers": [{"name": "t", "model_path": "tokenizers/fineweb_1024_bpe.model"}]}
+    hub.files = {MANIFEST: json.dumps(manifest).encode(), MODEL: tokenizer_path.read_bytes(),
+                 "datasets/docs_selected.jsonl": b'{"text": "a"}\n',
+                 "datasets/docs_selected.source_manifest.json": b"{}",
+                 TRAIN_0: shard_bytes(0), TRAIN_1: shard_bytes(1), VAL_0: shard_bytes(2)}
+    yield hub
+    hub.shutdown()
+    hub.server_close()
 
 
-def fetch(hub: StandIn, data_root: Path, *arguments, offline: bool = False) -> SimpleNamespace:
-    """What the script does and says with `data_root` as its folder and the stand-in as its server."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cached, "DATA_ROOT", data_root)
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-        for name in ("hf_hub_download", "hf_hub_url"):
-            patch.setattr(cached, name, partial(getattr(cached, name), endpoint=hub.url))
-        patch.setenv("MATCHED_FINEWEB_REPO_ID", "some/repo")
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        hub.capsys.readouterr()
-        code = shards.exit_code_of(cached.main, list(map(str, arguments)))
-    said = hub.capsys.readouterr()
-    return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+def test_download_brings_everything_and_repeats_nothing(hub):
+    hub.fetch("--train-shards", 1, "--with-docs")
+    expected = hub.files.keys() - {TRAIN_1}
+    assert {path for path in hub.files if hub.local(path).exists()} == expected
+    assert hub.same(*expected)
+    hub.fetch("--train-shards", 2)
+    assert hub.transfers() == [MANIFEST, TRAIN_1]
+    hub.refused("--train-shards", 3, says=("--train-shards 3", "has 2 train shards", "2 or fewer"))
+    assert hub.transfers() == [MANIFEST]
 
 
-def local(data_root: Path, remote_path: str) -> Path:
-    return data_root / remote_path.removeprefix("datasets/")
-
-
-def assert_one_line_error(process, *parts: str) -> None:
-    assert process.returncode == 2, process.stderr
-    assert "Traceback" not in process.stderr
-    last = process.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    for part in parts:
-        assert part in last
-
-
-def test_download_brings_everything_and_repeats_nothing(hub, tmp_path):
-    process = fetch(hub, tmp_path / "data", "--train-shards", 1, "--with-docs")
-    assert process.returncode == 0, process.stderr
-    expected = {path for path in hub.files if path != TRAIN_1}
-    assert {path for path in hub.files if local(tmp_path / "data", path).exists()} == expected
-    for path in expected:
-        assert local(tmp_path / "data", path).read_bytes() == hub.files[path]
-    hub.requests.clear()
-    process = fetch(hub, tmp_path / "data", "--train-shards", 2)
-    assert process.returncode == 0, process.stderr
-    assert hub.transfers() == ["datasets/manifest.json", TRAIN_1]
-    hub.requests.clear()
-    process = fetch(hub, tmp_path / "data", "--train-shards", 3)
-    assert_one_line_error(process, "--train-shards 3", "has 2 train shards", "2 or fewer")
-    assert hub.transfers() == ["datasets/manifest.json"]
-
-
-def test_broken_connection_goes_on_where_it_stopped(hub, tmp_path):
+def test_broken_connection_goes_on_where_it_stopped(hub):
     hub.files[TRAIN_0] = shard_bytes(5, 6_500_000)  # the hub library writes blocks of 10 MiB
-    hub.cut, hub.cuts_left = {TRAIN_0: 12_000_000}, 1
-    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
+    hub.cut = {TRAIN_0: 12_000_000}
+    process = hub.run("--train-shards", 1)
+    requests = hub.requests[:]
     if process.returncode:  # older hub versions give up here, and go on in the next run
-        assert_one_line_error(process, "fineweb_train_000000.bin", "again")
-        assert not local(tmp_path / "data", TRAIN_0).exists()
-        process = fetch(hub, tmp_path / "data", "--train-shards", 1)
-    assert process.returncode == 0, process.stderr
-    assert local(tmp_path / "data", TRAIN_0).read_bytes() == hub.files[TRAIN_0]
-    ranges = [range_ for method, path, range_ in hub.requests if path == TRAIN_0 and method == "GET"]
+        assert "fineweb_train_000000.bin" in process.stderr and not hub.local(TRAIN_0).exists()
+        hub.fetch("--train-shards", 1)
+        requests += hub.requests
+    assert hub.same(TRAIN_0)
+    ranges = [range_ for method, path, range_ in requests if (method, path) == ("GET", TRAIN_0)]
     assert ranges[0] is None and len(ranges) == 2
     assert int(re.fullmatch(r"bytes=(\d+)-(\d+)?", ranges[1])[1]) >= 10 << 20
 
 
-def test_interrupted_run_is_resumed_without_fetching_whole_shards_again(hub, tmp_path):
+def test_interrupted_run_is_resumed_without_fetching_whole_shards_again(hub):
     second = hub.files.pop(TRAIN_1)
-    process = fetch(hub, tmp_path / "data", "--train-shards", 2)
-    assert_one_line_error(process, "fineweb_train_000001.bin", "does not exist", "1 of the 2 train shards")
-    assert local(tmp_path / "data", TRAIN_0).exists() and not local(tmp_path / "data", TRAIN_1).exists()
+    hub.refused("--train-shards", 2, says=("fineweb_train_000001.bin", "does not exist",
+                                           "1 of the 2 train shards"))
+    assert hub.local(TRAIN_0).exists() and not hub.local(TRAIN_1).exists()
     hub.files[TRAIN_1] = second
-    hub.requests.clear()
-    assert fetch(hub, tmp_path / "data", "--train-shards", 2, "--skip-manifest").returncode == 0
+    hub.fetch("--train-shards", 2, "--skip-manifest")
     assert hub.transfers() == [TRAIN_1]
 
 
-def test_bad_shard_on_the_server_gets_no_name(hub, tmp_path):
+def test_bad_shard_on_the_server_gets_no_name(hub):
     hub.files[TRAIN_0] = struct.pack("<i", 42) + shard_bytes(0)[4:]
-    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
-    assert_one_line_error(process, "fineweb_train_000000.bin", "magic number 42", "MATCHED_FINEWEB_REPO_ID")
-    assert hub.transfers().count(TRAIN_0) == 2
-    assert not local(tmp_path / "data", TRAIN_0).exists()
+    hub.refused("--train-shards", 1, says=("fineweb_train_000000.bin", "magic number 42",
+                                           "MATCHED_FINEWEB_REPO_ID"))
+    assert hub.transfers().count(TRAIN_0) == 2 and not hub.local(TRAIN_0).exists()
 
 
 def test_damaged_copy_in_the_hub_cache_is_not_used_twice(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    huggingface_hub.hf_hub_download("some/repo", TRAIN_0, repo_type="dataset", endpoint=hub.url)
+    huggingface_hub.hf_hub_download("some/repo", TRAIN_0, repo_type="dataset",
+                                    endpoint=f"http://127.0.0.1:{hub.server_port}")
     blob = next(path for path in (tmp_path / "cache").rglob("blobs/*") if path.is_file())
     blob.write_bytes(b"damaged")
-    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
-    assert process.returncode == 0, process.stderr
-    assert local(tmp_path / "data", TRAIN_0).read_bytes() == hub.files[TRAIN_0]
+    hub.fetch("--train-shards", 1)
+    assert hub.same(TRAIN_0)
 
 
 def with_hole(content: bytes) -> bytes:
@@ -312,37 +289,33 @@ def git_hash(content: bytes) -> str:
 @pytest.mark.parametrize("damage, hash_", [
     (with_hole, lambda c: hashlib.sha256(c).hexdigest()),
     (lambda c: c[:1024] + c[1026:] + c[1024:1026], git_hash)])
-def test_damage_of_the_right_size_is_found_by_the_servers_hash(hub, tmp_path, damage, hash_):
-    hub.hash, data = hash_, tmp_path / "data"
-    hub.damaged = {TRAIN_0: damage(hub.files[TRAIN_0])}
-    assert_one_line_error(fetch(hub, data, "--train-shards", 1), "fineweb_train_000000.bin", "its hash is not", "came damaged twice")
-    assert not local(data, TRAIN_0).exists()
+def test_damage_of_the_right_size_is_found_by_the_servers_hash(hub, damage, hash_):
+    hub.hash, hub.damaged = hash_, {TRAIN_0: damage(hub.files[TRAIN_0])}
+    hub.refused("--train-shards", 1, says=("fineweb_train_000000.bin", "its hash is not",
+                                           "came damaged twice"))
+    assert not hub.local(TRAIN_0).exists()
     hub.damaged_once = True  # and the second transfer is good
-    assert fetch(hub, data, "--train-shards", 1).returncode == 0
-    model = "datasets/tokenizers/fineweb_1024_bpe.model"
+    hub.fetch("--train-shards", 1)
     for path in (TRAIN_0, VAL_0):
-        local(data, path).write_bytes(damage(hub.files[path]))
-    local(data, model).write_bytes(hub.files[model] + b"\x0a\x02\x0a\x00")  # loads, with a piece more
-    hub.requests.clear()
-    process = fetch(hub, data, "--train-shards", 1)
-    assert process.returncode == 0 and "fetching again" in process.stderr and "its hash is not" in process.stderr
-    assert hub.transfers() == ["datasets/manifest.json", model, VAL_0, TRAIN_0]
-    for path in (TRAIN_0, VAL_0, model):
-        assert local(data, path).read_bytes() == hub.files[path]
+        hub.local(path).write_bytes(damage(hub.files[path]))
+    hub.local(MODEL).write_bytes(hub.files[MODEL] + b"\x0a\x02\x0a\x00")  # loads; a piece more
+    process = hub.fetch("--train-shards", 1)
+    assert "fetching again" in process.stderr and "its hash is not" in process.stderr
+    assert hub.transfers() == [MANIFEST, MODEL, VAL_0, TRAIN_0] and hub.same(TRAIN_0, VAL_0, MODEL)
 
 
-def test_without_a_hash_the_content_is_looked_at(hub, tmp_path):
+def test_without_a_hash_the_content_is_looked_at(hub):
     hub.hash = lambda content: "some-version"
-    hub.files[VAL_0] = with_hole(hub.files[VAL_0])
-    assert_one_line_error(fetch(hub, tmp_path / "data", "--train-shards", 1), "fineweb_val_000000.bin", "token 0 fills a hole from token 1024 on")
+    model, hub.files[MODEL] = hub.files[MODEL], b"an error page"
+    hub.refused("--train-shards", 1, says=("fineweb_1024_bpe.model: not a SentencePiece model",))
+    hub.files[MODEL], hub.files[VAL_0] = model, with_hole(hub.files[VAL_0])
+    hub.refused("--train-shards", 1, says=("fineweb_val_000000.bin",
+                                           "token 0 fills a hole from token 1024 on"))
     hub.files[VAL_0] = shard_bytes(2)
-    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
-    assert process.returncode == 0, process.stderr
-    local(tmp_path / "data", TRAIN_0).write_bytes(with_hole(hub.files[TRAIN_0]))
-    assert_one_line_error(fetch(hub, tmp_path / "data", "--train-shards", 1, "--skip-manifest", offline=True), "cannot be reached")
-    process = fetch(hub, tmp_path / "data", "--train-shards", 1)
-    assert process.returncode == 0 and "fills a hole" in process.stderr
-    assert local(tmp_path / "data", TRAIN_0).read_bytes() == hub.files[TRAIN_0]
+    hub.fetch("--train-shards", 1)
+    hub.local(TRAIN_0).write_bytes(with_hole(hub.files[TRAIN_0]))
+    hub.refused("--train-shards", 1, "--skip-manifest", offline=True, says=("cannot be reached",))
+    assert "fills a hole" in hub.fetch("--train-shards", 1).stderr and hub.same(TRAIN_0)
 
 
 def some_tokens(count: int = 60_000) -> np.ndarray:
@@ -355,7 +328,8 @@ def some_tokens(count: int = 60_000) -> np.ndarray:
     (lambda t: t[7000:9048].fill(0), "token 0 fills a hole from token 7168 on"),
     (lambda t: t[-2200:].fill(99), "token 99 fills a hole"),
     (lambda t: t[5:6].fill(1024), "token id 1024, the vocabulary has 1024 pieces"),
-    (lambda t: t[::1000].fill(7), "0 document starts"), (lambda t: t[::3].fill(1), "document starts"),
+    (lambda t: t[::1000].fill(7), "0 document starts"),
+    (lambda t: t[::3].fill(1), "document starts"),
     (lambda t: [t[i::20].fill(8) for i in range(1, 13)], "60% of it is token 8")])
 def test_a_shard_with_wrong_content_is_named(tmp_path, change, message):
     tokens = some_tokens()
@@ -382,20 +356,19 @@ def test_the_variant_decides_the_repository(monkeypatch, variable, variant, repo
 @pytest.mark.parametrize("variant, said", [
     *((variant, "--variant") for variant in ("sp", "1024", "sp10k", "../sp1024", "")),
     ("sp1", "no dataset fineweb10B_sp1, only fineweb10B_sp1024")])
-def test_an_unknown_variant_is_refused(hub, tmp_path, variant, said):
-    assert_one_line_error(fetch(hub, tmp_path, "--variant", variant), said)
+def test_an_unknown_variant_is_refused(hub, variant, said):
+    hub.refused("--variant", variant, says=(said,))
 
 
-def test_without_manifest_the_known_names_are_probed(hub, tmp_path):
+def test_without_manifest_the_known_names_are_probed(hub):
     hub.files[FOLDER + "fineweb_val_000001.bin"] = shard_bytes(7)
-    del hub.files["datasets/manifest.json"]
-    process = fetch(hub, tmp_path / "data", "--train-shards", 1, "--skip-manifest")
-    assert process.returncode == 0, process.stderr
-    assert "1 train and 2 validation shards" in process.stdout
-    assert local(tmp_path / "data", "datasets/tokenizers/fineweb_1024_bpe.model").exists()
-    assert_one_line_error(fetch(hub, tmp_path / "data"), "manifest.json", "does not exist")
-    hub.files["datasets/manifest.json"] = b'{"datasets": [{"name": "fineweb10B_sp1024", "stats": {"files_train": "many"}}]}'
-    assert fetch(hub, tmp_path / "data", "--train-shards", 2).returncode == 0, "it does not say how many there are"
+    del hub.files[MANIFEST]
+    process = hub.fetch("--train-shards", 1, "--skip-manifest")
+    assert "1 train and 2 validation shards" in process.stdout and hub.local(MODEL).exists()
+    hub.refused(says=("manifest.json", "does not exist"))
+    manifest = {"datasets": [{"name": "fineweb10B_sp1024", "stats": {"files_train": "many"}}]}
+    hub.files[MANIFEST] = json.dumps(manifest).encode()
+    hub.fetch("--train-shards", 2)  # the manifest does not say how many there are
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe{\0}\0", b"[]", b"9" * 5_000])
@@ -404,13 +377,21 @@ def test_a_manifest_that_is_none_is_named(tmp_path, content):
         cached.read_manifest(file_of(tmp_path / "manifest.json", content))
 
 
-@pytest.mark.parametrize("path", ["/etc/x.model", "tokenizers/../../x.model", "c:/x.model", "a\\..\\x/y.model"])
+@pytest.mark.parametrize("path", ["/etc/x.model", "tokenizers/../../x.model", "c:/x.model",
+                                  "a\\..\\x/y.model"])
 def test_manifest_cannot_lead_out_of_the_data_folder(path):
-    manifest = {"tokenizers": [{"name": "t", "model_path": path}]}
-    with pytest.raises(DataError, match="out of the data folder"):
-        cached.tokenizer_paths(manifest, {"tokenizer_name": "t"}, "sp1024")
-    with pytest.raises(DataError, match="out of the data folder"):
-        cached.dataset_folder({"path": path}, "x")
+    for folder, model in ((path, "t.model"), ("x", path)):
+        manifest = {"datasets": [{"name": "fineweb10B_sp1", "path": folder, "tokenizer_name": "t"}],
+                    "tokenizers": [{"name": "t", "model_path": model}]}
+        with pytest.raises(DataError, match="out of the data folder"):
+            cached.listing(manifest, "sp1", strict=True)
+
+
+@pytest.mark.parametrize("manifest", [{"datasets": 5}, {"datasets": ["sp1"]}, {"datasets": [{}]},
+                                      {"datasets": [{"name": "fineweb10B_sp1", "path": 5}]}])
+def test_a_manifest_of_unknown_form_is_refused(manifest):
+    with pytest.raises(DataError, match="unknown form.*--skip-manifest"):
+        cached.listing(manifest, "sp1", strict=True)
 
 
 # ---- builder --------------------------------------------------------------------------------
@@ -418,11 +399,12 @@ def test_manifest_cannot_lead_out_of_the_data_folder(path):
 def test_built_dataset_round_trips_and_its_manifest_counts(tmp_path):
     texts = sentences(80)
     source = write_jsonl(tmp_path / "tales.jsonl", texts)
-    run_builder(source, "--out-root", tmp_path, "--vocab-size", 400, "--val-docs", 9, "--shard-tokens", 1000)
+    run_builder(source, "--out-root", tmp_path, "--vocab-size", 400, "--val-docs", 9,
+                "--shard-tokens", 1000)
     folder, tokenizer = tmp_path / "datasets/tales", tmp_path / "tokenizers/tales_400_bpe.model"
     train, val = texts_of(folder, "train", tokenizer), texts_of(folder, "val", tokenizer)
     assert Counter(train + val) == Counter(map(folded, texts)) and len(val) == 9
-    assert train != [t for t in map(folded, texts) if t in train], "training documents are not shuffled"
+    assert train != [t for t in map(folded, texts) if t in train], "training is not shuffled"
     manifest = json.loads((folder / "manifest.json").read_text())
     for split, decoded in (("train", train), ("val", val)):
         entry = manifest["splits"][split]
@@ -430,9 +412,11 @@ def test_built_dataset_round_trips_and_its_manifest_counts(tmp_path):
         originals = {folded(text): text for text in texts}
         assert entry["utf8_bytes"] == sum(len(originals[t].encode()) for t in decoded)
         assert [f["tokens"] for f in entry["files"][:-1]] == [1000] * (len(entry["files"]) - 1)
-        assert entry["tokens"] == sum(f["tokens"] for f in entry["files"]) == sum(len(d) + 1 for d in documents_of(folder, split))
+        assert (entry["tokens"] == sum(f["tokens"] for f in entry["files"])
+                == sum(len(d) + 1 for d in documents_of(folder, split)))
         for file in entry["files"]:
-            assert hashlib.sha256((folder / file["name"]).read_bytes()).hexdigest() == file["sha256"]
+            content = (folder / file["name"]).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == file["sha256"]
             assert shards.check_shard(folder / file["name"]) == file["tokens"]
     assert manifest["tokenizer"]["sha256"] == shards.sha256_file(tokenizer)
     assert sorted(os.listdir(tmp_path / "datasets")) == ["tales"]  # no temporary folder left
@@ -440,11 +424,12 @@ def test_built_dataset_round_trips_and_its_manifest_counts(tmp_path):
 
 def test_new_tokenizer_has_the_challenge_settings(tokenizer_path):
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
-    assert [tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id()] == [0, 1, 2, 3]
+    special = tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id()
+    assert special == (0, 1, 2, 3)
     assert tokenizer.encode("river", out_type=str)[0][0] != "▁"          # no dummy prefix
     assert tokenizer.is_byte(tokenizer.encode("\U0001d11e")[0])          # byte fallback
     assert tokenizer.decode(tokenizer.encode("２３")) == "23"              # NFKC
-    assert tokenizer.encode("1984", out_type=str) == list("1984")        # digits split, however often they recur
+    assert tokenizer.encode("1984", out_type=str) == list("1984")        # digits are split
 
 
 def test_tokenizer_sees_no_validation_text():
@@ -467,11 +452,13 @@ def test_tokenizer_lines_lose_nothing_and_are_short(text, width):
 
 
 @FAST
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), min_size=1, max_size=12),
-       val_texts=st.none() | st.lists(st.text("ab \n", max_size=4), min_size=1, max_size=6), seed=st.integers(0, 9))
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), min_size=1,
+                      max_size=12),
+       val_texts=st.none() | st.lists(st.text("ab \n", max_size=4), min_size=1, max_size=6),
+       seed=st.integers(0, 9))
 def test_train_and_validation_are_disjoint(tmp_path, tokenizer_path, texts, val_texts, seed):
-    made = build_dataset.Settings("d", tmp_path, tokenizer_path, val_fraction=None if val_texts else 0.4,
-                                  seed=seed, force=True)
+    made = build_dataset.Settings("d", tmp_path, tokenizer_path,
+                                  val_fraction=None if val_texts else 0.4, seed=seed, force=True)
     val = build_dataset.ListDocuments(val_texts) if val_texts else None
     try:
         build_dataset.build(made, build_dataset.ListDocuments(texts + texts[:2]), val)
@@ -490,10 +477,12 @@ def test_copies_of_validation_documents_leave_training(tmp_path, tokenizer_path)
     source = write_jsonl(tmp_path / "t.jsonl", texts + [texts[3].replace(" ", "  ")])
     val = write_jsonl(tmp_path / "v.jsonl", texts[:5] + texts[:1])
     run_builder(source, "--out-root", tmp_path, "--tokenizer", tokenizer_path, "--val-input", val)
-    assert texts_of(tmp_path / "datasets/t", "val", tokenizer_path) == [folded(t) for t in texts[:5]]
-    assert sorted(texts_of(tmp_path / "datasets/t", "train", tokenizer_path)) == sorted(map(folded, texts[5:]))
+    train, val = (texts_of(tmp_path / "datasets/t", split, tokenizer_path)
+                  for split in ("train", "val"))
+    assert val == list(map(folded, texts[:5])) and sorted(train) == sorted(map(folded, texts[5:]))
     splits = json.loads((tmp_path / "datasets/t/manifest.json").read_text())["splits"]
-    assert splits["train"]["dropped_copies_of_validation"] == 6 and splits["val"]["dropped_repeats"] == 1
+    assert splits["train"]["dropped_copies_of_validation"] == 6
+    assert splits["val"]["dropped_repeats"] == 1
 
 
 def test_same_bytes_whatever_the_workers_and_another_seed_differs(tmp_path, monkeypatch):
@@ -502,14 +491,16 @@ def test_same_bytes_whatever_the_workers_and_another_seed_differs(tmp_path, monk
     contents = []
     for run, (workers, seed) in enumerate([(1, 5), (2, 5), (1, 6)]):
         root = tmp_path / str(run)
-        build_dataset.main([str(source), "--out-root", str(root), "--vocab-size", "350", "--val-fraction", "0.2",
-                            "--workers", str(workers), "--seed", str(seed)])
-        contents.append({p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()})
+        build_dataset.main([str(source), "--out-root", str(root), "--vocab-size", "350", "--seed",
+                            str(seed), "--val-fraction", "0.2", "--workers", str(workers)])
+        files = [path for path in root.rglob("*") if path.is_file()]
+        contents.append({path.relative_to(root): path.read_bytes() for path in files})
     assert contents[0] == contents[1] and len(contents[0]) == 5
     assert all(contents[0][name] != contents[2][name] for name in contents[0])
 
 
-PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress, ".bz2": bz2.compress}
+PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress,
+        ".bz2": bz2.compress}
 TEXTS = sentences(300)
 JSONL = "".join(json.dumps({"body": t}) + "\n" for t in TEXTS).encode()
 
@@ -538,7 +529,8 @@ def test_compression_and_json_are_told_by_content(tmp_path, suffix):
 def test_damaged_compression_is_named(tmp_path, suffix):
     content = PACK[suffix](JSONL)
     for bad in (content[:-30], content[:len(content) // 2]):
-        with pytest.raises(DataError, match=r"t\.jsonl, (after line \d+|at its beginning): damaged"):
+        where = r"t\.jsonl, (after line \d+|at its beginning): damaged"
+        with pytest.raises(DataError, match=where):
             read(file_of(tmp_path / "t.jsonl", bad), "body")
     for rest in (b"garbage", b"\0\0\0\0garbage", JSONL):
         with pytest.raises(DataError, match="damaged"):
@@ -565,9 +557,9 @@ def tar(format_: int) -> bytes:
 
 @pytest.mark.parametrize("content, message", [
     (tar(tarfile.GNU_FORMAT), "a tar archive"), (tar(tarfile.PAX_FORMAT), "a tar archive"),
-    (b"PK\x03\x04" + b"x" * 99, "a zip archive"), (b"PAR1" + b"x" * 99, "a Parquet file"), (b"%PDF-1.7\n", "a PDF"),
-    ("a text".encode("utf-16"), "UTF-16"), ("a text".encode("utf-16-be"), "binary"), (b"a\0b", "binary"),
-    (shards.shard_header(2) + b"abcd", "binary"), (b'{"text": "a\0b"}', "binary"), (bytes(5000), "binary"),
+    (b"PK\x03\x04" + b"x" * 99, "a zip archive"), (b"PAR1" + b"x" * 99, "a Parquet file"),
+    (b"%PDF-1.7\n", "a PDF"), ("a text".encode("utf-16"), "UTF-16"),
+    ("a text".encode("utf-16-be"), "binary"), (b'{"text": "a\0b"}', "binary"),
     ("a text".encode("utf-32"), "UTF-32"), (b"\0\0\xfe\xff\0\0\0a", "UTF-32"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
     (b"PK\x05\x06" + bytes(18), "binary"), (b"7z\xbc\xaf\x27\x1c\0\4", "binary"),
@@ -579,7 +571,8 @@ def test_what_is_no_text_is_refused(tmp_path, content, message):
             read(path)
 
 
-@pytest.mark.parametrize("content", [b'[{"text": "a"}]', b'[\n {"text": "a"}\n]', b'\xef\xbb\xbf [ "a", "b"]', b'[["a"]]'])
+@pytest.mark.parametrize("content", [b'[{"text": "a"}]', b'[\n {"text": "a"}\n]',
+                                     b'\xef\xbb\xbf [ "a", "b"]', b'[["a"]]'])
 def test_a_json_array_is_refused_with_the_way_out(tmp_path, content):
     for name in ("t.json", "t.JSONL", "t.txt"):
         way_out = r"is a JSON array.*jq -c '\.\[\]' t\.\w+ > t_lines\.jsonl"
@@ -598,23 +591,19 @@ def test_plain_text_that_looks_a_little_like_json_stays_text(tmp_path, content):
 
 
 @pytest.mark.parametrize("line, message", [
-    (b'{"text": "a', "line 3: not valid JSON"), (b'["a"]', "line 3: a list, an object with 'text' was expected"),
-    (b"7", "line 3: a int"), (b'{"txt": "a"}', "line 3: no 'text' in it, found keys ['txt']: name the right --text-field"),
-    (b"{}", "line 3: no 'text' in it, found keys []"), (b'{"text": 5}', "line 3: 'text' is 5, not a string"),
-    (b'{"text": null}', "line 3: 'text' is null, not a string"), (b'{"text": ["a"]}', """line 3: 'text' is ["a"], not"""),
-    (b"[" * 100_000, "line 3: not valid JSON"),
-    (b'{"text": "\xff"}', "line 3: not UTF-8"), (b'{"text": "\\ud800"}', "line 3: half of a surrogate")])
+    (b'{"text": "a', "line 3: not valid JSON"),
+    (b'["a"]', "line 3: a list, an object with 'text' was expected"), (b"7", "line 3: a int"),
+    (b'{"txt": "a"}', "line 3: no 'text' in it, found keys ['txt']: name the right --text-field"),
+    (b"{}", "line 3: no 'text' in it, found keys []"),
+    (b'{"text": 5}', "line 3: 'text' is 5, not a string"),
+    (b'{"text": null}', "line 3: 'text' is null, not a string"),
+    (b'{"text": ["a"]}', """line 3: 'text' is ["a"], not"""),
+    (b"[" * 100_000, "line 3: not valid JSON"), (b'{"text": "\xff"}', "line 3: not UTF-8"),
+    (b'{"text": "\\ud800"}', "line 3: half of a surrogate")])
 def test_bad_json_line_is_named(tmp_path, line, message):
     path = file_of(tmp_path / "t.jsonl", b'{"text": "fine"}\n\n' + line + b"\n")
     with pytest.raises(DataError, match=re.escape(f"{path}, {message}")):
         read(path)
-
-
-def zipped() -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("t.jsonl", JSONL)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("name, content, message", [  # None: it is built
@@ -623,21 +612,16 @@ def zipped() -> bytes:
     ("gzip.txt", gzip.compress(JSONL), None), ("end.jsonl", JSONL.rstrip(), None),
     ("skip.zst", b"\x50\x2a\x4d\x18\4\0\0\0skip" + PACK[".zst"](JSONL), None),
     ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "there are 0 different documents"),
-    ("arrays.jsonl", b'["a"]\n["b"]\n', "a JSON array"), ("words.jsonl", b'"a"\n', "line 1: a str"),
     ("mac.jsonl", JSONL.replace(b"\n", b"\r"), "line 1: not valid JSON"),
     ("dos.jsonl", JSONL + b"\x1a", "line 301: not valid JSON"),
     ("pretty.json", b'{\n "body": "a"\n}\n', "line 1: not valid JSON"),
     ("digits.jsonl", b'{"body": ' + b"9" * 5_000 + b"}", "line 1: not valid JSON"),
-    ("zip.jsonl", zipped(), "is a zip archive"), ("cut.gz", gzip.compress(JSONL)[:9], "damaged"),
-    ("folder.jsonl", None, "is a folder"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_each_input_is_built_or_refused_in_one_line(tmp_path, tokenizer_path, capsys, name, content,
                                                     message):
-    path = tmp_path / name
-    path.mkdir() if content is None else path.write_bytes(content)
     code = shards.exit_code_of(build_dataset.main, [str(a) for a in (
-        path, "--text-field", "body", "--tokenizer", tokenizer_path, "--val-docs", 9,
-        "--workers", 1, "--name", "t", "--out-root", tmp_path)])
+        file_of(tmp_path / name, content), "--text-field", "body", "--tokenizer", tokenizer_path,
+        "--val-docs", 9, "--workers", 1, "--name", "t", "--out-root", tmp_path)])
     if message is None:
         splits = json.loads((tmp_path / "datasets/t/manifest.json").read_text())["splits"]
         assert code == 0 and splits["train"]["documents"] + splits["val"]["documents"] == len(TEXTS)
@@ -655,22 +639,24 @@ def test_what_cannot_be_read_again_is_refused(tmp_path, monkeypatch, path):
 
 
 def test_paths_and_arguments_of_odd_surroundings(tmp_path, tokenizer_path):
-    """~ in every path, carriage returns, names that are not UTF-8, a console that writes ASCII only."""
+    """~ in each path, carriage returns, names that are not UTF-8, a console that writes ASCII."""
     write_jsonl(tmp_path / os.fsdecode(b"caf\xc3\xa9\xff.jsonl"), sentences(30))
     write_jsonl(tmp_path / "val.jsonl", sentences(3, 1))
     (tmp_path / os.fsdecode(b"\xfe.model")).write_bytes(tokenizer_path.read_bytes())
     environment = os.environ | {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
 
     def run(*arguments):
-        return subprocess.run([sys.executable, DATA / "build_dataset.py", *arguments], env=environment, capture_output=True)
+        return subprocess.run([sys.executable, ROOT / "data/build_dataset.py", *arguments],
+                              env=environment, capture_output=True)
 
-    process = run(b"~/caf\xc3\xa9\xff.jsonl", "--tokenizer", b"~/\xfe.model", "--val-input", "~/val.jsonl\r",
-                  "--out-root", "~/out\r", "--workers", "2\r", "\r")
+    process = run(b"~/caf\xc3\xa9\xff.jsonl", "--tokenizer", b"~/\xfe.model", "--val-input",
+                  "~/val.jsonl\r", "--out-root", "~/out\r", "--workers", "2\r", "\r")
     assert process.returncode == 0, process.stderr
     assert rb"caf\xe9\udcff  (tokenizer" in process.stdout
     assert (tmp_path / "out/datasets" / os.fsdecode(b"caf\xc3\xa9\xff") / "manifest.json").is_file()
     process = run(b"~/\xff\r", "--workers", "0")
-    assert process.returncode == 2 and process.stderr.startswith(b"error: ") and b"--workers 0" in process.stderr
+    assert process.returncode == 2 and process.stderr.startswith(b"error: ")
+    assert b"--workers 0" in process.stderr
     assert b"Traceback" not in process.stderr and process.stderr.isascii()
 
 
@@ -707,7 +693,7 @@ def _encode_nothing(texts):
     return texts
 
 
-def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path):
+def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path, monkeypatch):
     source = write_jsonl(tmp_path / "t.jsonl", sentences(30))
     arguments = [source, "--out-root", tmp_path, "--tokenizer", tokenizer_path, "--val-docs", 3]
     run_builder(*arguments)
@@ -719,7 +705,15 @@ def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path):
     bad = write_jsonl(tmp_path / "bad.jsonl", ["a"], field="other")
     with pytest.raises(DataError, match="no 'text' in it"):
         run_builder(bad, "--name", "t", "--force", *arguments[1:])
-    assert marker.exists() and os.listdir(tmp_path / "datasets") == ["t"]  # a failed build changes nothing
+    assert marker.exists() and os.listdir(tmp_path / "datasets") == ["t"], "a failed build"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    renames = iter([os.rename, interrupt, os.rename])  # between the old one's and the new one's
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", lambda *paths: next(renames)(*paths))
+        run_builder(*arguments, "--force")
+    assert marker.exists() and os.listdir(tmp_path / "datasets") == ["t"]
     run_builder(*arguments, "--force")
     assert not marker.exists() and os.listdir(tmp_path / "datasets") == ["t"]
 
@@ -729,9 +723,10 @@ def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path):
     (sentences(5), ["--val-docs", 5], "there are 5 different documents"),
     (sentences(3), ["--vocab-size", 30_000], "--vocab-size 30000: SentencePiece refuses"),
     (sentences(3), ["--vocab-size", 300, "--val-fraction", 1e-9], "fell to validation"),
-    (sentences(3), ["--name", "../up"], "--name '../up'"), (sentences(3), ["--val-fraction", 1.5], "--val-fraction 1.5"),
+    (sentences(3), ["--name", "../up"], "--name '../up'"),
+    (sentences(3), ["--val-fraction", 1.5], "--val-fraction 1.5"),
     (sentences(3), ["--vocab-size", 65537], "--vocab-size 65537"),
-    (sentences(3), ["--tokenizer", "none.model"], "none.model: no such file"),
+    (sentences(3), ["--tokenizer", "none.model"], "No such file or directory: 'none.model'"),
     (sentences(3), ["--demo"], "--demo has its own text")])
 def test_what_cannot_be_built_is_explained(tmp_path, texts, arguments, message):
     source = write_jsonl(tmp_path / "t.jsonl", texts)
@@ -743,17 +738,18 @@ def test_what_cannot_be_built_is_explained(tmp_path, texts, arguments, message):
 def test_unusable_tokenizers_and_paths(tmp_path, monkeypatch, tokenizer_path):
     (tmp_path / "junk.model").write_bytes(b"junk")
     with pytest.raises(DataError, match="not a SentencePiece model"):
-        build_dataset.load_tokenizer(str(tmp_path / "junk.model"))
+        build_dataset.load_tokenizer(tmp_path / "junk.model")
     monkeypatch.setattr(build_dataset, "MAX_VOCAB_SIZE", 300)
     build_dataset.load_tokenizer.cache_clear()
     with pytest.raises(DataError, match="320 pieces, uint16 shards hold at most 300"):
-        build_dataset.load_tokenizer(str(tokenizer_path))
+        build_dataset.load_tokenizer(tokenizer_path)
     foreign = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences(20)), model_writer=foreign,
-                                             vocab_size=80, model_type="bpe", bos_id=2, eos_id=1, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences(20)), model_writer=foreign, vocab_size=80,
+        model_type="bpe", bos_id=2, eos_id=1, minloglevel=2)
     (tmp_path / "foreign.model").write_bytes(foreign.getvalue())
     with pytest.raises(DataError, match="BOS has id 2, shards need 1"):
-        build_dataset.load_tokenizer(str(tmp_path / "foreign.model"))
+        build_dataset.load_tokenizer(tmp_path / "foreign.model")
     for path, message in ((tmp_path, "is a folder"), (tmp_path / "none", "is not there")):
         with pytest.raises(DataError, match=message):
             build_dataset.FileDocuments([path])
@@ -767,11 +763,13 @@ def test_training_loses_the_paragraphs_that_validation_has():
     near = copy.replace("dropped", "dropped from training")
     val = ["Something else entirely stands here before the copy. " * 4 + "\n\n" + copy]
     assert demo_corpus.drop_copies([f"{own}\n\n{copy}\n\n{near}"], val) == [own]
-    assert demo_corpus.without_repeats([f"{copy}\n\nNote.", f"Note.\n\n{copy}"]) == [f"{copy}\n\nNote.", "Note."]
+    assert (demo_corpus.without_repeats([f"{copy}\n\nNote.", f"Note.\n\n{copy}"])
+            == [f"{copy}\n\nNote.", "Note."])
 
 
-def check_demo(root: Path, manifest: dict) -> None:
-    folder, tokenizer_path = root / "datasets/demo", root / "tokenizers/demo_1024_bpe.model"
+def test_small_demo(tmp_path):
+    manifest = build_dataset.build_demo(build_dataset.Settings("demo", tmp_path), max_modules=40)
+    folder, tokenizer_path = tmp_path / "datasets/demo", tmp_path / "tokenizers/demo_1024_bpe.model"
     train, val = (texts_of(folder, split, tokenizer_path) for split in ("train", "val"))
     train_text, val_text = "\n".join(train).encode(), "\n".join(val).encode()
 
@@ -782,14 +780,12 @@ def check_demo(root: Path, manifest: dict) -> None:
     val_bytes = sum(len(t.encode()) for t in val)
     assert manifest["xz_bits_per_byte"] == pytest.approx(8 * extra_bytes / val_bytes)
     assert manifest["xz_bytes"]["val_text"] == manifest["splits"]["val"]["utf8_bytes"] == val_bytes
-    runs = lambda texts: {tuple(w[i:i + 40]) for t in texts for w in [t.split()] for i in range(len(w) - 39)}
+
+    def runs(texts):
+        return {tuple(words[i:i + 40]) for words in map(str.split, texts)
+                for i in range(len(words) - 39)}
     assert not runs(train) & runs(val), "40 words in a row stand on both sides"
     assert json.loads((folder / "manifest.json").read_text()) == manifest
-
-
-def test_small_demo(tmp_path):
-    made = build_dataset.Settings("demo", tmp_path)
-    check_demo(tmp_path, build_dataset.build_demo(made, max_modules=40))
 
 
 @pytest.fixture
@@ -802,7 +798,8 @@ def demo_manifest(tmp_path) -> Path:
 
 def test_report_compares_the_best_score(tmp_path, demo_manifest, capsys):
     result = tmp_path / "r.json"
-    result.write_text(json.dumps({"val_bpb": {"float": 1.4, "int6": 1.6, "sliding": 1.5, "ttt": None}, "total_bytes": 900, "scored_bytes": 990}))
+    scores = {"float": 1.4, "int6": 1.6, "sliding": 1.5, "ttt": None}
+    result.write_text(json.dumps({"val_bpb": scores, "total_bytes": 900, "scored_bytes": 990}))
     build_dataset.main(["--report", str(result), "--out-root", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines[1:5]] == [
@@ -834,7 +831,8 @@ def test_report_shows_what_the_packed_model_writes(tmp_path, demo_manifest, corp
 
 @pytest.mark.parametrize("content, message", [
     (None, "is not there"), ("{", "cannot be read as JSON"), ("[]", "holds a list"),
-    ({"scored_bytes": 990}, "val_bpb is None"), ({"val_bpb": {"int6": "low"}, "scored_bytes": 9}, "val_bpb.int6 is 'low'"),
+    ({"scored_bytes": 990}, "val_bpb is None"),
+    ({"val_bpb": {"int6": "low"}, "scored_bytes": 9}, "val_bpb.int6 is 'low'"),
     ({"val_bpb": {"int6": float("nan")}, "scored_bytes": 9}, "val_bpb.int6 is nan"),
     ({"val_bpb": {"int6": 1.0}, "scored_bytes": 1001}, "scored_bytes is 1001"),
     ("[" * 100_000, "cannot be read as JSON"),
@@ -846,8 +844,12 @@ def test_report_refuses_a_wrong_result(tmp_path, demo_manifest, content, message
         result.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(DataError, match=re.escape(message)):
         build_dataset.report(result, demo_manifest)
-    result.write_text(json.dumps({"val_bpb": {"int6": 1.0}, "scored_bytes": 9}))
-    for manifest in ({"xz_bits_per_byte": 2.0}, {"xz_bits_per_byte": 0.0, "xz_bytes": {"val_text": 9}},
+
+
+def test_report_refuses_a_wrong_manifest(tmp_path, demo_manifest):
+    result = file_of(tmp_path / "r.json", b'{"val_bpb": {"int6": 1.0}, "scored_bytes": 9}')
+    for manifest in ({"xz_bits_per_byte": 2.0},
+                     {"xz_bits_per_byte": 0.0, "xz_bytes": {"val_text": 9}},
                      {"xz_bits_per_byte": 2.0, "xz_bytes": [9]}):
         demo_manifest.write_text(json.dumps(manifest))
         with pytest.raises(DataError, match="build the demo again with --demo --force"):

@@ -261,7 +261,8 @@ def test_figures_are_those_of_the_file_that_was_scored(run_script, monkeypatch, 
         path.write_bytes(b"another run's")
     monkeypatch.setattr(train_gpt, "load_quantized", replaced)
     for variables in {}, dict(EVAL_ONLY=path):
-        done = succeeded(run_script(ITERATIONS=1, GPTQ=0, VAL_LIMIT_TOKENS=64, **PLAIN, **variables))
+        done = succeeded(run_script(ITERATIONS=1, GPTQ=0, VAL_LIMIT_TOKENS=64, **PLAIN,
+                                    **variables))
         sha256 = hashlib.sha256(read[0]).hexdigest()
         assert done.result["artifact_sha256"] == sha256
         assert done.result["model_bytes"] == len(read[0])

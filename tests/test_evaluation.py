@@ -328,7 +328,8 @@ RANK_CASES = {
     "banded": dict(BANDED, EVAL_BATCH_SEQS=3, TTT_EPOCHS=0),
     "sgd": dict(TTT_BATCH_SEQS=2), "adamw": dict(BANDED, TTT_OPTIMIZER="adamw", TTT_LR=0.001),
     "muon": dict(BANDED, **MUON), "odd clocks": dict(BANDED, EVAL_WALLCLOCK_SECONDS=8)}
-# A stream has 16 times the tokens of a pass: of 352 targets 5 or 2, and documents of some 80 tokens.
+# A stream has 16 times the tokens of a pass: of 352 targets 5 or 2, and documents of some 80
+# tokens.
 LANES = dict(TTT_LORA_RANK=2, TTT_LR=0.01, EVAL_SEQ_LEN=4, EVAL_STRIDE=4)
 BANDED_LANES = dict(LANES, EVAL_ATTENTION="banded")
 RANK_CASES["streams"] = LANES
@@ -474,9 +475,9 @@ def test_ttt_equals_the_slow_reference(tiny, variables):
 
 
 def lora_reference(w, initial):
-    """nll, and the last learning rate of each stream: stream by stream, a row at a time, AdamW without
-    momentum in plain words. The rate of a stream rises where its and all earlier streams' last moves
-    still go down the gradients of what came after, and falls where they go up."""
+    """nll, and the last learning rate of each stream: stream by stream, a row at a time, AdamW
+    without momentum in plain words. The rate of a stream rises where its and all earlier streams'
+    last moves still go down the gradients of what came after, and falls where they go up."""
     s, tokens, targets = w.s, torch.from_numpy(w.tokens.astype(np.int64)), len(w.tokens) - 1
     length, stride, band = s.ttt_shape
     reach = min(length, s.window // 4 + stride)  # of a row to train on
@@ -637,8 +638,8 @@ FLIPS = {"small batches": dict(TTT_BATCH_SEQS=2, EVAL_BATCH_SEQS=3),
 
 
 def places_of(w):
-    """Tokens at and beside a border of rows, of segments in a chunk and of chunks, inside of a stream
-    and between two, near both ends, and at two beginnings of documents."""
+    """Tokens at and beside a border of rows, of segments in a chunk and of chunks, inside of a
+    stream and between two, near both ends, and at two beginnings of documents."""
     targets = len(w.tokens) - 1
     scorer = train_gpt.Scorer(w.model, w.tokens, w.s.ttt_shape, w.s, w.rt,
                               **adapting(w).chunks(targets))

@@ -1,14 +1,13 @@
-"""The Triton kernels, interpreted, against the plain functions in float64, gradients included; what a compiler makes of them; the choice."""
+"""The Triton kernels, interpreted, against the plain functions in float64; compiled; chosen."""
 
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, clean_environ, environment
+from conftest import ROOT, a_rank, clean_environ, environment
 from hypothesis import example, given, settings as hypothesis_settings, strategies as st
 
 import train_gpt
@@ -16,7 +15,8 @@ from train_gpt import LeakySquareMLP, SoftcapNLL, UserError, leaky_square_mlp, s
 
 pytest.importorskip("triton")
 triton_mlp, triton_nll = LeakySquareMLP.apply, SoftcapNLL.apply
-SMALL_TILES = [dict(BM=16, BN=32, BK=16, GROUP=8), dict(BM=32, BN=16, BK=32, GROUP=2)]  # a CPU waits for each of them
+# Small: an interpreter takes time for each.
+SMALL_TILES = [dict(BM=16, BN=32, BK=16, GROUP=8), dict(BM=32, BN=16, BK=32, GROUP=2)]
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,8 @@ def small_tile(monkeypatch):
 
 def in_float64(function, tensors, *constants):
     """function's result, and the gradient of a fixed weighted sum of it, computed in float64."""
-    return weighted(function, [x.detach().double() if x.is_floating_point() else x for x in tensors], *constants)
+    return weighted(function, [x.detach().double() if x.is_floating_point() else x
+                               for x in tensors], *constants)
 
 
 def weighted(function, tensors, *constants):
@@ -37,35 +38,42 @@ def weighted(function, tensors, *constants):
 
 
 @hypothesis_settings(max_examples=12)
-@example(rows=300, tile=SMALL_TILES[0], slope=0.5, half=False, seed=0)  # more tiles than a group has
-@given(rows=st.integers(1, 70), tile=st.sampled_from(SMALL_TILES), slope=st.sampled_from([0.0, 0.5, 0.75, 1.0]),
-       half=st.booleans(), seed=st.integers(0, 99))
+@example(rows=300, tile=SMALL_TILES[0], slope=0.5, half=False, seed=0)  # more tiles than a group
+@given(rows=st.integers(1, 70), tile=st.sampled_from(SMALL_TILES),
+       slope=st.sampled_from([0.0, 0.5, 0.75, 1.0]), half=st.booleans(), seed=st.integers(0, 99))
 def test_the_mlp_kernel_is_the_plain_mlp(rows, tile, slope, half, seed):
     """Rows that fill no tile as well; in fp16 the errors are those of rounding."""
     generator = torch.Generator().manual_seed(seed)
-    u, up, down = (torch.randn(shape, generator=generator) / 8 for shape in ((rows, 32), (64, 32), (32, 64)))
+    u, up, down = (torch.randn(shape, generator=generator) / 8
+                   for shape in ((rows, 32), (64, 32), (32, 64)))
     u = 8 * u
     if half:
         u, up, down = (x.half() for x in (u, up, down))
     with mock.patch.object(train_gpt, "MLP_TILE", tile):
         mine = weighted(triton_mlp, [u, up, down], slope)
     for a, b in zip(mine, in_float64(leaky_square_mlp, [u, up, down], slope), strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-2 if half else 1e-5, atol=(1e-2 if half else 1e-5) * float(b.abs().max() + 1e-9))
+        tolerance = 1e-2 if half else 1e-5
+        small = tolerance * float(b.abs().max() + 1e-9)
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=small)
 
 
 @hypothesis_settings(max_examples=25)
-@given(rows=st.integers(1, 9), vocabulary=st.sampled_from([2, 3, 64, 100, 1024]), softcap=st.sampled_from([0.0, 5.0, 30.0]),
+@given(rows=st.integers(1, 9), vocabulary=st.sampled_from([2, 3, 64, 100, 1024]),
+       softcap=st.sampled_from([0.0, 5.0, 30.0]),
        dtype=st.sampled_from([torch.float32, torch.bfloat16]), size=st.sampled_from([1, 40]),
        seed=st.integers(0, 99))
 def test_the_loss_kernel_is_the_plain_loss(rows, vocabulary, softcap, dtype, size, seed):
-    """Vocabularies that are no power of two, logits far beyond the cap, a gradient that differs from row to row."""
+    """Vocabularies that are no power of two, logits far beyond the cap, gradients by row."""
     generator = torch.Generator().manual_seed(seed)
     logits = (size * torch.randn(rows, vocabulary, generator=generator)).to(dtype)
     targets = torch.randint(vocabulary, (rows,), generator=generator)
     mine = weighted(triton_nll, [logits, targets], softcap)
     assert mine[0].dtype == torch.float32 and mine[1].dtype == dtype
-    exact = in_float64(lambda z, t, cap: -torch.log_softmax(cap * torch.tanh(z / cap) if cap else z, -1)[
-        torch.arange(len(z)), t], [logits, targets], softcap)
+
+    def by_definition(z, t, cap):
+        z = cap * torch.tanh(z / cap) if cap else z
+        return -torch.log_softmax(z, -1)[torch.arange(len(z)), t]
+    exact = in_float64(by_definition, [logits, targets], softcap)
     torch.testing.assert_close(mine[0].double(), exact[0], rtol=1e-5, atol=2e-5)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     # fp32 has no slope where the cap saturates
@@ -77,12 +85,14 @@ def test_the_loss_kernel_is_the_plain_loss(rows, vocabulary, softcap, dtype, siz
 
 def test_inputs_of_any_layout_are_taken():
     """Slices and transposes, as a model may hand them in."""
-    u, up, down = torch.randn(20, 40)[:, 4:36], torch.randn(32, 64).mT / 8, torch.randn(64, 32).mT / 8
+    u = torch.randn(20, 40)[:, 4:36]
+    up, down = torch.randn(32, 64).mT / 8, torch.randn(64, 32).mT / 8
     for a, b in zip(weighted(triton_mlp, [u, up, down], 0.5),
                     in_float64(leaky_square_mlp, [u, up, down], 0.5), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
     logits, targets = torch.randn(7, 60)[:, 3:53], torch.randint(50, (14,))[::2]
-    for a, b in zip(weighted(triton_nll, [logits, targets], 5.0), in_float64(softcap_nll, [logits, targets], 5.0)):
+    for a, b in zip(weighted(triton_nll, [logits, targets], 5.0),
+                    in_float64(softcap_nll, [logits, targets], 5.0)):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
 
 
@@ -94,14 +104,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 def shared(kernel, pointers, scalars, constants, warps, stages):
-    signature = {{**{{name: f"*{{kind}}" for name, kind in pointers.items()}}, **scalars, **{{name: "constexpr" for name in constants}}}}
-    source = ASTSource(kernel, signature, {{(kernel.arg_names.index(name),): value for name, value in constants.items()}})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps, num_stages=stages)).metadata.shared
+    signature = {{**{{name: f"*{{kind}}" for name, kind in pointers.items()}}, **scalars,
+                 **dict.fromkeys(constants, "constexpr")}}
+    values = {{(kernel.arg_names.index(name),): value for name, value in constants.items()}}
+    return triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32),
+                          options=dict(num_warps=warps, num_stages=stages)).metadata.shared
 
 tile = dict(T.MLP_TILE)
 warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
 for backward in (False, True):
-    print("mlp", backward, shared(T.leaky_square_kernel, dict.fromkeys(("a", "b", "h", "out"), "bf16"), dict(rows="i32"), dict(
+    pointers = dict.fromkeys(("a", "b", "h", "out"), "bf16")
+    print("mlp", backward, shared(T.leaky_square_kernel, pointers, dict(rows="i32"), dict(
           SLOPE=0.5, BACKWARD=backward, N=1536, K=512, **tile), warps, stages))
 for softcap in (0.0, 30.0):
     for backward in (False, True):
@@ -111,12 +124,19 @@ for softcap in (0.0, 30.0):
 """
 
 
-def test_every_kernel_compiles_for_a_hopper():
-    """Triton's compiler needs no GPU, and refuses what its interpreter lets pass. Its tile needs no more memory than a block has."""
-    environ = {k: v for k, v in clean_environ().items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", FOR_A_HOPPER], env=environ, capture_output=True, text=True, timeout=300)
+def printed_by(script, environ):
+    """The lines that a script prints where kernels are compiled."""
+    environ = {k: v for k, v in environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True,
+                          text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
+    return done.stdout.splitlines()
+
+
+def test_every_kernel_compiles_for_a_hopper():
+    """Triton's compiler needs no GPU and refuses what its interpreter accepts. A tile fits into the
+    memory of a block."""
+    lines = [line.split() for line in printed_by(FOR_A_HOPPER, clean_environ())]
     assert len(lines) == 6 and all(int(line[-1]) <= 227 * 1024 for line in lines)
 
 
@@ -129,8 +149,8 @@ from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
 torch.utils._triton.has_triton = lambda: True  # a GPU that compiles for a Hopper
 triton.runtime.driver.set_active(types.SimpleNamespace(
-    get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0, get_current_stream=lambda device: 0,
-    get_active_torch_device=lambda: torch.device("cpu")))
+    get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0, get_active_torch_device=lambda: torch.device("cpu")))
 
 def nodes(function, *inputs):
     # [(operator, shape, dtype)] of the forward and of the backward graph; nothing is run
@@ -138,44 +158,52 @@ def nodes(function, *inputs):
 
     def look(graph, _):
         values = [(str(n.target), n.meta.get("val")) for n in graph.graph.nodes]
-        found.append([(name, tuple(x.shape), str(x.dtype)) if isinstance(x, torch.Tensor) else (name, (), "") for name, x in values])
-        outputs = [n.meta["val"] if hasattr(n, "meta") else n for n in next(n for n in graph.graph.nodes if n.op == "output").args[0]]
-        return make_boxed_func(lambda *_: [torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, torch.Tensor) else x for x in outputs])
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+        found.append([(name, tuple(getattr(x, "shape", ())), str(getattr(x, "dtype", "")))
+                      for name, x in values])
+        results = graph.graph.output_node().args[0]
+        results = [n.meta["val"] if hasattr(n, "meta") else n for n in results]
+        return make_boxed_func(lambda *_: [torch.zeros(x.shape, dtype=x.dtype)
+                                           if isinstance(x, torch.Tensor) else x for x in results])
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
     compiled(*inputs).sum().backward()
     return found
 
 T.MLP_TILE = dict(T.MLP_TILE, BM=16, BN=32, BK=32)
 s = T.resolve_settings(dict(os.environ))[0]
 tokens, wanted = torch.randint(s.vocab_size, (3, 33)), dict()
-for name, kernels in dict(triton=T.Kernels(mlp=T.LeakySquareMLP.apply, nll=T.SoftcapNLL.apply), plain=T.PLAIN).items():
+triton_kernels = T.Kernels(mlp=T.LeakySquareMLP.apply, nll=T.SoftcapNLL.apply)
+for name, kernels in dict(triton=triton_kernels, plain=T.PLAIN).items():
     wanted[name] = nodes(T.GPT(s, torch.bfloat16, kernels), tokens[:, :-1], tokens[:, 1:])
 for frozen in ([], [1], [1, 2]):
-    x = [torch.randn(n, requires_grad=i not in frozen) for i, n in enumerate([(16, 32), (64, 32), (32, 64)])]
+    x = [torch.randn(shape, requires_grad=i not in frozen)
+         for i, shape in enumerate([(16, 32), (64, 32), (32, 64)])]
     wanted[f"without {{len(frozen)}}"] = nodes(lambda *x: T.LeakySquareMLP.apply(*x, 0.5), *x)
 print(json.dumps(wanted))
 """
 
 
 def test_compilers_see_whole_graphs_and_make_only_what_is_needed(corpus):
-    """Kernels break no graph. fp32 logits of a whole batch never exist with the loss kernel; the plain loss shows that the test would
-    see them. Test-time training freezes matrices: no products for their gradients."""
-    environ = {k: v for k, v in environment(corpus, MLP_MULT=2, NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS="").items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILED], env=environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    """Kernels break no graph. fp32 logits of a whole batch never exist with the loss kernel; the
+    plain loss shows that the test would see them. Test-time training freezes matrices: no products
+    for their gradients."""
+    environ = environment(corpus, MLP_MULT=2, NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS="")
+    found = json.loads(printed_by(COMPILED, environ)[-1])
 
     def count(graph, word):
         return sum(word in name for name, *_ in graph)
     for name, fp32 in (("triton", False), ("plain", True)):
-        logits = {kind for graph in found[name] for _, shape, kind in graph if shape in ([96, 320], [3, 32, 320])}
-        assert len(found[name]) == 2 and "torch.bfloat16" in logits and ("torch.float32" in logits) == fp32
-    assert [count(graph, "triton_kernel_wrapper") for graph in found["triton"]] == [2, 2]  # a block, the loss
+        logits = {kind for graph in found[name]
+                  for _, shape, kind in graph if shape in ([96, 320], [3, 32, 320])}
+        assert len(found[name]) == 2 and "torch.bfloat16" in logits
+        assert ("torch.float32" in logits) == fp32
+    # a block, the loss
+    assert [count(graph, "triton_kernel_wrapper") for graph in found["triton"]] == [2, 2]
     assert [count(found[f"without {n}"][1], "mm.") for n in range(3)] == [3, 2, 1]
 
 
 def test_a_model_computes_with_kernels_what_it_does_without(tiny, monkeypatch):
-    """The same loss and gradients. In truth an eager pass takes the plain functions, whose products calibration sees."""
+    """The same loss and gradients; an eager pass takes the plain functions, for calibration."""
     s = tiny(MLP_MULT=2, NUM_LAYERS=2, XSA_LAST_N=2, VE_LAYERS="1")
     kernels = train_gpt.Kernels(mlp=triton_mlp, nll=triton_nll)
     assert kernels.now() is train_gpt.PLAIN
@@ -195,17 +223,10 @@ def test_a_model_computes_with_kernels_what_it_does_without(tiny, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max() + 1e-6))
 
 
-class Graphics(str):
-    """A CPU that says it is a GPU."""
-    type = "cuda"
-
-
 @pytest.fixture
 def gpu():
     """A rank that compiles for a GPU, so it says; kernels are interpreted."""
-    rt = SimpleNamespace(device=Graphics("cpu"), dtype=torch.float32, compile=True, compiled=lambda f, **_: f, any_rank=bool, lines=[])
-    rt.log = rt.lines.append
-    return rt
+    return a_rank("cuda", dtype=torch.float32, compile=True)
 
 
 PLAIN_NAMES = dict(attention="sdpa", mlp="plain", nll="plain")
@@ -217,11 +238,13 @@ def test_right_kernels_are_taken_and_wrong_ones_named(tiny, gpu, monkeypatch):
     names, kernels = train_gpt.choose_kernels(s, gpu)
     assert names == dict(attention="sdpa", mlp="triton", nll="triton") and not gpu.lines
     assert kernels == train_gpt.Kernels(mlp=triton_mlp, nll=triton_nll)
-    assert train_gpt.choose_kernels(tiny(MLP_MULT=2, KERNELS="plain", **SDPA), gpu) == (PLAIN_NAMES, train_gpt.PLAIN)
+    plain = PLAIN_NAMES, train_gpt.PLAIN
+    assert train_gpt.choose_kernels(tiny(MLP_MULT=2, KERNELS="plain", **SDPA), gpu) == plain
     monkeypatch.setattr(train_gpt, "why_unusable", lambda *_: "gives another result")
-    assert train_gpt.choose_kernels(tiny(MLP_MULT=2, **SDPA), gpu) == (PLAIN_NAMES, train_gpt.PLAIN)
-    assert sorted(gpu.lines) == [f"{part}: not triton: gives another result" for part in ("mlp", "nll")]
-    with pytest.raises(UserError, match="KERNELS=triton: not installed, or its (mlp|nll) not right on cpu"):
+    assert train_gpt.choose_kernels(tiny(MLP_MULT=2, **SDPA), gpu) == plain
+    said = [f"{part}: not triton: gives another result" for part in ("mlp", "nll")]
+    assert sorted(gpu.lines) == said
+    with pytest.raises(UserError, match="KERNELS=triton: not installed, or its (mlp|nll) not r"):
         train_gpt.choose_kernels(s, gpu)
 
 
@@ -236,7 +259,7 @@ def test_a_width_that_fills_no_tile_keeps_the_plain_mlp(tiny, gpu, monkeypatch):
     """The kernel reads whole tiles of columns; 40 hidden units are none of these."""
     monkeypatch.setattr(train_gpt, "why_unusable", lambda *_: "")
     names, kernels = train_gpt.choose_kernels(tiny(MLP_MULT=1.25, KERNELS="triton", **SDPA), gpu)
-    assert names == dict(attention="sdpa", mlp="plain", nll="triton") and kernels.mlp is leaky_square_mlp
+    assert names == PLAIN_NAMES | dict(nll="triton") and kernels.mlp is leaky_square_mlp
 
 
 def test_nothing_is_tried_without_a_gpu(tiny):

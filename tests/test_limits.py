@@ -44,17 +44,16 @@ def timed(tiny, seconds, pass_seconds=0.0, **variables):
     return w, result, book
 
 
-@pytest.mark.parametrize("plan", [BANDED], ids=["banded"])
-def test_an_adapter_that_slows_down_drops_epochs_and_the_score_is_complete(tiny, plan):
+def test_an_adapter_that_slows_down_drops_epochs_and_the_score_is_complete(tiny):
     """Steps take 1 s at first and 30 % more each; all of them with three epochs would take far more
     than the 40 s."""
     w, result, book = timed(tiny, lambda n: 1.3 ** n, EVAL_WALLCLOCK_SECONDS=40, TTT_EPOCHS=3,
-                            **plan)
+                            **BANDED)
     assert w.epochs[0] == 3 and min(w.epochs) < 3 and w.clock.now <= 40 + 1.3 ** w.adapter.taken
     assert not np.isnan(book.nll).any() and result["targets"] == len(book.nll) == 1024
     late = [n + 1 for n, epochs in enumerate(w.epochs) if epochs < 3]
-    assert [int(n) for line in w.lines for n in re.findall(r"^ttt_\w+:late chunk=(\d+)/",
-                                                           line)] == late
+    said = re.findall(r"^ttt_\w+:late chunk=(\d+)/", "\n".join(w.lines), re.M)
+    assert [int(n) for n in said] == late
 
 
 @pytest.mark.parametrize("plan, step, pass_seconds", [
@@ -66,8 +65,7 @@ def test_steps_and_scores_end_within_the_limit(tiny, plan, step, pass_seconds):
     assert w.clock.now <= 40 and result["seconds"] == pytest.approx(w.clock.now)
     others, passes = chunks_of(w) - 1, len(train_gpt.window_plan(1024, *w.s.scoring_shape[:2])[0])
     everything = 3 * step * others + passes * pass_seconds
-    assert (w.epochs == [3] * others) == (everything
-                                          <= 0.98 * 40), "and nothing is left out without need"
+    assert (w.epochs == [3] * others) == (everything <= 0.98 * 40), "nothing is left out in vain"
 
 
 def test_every_tenth_chunk_late_costs_a_tenth_of_the_adaptations(tiny):

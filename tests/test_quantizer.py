@@ -254,6 +254,20 @@ def test_gptq_across_blocks_of_columns_equals_the_slow_definition(tiny, act_orde
     assert (codes != expected).float().mean() < 0.005  # ties at half a step may fall either way
 
 
+def test_gptq_bears_an_input_that_is_always_zero(tiny):
+    w, x = gaussian(24, 40), gaussian(300, 40, 1) @ gaussian(40, 40, 2)
+    x[:, 3] = 0
+    steps = train_gpt.finest_scales(w, 6, tiny())
+    codes = train_gpt.gptq_codes(w, steps, 6, *train_gpt.compensation(x.T @ x, tiny()))
+    assert torch.equal(codes[:, 3], to_codes(w, steps, 6)[:, 3])
+
+
+def test_a_hessian_that_is_not_positive_gets_more_damping(tiny):
+    order, factor = train_gpt.compensation(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), tiny())
+    assert order.tolist() == [0, 1] and factor[0, 0] == factor[1, 1] == 1 and factor[0, 1] == 0
+    assert 0.5 < factor[1, 0] < 1, "2 / (1 + damping), which must exceed 1"
+
+
 @pytest.mark.parametrize("act_order", [0, 1])
 def test_gptq_with_column_factors_is_gptq_of_the_rescaled_problem(tiny, act_order):
     """Inputs times c and weights over c are the same layer: its codes, under Σ (cx)(cx)ᵀ made of

@@ -13,9 +13,6 @@ from train_gpt import Settings
 
 PUBLISHED = Settings(warmdown_frac=0.0)  # the warmdown is WARMDOWN_ITERS
 quick = settings(deadline=None, database=None, max_examples=100)
-floors = st.floats(0, 1)
-warmdowns = st.integers(0, 10**5)
-iterations = st.integers(1, 10**5)
 paces_ms = st.floats(0.01, 10**5)
 caps = st.floats(0.1, 10**5)
 
@@ -24,8 +21,9 @@ caps = st.floats(0.1, 10**5)
 def runs(draw):
     """Settings that end by iterations, by the clock, or by whichever is first."""
     ends = draw(st.sampled_from(["iterations", "clock", "both"]))
-    return replace(PUBLISHED, lr_floor=draw(floors), warmdown_iters=draw(warmdowns),
-                   iterations=0 if ends == "clock" else draw(iterations),
+    return replace(PUBLISHED, lr_floor=draw(st.floats(0, 1)),
+                   warmdown_iters=draw(st.integers(0, 10**5)),
+                   iterations=0 if ends == "clock" else draw(st.integers(1, 10**5)),
                    max_wallclock_seconds=0.0 if ends == "iterations" else draw(caps))
 
 
@@ -38,23 +36,26 @@ def test_lr_scale_lies_between_the_floor_and_one(s, step, elapsed):
 @quick
 @given(runs(), st.integers(0, 10**5), st.integers(1, 1000), paces_ms)
 def test_lr_scale_never_rises_at_a_steady_pace(s, step, more, pace):
-    assert train_gpt.lr_scale(s, step + more, (step + more) * pace) <= train_gpt.lr_scale(s, step, step * pace) + 1e-9
+    assert (train_gpt.lr_scale(s, step + more, (step + more) * pace)
+            <= train_gpt.lr_scale(s, step, step * pace) + 1e-9)
 
 
 @quick
 @given(st.integers(1, 10**4), st.integers(1, 10**4), st.integers(1, 10**4))
 def test_by_iterations_it_is_the_published_line(total, warmdown, step):
     assume(warmdown <= total and step <= total)
-    s = replace(PUBLISHED, lr_floor=0.0, warmdown_iters=warmdown, iterations=total, max_wallclock_seconds=0.0)
-    remaining = total - step
-    assert train_gpt.lr_scale(s, step, 1.0) == pytest.approx(remaining / warmdown if remaining <= warmdown else 1.0, abs=1e-12)
+    s = replace(PUBLISHED, lr_floor=0.0, warmdown_iters=warmdown, iterations=total,
+                max_wallclock_seconds=0.0)
+    expected = min((total - step) / warmdown, 1)
+    assert train_gpt.lr_scale(s, step, 1.0) == pytest.approx(expected, abs=1e-12)
 
 
 @quick
 @given(caps, st.integers(1, 10**4), st.integers(1, 10**4), paces_ms)
 def test_by_the_clock_it_is_the_published_line(cap, warmdown, step, pace):
     """scale = remaining / (warmdown · elapsed/step) once that is below one."""
-    s = replace(PUBLISHED, lr_floor=0.0, warmdown_iters=warmdown, iterations=0, max_wallclock_seconds=cap)
+    s = replace(PUBLISHED, lr_floor=0.0, warmdown_iters=warmdown, iterations=0,
+                max_wallclock_seconds=cap)
     elapsed, length = step * pace, warmdown * pace
     assume(length <= 1000 * cap)
     expected = min(max((1000 * cap - elapsed) / length, 0.0), 1.0)
@@ -67,17 +68,20 @@ def test_a_warmdown_longer_than_the_run_spans_the_run(by_clock, floor):
     s = replace(PUBLISHED, lr_floor=floor, warmdown_iters=10**6, iterations=0 if by_clock else 200,
                 max_wallclock_seconds=20.0 if by_clock else 0.0)  # 200 steps of 100 ms
     for step in range(201):
-        assert train_gpt.lr_scale(s, step, step * 100.0) == pytest.approx(floor + (1 - floor) * (1 - step / 200), abs=1e-9)
+        assert (train_gpt.lr_scale(s, step, step * 100.0)
+                == pytest.approx(floor + (1 - floor) * (1 - step / 200), abs=1e-9))
 
 
 def test_the_nearer_end_rules():
-    s = replace(PUBLISHED, lr_floor=0.0, warmdown_iters=100, iterations=1000, max_wallclock_seconds=100.0)
-    assert train_gpt.lr_scale(s, 950, 950.0) == pytest.approx(0.5)        # 1 ms a step: the iterations end it
-    assert train_gpt.lr_scale(s, 190, 95_000.0) == pytest.approx(0.1)     # 500 ms a step: the clock ends it
+    s = replace(PUBLISHED, lr_floor=0.0, warmdown_iters=100, iterations=1000,
+                max_wallclock_seconds=100.0)
+    assert train_gpt.lr_scale(s, 950, 950.0) == pytest.approx(0.5), "1 ms a step: by iterations"
+    assert train_gpt.lr_scale(s, 190, 95_000.0) == pytest.approx(0.1), "500 ms: by the clock"
 
 
 def test_muon_momentum_is_a_line_then_constant():
-    s = replace(PUBLISHED, muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500)
+    s = replace(PUBLISHED, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
+                muon_momentum_warmup_steps=1500)
     for step, expected in ((0, 0.92), (750, 0.955), (1500, 0.99), (9000, 0.99)):
         assert train_gpt.muon_momentum(s, step) == pytest.approx(expected, abs=1e-12)
     assert train_gpt.muon_momentum(replace(s, muon_momentum_warmup_steps=0), 0) == 0.99
@@ -97,7 +101,8 @@ def test_no_step_is_begun_that_would_pass_the_cap_and_none_is_wasted(cap, first,
 
 
 def test_warmdown_of_a_share_of_the_run():
-    s = replace(PUBLISHED, warmdown_frac=0.5, iterations=100, max_wallclock_seconds=10.0, lr_floor=0.0)
+    s = replace(PUBLISHED, warmdown_frac=0.5, iterations=100, max_wallclock_seconds=10.0,
+                lr_floor=0.0)
     assert [train_gpt.lr_scale(s, step, 0.0) for step in (0, 50, 75, 100)] == [1, 1, 0.5, 0]
     assert train_gpt.lr_scale(s, 10, 7500.0) == 0.5, "the nearer end counts"
 
@@ -105,11 +110,12 @@ def test_warmdown_of_a_share_of_the_run():
 def test_a_slow_step_is_foreseen():
     """After the switch to more passes a step takes longer than the mean so far."""
     s = replace(PUBLISHED, max_wallclock_seconds=10.0)
-    assert not train_gpt.out_of_time(s, 9, 9000.0) and train_gpt.out_of_time(s, 9, 9000.0, step_ms=1500.0)
+    assert not train_gpt.out_of_time(s, 9, 9000.0)
+    assert train_gpt.out_of_time(s, 9, 9000.0, step_ms=1500.0)
     assert train_gpt.out_of_time(s, 8, 8000.0, steps=3)
 
 
-# -- averaging -------------------------------------------------------------------------------------------------------
+# -- averaging -------------------------------------------------------------------------------------
 
 class Toy(nn.Module):
     def __init__(self):
@@ -118,7 +124,8 @@ class Toy(nn.Module):
 
 
 def trained(s, steps, scale=lambda step: 1.0):
-    """A toy whose weights jump at every step, averaged by `s`; the weights of each step [steps, 17] in float64; the rest."""
+    """A toy whose weights jump at every step; these [steps, 17] in float64; the average by `s`;
+    the steps of first snapshots."""
     torch.manual_seed(0)
     model, history, firsts = Toy(), [], []
     average = train_gpt.WeightAverage(model, s)
@@ -151,7 +158,7 @@ def test_ema_is_the_bias_corrected_weighted_sum(steps, decay):
 
 @pytest.mark.parametrize("steps", [1, 30, 300])
 def test_without_a_decay_the_ema_reaches_back_over_a_21st_of_the_run(steps):
-    """And 0.4 of the last weights. Update n takes 21/(n + 20) of the newest weights; their mean age is n/22, whatever the length."""
+    """And 0.4 of the last weights. Update n takes 21/(n + 20) of the newest: a mean age of n/22."""
     model, history, average, _ = trained(Settings(), steps)
     expected, weights = np.zeros(history.shape[1]), np.zeros(steps)
     for n, w in enumerate(history, 1):
@@ -162,27 +169,22 @@ def test_without_a_decay_the_ema_reaches_back_over_a_21st_of_the_run(steps):
     average.apply()
     np.testing.assert_allclose(flat(model), 0.6 * expected + 0.4 * history[-1], atol=1e-5)
     assert weights.sum() == pytest.approx(1)
-    assert steps == 1 or (weights * np.arange(steps, 0, -1)).sum() == pytest.approx(steps / 22, abs=1.1)
+    assert (steps == 1
+            or (weights * np.arange(steps, 0, -1)).sum() == pytest.approx(steps / 22, abs=1.1))
 
 
 def late(step):
     return 1.0 if step <= 30 else 0.1
 
 
-def test_swa_mean_is_applied():
-    s = replace(PUBLISHED, ema_enabled=0, swa_enabled=1, swa_every=7)
+@pytest.mark.parametrize("ema", [0, 1])
+def test_the_mean_of_snapshots_is_applied_and_halved_with_the_ema(ema):
+    s = replace(PUBLISHED, ema_enabled=ema, ema_decay=0.9, swa_enabled=1, swa_every=7)
     model, history, average, firsts = trained(s, 80, late)
-    snapshots = [step for step in range(31, 81) if step % 7 == 0]
-    assert firsts == [35] and average.apply() == "SWA"
-    np.testing.assert_allclose(flat(model), history[[i - 1 for i in snapshots]].mean(0), atol=1e-5)
-
-
-def test_ema_and_swa_give_the_mean_of_both():
-    s = replace(PUBLISHED, ema_decay=0.9, swa_enabled=1, swa_every=7)
-    model, history, average, _ = trained(s, 80, late)
-    swa = history[[i - 1 for i in range(31, 81) if i % 7 == 0]].mean(0)
-    assert average.apply() == "EMA and SWA"
-    np.testing.assert_allclose(flat(model), (ema_of(history, 0.9) + swa) / 2, atol=1e-5)
+    expected = history[[step - 1 for step in range(31, 81) if step % 7 == 0]].mean(0)
+    expected = (ema_of(history, 0.9) + expected) / 2 if ema else expected
+    assert firsts == [35] and average.apply() == ("EMA and SWA" if ema else "SWA")
+    np.testing.assert_allclose(flat(model), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("s", [replace(PUBLISHED, ema_enabled=0),
@@ -196,7 +198,8 @@ def test_without_an_average_weights_stay_as_trained(s):
 def test_averages_do_not_alias_the_weights():
     """The average of n equal weights stays itself when the weights go on."""
     model = Toy()
-    average = train_gpt.WeightAverage(model, replace(PUBLISHED, ema_decay=0.9, swa_enabled=1, swa_every=1))
+    s = replace(PUBLISHED, ema_decay=0.9, swa_enabled=1, swa_every=1)
+    average = train_gpt.WeightAverage(model, s)
     before = flat(model)
     average.update(1, 0.0)
     with torch.no_grad():

@@ -5,11 +5,12 @@
         --rows "beta2: BETA2=0.99; mlp: MLP_MULT=4 LEAKY_SLOPE=0.3" NUM_LAYERS=11 MODEL_DIM=64
 
 Protocol. Every row trains on the same number of tokens (8.2 M) with the same seeds: the default at
-4 layers of 128 channels, 1,024 pieces and without TTT unless NAME=value arguments change that. DATA holds training shards and, as
-fineweb_val_*.bin, documents on which no run trains (`records/runs.py sweep --help` shows how). The
-official validation set is for one final score. The spread is the sample standard deviation over the
-seeds of the base row, which runs first. A change wins if its mean difference is -2 spreads or less;
-two seeds give a rough spread, so a close call needs more. Losers and failures stay in the table.
+4 layers of 128 channels, 1,024 pieces and without TTT unless NAME=value arguments change that. DATA
+holds training shards and, as fineweb_val_*.bin, documents on which no run trains (`records/runs.py
+sweep --help` shows how). The official validation set is for one final score. The spread is the
+sample standard deviation over the seeds of the base row, which runs first. A change wins if its
+mean difference is -2 spreads or less; two seeds give a rough spread, so a close call needs more.
+Losers and failures stay in the table.
 
 Time is processor time: one thread a run, with time.process_time in place of the script's clock.
 Other processes still slow a core by some percent. --equal-time repeats rows that cost more, with

@@ -137,9 +137,10 @@ def packing(say):
     def timed(label, function, *arguments):
         wall, cpu = time.perf_counter(), time.process_time()
         result = function(*arguments)
-        say(f"{label:<12} wall {time.perf_counter() - wall:6.1f} s  processor "
-            f"{time.process_time() - cpu:6.1f} s" + "".join(
-                f"\n    {budget - size:>9} bytes left after {at - wall:.1f} s" for at, size in tries))
+        say(f"{label:<12} wall {time.perf_counter() - wall:6.1f} s"
+            f"  processor {time.process_time() - cpu:6.1f} s"
+            + "".join(f"\n    {budget - size:>9} bytes left after {at - wall:.1f} s"
+                      for at, size in tries))
         tries.clear()
         return result
 

@@ -1,11 +1,11 @@
-"""Seconds of the evaluation on 8×H100 by arithmetic: counted work over assumed rates. No measurement.
+"""Seconds of the evaluation on 8×H100 by arithmetic: counted work over assumed rates.
 
-    python tests/bench/forecast.py                  # the default; PRESET=... and other settings work
+    python tests/bench/forecast.py                  # the default; other settings work as well
     TTT_LORA_RANK=0 python tests/bench/forecast.py  # weights adapted chunk by chunk instead
 
 Counted from the settings: tokens that each part reads, FLOPs of products and attention, passes.
 Launches and bytes of a pass outside of products and attention come from results/traffic_sm90.md.
-Every assumption is printed beside the table.
+Every assumption is printed beside the table. Nothing here is measured.
 """
 import math
 import os
@@ -22,8 +22,9 @@ ATTENTION = 0.35 * 989e12  # FLOP/s of causal attention
 MEMORY = 0.80 * 3.35e12    # bytes/s
 LAUNCH = 6e-6              # s of the host for a kernel of a compiled graph
 LINKS = 350e9              # bytes/s of a sum over ranks
-# Of forward and backward for 48 × 2,048 tokens of the default with its late passes (traffic_sm90.md); a
-# forward pass is taken as a third. Gradients of weights are counted also where adapters need none.
+# Of forward and backward for 48 × 2,048 tokens of the default with its late passes
+# (traffic_sm90.md); a forward pass is taken as a third. Gradients of weights are counted also where
+# adapters need none.
 LAUNCHES, BYTES = 489, 82.94e9 / (48 * 2048)
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 def losses(path):
     """{step: train_loss} of a log."""
     text = Path(path).read_text(encoding="utf-8")
-    return {int(step): float(loss) for step, loss in re.findall(r"^step:(\d+)/\d+ train_loss:(\S+)", text, re.M)}
+    return {int(step): float(loss)
+            for step, loss in re.findall(r"^step:(\d+)/\d+ train_loss:(\S+)", text, re.M)}
 
 
 def main(paths):
