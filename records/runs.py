@@ -49,11 +49,14 @@ from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, read_logs  # noqa: E402
 
 FIRST_SEEDS = (1337, 42, 2025)
 RECORD_BYTES = 16_000_000
-# What names a run and its place, not what it computes: two results that differ only here are of the same settings.
+# What names a run and its place, not what it computes: two results that differ only here are of the
+# same settings.
 PLACE = ("run_id", "out_dir", "scores_path")
-# Given to every run, so that the script takes up a checkpoint in the run's folder: nothing while it writes none.
+# Given to every run, so that the script takes up a checkpoint in the run's folder: nothing while it
+# writes none.
 CONTINUE = {"RESUME": "auto"}
-# A sweep's folder also holds the script as it ran and the runs of other code: not among its results.
+# A sweep's folder also holds the script as it ran and the runs of other code: not among its
+# results.
 ASIDE = ("code", "earlier")
 
 
@@ -76,13 +79,14 @@ def write_whole(path, content):
         part.unlink(missing_ok=True)
 
 
-# -- results ---------------------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 NUMBERS = ("steps", "train_seconds", "eval_seconds", "code_bytes", "model_bytes", "total_bytes")
 
 
 def read_result(path):
-    """A run's result (dict) from its JSON file. Raises ValueError, saying what is wrong, on a damaged or foreign one."""
+    """A run's result (dict) from its JSON file. Raises ValueError, saying what is wrong, on a
+    damaged or foreign one."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
@@ -92,7 +96,8 @@ def read_result(path):
     lacking = [k for k, kind in kinds.items() if not isinstance(fields.get(k), kind)]
     lacking += [k for k in NUMBERS if not is_number(fields.get(k))]
     if lacking or not fields["val_bpb"] or not all(map(is_number, fields["val_bpb"].values())):
-        raise ValueError(f"{path}: no result of the training script (bad or missing: {', '.join(lacking[:3] or ['val_bpb'])})")
+        raise ValueError(f"{path}: no result of the training script (bad or missing: "
+                         f"{', '.join(lacking[:3] or ['val_bpb'])})")
     return result
 
 
@@ -101,8 +106,10 @@ def is_number(x):
 
 
 def bpb_by_kind(result):
-    """{float, quantized, sliding, …: bpb} in the order of measuring; the quantized model's key in the file names its bits."""
-    return {"quantized" if kind.startswith("int") else kind: bpb for kind, bpb in result["val_bpb"].items()}
+    """{float, quantized, sliding, …: bpb} in the order of measuring; the quantized model's key in
+    the file names its bits."""
+    return {"quantized" if kind.startswith("int") else kind: bpb
+            for kind, bpb in result["val_bpb"].items()}
 
 
 def same_settings(a, b):
@@ -111,7 +118,8 @@ def same_settings(a, b):
 
 
 def found(inputs, patterns):
-    """The files among `inputs`, and those in its folders that match a pattern, each once. Raises UserError."""
+    """The files among `inputs`, and those in its folders that match a pattern, each once. Raises
+    UserError."""
     paths = {}
     for given in map(Path, inputs):
         if not given.exists():
@@ -119,7 +127,8 @@ def found(inputs, patterns):
         inside = (p for pattern in patterns for p in sorted(given.rglob(pattern)))
         for path in [given] if given.is_file() else inside:
             below = path.relative_to(given).parts
-            if not any(part in ASIDE or part.startswith(".") for part in below[:-1]) and not path.name.startswith("."):
+            if not any(part in ASIDE or part.startswith(".")
+                       for part in below[:-1]) and not path.name.startswith("."):
                 paths.setdefault(path.resolve(), path)
     return list(paths.values())
 
@@ -133,7 +142,7 @@ def read_all(paths, read):
             print(f"skipped: {problem}", file=sys.stderr)
 
 
-# -- sweep: the grid -------------------------------------------------------------------------------------------------
+# -- sweep: the grid -------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Range:
@@ -147,7 +156,8 @@ NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
 def parse_values(text):
-    """"0.02,0.03" → list of texts ("9,10|10" where values hold commas); "0.01..0.1" or "0.01..0.1:log" → Range."""
+    """"0.02,0.03" → list of texts ("9,10|10" where values hold commas); "0.01..0.1" or
+    "0.01..0.1:log" → Range."""
     between = re.fullmatch(rf"({NUMBER})\.\.({NUMBER})(:log)?", text)
     if not between:
         return text.split("|" if "|" in text else ",")
@@ -158,7 +168,8 @@ def parse_values(text):
 
 
 def parse_grid(text):
-    """{NAME: list of texts or Range} from "NAME=v,v NAME=low..high". Raises UserError that lists every problem."""
+    """{NAME: list of texts or Range} from "NAME=v,v NAME=low..high". Raises UserError that lists
+    every problem."""
     grid, problems = {}, []
     try:
         words = shlex.split(text)
@@ -167,7 +178,8 @@ def parse_grid(text):
     for word in words:
         name, equals, values = word.partition("=")
         if not equals or not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
-            problems.append(f"{word}: write NAME=value,value with the name of a setting in capitals")
+            problems.append(f"{word}: write NAME=value,value with the name of a "
+                            "setting in capitals")
         elif name.lower() in ("seed", *PLACE):
             problems.append(f"{name}: belongs to the sweep (--seeds, --out)")
         elif name in grid:
@@ -183,7 +195,8 @@ def parse_grid(text):
 
 
 def parse_seeds(text):
-    """Seeds from "3" (the first three of 1337, 42, 2025, 2026, …) or "7,8"; "7," is the one seed 7. Raises UserError."""
+    """Seeds from "3" (the first three of 1337, 42, 2025, 2026, …) or "7,8"; "7," is the one seed 7.
+    Raises UserError."""
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -193,13 +206,15 @@ def parse_seeds(text):
     if "," in text:
         return numbers
     if not 1 <= numbers[0] <= 20:
-        raise UserError(f"--seeds {text}: 1 to 20 of them; the one seed {text} is written --seeds {text},")
+        raise UserError(f"--seeds {text}: 1 to 20 of them; the one seed {text} is written "
+                        f"--seeds {text},")
     return [*FIRST_SEEDS, *range(FIRST_SEEDS[-1] + 1, FIRST_SEEDS[-1] + 20)][: numbers[0]]
 
 
 @dataclass
 class Run:
-    """One run of a sweep. `settings` are what its result must say; None until the script has checked them."""
+    """One run of a sweep. `settings` are what its result must say; None until the script has
+    checked them."""
     point: dict  # {NAME: text}
     seed: int
     out: Path
@@ -208,7 +223,8 @@ class Run:
 
     @property
     def name(self):
-        """Tells the point; a part that a file name cannot hold is replaced, and a hash keeps the name its own."""
+        """Tells the point; a part that a file name cannot hold is replaced, and a hash keeps the
+        name its own."""
         told = "_".join([*(f"{k}={v}" for k, v in self.point.items()), f"SEED={self.seed}"])
         name = re.sub(r"[^\w.=,+-]", "-", told)[:150]
         return name if name == told else f"{name}_{hashlib.sha256(told.encode()).hexdigest()[:8]}"
@@ -219,16 +235,18 @@ class Run:
 
     def environment(self):
         """This process's environment with the variables of the run."""
-        own = {**self.point, "SEED": str(self.seed), "RUN_ID": self.name, "OUT_DIR": str(self.folder), **CONTINUE}
+        own = {**self.point, "SEED": str(self.seed), "RUN_ID": self.name,
+               "OUT_DIR": str(self.folder), **CONTINUE}
         if os.environ.get("SCORES_PATH"):
             own["SCORES_PATH"] = str(self.folder / "scores.npy")
         return {**os.environ, **own}
 
 
-# -- sweep: the script -----------------------------------------------------------------------------------------------
+# -- sweep: the script -----------------------------------------------------------------------------
 
-# Runs in a process of its own, so that this one needs no torch: the script's own --dry-run on each environment (a line of
-# JSON), then its data. The first line that it answers holds the names of all settings.
+# Runs in a process of its own, so that this one needs no torch: the script's own --dry-run on each
+# environment (a line of JSON), then its data. The first line that it answers holds the names of all
+# settings.
 CHECKER = """
 import contextlib, dataclasses, importlib.util, io, json, sys
 requests, answers, said = sys.stdin, sys.stdout, io.StringIO()
@@ -265,36 +283,42 @@ with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
 
 
 class Script:
-    """The training script of a sweep: a copy that no edit reaches, what starts it, and its own check of settings."""
+    """The training script of a sweep: a copy that no edit reaches, what starts it, and its own
+    check of settings."""
 
     def __init__(self, command, out):
         """Raises UserError where `command` starts nothing, or no script that can be checked."""
-        places = [i for i, word in enumerate(command) if word.endswith(".py") and Path(word).is_file()]
+        places = [i for i, word in enumerate(command) if word.endswith(".py")
+                  and Path(word).is_file()]
         if not places or not shutil.which(command[0]):
             lacks = "no such program" if places else "names no script.py that exists"
-            raise UserError(f"{shlex.join(command)}: {lacks}; after --, write what starts one run, such as: "
-                            "torchrun --standalone --nproc_per_node=8 train_gpt.py")
+            raise UserError(f"{shlex.join(command)}: {lacks}; after --, write what starts one run, "
+                            "such as: torchrun --standalone --nproc_per_node=8 train_gpt.py")
         source = Path(command[places[0]])
         content = source.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.path = out / "code" / self.sha256[:12] / source.name
         if not self.path.exists():
             write_whole(self.path, content)
-        self.command = [str(self.path) if i == places[0] else word for i, word in enumerate(command)]
+        self.command = [str(self.path) if i == places[0] else word
+                        for i, word in enumerate(command)]
         ranks = re.search(r" --nproc[-_]per[-_]node[= ](\d+)", " " + " ".join(command[: places[0]]))
         self.ranks = int(ranks[1]) if ranks else 1
-        self.checker = subprocess.Popen([sys.executable, "-c", CHECKER, str(self.path)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True, start_new_session=True)
+        self.checker = subprocess.Popen([sys.executable, "-c", CHECKER, str(self.path)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        start_new_session=True)
         first = self._answer()
         if "refused" in first:
             self.close()
-            raise UserError(f"{source}: cannot be checked as a training script of this project: {first['refused']}")
+            raise UserError(f"{source}: cannot be checked as a training script of this project: "
+                            f"{first['refused']}")
         self.known = first["known"]
 
     def _answer(self):
         line = self.checker.stdout.readline()
         if not line:
-            raise UserError(f"{self.path}: the process that checks settings ended; python {self.path} --dry-run shows why")
+            raise UserError(f"{self.path}: the process that checks settings ended; "
+                            f"python {self.path} --dry-run shows why")
         return json.loads(line)
 
     def close(self):
@@ -304,10 +328,12 @@ class Script:
         self.checker.stdout.close()
 
     def check(self, runs):
-        """Fill in the settings of each run; returns {what the script refuses: the runs that have it}."""
+        """Fill in the settings of each run; returns {what the script refuses: the runs that have
+        it}."""
         refused = collections.defaultdict(list)
         for run in runs:
-            rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(self.ranks)} if self.ranks > 1 else {}
+            rank = {"RANK": "0", "LOCAL_RANK": "0",
+                    "WORLD_SIZE": str(self.ranks)} if self.ranks > 1 else {}
             self.checker.stdin.write(json.dumps({**run.environment(), **rank}) + "\n")
             self.checker.stdin.flush()
             answer = self._answer()
@@ -323,13 +349,17 @@ class Script:
             result = read_result(path)
         except ValueError:
             return None
-        same = result["code_sha256"] == self.sha256 and same_settings(result["settings"], run.settings)
+        same = result["code_sha256"] == self.sha256 and same_settings(result["settings"],
+                                                                      run.settings)
         artifact = run.settings.get("eval_only")
-        return result if same and not (artifact and Path(artifact).stat().st_mtime > path.stat().st_mtime) else None
+        return result if same and not (artifact and Path(artifact).stat().st_mtime
+                                       > path.stat().st_mtime) else None
 
     def make_place(self, run):
-        """An empty folder for the run, or that of its own unfinished attempt; another's is moved to earlier/."""
-        plan = json.dumps({"code_sha256": self.sha256, "settings": {k: v for k, v in run.settings.items() if k not in PLACE},
+        """An empty folder for the run, or that of its own unfinished attempt; another's is moved to
+        earlier/."""
+        plan = json.dumps({"code_sha256": self.sha256,
+                           "settings": {k: v for k, v in run.settings.items() if k not in PLACE},
                            "command": self.command}, indent=1).encode()
         note = run.folder / "run.plan"
         if run.folder.exists() and not (note.exists() and note.read_bytes() == plan):
@@ -342,14 +372,16 @@ class Script:
 
 def refusal(refused, count):
     """What the script's own check refused, as one message."""
-    return "\n".join(f"{message}\n    ({'all' if len(runs) == count else len(runs)} of {count} runs, such as {runs[0].name})"
-                     for message, runs in refused.items())
+    return "\n".join(f"{message}\n    ({'all' if len(runs) == count else len(runs)} of {count} "
+                     f"runs, such as {runs[0].name})" for message, runs in refused.items())
 
 
 def check_grid(grid, script, runs):
-    """Check all runs before any is started. Raises UserError that lists what the script refuses or does not know."""
+    """Check all runs before any is started. Raises UserError that lists what the script refuses or
+    does not know."""
     unknown = [name for name in grid if name not in script.known]
-    problems = [f"--grid: no such setting: {', '.join(unknown)}; python {script.path.name} --help lists all"] if unknown else []
+    problems = [f"--grid: no such setting: {', '.join(unknown)}; "
+                f"python {script.path.name} --help lists all"] if unknown else []
     if refused := script.check(runs):
         problems.append(refusal(refused, len(runs)))
     if problems:
@@ -362,26 +394,31 @@ def check_different(runs):
     for run in runs:
         key = json.dumps({k: v for k, v in run.settings.items() if k not in PLACE}, sort_keys=True)
         if key in seen:
-            raise UserError(f"--grid: {seen[key].name} and {run.name} are the same run; give each value once")
+            raise UserError(f"--grid: {seen[key].name} and {run.name} are the same run; "
+                            "give each value once")
         seen[key] = run
 
 
 def tuning_warning(run, what):
-    """Say that validation tokens are not for tuning, where the official ones would be used for it."""
+    """Say that validation tokens are not for tuning, where the official ones would be used for
+    it."""
     if re.search(r"fineweb10B", run.settings["data_path"]):
-        print(f"warning: DATA_PATH={run.settings['data_path']} looks like the challenge's validation tokens; a record's "
-              f"settings may not be tuned on them. For {what} use a folder whose fineweb_val_*.bin is held-out training text "
-              "(python records/runs.py sweep --help shows how).", file=sys.stderr)
+        print(f"warning: DATA_PATH={run.settings['data_path']} looks like the challenge's "
+              "validation tokens; a record's settings may not be tuned on them. "
+              f"For {what} use a folder whose fineweb_val_*.bin is held-out training text (python "
+              "records/runs.py sweep --help shows how).", file=sys.stderr)
 
 
-# -- sweep: where runs come from -------------------------------------------------------------------------------------
+# -- sweep: where runs come from -------------------------------------------------------------------
 
 class Grid:
-    """All combinations × seeds: every point with the first seed first, so that an early end leaves a whole grid."""
+    """All combinations × seeds: every point with the first seed first, so that an early end leaves
+    a whole grid."""
 
     def __init__(self, grid, seeds, out, script):
         if ranges := [name for name, values in grid.items() if isinstance(values, Range)]:
-            raise UserError(f"--grid: {', '.join(ranges)}: a range needs --study N to choose from it; or list the values")
+            raise UserError(f"--grid: {', '.join(ranges)}: a range needs --study N to choose from "
+                            "it; or list the values")
         points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
         self.runs = collections.deque(Run(point, seed, out) for seed in seeds for point in points)
         self.total = len(self.runs)
@@ -399,7 +436,8 @@ class Grid:
 
 
 class Study:
-    """Optuna's choice of points. Trials are kept in OUT/study.db; one that a kill cut off goes on with the same values."""
+    """Optuna's choice of points. Trials are kept in OUT/study.db; one that a kill cut off goes on
+    with the same values."""
 
     def __init__(self, grid, seeds, out, script, trials, objective):
         self.seeds, self.out, self.script, self.objective = seeds, out, script, objective
@@ -410,8 +448,10 @@ class Study:
         try:
             import optuna
         except ImportError as problem:
-            raise UserError("--study: optuna is not installed; pip install -r records/requirements.txt") from problem
-        self.distributions = {name: self._distribution(optuna, name, values, settings) for name, values in grid.items()}
+            raise UserError("--study: optuna is not installed; "
+                            "pip install -r records/requirements.txt") from problem
+        self.distributions = {name: self._distribution(optuna, name, values, settings)
+                              for name, values in grid.items()}
         tuning_warning(corners[0], "--study")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.states = optuna.trial.TrialState
@@ -424,12 +464,14 @@ class Study:
         self.begun = sum(t.state == self.states.COMPLETE for t in known)
 
     def _check(self, grid):
-        """Every end of a range and every value, each with the first values of the others. Raises UserError."""
+        """Every end of a range and every value, each with the first values of the others. Raises
+        UserError."""
         if not grid:
             raise UserError("--study: an empty --grid leaves nothing to choose")
         ends = {name: [v.low, v.high] if isinstance(v, Range) else v for name, v in grid.items()}
         first = {name: values[0] for name, values in ends.items()}
-        corners = [Run({**first, name: value}, self.seeds[0], self.out) for name, values in ends.items() for value in values]
+        corners = [Run({**first, name: value}, self.seeds[0], self.out)
+                   for name, values in ends.items() for value in values]
         check_grid(grid, self.script, corners)
         return corners
 
@@ -438,28 +480,35 @@ class Study:
         if not isinstance(values, Range):
             return optuna.distributions.CategoricalDistribution(values)
         if isinstance(settings.get(name.lower()), int):
-            return optuna.distributions.IntDistribution(int(values.low), int(values.high), log=values.log)
-        return optuna.distributions.FloatDistribution(float(values.low), float(values.high), log=values.log)
+            return optuna.distributions.IntDistribution(int(values.low), int(values.high),
+                                                        log=values.log)
+        return optuna.distributions.FloatDistribution(float(values.low), float(values.high),
+                                                      log=values.log)
 
     def _check_objective(self, settings):
         """A score that these runs will not have would be found missing only after the first."""
         banded = settings.get("eval_attention") == "banded"
-        off = {"float": settings["eval_only"], "sliding": banded or not settings["eval_stride"], "banded": not banded,
-               "ttt": not settings["ttt_enabled"]}
+        off = {"float": settings["eval_only"], "sliding": banded or not settings["eval_stride"],
+               "banded": not banded, "ttt": not settings["ttt_enabled"]}
         if off.get(self.objective):
-            raise UserError(f"--objective {self.objective}: with these settings that evaluation does not run")
+            raise UserError(f"--objective {self.objective}: "
+                            "with these settings that evaluation does not run")
 
     def _check_same(self, grid, settings):
-        """A study goes on only with what it was begun with. Raises UserError that names what changed."""
-        fixed = {k: v for k, v in settings.items() if k.upper() not in grid and k not in ("seed", *PLACE)}
-        told = {f"--grid {name}": f"{v.low}..{v.high}{':log' * v.log}" if isinstance(v, Range) else v
-                for name, v in grid.items()}
-        now = {**told, "--seeds": self.seeds, "--objective": self.objective, "code": self.script.sha256, **fixed}
+        """A study goes on only with what it was begun with. Raises UserError that names what
+        changed."""
+        fixed = {k: v for k, v in settings.items() if k.upper() not in grid
+                 and k not in ("seed", *PLACE)}
+        told = {f"--grid {name}": f"{v.low}..{v.high}{':log' * v.log}" if isinstance(v, Range)
+                else v for name, v in grid.items()}
+        now = {**told, "--seeds": self.seeds, "--objective": self.objective,
+               "code": self.script.sha256, **fixed}
         begun = self.study.user_attrs.get("begun with", now)
-        changed = [f"{k}: {begun.get(k)} → {now.get(k)}" for k in {**begun, **now} if begun.get(k) != now.get(k)]
+        changed = [f"{k}: {begun.get(k)} → {now.get(k)}" for k in {**begun, **now}
+                   if begun.get(k) != now.get(k)]
         if changed:
-            raise UserError(f"{self.out}: holds a study that was begun otherwise; undo this, or take another --out:\n  "
-                            + "\n  ".join(changed))
+            raise UserError(f"{self.out}: holds a study that was begun otherwise; undo this, "
+                            "or take another --out:\n  " + "\n  ".join(changed))
         self.study.set_user_attr("begun with", now)
 
     def next(self):
@@ -471,7 +520,8 @@ class Study:
                 self.study.tell(trial.number, state=self.states.FAIL)
                 self.begun -= 1
                 continue
-            point = {name: value if isinstance(value, str) else f"{value:.6g}" for name, value in trial.params.items()}
+            point = {name: value if isinstance(value, str) else f"{value:.6g}"
+                     for name, value in trial.params.items()}
             runs = [Run(point, seed, self.out, trial=trial.number) for seed in self.seeds]
             if refused := self.script.check(runs):
                 tqdm.write(refusal(refused, len(runs)), file=sys.stderr)
@@ -492,7 +542,8 @@ class Study:
                 self.study.tell(run.trial, state=self.states.FAIL)
             self.values[run.trial] = None
         elif (values := self.values.setdefault(run.trial, {})) is not None:
-            values[run.seed] = bpb[self.objective] if self.objective != "last" else list(bpb.values())[-1]
+            values[run.seed] = bpb[self.objective] if self.objective != "last" else list(
+                bpb.values())[-1]
             if len(values) == len(self.seeds):
                 self.study.tell(run.trial, float(np.mean(list(values.values()))))
 
@@ -505,21 +556,23 @@ class Study:
             f"{k}={v if isinstance(v, str) else format(v, '.6g')}" for k, v in best.params.items())
 
 
-# -- sweep: the runs themselves --------------------------------------------------------------------------------------
+# -- sweep: the runs themselves --------------------------------------------------------------------
 
 GRACE_SECONDS = 40  # torchrun gives its workers 30 to end
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def end_with_parent():
-    """In a child, before it becomes the run: ask the kernel for SIGTERM when the sweep dies, kill -9 included."""
+    """In a child, before it becomes the run: ask the kernel for SIGTERM when the sweep dies, kill
+    -9 included."""
     if LIBC:
         LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager
 def only_sweep_in(out):
-    """Hold `out` for this sweep. Its runs inherit the lock, so that one that outlived its sweep holds it too."""
+    """Hold `out` for this sweep. Its runs inherit the lock, so that one that outlived its sweep
+    holds it too."""
     with open(out / ".lock", "a+") as file:
         for attempt in range(GRACE_SECONDS + 20):
             try:
@@ -544,7 +597,8 @@ class Slots:
         self.script, self.lock, self.running = script, lock, {}  # {slot: (run, process, start)}
         self.slots = list(gpus) or list(range(jobs))
         self.extra = {slot: {"CUDA_VISIBLE_DEVICES": slot} if gpus else {} for slot in self.slots}
-        if len(self.slots) > 1 and not os.environ.get("OMP_NUM_THREADS"):  # runs share the cores instead of fighting for them
+        # runs share the cores instead of fighting for them
+        if len(self.slots) > 1 and not os.environ.get("OMP_NUM_THREADS"):
             for variables in self.extra.values():
                 variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(self.slots)))
 
@@ -559,11 +613,13 @@ class Slots:
         self.script.make_place(run)
         with open(run.folder / "console.out", "ab") as console:
             process = subprocess.Popen(
-                self.script.command, env={**run.environment(), **self.extra[slot]}, stdin=subprocess.DEVNULL, stdout=console,
-                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent, pass_fds=[self.lock.fileno()])
+                self.script.command, env={**run.environment(), **self.extra[slot]},
+                stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
+                start_new_session=True, preexec_fn=end_with_parent, pass_fds=[self.lock.fileno()])
         self.running[slot] = run, process, time.monotonic()
         self.lock.truncate(0)
-        print(os.getpid(), *(p.pid for _, p, _ in self.running.values()), sep=", ", file=self.lock, flush=True)
+        print(os.getpid(), *(p.pid for _, p, _ in self.running.values()), sep=", ", file=self.lock,
+              flush=True)
 
     def ended(self):
         """The runs that ended since the last call: (run, exit status, seconds)."""
@@ -573,7 +629,8 @@ class Slots:
                 yield run, process.returncode, time.monotonic() - start
 
     def end_all(self, at_once):
-        """SIGTERM to all, SIGKILL to those that do not end in time, or as soon as at_once() is true."""
+        """SIGTERM to all, SIGKILL to those that do not end in time, or as soon as at_once() is
+        true."""
         processes = [process for _, process, _ in self.running.values()]
         deadline = time.monotonic() + GRACE_SECONDS
         for process in processes:
@@ -593,11 +650,13 @@ class Slots:
 def why_it_failed(run, status):
     """The run's own words, from the end of what it printed."""
     path = run.folder / "console.out"
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+             if line.strip()]
     errors = [i for i, line in enumerate(lines) if re.match(r"error\b", line)]
     words = lines[errors[-1]: errors[-1] + 4] if errors else lines[-3:]
     ending = f"ended by signal {-status}" if status < 0 else f"ended with status {status}" if status else "left no whole result"
-    return f"failed: {run.name}: {ending}; all it said is in {path}\n" + "\n".join(f"    {line}" for line in words)
+    return f"failed: {run.name}: {ending}; all it said is in {path}\n" + "\n".join(
+        f"    {line}" for line in words)
 
 
 class Clock:
@@ -608,16 +667,19 @@ class Clock:
         self.seconds = []
 
     def expected(self, run):
-        """Seconds: the mean of finished runs; before there is one, the least that its training cap allows."""
-        return float(np.mean(self.seconds)) if self.seconds else run.settings.get("max_wallclock_seconds", 0)
+        """Seconds: the mean of finished runs; before there is one, the least that its training cap
+        allows."""
+        return float(np.mean(self.seconds)) if self.seconds else run.settings.get(
+            "max_wallclock_seconds", 0)
 
     def allows(self, run):
         return time.monotonic() + self.expected(run) <= self.deadline
 
 
 class Sweep:
-    """Takes runs from a source and keeps the slots busy with them. Counts what became of them: `done`, `failed`; `over` once
-    the budget is spent, `interrupts` how often somebody wanted it to end."""
+    """Takes runs from a source and keeps the slots busy with them. Counts what became of them:
+    `done`, `failed`; `over` once the budget is spent, `interrupts` how often somebody wanted it to
+    end."""
 
     def __init__(self, source, script, slots, clock):
         self.source, self.script, self.slots, self.clock = source, script, slots, clock
@@ -625,8 +687,10 @@ class Sweep:
 
     def go(self):
         """Until nothing is left, the budget is spent, or a signal comes."""
-        # Noted and not raised: an exception between the start of a run and the note of it would lose the run.
-        before = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        # Noted and not raised: an exception between the start of a run and the note of it would
+        # lose the run.
+        before = {number: signal.signal(number, self._interrupt)
+                  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             # Trials may fail before their last seed: the bar's total is then not reached.
             with tqdm(total=self.source.total, unit="run", disable=None) as self.bar:
@@ -652,10 +716,12 @@ class Sweep:
         while self.slots.free() and not self.over and not self.interrupts:
             run = self.waiting or self.source.next()
             self.waiting = run
-            if run is None or self.slots.busy_with(run):  # a study may choose a point that is being run
+            # a study may choose a point that is being run
+            if run is None or self.slots.busy_with(run):
                 return
             if result := self.script.result_of(run):
-                self.clock.seconds.append(sum(result.get(f"{k}_seconds", 0) for k in ("train", "pack", "eval")))
+                self.clock.seconds.append(sum(result.get(f"{k}_seconds", 0)
+                                              for k in ("train", "pack", "eval")))
                 if not self.bar.disable:
                     self.bar.initial += 1  # took no time: the bar's forecast leaves it out
                 self._count(run, result)
@@ -690,45 +756,54 @@ class Sweep:
         with open(run.folder / "console.out", "rb") as console:
             console.seek(max(0, os.fstat(console.fileno()).st_size - 300))
             lines = console.read().decode("utf-8", "replace").split("\n")
-        self.bar.set_postfix_str(next((line.strip()[:60] for line in reversed(lines) if line.strip()), ""), refresh=False)
+        self.bar.set_postfix_str(next((line.strip()[:60] for line in reversed(lines)
+                                       if line.strip()), ""), refresh=False)
         self.bar.refresh()
 
 
 def sweep(arguments, command):
-    """Run the sweep. Exit status: 0 all done or the budget spent, 1 a run failed, 130 interrupted. Raises UserError."""
+    """Run the sweep. Exit status: 0 all done or the budget spent, 1 a run failed, 130 interrupted.
+    Raises UserError."""
     grid, seeds, out = parse_grid(arguments.grid), parse_seeds(arguments.seeds), Path(arguments.out)
     gpus = [gpu.strip() for gpu in arguments.gpus.split(",") if gpu.strip()]
     command = command or [sys.executable, str(ROOT / "train_gpt.py")]
     if len(set(gpus)) < len(gpus) or (gpus and arguments.jobs > 1) or arguments.jobs < 1:
-        raise UserError(f"--gpus {arguments.gpus} --jobs {arguments.jobs}: name different GPUs, or how many jobs, not both")
+        raise UserError(f"--gpus {arguments.gpus} --jobs {arguments.jobs}: name different GPUs, "
+                        "or how many jobs, not both")
     if arguments.study < 0 or arguments.budget_hours < 0:
-        raise UserError(f"--study {arguments.study} --budget-hours {arguments.budget_hours}: must not be negative")
+        raise UserError(f"--study {arguments.study} --budget-hours {arguments.budget_hours}: "
+                        "must not be negative")
     tqdm.monitor_interval = 0  # no thread of its own: this process forks
     out.mkdir(parents=True, exist_ok=True)
     again = "the same command goes on from here"
     with only_sweep_in(out) as lock, contextlib.closing(Script(command, out)) as script:
         if gpus and script.ranks > 1:
-            raise UserError(f"--gpus gives each run one GPU, and {shlex.join(command)} wants {script.ranks}: drop one of them")
-        source = (Study(grid, seeds, out, script, arguments.study, arguments.objective) if arguments.study
-                  else Grid(grid, seeds, out, script))
-        running = Sweep(source, script, Slots(script, lock, gpus, arguments.jobs), Clock(arguments.budget_hours))
+            raise UserError("--gpus gives each run one GPU, "
+                            f"and {shlex.join(command)} wants {script.ranks}: drop one of them")
+        source = (Study(grid, seeds, out, script, arguments.study, arguments.objective)
+                  if arguments.study else Grid(grid, seeds, out, script))
+        running = Sweep(source, script, Slots(script, lock, gpus, arguments.jobs),
+                        Clock(arguments.budget_hours))
         running.go()
     if running.interrupts:
-        print(f"stopped: {running.done} of {source.total} runs are finished; {again}", file=sys.stderr)
+        print(f"stopped: {running.done} of {source.total} runs are finished; {again}",
+              file=sys.stderr)
         return 130
     if running.done:
         print(as_text(table_rows(found([out], ["logs/*.json"]))))
     if arguments.study:
         print(source.summary())
     if running.over:
-        print(f"--budget-hours {arguments.budget_hours:g}: {running.done} of {source.total} runs are finished; another one, of "
-              f"about {running.clock.expected(running.waiting):.0f} s, would end too late; {again}")
+        print(f"--budget-hours {arguments.budget_hours:g}: "
+              f"{running.done} of {source.total} runs are finished; another one, of about "
+              f"{running.clock.expected(running.waiting):.0f} s, would end too late; {again}")
     if running.failed:
-        print(f"{running.failed} run{'s' * (running.failed > 1)} failed; {again} and tries them again", file=sys.stderr)
+        print(f"{running.failed} run{'s' * (running.failed > 1)} failed; "
+              f"{again} and tries them again", file=sys.stderr)
     return 1 if running.failed else 0
 
 
-# -- table -----------------------------------------------------------------------------------------------------------
+# -- table -----------------------------------------------------------------------------------------
 
 def conditions(result):
     """What a result depends on besides its seed: all settings, the code, the machine."""
@@ -813,20 +888,22 @@ def is_log_of_result(path, paths):
 
 
 def differing(several):
-    """The names whose values differ between some dicts, in the dicts' order; what only some have is no difference."""
+    """The names whose values differ between some dicts, in the dicts' order; what only some have is
+    no difference."""
     names = dict.fromkeys(name for one in several for name in one)
     return [name for name in names if len({str(one[name]) for one in several if name in one}) > 1]
 
 
 def telling(several, most):
-    """The differing names if there are at most so many, else those of them that suffice to tell the dicts apart, in order:
-    a preset's name stands for all that it sets."""
+    """The differing names if there are at most so many, else those of them that suffice to tell the
+    dicts apart, in order: a preset's name stands for all that it sets."""
     names = differing(several)
     if len(names) <= most:
         return names
     chosen, apart = [], 1
     for name in names:
-        if (now := len({tuple(str(one.get(n)) for n in (*chosen, name)) for one in several})) > apart:
+        if (now := len({tuple(str(one.get(n)) for n in (*chosen, name))
+                        for one in several})) > apart:
             chosen, apart = [*chosen, name], now
     return chosen
 
@@ -848,7 +925,8 @@ def table_rows(paths):
         else:
             group.append(result)
     names, rows = differing([conditions(g[0]) for g in groups.values()]), []
-    kinds = dict.fromkeys(kind for group in groups.values() for result in group for kind in bpb_by_kind(result))
+    kinds = dict.fromkeys(kind for group in groups.values() for result in group
+                          for kind in bpb_by_kind(result))
     for key, group in groups.items():
         known, settings = conditions(group[0]), group[0]["settings"]
         row = {name: str(known.get(name, "")) for name in names}
@@ -862,7 +940,8 @@ def table_rows(paths):
         for kind in kinds:
             row[f"{kind}_bpb"] = [bpb_by_kind(r)[kind] for r in group if kind in bpb_by_kind(r)]
         row["last_bpb"] = [list(r["val_bpb"].values())[-1] for r in group]
-        row["violations"] = "; ".join(dict.fromkeys(v for r in group for v in r.get("violations", ["not recorded"])))
+        row["violations"] = "; ".join(dict.fromkeys(v for r in group
+                                                    for v in r.get("violations", ["not recorded"])))
         rows.append(row)
     return sorted(rows, key=lambda row: np.mean(row["last_bpb"]))
 
@@ -894,7 +973,8 @@ def spread(numbers):
 
 
 def cell(name, value):
-    """A table's text: means over seeds, with the sample's standard deviation for scores; the largest for bytes."""
+    """A table's text: means over seeds, with the sample's standard deviation for scores; the
+    largest for bytes."""
     if isinstance(value, str):
         return value
     if not value:
@@ -903,20 +983,24 @@ def cell(name, value):
         return f"{np.mean(value):.4f}" + (f" ± {spread(value):.4f}" if len(value) > 1 else "")
     if name in ("total_bytes", "percent_of_cap"):
         return f"{max(value):,}" if name == "total_bytes" else f"{max(value):.2f}"
-    return f"{np.mean(value):,.0f}" if np.mean(value) >= 100 or name == "steps" else f"{np.mean(value):.1f}"
+    return f"{np.mean(value):,.0f}" if np.mean(
+        value) >= 100 or name == "steps" else f"{np.mean(value):.1f}"
 
 
 def cells(rows):
-    """(headings, rows of texts, notes below) for people: no column twice, and none for what holds for all or is implied."""
+    """(headings, rows of texts, notes below) for people: no column twice, and none for what holds
+    for all or is implied."""
     hidden, notes, settings = {"last_bpb"}, [], [settings_in(row) for row in rows]
     if implied := settings[0].keys() - telling(settings, 8):
         hidden |= implied
         notes.append(f"{len(implied)} more settings differ: --csv has them all")
     if len({row["violations"] for row in rows}) == 1:
         hidden.add("violations")
-        notes += [f"violations, of every run: {rows[0]['violations']}"] if rows[0]["violations"] else []
+        notes += ["violations, of every run: "
+                  f"{rows[0]['violations']}"] if rows[0]["violations"] else []
     names = [name for name in rows[0] if name not in hidden]
-    return [n.replace("_", " ") if n.islower() else n for n in names], [[cell(n, row[n]) for n in names] for row in rows], notes
+    return [n.replace("_", " ") if n.islower() else n
+            for n in names], [[cell(n, row[n]) for n in names] for row in rows], notes
 
 
 def as_text(rows):
@@ -925,7 +1009,8 @@ def as_text(rows):
         return "no results"
     headings, texts, notes = cells(rows)
     widths = [max(map(len, column)) for column in zip(headings, *texts)]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in [headings, *texts]]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip()
+             for line in [headings, *texts]]
     return "\n".join([*lines, *notes])
 
 
@@ -937,7 +1022,8 @@ def as_markdown(rows):
 
 
 def as_csv(rows):
-    """All digits: mean (largest for bytes) of every column, and the standard deviation of scores."""
+    """All digits: mean (largest for bytes) of every column, and the standard deviation of
+    scores."""
     lines = []
     for row in rows:
         lines.append(line := {})
@@ -967,7 +1053,7 @@ def table(arguments, _):
     return 0
 
 
-# -- plot ------------------------------------------------------------------------------------------------------------
+# -- plot ------------------------------------------------------------------------------------------
 
 def is_result(path):
     """Whether a file is worth reading as a result or a log; what is named otherwise in a published
@@ -1011,7 +1097,8 @@ def labels_of_logs(logs):
 
 
 def labels_of(several, between=" "):
-    """For each dict of settings a text that tells it from the others, with … where more than what is said differs."""
+    """For each dict of settings a text that tells it from the others, with … where more than what
+    is said differs."""
     names = telling(several, 4)
     more = ["…"] if len(names) < len(differing(several)) else []
     told = [[f"{name}={str(one[name])[-40:]}" for name in names if name in one] for one in several]
@@ -1020,26 +1107,33 @@ def labels_of(several, between=" "):
 
 def colour(pyplot, number, count):
     """Ten well told apart colours while they suffice, else a scale."""
-    return pyplot.get_cmap("tab10")(number) if count <= 10 else pyplot.get_cmap("turbo")(0.05 + 0.9 * number / (count - 1))
+    return pyplot.get_cmap("tab10")(number) if count <= 10 else pyplot.get_cmap("turbo")(
+        0.05 + 0.9 * number / (count - 1))
 
 
 def throughput(log):
-    """(steps, tokens per second since the log line before). Two short steps can bear the same millisecond: left out."""
+    """(steps, tokens per second since the log line before). Two short steps can bear the same
+    millisecond: left out."""
     step, _, ms, _ = log.curve.T
     rises = np.diff(ms) > 0
     return step[1:][rises], log.tokens_per_step * np.diff(step)[rises] / np.diff(ms)[rises] * 1000
 
 
 def curve_figure(pyplot, title, logs, panels):
-    """A figure of panels (x label, y label, log → x and y) with a colour per setting and a line per seed."""
+    """A figure of panels (x label, y label, log → x and y) with a colour per setting and a line per
+    seed."""
     texts = labels_of_logs(logs)
-    colours = {text: colour(pyplot, i, len(set(texts))) for i, text in enumerate(dict.fromkeys(texts))}
-    fig, axes = pyplot.subplots(len(panels), 1, figsize=(9, 3.8 * len(panels) + 1), layout="constrained", squeeze=False)
+    colours = {text: colour(pyplot, i, len(set(texts)))
+               for i, text in enumerate(dict.fromkeys(texts))}
+    fig, axes = pyplot.subplots(len(panels), 1, figsize=(9, 3.8 * len(panels) + 1),
+                                layout="constrained", squeeze=False)
     for axis, (across, upward, xy) in zip(axes[:, 0], panels):
-        late = []  # what comes after the first tenth decides the height: the fall before it would flatten all else
+        # what comes after the first tenth decides the height: the fall before it would flatten all else
+        late = []
         for log, text in zip(logs, texts):
             x, y = xy(log)
-            axis.plot(x, y, color=colours[text], lw=1.2, alpha=0.8, label=text, marker="." if len(x) < 50 else None, ms=3)
+            axis.plot(x, y, color=colours[text], lw=1.2, alpha=0.8, label=text,
+                      marker="." if len(x) < 50 else None, ms=3)
             late.extend(y[x >= 0.1 * max(x, default=0)])
         if title == "Training loss" and late:
             axis.set_ylim(min(late) - 0.03 * np.ptp(late), max(late) + 0.03 * np.ptp(late) + 1e-3)
@@ -1049,15 +1143,17 @@ def curve_figure(pyplot, title, logs, panels):
     axes[0, 0].set_title(title)
     if 1 < len(colours) <= 24:
         handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels())))
-        fig.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8, ncols=2 if len(colours) > 3 else 1)
+        fig.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8,
+                   ncols=2 if len(colours) > 3 else 1)
     return fig
 
 
 def curves(pyplot, logs):
     """{file name: figure} of what changes during training."""
-    figures = {"loss.png": curve_figure(pyplot, "Training loss", logs, [
-        ("step", "nats per token", lambda log: log.curve[:, :2].T),
-        ("training time, seconds", "nats per token", lambda log: (log.curve[:, 2] / 1000, log.curve[:, 1]))])}
+    figures = {"loss.png": curve_figure(pyplot, "Training loss", logs,
+                                        [("step", "nats per token", lambda log: log.curve[:, :2].T),
+                                         ("training time, seconds", "nats per token",
+                                          lambda log: (log.curve[:, 2] / 1000, log.curve[:, 1]))])}
     if scaled := [log for log in logs if np.isfinite(log.curve[:, 3]).any()]:
         figures["lr_scale.png"] = curve_figure(pyplot, "Learning-rate scale", scaled, [
             ("step", "share of the full rate", lambda log: log.curve[:, [0, 3]].T)])
@@ -1068,7 +1164,8 @@ def curves(pyplot, logs):
 
 
 def rows_figure(pyplot, rows, title, across):
-    """(figure, axis) with a place for every row of the table, named by what tells it from the others, the first on top."""
+    """(figure, axis) with a place for every row of the table, named by what tells it from the
+    others, the first on top."""
     labels = labels_of([settings_in(row) for row in rows], "\n")
     height = max(0.6, 0.2 * (1 + labels[0].count("\n")))
     fig, axis = pyplot.subplots(figsize=(9, 1.8 + height * len(rows)), layout="constrained")
@@ -1081,17 +1178,18 @@ def rows_figure(pyplot, rows, title, across):
 
 def scores(pyplot, rows):
     """Every bpb of every setting: a point per seed, mean and standard deviation."""
-    fig, axis = rows_figure(pyplot, rows, "Scores, best last one first",
-                            "bits per byte (dots: seeds; diamond and bar: their mean ± standard deviation)")
+    fig, axis = rows_figure(pyplot, rows, "Scores, best last one first", "bits per byte (dots: "
+                            "seeds; diamond and bar: their mean ± standard deviation)")
     kinds = [name for name in rows[0] if name.endswith("_bpb") and name != "last_bpb"]
     for number, kind in enumerate(kinds):
         shade, label = colour(pyplot, number, len(kinds)), kind.removesuffix("_bpb")
         for y, row in enumerate(rows):
             at, values = y + 0.16 * (number - (len(kinds) - 1) / 2), row[kind]
             if values:
-                axis.errorbar(np.mean(values), at, xerr=spread(values) if len(values) > 1 else None, fmt="D", ms=4, lw=1,
-                              color=shade, capsize=2, label=label)
-                axis.plot(values, [at] * len(values), "o", color=shade, ms=4, mec="white", mew=0.6, zorder=3)
+                axis.errorbar(np.mean(values), at, xerr=spread(values) if len(values) > 1 else None,
+                              fmt="D", ms=4, lw=1, color=shade, capsize=2, label=label)
+                axis.plot(values, [at] * len(values), "o", color=shade, ms=4, mec="white", mew=0.6,
+                          zorder=3)
                 label = None
     fig.legend(loc="outside lower center", ncols=len(kinds), fontsize=8)
     return fig
@@ -1103,8 +1201,8 @@ def score_by_setting(pyplot, rows):
     if not names:
         return None
     across, down = min(3, len(names)), -(-len(names) // 3)
-    fig, axes = pyplot.subplots(down, across, figsize=(4.2 * across, 3.4 * down), layout="constrained", squeeze=False,
-                                sharey=True)
+    fig, axes = pyplot.subplots(down, across, figsize=(4.2 * across, 3.4 * down),
+                                layout="constrained", squeeze=False, sharey=True)
     for axis, name in itertools.zip_longest(axes.flat, names):
         if name is None:
             axis.axis("off")
@@ -1118,13 +1216,16 @@ def score_by_setting(pyplot, rows):
         else:  # a grid's: side by side, with the best that each allows
             order = sorted(values, key=float if numeric else str)
             place = {value: i for i, value in enumerate(order)}
-            best = [min(np.mean(row["last_bpb"]) for row in rows if row[name] == value) for value in order]
+            best = [min(np.mean(row["last_bpb"]) for row in rows if row[name] == value)
+                    for value in order]
             axis.plot(range(len(order)), best, "-", color="tab:red", lw=1, label="best mean")
-            axis.set_xticks(range(len(order)), [v[:24] for v in order], fontsize=8, rotation=30 if len(order) > 4 else 0)
+            axis.set_xticks(range(len(order)), [v[:24] for v in order], fontsize=8,
+                            rotation=30 if len(order) > 4 else 0)
             axis.margins(x=0.1)
             axis.legend(fontsize=8)
         for row in rows:
-            axis.plot([place[row[name]]] * len(row["last_bpb"]), row["last_bpb"], "o", ms=4, alpha=0.5, color="tab:blue")
+            axis.plot([place[row[name]]] * len(row["last_bpb"]), row["last_bpb"], "o", ms=4,
+                      alpha=0.5, color="tab:blue")
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
     fig.supylabel("last bpb of each run", fontsize=10)
@@ -1133,13 +1234,15 @@ def score_by_setting(pyplot, rows):
 
 def sizes(pyplot, rows):
     """Bytes of the largest seed against the cap of a record."""
-    fig, axis = rows_figure(pyplot, rows, "Size", "bytes, code + model of the largest seed (dashed: 16,000,000)")
+    fig, axis = rows_figure(pyplot, rows, "Size",
+                            "bytes, code + model of the largest seed (dashed: 16,000,000)")
     for y, row in enumerate(rows):
         most = max(row["total_bytes"], default=0)
         axis.barh(y, most, height=0.6, color="tab:red" if most > RECORD_BYTES else "tab:blue")
         inside = most > RECORD_BYTES / 2
-        axis.text(most, y, f"  {most:,} ({100 * most / RECORD_BYTES:.2f} %)  ", va="center", fontsize=8,
-                  ha="right" if inside else "left", color="white" if inside else "black")
+        axis.text(most, y, f"  {most:,} ({100 * most / RECORD_BYTES:.2f} %)  ", va="center",
+                  fontsize=8, ha="right" if inside else "left",
+                  color="white" if inside else "black")
     axis.axvline(RECORD_BYTES, color="black", ls="--", lw=1)
     axis.set_xlim(0, 1.05 * max(RECORD_BYTES, *(max(row["total_bytes"], default=0)
                                                 for row in rows)))
@@ -1152,7 +1255,8 @@ def plot(arguments, _):
     try:
         import matplotlib
     except ImportError as problem:
-        raise UserError("plot: matplotlib is not installed; pip install -r records/requirements.txt") from problem
+        raise UserError("plot: matplotlib is not installed; "
+                        "pip install -r records/requirements.txt") from problem
     matplotlib.use("Agg")
     from matplotlib import pyplot
     paths = [p for p in found(arguments.inputs, ["*.txt", "*.log", "*.json"]) if is_result(p)
@@ -1163,8 +1267,8 @@ def plot(arguments, _):
     rows = table_rows([p for p in paths if p.suffix == ".json" or p in finished])
     figures = curves(pyplot, logs) if logs else {}
     if rows:
-        figures |= {"bpb.png": scores(pyplot, rows), "bpb_by_setting.png": score_by_setting(pyplot, rows),
-                    "bytes.png": sizes(pyplot, rows)}
+        figures |= {"bpb.png": scores(pyplot, rows), "bpb_by_setting.png": score_by_setting(
+            pyplot, rows), "bytes.png": sizes(pyplot, rows)}
     if not figures:
         raise UserError(f"{' '.join(arguments.inputs)}: no logs and no results of runs there")
     for name, figure in figures.items():
@@ -1177,12 +1281,13 @@ def plot(arguments, _):
 
 
 def is_older_log(path):
-    """Whether a log is that of an earlier attempt: the script keeps those as NAME.1.txt beside NAME.txt."""
+    """Whether a log is that of an earlier attempt: the script keeps those as NAME.1.txt beside
+    NAME.txt."""
     newest = re.sub(r"\.\d+\.txt$", ".txt", path.name)
     return newest != path.name and path.with_name(newest).exists()
 
 
-# -- main ------------------------------------------------------------------------------------------------------------
+# -- main ------------------------------------------------------------------------------------------
 
 SWEEP_HELP = """
 Runs all combinations of --grid × --seeds, each in a folder of its own under --out, named after its point. What starts one
@@ -1209,26 +1314,33 @@ def build_parser():
     plain, path = argparse.RawDescriptionHelpFormatter, os.path.expanduser
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("sweep", help="run a grid or a study", description=SWEEP_HELP, formatter_class=plain,
-                            usage="%(prog)s --out FOLDER [--grid …] [--seeds …] [options] -- COMMAND [ARGUMENT …]")
+    p = commands.add_parser("sweep", help="run a grid or a study", description=SWEEP_HELP,
+                            formatter_class=plain, usage="%(prog)s --out FOLDER [--grid …] "
+                            "[--seeds …] [options] -- COMMAND [ARGUMENT …]")
     p.add_argument("--grid", default="", help='"NAME=value,value NAME=…"; empty: only the seeds')
-    p.add_argument("--seeds", default="1", help="how many of 1337, 42, 2025, …; or the seeds themselves: 7,8 (default 1)")
+    p.add_argument("--seeds", default="1",
+                   help="how many of 1337, 42, 2025, …; or the seeds themselves: 7,8 (default 1)")
     p.add_argument("--out", type=path, required=True, help="folder of the runs")
-    p.add_argument("--gpus", default="", help="0,1,2: runs at once, each on one of these GPUs (default: one run on all)")
-    p.add_argument("--jobs", type=int, default=1, help="so many runs at once, sharing the CPU cores (default 1)")
-    p.add_argument("--budget-hours", type=float, default=0, help="begin no run that, at the mean time of the finished ones, "
-                   "would end later than this from now (0: no limit)")
-    p.add_argument("--study", type=int, default=0, metavar="N", help="let Optuna choose N points (0: the whole grid)")
-    p.add_argument("--objective", default="last", choices=("last", "float", "quantized", "sliding", "banded", "ttt"),
-                   help="score that a study lowers, mean over seeds (default: that of the last evaluation)")
+    p.add_argument("--gpus", default="",
+                   help="0,1,2: runs at once, each on one of these GPUs (default: one run on all)")
+    p.add_argument("--jobs", type=int, default=1,
+                   help="so many runs at once, sharing the CPU cores (default 1)")
+    p.add_argument("--budget-hours", type=float, default=0, help="begin no run that, at the mean "
+                   "time of the finished ones, would end later than this from now (0: no limit)")
+    p.add_argument("--study", type=int, default=0, metavar="N",
+                   help="let Optuna choose N points (0: the whole grid)")
+    p.add_argument("--objective", default="last",
+                   choices=("last", "float", "quantized", "sliding", "banded", "ttt"), help="score "
+                   "that a study lowers, mean over seeds (default: that of the last evaluation)")
     p.set_defaults(do=sweep)
-    p = commands.add_parser("table", help="results side by side",
-                            description="Results in a table: settings that differ, steps, "
-                            "seconds, bytes, scores (mean ± standard deviation over seeds), violations of a record's rules.")
+    p = commands.add_parser("table", help="results side by side", description="Results in a table: "
+                            "settings that differ, steps, seconds, bytes, scores (mean ± standard "
+                            "deviation over seeds), violations of a record's rules.")
     p.add_argument("inputs", type=path, nargs="+", metavar="PATH",
                    help="result files (logs/*.json), text logs, ours or published, or folders "
                         "with some")
-    p.add_argument("--sort", default="last_bpb", metavar="KEY", help="column to sort by, as in the CSV; --sort=-KEY falls")
+    p.add_argument("--sort", default="last_bpb", metavar="KEY",
+                   help="column to sort by, as in the CSV; --sort=-KEY falls")
     p.add_argument("--csv", type=path, metavar="FILE", help="write it with all digits too")
     p.add_argument("--markdown", type=path, metavar="FILE", help="write it as Markdown too")
     p.set_defaults(do=table)

@@ -1222,19 +1222,22 @@ def result_files(place):
         found = sorted(place.glob(pattern))
         if found:
             return found
-    raise Problem(f"{place}: no result there; give an OUT_DIR that holds logs/<RUN_ID>.json, or that file")
+    raise Problem(f"{place}: no result there; give an OUT_DIR that holds "
+                  "logs/<RUN_ID>.json, or that file")
 
 
 def open_run(path):
     """Run of a result file. Raises Problem where it is none, unfinished, or not that of its log."""
     result = read_json(path)
-    needs = dict(seed=int, settings=dict, code_sha256=str, val_loss=dict, val_bpb=dict, total_bytes=int, code_bytes=int,
-                 steps=int, train_seconds=(Decimal, int), eval_seconds=(Decimal, int))
+    needs = dict(seed=int, settings=dict, code_sha256=str, val_loss=dict, val_bpb=dict,
+                 total_bytes=int, code_bytes=int, steps=int, train_seconds=(Decimal, int),
+                 eval_seconds=(Decimal, int))
     lacks = [key for key, kind in needs.items() if not isinstance(result.get(key), kind)]
     if lacks:
         raise Problem(f"{path}: no result of a run: it has no {listed(lacks)}")
     if result["settings"].get("eval_only"):
-        raise Problem(f"{path}: a run with EVAL_ONLY trained nothing; give the result of the run that trained")
+        raise Problem(f"{path}: a run with EVAL_ONLY trained nothing; "
+                      "give the result of the run that trained")
     log_path = path.with_suffix(".txt")
     if not log_path.is_file():
         raise Problem(f"{path}: its log {log_path.name} is not beside it")
@@ -1255,7 +1258,8 @@ def open_runs(places):
             raise Problem(f"{n} results of seed {seed}: {paths}; name the files to take")
     codes = {str(run.path): run.result["code_sha256"] for run in runs}
     if len(set(codes.values())) > 1:
-        raise Problem("the runs are of different code: " + listed(f"{h[:16]}… in {p}" for p, h in codes.items()))
+        raise Problem("the runs are of different code: "
+                      + listed(f"{h[:16]}… in {p}" for p, h in codes.items()))
     varying = differing_settings({str(run.path): run.result["settings"] for run in runs})
     if varying:
         raise Problem("the runs have different settings:\n  " + "\n  ".join(varying))
@@ -1263,9 +1267,11 @@ def open_runs(places):
 
 
 def find_script(runs, given=None):
-    """Bytes of the script that ran: the given one; else one beside a run, this repository's, or from a log. Raises Problem."""
+    """Bytes of the script that ran: the given one; else one beside a run, this repository's, or
+    from a log. Raises Problem."""
     wanted, run = runs[0].result["code_sha256"], runs[0]
-    beside = [folder / "train_gpt.py" for r in runs for folder in list(r.path.resolve().parents)[:3]]
+    beside = [folder / "train_gpt.py" for r in runs
+              for folder in list(r.path.resolve().parents)[:3]]
     paths = [Path(given)] if given else [*beside, ROOT / "train_gpt.py"]
     candidates = {str(p): p.read_bytes() for p in dict.fromkeys(paths) if p.is_file()}
     if run.log.source is not None and not given:
@@ -1278,8 +1284,9 @@ def find_script(runs, given=None):
     for content in candidates.values():
         if sha256(content) == wanted:
             return content
-    raise Problem(f"no script has the sha256 of the runs, {wanted[:16]}…:\n  " + "\n  ".join(
-        f"{sha256(c)[:16]}…  {name}" for name, c in candidates.items()) + "\ngive the script that ran with --script")
+    raise Problem(f"no script has the sha256 of the runs, {wanted[:16]}…:\n  "
+                  + "\n  ".join(f"{sha256(c)[:16]}…  {name}" for name, c in candidates.items())
+                  + "\ngive the script that ran with --script")
 
 
 def hardware_of(result):
@@ -1289,29 +1296,35 @@ def hardware_of(result):
 
 def summary(runs, args, code):
     """The object of submission.json."""
-    last = [(next(reversed(r.result["val_loss"].values())), next(reversed(r.result["val_bpb"].values()))) for r in runs]
-    (loss, _), (bpb, std) = mean_std([float(v) for v, _ in last]), mean_std([float(v) for _, v in last])
+    last = [(next(reversed(r.result["val_loss"].values())),
+             next(reversed(r.result["val_bpb"].values()))) for r in runs]
+    (loss, _), (bpb, std) = mean_std([float(v) for v, _ in last]), mean_std([float(v)
+                                                                             for _, v in last])
     rows = {}
     for run, (run_loss, run_bpb) in zip(runs, last):
         r = run.result
         rows[str(run.seed)] = dict(val_loss=float(run_loss), val_bpb=float(run_bpb), **{
-            f"{kind}_bpb": float(v) for kind, v in list(r["val_bpb"].items())[:-1]}, steps=r["steps"], train_seconds=round(
-            float(r["train_seconds"]), 1), eval_seconds=round(float(r["eval_seconds"]), 1), bytes_total=r["total_bytes"])
+            f"{kind}_bpb": float(v) for kind, v in list(r["val_bpb"].items())[:-1]}, steps=r[
+                "steps"], train_seconds=round(float(r["train_seconds"]), 1), eval_seconds=round(
+                    float(r["eval_seconds"]), 1), bytes_total=r["total_bytes"])
     results = [r.result for r in runs]
     first, ledgers = results[0], all("ledger_sha256" in r for r in results)
-    return dict(
-        author=args.author, github_id=args.github_id, name=args.name, date=args.date, track=args.track,
-        val_loss=round(loss, 8), val_bpb=round(bpb, 8), val_bpb_std=None if std is None else round(std, 8),
-        seeds=[r.seed for r in runs], seed_results=rows, bytes_code=len(code),
-        bytes_model=max(r["total_bytes"] for r in results) - len(code), bytes_total=max(r["total_bytes"] for r in results),
-        hardware=hardware_of(first), pytorch_version=first.get("versions", {}).get("torch"), blurb=args.blurb or args.name,
-        compliance=dict(
-            score_before_update=ledgers, each_target_once=ledgers, artifact_read_from_disk="artifact" in first,
-            train_seconds_under_600=all(r["train_seconds"] <= CAP_SECONDS for r in results),
-            eval_seconds_under_600=all(r["eval_seconds"] <= CAP_SECONDS for r in results),
-            bytes_under_16mb=all(r["total_bytes"] <= CAP_BYTES for r in results), three_seeds=len(runs) >= 3,
-            full_validation_set=all(r.get("scored_targets") in OFFICIAL_TARGETS.values() for r in results),
-            validation_targets=first.get("scored_targets"), validation_bytes=first.get("scored_bytes")))
+    return dict(author=args.author, github_id=args.github_id, name=args.name, date=args.date,
+                track=args.track, val_loss=round(loss, 8), val_bpb=round(bpb, 8), val_bpb_std=None
+                if std is None else round(std, 8), seeds=[r.seed for r in runs], seed_results=rows,
+                bytes_code=len(code), bytes_model=max(r["total_bytes"] for r in results)
+                - len(code), bytes_total=max(r["total_bytes"] for r in results),
+                hardware=hardware_of(first), pytorch_version=first.get("versions", {}).get("torch"),
+                blurb=args.blurb or args.name, compliance=dict(
+                    score_before_update=ledgers, each_target_once=ledgers,
+                    artifact_read_from_disk="artifact" in first,
+                    train_seconds_under_600=all(r["train_seconds"] <= CAP_SECONDS for r in results),
+                    eval_seconds_under_600=all(r["eval_seconds"] <= CAP_SECONDS for r in results),
+                    bytes_under_16mb=all(r["total_bytes"] <= CAP_BYTES for r in results),
+                    three_seeds=len(runs) >= 3, full_validation_set=all(
+                        r.get("scored_targets") in OFFICIAL_TARGETS.values() for r in results),
+                    validation_targets=first.get("scored_targets"),
+                    validation_bytes=first.get("scored_bytes")))
 
 
 def table(head, rows):
@@ -1321,13 +1334,16 @@ def table(head, rows):
 
 def results_table(runs, facts):
     kinds = list(runs[0].result["val_bpb"])
-    rows = [[r.seed, *(f"{r.result['val_bpb'][k]:.4f}" for k in kinds), f"{next(reversed(r.result['val_loss'].values())):.4f}",
-             f"{r.result['steps']:,}", f"{r.result['train_seconds']:.1f}", f"{r.result['eval_seconds']:.1f}",
+    rows = [[r.seed, *(f"{r.result['val_bpb'][k]:.4f}" for k in kinds),
+             f"{next(reversed(r.result['val_loss'].values())):.4f}", f"{r.result['steps']:,}",
+             f"{r.result['train_seconds']:.1f}", f"{r.result['eval_seconds']:.1f}",
              f"{r.result['total_bytes']:,}"] for r in runs]
     if len(runs) > 1:
         means = [mean_std([float(r.result["val_bpb"][k]) for r in runs]) for k in kinds]
-        rows.append(["mean ± std", *(f"{m:.4f} ± {s:.4f}" for m, s in means), f"{facts['val_loss']:.4f}", "", "", "", ""])
-    head = ["seed", *(f"{k}, bpb" for k in kinds), "val_loss, nats", "steps", "training, s", "evaluation, s", "bytes"]
+        rows.append(["mean ± std", *(f"{m:.4f} ± {s:.4f}" for m, s in means),
+                     f"{facts['val_loss']:.4f}", "", "", "", ""])
+    head = ["seed", *(f"{k}, bpb" for k in kinds), "val_loss, nats", "steps", "training, s",
+            "evaluation, s", "bytes"]
     return table(head, rows)
 
 
@@ -1342,11 +1358,13 @@ def settings_table(run, source):
                          if key.upper() in run.log.explicit else
                          "the validation set" if key == "ttt_chunk_tokens" and not default else
                          f"preset {run.result['settings'].get('preset') or 'none'}"])
-    return table(["setting", "value", "default", "set by"], rows) if rows else "None differs from the default."
+    return table(["setting", "value", "default", "set by"],
+                 rows) if rows else "None differs from the default."
 
 
 def command_of(run):
-    """The command of a run, from the settings that were set explicitly, on one GPU or with torchrun."""
+    """The command of a run, from the settings that were set explicitly, on one GPU or with
+    torchrun."""
     values = {k: v for k, v in run.log.settings.items() if k in run.log.explicit}
     ranks = run.result.get("world_size") or 1
     start = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
@@ -1356,10 +1374,12 @@ def command_of(run):
 def timing_lines(runs):
     lines = []
     for run in runs:
-        timers = listed(f"{key} {s.seconds:.1f}" for key, s in run.log.scores.items() if s.seconds is not None)
+        timers = listed(f"{key} {s.seconds:.1f}" for key, s in run.log.scores.items()
+                        if s.seconds is not None)
         pack = run.result.get("pack_seconds")
-        lines.append(f"- Seed {run.seed}: training {run.result['train_seconds']:.1f} of {CAP_SECONDS} s; evaluation "
-                     f"{run.result['eval_seconds']:.1f} of {CAP_SECONDS} s ({timers})"
+        lines.append(f"- Seed {run.seed}: "
+                     f"training {run.result['train_seconds']:.1f} of {CAP_SECONDS} s; "
+                     f"evaluation {run.result['eval_seconds']:.1f} of {CAP_SECONDS} s ({timers})"
                      + (f"; packing {pack:.1f} s, outside both" if pack is not None else "") + ".")
     return "\n".join(lines)
 
@@ -1370,19 +1390,21 @@ def readme_text(runs, facts, source, verdict):
     spread = f"± {facts['val_bpb_std']:.4f} over {len(runs)} seeds" if len(runs) > 1 else "one seed"
     violations = sorted({str(v) for r in runs for v in r.result.get("violations") or []})
     return "\n".join([
-        f"# {facts['name']}", "", *([facts["blurb"], ""] if facts["blurb"] != facts["name"] else []),
-        f"**{facts['val_bpb']:.4f} bits per byte** ({spread}), {facts['bytes_total']:,} bytes (largest seed), "
-        f"{facts['hardware']}, PyTorch {facts['pytorch_version']}.", "", results_table(runs, facts), "",
-        f"{first.get('model_params', 0):,} parameters; {first.get('scored_targets', 0):,} validation targets, "
-        f"{first.get('scored_bytes', 0):,} bytes"
-        + (f", counted from the {first['bytes_from']}" if "bytes_from" in first else "")
+        f"# {facts['name']}", "",
+        *([facts["blurb"], ""] if facts["blurb"] != facts["name"] else []),
+        f"**{facts['val_bpb']:.4f} bits per byte** ({spread}), {facts['bytes_total']:,} bytes "
+        f"(largest seed), {facts['hardware']}, PyTorch {facts['pytorch_version']}.", "",
+        results_table(runs, facts), "", f"{first.get('model_params', 0):,} parameters; "
+        f"{first.get('scored_targets', 0):,} validation targets, {first.get('scored_bytes', 0):,} "
+        "bytes" + (f", counted from the {first['bytes_from']}" if "bytes_from" in first else "")
         + ". The last evaluation counts.", "",
-        *([f"What makes it no legal record: {'; '.join(violations)}.", ""] if violations else []), "![loss](loss.png)", "",
-        "## Settings that differ from the default", "", settings_table(runs[0], source), "",
-        "## Command", "", "```", *map(command_of, runs), "```", "", "## Timing", "", timing_lines(runs), "",
-        "## What the checks said", "", "```", *verdict, "```", "",
-        "`train_seed<SEED>.log` begins with the source of the script; `result_seed<SEED>.json` holds all settings, the hash "
-        f"of the code ({first['code_sha256'][:16]}…) and of the score ledger; `train_gpt.py` is the script as it ran.", ""])
+        *([f"What makes it no legal record: {'; '.join(violations)}.", ""] if violations else []),
+        "![loss](loss.png)", "", "## Settings that differ from the default", "", settings_table(
+            runs[0], source), "", "## Command", "", "```", *map(command_of, runs), "```", "", "## "
+        "Timing", "", timing_lines(runs), "", "## What the checks said", "", "```", *verdict, "```",
+        "", "`train_seed<SEED>.log` begins with the source of the script; `result_seed<SEED>.json` "
+        f"holds all settings, the hash of the code ({first['code_sha256'][:16]}…) and of the score "
+        "ledger; `train_gpt.py` is the script as it ran.", ""])
 
 
 def plot_loss(runs, path):
@@ -1409,9 +1431,11 @@ def plot_loss(runs, path):
 
 def requirements_of(result):
     """The packages of a run, at its versions."""
-    names = {k: str(result.get("versions", {}).get(k) or "").split("+")[0] for k in ("torch", "numpy", "sentencepiece")}
+    names = {k: str(result.get("versions", {}).get(k) or "").split("+")[0]
+             for k in ("torch", "numpy", "sentencepiece")}
     lines = [f"{k}=={v}" if v else k for k, v in names.items()]
-    return "\n".join(lines + (["zstandard"] if result["settings"].get("codec") == "zstd" else [])) + "\n"
+    return "\n".join(lines
+                     + (["zstandard"] if result["settings"].get("codec") == "zstd" else [])) + "\n"
 
 
 def fill_folder(folder, runs, facts, code, with_artifact):
@@ -1425,18 +1449,23 @@ def fill_folder(folder, runs, facts, code, with_artifact):
         shutil.copyfile(run.path, folder / f"result_seed{run.seed}.json")
         if with_artifact:
             name = Path(str(run.result.get("artifact"))).name
-            artifact = next((p / name for p in run.path.resolve().parents[:2] if (p / name).is_file()), None)
+            artifact = next(
+                (p / name for p in run.path.resolve().parents[:2] if (p / name).is_file()), None)
             if artifact is None or artifact.stat().st_size != run.log.model_bytes:
-                raise Problem(f"--with-artifact: {name} of {run.log.model_bytes} bytes is not at {run.path.parent.parent}")
-            shutil.copyfile(artifact, folder / f"final_model_seed{run.seed}{''.join(Path(name).suffixes)}")
+                raise Problem(f"--with-artifact: {name} of {run.log.model_bytes} bytes is not at "
+                              f"{run.path.parent.parent}")
+            shutil.copyfile(artifact,
+                            folder / f"final_model_seed{run.seed}{''.join(Path(name).suffixes)}")
     plot_loss(runs, folder / "loss.png")
 
 
 def pack(args):
-    """Make the folder whole or not at all, then print what its check says. Returns the exit status."""
+    """Make the folder whole or not at all, then print what its check says. Returns the exit
+    status."""
     runs = open_runs(args.places)
     code = find_script(runs, args.script)
-    args.date = args.date or datetime.date.fromtimestamp(max(r.path.stat().st_mtime for r in runs)).isoformat()
+    args.date = args.date or datetime.date.fromtimestamp(max(r.path.stat().st_mtime
+                                                             for r in runs)).isoformat()
     slug = re.sub(r"\W+", "_", args.name).strip("_")[:60] or "run"
     target = Path(args.out or HERE / args.track / f"{args.date}_{slug}")
     if target.exists():
@@ -1457,7 +1486,7 @@ def pack(args):
     return int(any(status == FAIL for status, *_ in sub.findings))
 
 
-# -- index ---------------------------------------------------------------------------------------------------------------
+# -- index -----------------------------------------------------------------------------------------
 
 def index_row(folder):
     """Row of records/README.md for a folder. Raises Problem."""
@@ -1472,13 +1501,16 @@ def index_row(folder):
         text += f" ({compliance['validation_targets']:,} targets)"
     total = f"{facts['bytes_total']:,}" if number(facts.get("bytes_total")) is not None else "?"
     track = "record, 16 MB" if folder.parent.name == RECORD else "non-record, 16 MB"
-    return [f"[{folder.name}]({folder.parent.name}/{folder.name})", track, text, total, facts.get("name") or "?"]
+    return [f"[{folder.name}]({folder.parent.name}/{folder.name})", track, text, total,
+            facts.get("name") or "?"]
 
 
 def index(records=HERE):
-    """Write the table of records/README.md anew from the folders; the text around it stays. Returns the exit status."""
+    """Write the table of records/README.md anew from the folders; the text around it stays. Returns
+    the exit status."""
     rows, problems = [], []
-    for folder in sorted(p for p in records.glob("track_*/*") if p.is_dir() and not p.name.startswith(".")):
+    for folder in sorted(p for p in records.glob("track_*/*") if p.is_dir()
+                         and not p.name.startswith(".")):
         try:
             rows.append(index_row(folder))
         except Problem as problem:
@@ -1495,34 +1527,42 @@ def index(records=HERE):
     return int(bool(problems))
 
 
-# -- command line --------------------------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------------------
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     path = os.path.expanduser
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("pack", help="make a folder out of finished runs")
-    p.add_argument("places", nargs="+", type=path, metavar="RUN", help="OUT_DIR of a run, or its logs/<RUN_ID>.json; one per seed")
+    p.add_argument("places", nargs="+", type=path, metavar="RUN",
+                   help="OUT_DIR of a run, or its logs/<RUN_ID>.json; one per seed")
     p.add_argument("--name", required=True)
     p.add_argument("--author", required=True)
     p.add_argument("--github-id", default="")
     p.add_argument("--blurb", default="", help="a sentence or two on what is new")
     p.add_argument("--track", choices=(RECORD, NON_RECORD), default=NON_RECORD)
     p.add_argument("--date", help="YYYY-MM-DD; default: of the newest result")
-    p.add_argument("--out", type=path, help="folder to make; default: records/<track>/<date>_<name>")
-    p.add_argument("--script", type=path, help="the script that ran, if it lies neither beside the runs nor here")
+    p.add_argument("--out", type=path,
+                   help="folder to make; default: records/<track>/<date>_<name>")
+    p.add_argument("--script", type=path,
+                   help="the script that ran, if it lies neither beside the runs nor here")
     p.add_argument("--with-artifact", action="store_true", help="copy the artifacts too")
     p = commands.add_parser("check", help="one line per check: PASS, FAIL, WARN, NOT CHECKED")
     p.add_argument("folder", type=path)
-    p.add_argument("--against", type=path, help="the record to beat: its folder, or mean,std,n in nats (or mean,std,n,bpb)")
+    p.add_argument("--against", type=path,
+                   help="the record to beat: its folder, or mean,std,n in nats (or mean,std,n,bpb)")
     p.add_argument("--logs", nargs="+", default=[], metavar="GLOB",
                    help="the logs that count, by name (default: those of the seeds that "
                         "submission.json names, told from reruns by their score)")
-    p.add_argument("--artifact", type=path, action="append", default=[], help="a packed model, to count its bytes")
-    p.add_argument("--data", type=path, help="folder with the validation shards, to count their bytes")
+    p.add_argument("--artifact", type=path, action="append", default=[],
+                   help="a packed model, to count its bytes")
+    p.add_argument("--data", type=path,
+                   help="folder with the validation shards, to count their bytes")
     p.add_argument("--tokenizer", type=path, help="SentencePiece model of these shards (default: "
                    "the logs')")
-    p.add_argument("--run", action="store_true", help="also EXECUTE its train_gpt.py (--dry-run) and audit artifacts")
+    p.add_argument("--run", action="store_true",
+                   help="also EXECUTE its train_gpt.py (--dry-run) and audit artifacts")
     commands.add_parser("index", help="write the table of records/README.md anew")
     return parser.parse_args(argv)
 
@@ -1541,7 +1581,8 @@ def main(argv):
     except Problem as problem:
         print(f"error: {problem}", file=sys.stderr)
     except ImportError as problem:
-        print(f"error: {problem.name} is not installed: pip install -r records/requirements.txt", file=sys.stderr)
+        print(f"error: {problem.name} is not installed: pip install -r records/requirements.txt",
+              file=sys.stderr)
     except BrokenPipeError:
         raise
     except OSError as problem:
