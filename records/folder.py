@@ -61,6 +61,12 @@ def listed(items):
     return ", ".join(map(str, items))
 
 
+def markdown_table(head, rows):
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |"
+             for line in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
 def read_json(path):
     """The object in a JSON file, numbers with a point as Decimal, so that it is known how they were
     rounded. Raises Problem."""

@@ -406,3 +406,29 @@ def read_logs(path, name=None):
         read_run(log, run)
         logs.append(log)
     return logs
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+def pyplot_for_files():
+    """Matplotlib that draws into files."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def plot_losses(path, logs, title=None):
+    """Training and validation loss of {name: log} over steps, as PNG."""
+    pyplot = pyplot_for_files()
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    for i, (name, log) in enumerate(logs.items()):
+        for points, style, what in ((log.curve, "-", "training"), (log.validation, "o", "validation")):
+            axes.plot([p[0] for p in points], [p[1] for p in points], style, color=f"C{i}",
+                      markersize=4, linewidth=1, label=f"{name}, {what}" if points else None)
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    axes.grid(alpha=0.3)
+    if any(log.curve or log.validation for log in logs.values()):
+        axes.legend(frameon=False)
+    figure.savefig(path)
+    pyplot.close(figure)
