@@ -90,8 +90,8 @@ def shapes_of(s):
 
 
 def settings_for(script, path, environ, targets):
-    """(settings of the audited evaluation, environment that gives them, chunk of TTT in the
-    artifact). Raises the script's UserError and Unusable."""
+    """(settings of the audited evaluation, environment for them, chunk of TTT in the artifact).
+    Raises the script's UserError and Unusable."""
     known = {f.name.upper() for f in fields(script.Settings)}
     environ = {**environ, **dict.fromkeys({"COMPILE", "EVAL_WALLCLOCK_SECONDS"} & known, "0")}
     s, explicit = script.settings_of_artifact(path, environ)
@@ -305,8 +305,8 @@ class Witness:
             self.distributions(chosen, x, y, nll, call)
 
     def distributions(self, chosen, x, y, nll, call):
-        """Log-probabilities over the vocabulary at chosen {target: (row, position)}, from the
-        call's logits, which see no target; and how far the scores are from −log p."""
+        """Log-probabilities at chosen {target: (row, position)}, from logits that see no target;
+        and how far the scores are from −log p."""
         names = inspect.signature(self.plain_logits).parameters
         options = {k: v for k, v in list(call.arguments.items())[2:] if k in names}
         logits_BTV = self.plain_logits(x, **options)
@@ -503,8 +503,7 @@ CAUSAL, NORMALIZED, BEFORE, ONCE, BYTES, SHIPS = (
 
 
 def choose_places(evaluation, tokens, bos, at_random):
-    """{target t: why}: tokens after t will be changed, which no score before target t and not its
-    own distribution may feel. Borders are those seen in `evaluation`."""
+    """{target t: why}: no score before t, nor t's distribution, may feel changed tokens after t."""
     targets, places, rng = len(tokens) - 1, {}, np.random.default_rng(1)
     records, turn = evaluation.records, evaluation.turn_of
 
@@ -586,8 +585,7 @@ def causal(audit, scout, base, places, progress):
             "later tokens change no earlier score by a bit, of the whole text")
     yield (CAUSAL, early, f"{told}; {len(places)} places × {len(base.names)} evaluations: "
            + ", ".join(sorted(set(places.values()))))
-    yield (CAUSAL, own,
-           "its own token leaves the distribution of a target alone, bit for bit, there")
+    yield CAUSAL, own, "there its own token leaves a target's distribution alone, bit for bit"
     yield CAUSAL, unfelt, "the changes were felt after each place, in every evaluation"
 
 
@@ -597,8 +595,7 @@ def normalized(audit, base):
     worst = {name: e.worst for name, e in zip(base.names, base.evaluations)}
     seen = sum(len(e.distributions) for e in base.evaluations)
     bad = max(worst, key=worst.get)
-    told = (f"scores are −log p of the softmax of the logits within {worst[bad]:.1g} nats ({bad}), "
-            f"in {seen} rows")
+    told = f"scores are −log p of the logits within {worst[bad]:.1g} nats ({bad}), in {seen} rows"
     yield NORMALIZED, not (worst[bad] < 1e-4 and seen) and told, told
     if not seen:
         return
@@ -627,10 +624,8 @@ def before_update(audit, base):
         f"({last.training_rows} row passes)" if last.updates
         else f"no weight changes while {name} scores")
     if audit.s.ttt_enabled and not last.updates:
-        yield (BEFORE, None, "test-time training changed nothing here: one chunk, no epochs or a "
-               "rate of zero")
-    yield (BEFORE, base.faults("given"),
-           "every recorded score is the first that the model gave its target")
+        yield BEFORE, None, "test-time training changed nothing here: one chunk or a rate of zero"
+    yield BEFORE, base.faults("given"), "every recorded score is the model's first of its target"
 
 
 def refuses(ledger_class, act, scored=8):
@@ -690,8 +685,7 @@ def data_is_whole(audit):
     for limit, tokens in ((audit.s.val_limit_tokens, audit.tokens), (0, all_tokens(audit))):
         expected = min(limit or len(disk), len(disk) - 1) // row * row
         if len(tokens) - 1 != expected or not np.array_equal(tokens, disk[: len(tokens)]):
-            return (f"{len(tokens) - 1} targets read where {expected} lie on disk, or not in their "
-                    "order"), ""
+            return f"{len(tokens) - 1} targets read, {expected} on disk, or in another order", ""
     return "", (f"the targets are the shards' tokens in order: {len(audit.tokens) - 1} here, "
                 f"{expected} of {len(disk) - 1} without a limit")
 
@@ -750,8 +744,7 @@ def bits_and_bytes(audit, base):
 
 
 def recorded_scores(base, text):
-    """[(bits per byte, nats per target) of what each evaluation recorded] of a text of so many
-    bytes."""
+    """[(bits per byte, nats per target) of what each evaluation recorded]; `text` in bytes."""
     sums = [(e.recorded.sum(dtype=np.float64), len(e.recorded)) for e in base.evaluations]
     return [(nats / math.log(2) / text, nats / targets) for nats, targets in sums]
 
@@ -816,11 +809,10 @@ def forbidden_calls(source, roots):
 
 def ships(audit, script_path, base):
     """The file: read without executing, scored as it is, small enough, and the only file read."""
-    reached, found = forbidden_calls(readable_source(script_path),
-                                     ("read_artifact", "load_quantized"))
+    roots = ("read_artifact", "load_quantized")
+    reached, found = forbidden_calls(readable_source(script_path), roots)
     if "read_artifact" not in reached:
-        found.append(f"{script_path}: read_artifact is not in its source, so that nobody can see "
-                     "what it does")
+        found.append(f"{script_path}: nobody can see what read_artifact does: not in its source")
     if not found:
         with audit.files:
             audit.script.read_artifact(audit.path)
@@ -852,8 +844,8 @@ def checks(audit, script_path, at_random):
             progress.update()
             base.opened, base.names = audit.files.opened, list(base.results)
             if len(base.names) != len(base.evaluations):
-                raise RuntimeError(f"{len(base.evaluations)} ledgers for the results "
-                                   f"{', '.join(base.names)}")
+                names = ", ".join(base.names)
+                raise RuntimeError(f"{len(base.evaluations)} ledgers for the results {names}")
             yield from causal(audit, scout, base, places, progress)
             for check in (normalized, before_update, one_pass, bits_and_bytes):
                 yield from check(audit, base)
@@ -927,8 +919,8 @@ def main(argv, environ):
                 condition = group
                 print(f"\n{group}")
             status = "SKIP" if wrong is None else "FAIL" if wrong else "PASS"
-            print(f"  {status}  {wrong[0] if isinstance(wrong, list) and wrong else wrong or good}",
-                  flush=True)
+            first = wrong[0] if wrong and isinstance(wrong, list) else wrong or good
+            print(f"  {status}  {first}", flush=True)
             seen[status] += 1
     except mine as problem:
         print(f"error: {problem}", file=sys.stderr)
@@ -936,8 +928,8 @@ def main(argv, environ):
     if seen["FAIL"]:
         print(f"\n{seen['FAIL']} of {seen.total()} checks failed")
         return 1
-    print(f"\n{seen['PASS']} checks passed"
-          + (f", {seen['SKIP']} could not be made" if seen["SKIP"] else ""))
+    skipped = f", {seen['SKIP']} could not be made" if seen["SKIP"] else ""
+    print(f"\n{seen['PASS']} checks passed{skipped}")
     return 0
 
 

@@ -280,8 +280,8 @@ def main(argv):
         parser.error("--steps and --val-tokens must be 1 or more")
     out, steps = arguments.out.resolve(), arguments.steps
     named = {n: os.environ[n] for n in ("DATA_PATH", "TOKENIZER_PATH") if n in os.environ}
-    settings = {**SHAPE, "ITERATIONS": steps, "TRAIN_LOG_EVERY": max(1, steps // 50), **named,
-                **both}
+    log_every = max(1, steps // 50)
+    settings = {**SHAPE, "ITERATIONS": steps, "TRAIN_LOG_EVERY": log_every, **named, **both}
     settings.update(lay_out_data(out / "data", settings, arguments.val_tokens))
     sides = [their_side(arguments.script, out, {**settings, **theirs}, steps),
              our_side(arguments.ours, out, {**settings, **ours}, steps)]

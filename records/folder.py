@@ -110,8 +110,8 @@ TOTAL = ("bytes_total", "total_bytes", "artifact_bytes", "artifact_bytes_max", "
 MODEL = ("bytes_model", "model_bytes", "compressed_model_bytes")  # also bytes_model_…
 CODE = ("bytes_code", "code_bytes", "code_size_bytes")
 WITHIN = ("results", "metrics", "result", "summary", "aggregate", "final")  # they may hold these
-OTHER_SCORE = re.compile(r"std|pre|base|delta|sota|gain|improve|gap|float|record|target|best_"
-                         r"|seeds", re.I)
+OTHER_SCORE = re.compile(
+    r"std|pre|base|delta|sota|gain|improve|gap|float|record|target|best_|seeds", re.I)
 ELSEWHERE = re.compile(r"supersed|previous|baseline|ablation|compar|reference|verif|sota|prior"
                        r"|\bold|step|layer|stride|iter|histor|curve|epoch|bits", re.I)
 
@@ -149,8 +149,8 @@ def seed_rows(value, depth=0, name=""):
     if ELSEWHERE.search(name) or depth > 3:
         return {}
     if isinstance(value, list):
-        return {seed_of(v["seed"]): v for v in value if isinstance(v, dict)
-                and seed_of(v.get("seed"))}
+        rows = (v for v in value if isinstance(v, dict))
+        return {seed_of(v["seed"]): v for v in rows if seed_of(v.get("seed"))}
     if not isinstance(value, dict):
         return {}
     rows = {seed_of(k): v if isinstance(v, dict) else {"val_bpb": v} for k, v in value.items()
@@ -243,8 +243,7 @@ def meaning(source):
 
 
 def adapts_on_validation(tree):
-    """Whether the script calls something named after adaptation with validation tokens; no where
-    its expressions are too deep to be read."""
+    """Whether the script calls something named after adaptation with validation tokens."""
     calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call)
              and re.search(r"ttt|adapt", ast.unparse(n.func), re.I))
     with contextlib.suppress(RecursionError):
@@ -280,14 +279,16 @@ class Submission:
     def add(self, status, what, text):
         self.findings.append((status, what, text))
 
-    def verdict(self, what, problems, good, status=FAIL, remarks=(), silent=""):
-        """Findings: all problems, else what is good, else that the files are silent; remarks."""
-        if problems or good:
-            self.add(status if problems else PASS, what, "; ".join(problems) or good)
-        elif silent and not remarks:
-            self.add(UNCHECKED, what, silent)
-        if remarks:
-            self.add(WARN, what, "; ".join(remarks))
+    def verdict(self, what, problems, good, status=FAIL, remarks=(), unknown=(), silent=""):
+        """Findings: all problems, else what is good; remarks; what is unknown. `silent` is unknown
+        where there is nothing else. Empty texts count for nothing."""
+        problems, remarks, unknown = (list(filter(None, x)) for x in (problems, remarks, unknown))
+        if not (problems or good or remarks or unknown):
+            unknown = [silent] if silent else []
+        for status, texts in ((status if problems else PASS, problems or [good]), (WARN, remarks),
+                              (UNCHECKED, unknown)):
+            if texts and texts[0]:
+                self.add(status, what, "; ".join(texts))
 
     @property
     def severity(self):
@@ -328,9 +329,8 @@ def open_claims(sub, there):
             if name == "submission.json":
                 sub.add(FAIL, "submission.json", str(problem))
             continue
-        like_one = said(claims, BPB)[0] and {"author", "track", "github_id",
-                                             "submission_name"} & claims.keys()
-        if name == "submission.json" or like_one:
+        keys = {"author", "track", "github_id", "submission_name"} & claims.keys()
+        if name == "submission.json" or keys and said(claims, BPB)[0]:
             sub.claims, sub.claims_name, sub.rows = claims, name, seed_rows(claims)
             return
 
@@ -428,8 +428,8 @@ def claimed_bpb(sub, log):
 
 def distance(log, bpb):
     """How far the nearest evaluation of a log is from a score."""
-    return min((abs(s.bpb - float(bpb)) for s in log.scores.values() if math.isfinite(s.bpb)),
-               default=math.inf)
+    known = (s.bpb for s in log.scores.values() if math.isfinite(s.bpb))
+    return min((abs(score - float(bpb)) for score in known), default=math.inf)
 
 
 def choose_logs(sub, globs):

@@ -377,8 +377,7 @@ def check_different(runs):
     for run in runs:
         other = seen.setdefault(json.dumps(computed_by(run.settings), sort_keys=True), run)
         if other is not run:
-            raise UserError(f"--grid: {other.name} and {run.name} are the same run; "
-                            "give each value once")
+            raise UserError(f"--grid: {other.name} and {run.name} are the same run: drop one")
 
 
 def tuning_warning(run, what):
@@ -465,8 +464,7 @@ class Study:
         off = {"float": settings["eval_only"], "sliding": banded or not settings["eval_stride"],
                "banded": not banded, "ttt": not settings["ttt_enabled"]}
         if off.get(self.objective):
-            raise UserError(f"--objective {self.objective}: "
-                            "with these settings that evaluation does not run")
+            raise UserError(f"--objective {self.objective}: these settings do not evaluate that")
 
     def _check_same(self, grid, settings):
         """A study goes on with what it was begun with. Raises UserError that names the changes."""
@@ -617,8 +615,8 @@ class Slots:
 def why_it_failed(run, status):
     """The run's own words, from the end of what it printed."""
     path = run.folder / "console.out"
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-             if line.strip()]
+    printed = path.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in printed.splitlines() if line.strip()]
     errors = [i for i, line in enumerate(lines) if re.match(r"error\b", line)]
     words = lines[errors[-1]: errors[-1] + 4] if errors else lines[-3:]
     ending = (f"ended by signal {-status}" if status < 0 else
@@ -730,11 +728,9 @@ def sweep(arguments, command):
     gpus = [gpu.strip() for gpu in arguments.gpus.split(",") if gpu.strip()]
     command = command or [sys.executable, str(ROOT / "train_gpt.py")]
     if len(set(gpus)) < len(gpus) or (gpus and arguments.jobs > 1) or arguments.jobs < 1:
-        raise UserError(f"--gpus {arguments.gpus} --jobs {arguments.jobs}: name different GPUs, "
-                        "or how many jobs, not both")
+        raise UserError(f"--gpus {arguments.gpus} --jobs {arguments.jobs}: different GPUs or jobs")
     if arguments.study < 0 or arguments.budget_hours < 0:
-        raise UserError(f"--study {arguments.study} --budget-hours {arguments.budget_hours}: "
-                        "must not be negative")
+        raise UserError(f"--study {arguments.study} --budget-hours {arguments.budget_hours}: < 0")
     tqdm.monitor_interval = 0  # no thread of its own: this process forks
     out.mkdir(parents=True, exist_ok=True)
     again = "the same command goes on from here"
@@ -744,24 +740,24 @@ def sweep(arguments, command):
                             f"and {shlex.join(command)} wants {script.ranks}: drop one of them")
         source = (Study(grid, seeds, out, script, arguments.study, arguments.objective)
                   if arguments.study else Grid(grid, seeds, out, script))
-        running = Sweep(source, script, Slots(script, lock, gpus, arguments.jobs),
-                        Clock(arguments.budget_hours))
+        slots = Slots(script, lock, gpus, arguments.jobs)
+        running = Sweep(source, script, slots, Clock(arguments.budget_hours))
         running.go()
+    finished = f"{running.done} of {source.total} runs are finished"
     if running.interrupts:
-        print(f"stopped: {running.done} of {source.total} runs are finished; {again}",
-              file=sys.stderr)
+        print(f"stopped: {finished}; {again}", file=sys.stderr)
         return 130
     if running.done:
         print(as_text(table_rows(found([out], ["logs/*.json"]))))
     if arguments.study:
         print(source.summary())
     if running.over:
-        print(f"--budget-hours {arguments.budget_hours:g}: "
-              f"{running.done} of {source.total} runs are finished; another one, of about "
-              f"{running.clock.expected(running.waiting):.0f} s, would end too late; {again}")
+        seconds = running.clock.expected(running.waiting)
+        print(f"--budget-hours {arguments.budget_hours:g}: {finished}; another one, of about "
+              f"{seconds:.0f} s, would end too late; {again}")
     if running.failed:
-        print(f"{running.failed} run{'s' * (running.failed > 1)} failed; "
-              f"{again} and tries them again", file=sys.stderr)
+        plural = "s" * (running.failed > 1)
+        print(f"{running.failed} run{plural} failed; {again} and tries again", file=sys.stderr)
     return 1 if running.failed else 0
 
 
@@ -851,8 +847,7 @@ def differing(several):
 
 
 def telling(several, most):
-    """The differing names if they are no more than `most`, else the first that suffice to tell the
-    dicts apart: a preset's name stands for all that it sets."""
+    """The differing names; if more than `most`, the first that suffice, such as the preset's."""
     names = differing(several)
     if len(names) <= most:
         return names
@@ -877,8 +872,7 @@ def table_rows(paths):
         else:
             group.append(result)
     names, rows = differing([conditions(g[0]) for g in groups.values()]), []
-    kinds = dict.fromkeys(kind for group in groups.values() for result in group
-                          for kind in bpb_by_kind(result))
+    kinds = dict.fromkeys(k for group in groups.values() for r in group for k in bpb_by_kind(r))
     for key, group in groups.items():
         known, settings = conditions(group[0]), group[0]["settings"]
         row = {name: str(known.get(name, "")) for name in names}
@@ -998,8 +992,7 @@ def table(arguments, _):
 # -- plot ------------------------------------------------------------------------------------------
 
 def read_curves(path):
-    """[Log] of a text log, `curve` an array [points, 4] of step, loss, milliseconds, learning-rate
-    scale. Raises ValueError where it holds no training steps."""
+    """[Log] with array `curve` [points, 4]: step, loss, milliseconds, rate. Raises ValueError."""
     logs = [log for log in read_logs(path) if log.curve]
     if not logs:
         raise ValueError(f"{path}: holds no lines step:S/N train_loss:… or S/N train_loss: …")
@@ -1054,8 +1047,8 @@ def throughput(log):
 def curve_figure(pyplot, title, logs, panels):
     """Panels (x label, y label, log → x and y) with a colour per setting and a line per seed."""
     texts = labels_of_logs(logs)
-    colours = {text: colour(pyplot, i, len(set(texts)))
-               for i, text in enumerate(dict.fromkeys(texts))}
+    different = list(dict.fromkeys(texts))
+    colours = {text: colour(pyplot, i, len(different)) for i, text in enumerate(different)}
     fig, axes = pyplot.subplots(len(panels), 1, figsize=(9, 3.8 * len(panels) + 1),
                                 layout="constrained", squeeze=False)
     for axis, (across, upward, xy) in zip(axes[:, 0], panels):
@@ -1107,9 +1100,8 @@ def rows_figure(pyplot, rows, title, across):
 
 def scores(pyplot, rows):
     """Every bpb of every setting: a point per seed, mean and standard deviation."""
-    fig, axis = rows_figure(
-        pyplot, rows, "Scores, best last one first",
-        "bits per byte (dots: seeds; diamond and bar: their mean ± standard deviation)")
+    across = "bits per byte (dots: seeds; diamond and bar: their mean ± standard deviation)"
+    fig, axis = rows_figure(pyplot, rows, "Scores, best last one first", across)
     kinds = [name for name in rows[0] if name.endswith("_bpb") and name != "last_bpb"]
     for number, kind in enumerate(kinds):
         shade, label = colour(pyplot, number, len(kinds)), kind.removesuffix("_bpb")
@@ -1117,10 +1109,9 @@ def scores(pyplot, rows):
             at, values = y + 0.16 * (number - (len(kinds) - 1) / 2), row[kind]
             if values:
                 mean, std = mean_std(values)
-                axis.errorbar(mean, at, xerr=std, fmt="D", ms=4, lw=1, color=shade, capsize=2,
+                axis.errorbar(mean, at, xerr=std, fmt="D", ms=4, lw=1, c=shade, capsize=2,
                               label=label)
-                axis.plot(values, [at] * len(values), "o", color=shade, ms=4, mec="white", mew=0.6,
-                          zorder=3)
+                axis.plot(values, [at] * len(values), "o", c=shade, ms=4, mec="white", zorder=3)
                 label = None
     fig.legend(loc="outside lower center", ncols=len(kinds), fontsize=8)
     return fig
@@ -1165,8 +1156,8 @@ def score_by_setting(pyplot, rows):
 
 def sizes(pyplot, rows):
     """Bytes of the largest seed against the cap of a record."""
-    fig, axis = rows_figure(pyplot, rows, "Size",
-                            "bytes, code + model of the largest seed (dashed: 16,000,000)")
+    across = "bytes, code + model of the largest seed (dashed: 16,000,000)"
+    fig, axis = rows_figure(pyplot, rows, "Size", across)
     for y, row in enumerate(rows):
         most = max(row["total_bytes"], default=0)
         axis.barh(y, most, height=0.6, color="tab:red" if most > RECORD_BYTES else "tab:blue")
@@ -1239,8 +1230,7 @@ def build_parser():
     p.add_argument("--out", type=path, required=True, help="folder of the runs")
     p.add_argument("--gpus", default="",
                    help="0,1,2: runs at once, each on one of these GPUs (default: one run on all)")
-    p.add_argument("--jobs", type=int, default=1,
-                   help="so many runs at once, sharing the CPU cores (default 1)")
+    p.add_argument("--jobs", type=int, default=1, help="so many at once on the CPU (default 1)")
     p.add_argument("--budget-hours", type=float, default=0,
                    help="begin no run that, at the mean time of the finished ones, would end later "
                         "than this from now (0: no limit)")

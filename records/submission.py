@@ -79,8 +79,6 @@ def check_claims(sub):
         sub.add(UNCHECKED, "submission.json", "none can be read: no claim is compared with logs")
         return
     whole = any(said(o, BPB)[0] for o in places) and claims.get("val_bpb", 0) is not None
-    sub.verdict("submission.json", [] if whole else ["missing or null: val_bpb"],
-                f"{len(claims)} keys, a score among them")
     aliases = dict(author=("github_id", "submitter", "authors", "name"),
                    name=("submission_name", "record_name", "title", "run_name"),
                    blurb=("description", "technique_summary", "technique", "summary"))
@@ -96,8 +94,9 @@ def check_claims(sub):
         datetime.datetime.fromisoformat(date.replace("Z", "+00:00"))
     except ValueError:
         lacks.append(f"date (it is {claims['date']!r}, not YYYY-MM-DD)")
-    if lacks:
-        sub.add(WARN, "submission.json", f"missing or null, fill in: {listed(lacks)}")
+    sub.verdict("submission.json", [not whole and "missing or null: val_bpb"],
+                f"{len(claims)} keys, a score among them",
+                remarks=[lacks and f"missing or null, fill in: {listed(lacks)}"])
 
 
 def check_logs(sub):
@@ -123,7 +122,7 @@ def check_logs(sub):
         problems += [f"{log.name}: {k} is {s.loss} nats, {s.bpb} bpb"
                      for k, s in log.scores.items() if k not in finite]
         log.scores = finite  # what comes after divides by them
-    good = f"{len(sub.scored)} with a final score" if sub.scored else ""
+    good = sub.scored and f"{len(sub.scored)} with a final score"
     sub.verdict("logs whole", problems, good, sub.severity)
     check_distinct(sub)
     keys = {log.key for log in sub.scored}
@@ -147,8 +146,7 @@ def check_distinct(sub):
             names = " and ".join(log.name for log in sub.logs if value(log) == same)
             if count > 1 and same not in (None, "") and names not in reported:
                 reported.append(names)
-                problems.append(f"{names} have the same {what}: one run, counted twice; --logs "
-                                "chooses")
+                problems.append(f"{names} have the same {what}: one run twice; --logs chooses")
     sub.verdict("logs distinct", problems, f"seeds {listed(sub.runs)}")
 
 
@@ -158,7 +156,7 @@ def check_seeds(sub):
         return
     seeds = [s for s, log in sub.runs.items() if log.scores]
     few = f"{len(seeds)} finished (seeds {listed(seeds) or 'none'}); a record needs 3"
-    sub.verdict("seeds", [few] if len(seeds) < 3 else [], listed(seeds), sub.severity)
+    sub.verdict("seeds", [len(seeds) < 3 and few], listed(seeds), sub.severity)
     logged = {str(s) for s in sub.runs}
     finished = {str(g.run_seed) for g in sub.every_log if g.scores and g.run_seed is not None}
     names = f"{sub.claims_name} names {listed(sorted(sub.named_seeds)) or 'no seeds'}"
@@ -171,16 +169,16 @@ def check_seeds(sub):
         lost = f"{sub.claims_name} names seeds {listed(without)}, without a log"
         beside = (f"{sub.claims_name} lacks {listed(more)}, which has a finished log: kept back, "
                   "or another experiment?")
-        sub.verdict("seeds named", [lost] if without else [], f"{names}: each has a log",
-                    sub.severity, [beside] if more else [])
+        sub.verdict("seeds named", [without and lost], f"{names}: each has a log", sub.severity,
+                    [more and beside])
 
 
 def same_source(log, sub):
     """Whether a log begins with the script, apart from comments; None where that is not known."""
     if log.source is None:
         return None
-    logged, *own = (text.replace(b"\r\n", b"\n").strip()
-                    for text in (log.source, sub.code, sub.source))
+    sources = (log.source, sub.code, sub.source)
+    logged, *own = (text.replace(b"\r\n", b"\n").strip() for text in sources)
     if logged in own:
         return True
     meanings = meaning(logged), meaning(own[-1])
@@ -197,19 +195,17 @@ def check_code(sub):
     for log in sub.logs:
         same = log.code_sha256 in hashes if log.code_sha256 else same_source(log, sub)
         (unknown if same is None else good if same else problems).append(log)
-    logged = {f"{n:,}" for log in sub.logs if log.code_sizes and not sizes & set(log.code_sizes)
-              for n in log.code_sizes}
-    if logged:
-        sub.add(WARN, "same code", f"the logs' 'Code size' is {listed(sorted(logged))}, {name} has "
-                f"{len(sub.code):,} bytes: not the file that ran, or packed otherwise")
+    other = sorted({f"{n:,}" for log in sub.logs if not sizes & set(log.code_sizes)
+                    for n in log.code_sizes})
     own = sha256(sub.code)[:16]
-    texts = [f"{g.name} ran {g.code_sha256[:16]}…, {name} is {own}…" if g.code_sha256 else
-             f"{g.name} begins with another source than {name}'s" for g in problems]
-    sub.verdict("same code", texts, good and f"sha256 {own}…, or its source, in {len(good)} logs",
-                sub.severity)
-    if unknown:
-        sub.add(UNCHECKED, "same code", "neither hash nor readable source in "
-                + listed(log.name for log in unknown))
+    sub.verdict(
+        "same code",
+        [f"{g.name} ran {g.code_sha256[:16]}…, {name} is {own}…" if g.code_sha256 else
+         f"{g.name} begins with another source than {name}'s" for g in problems],
+        good and f"sha256 {own}…, or its source, in {len(good)} logs", sub.severity,
+        [other and f"the logs' 'Code size' is {listed(other)}, {name} has {len(sub.code):,} bytes: "
+         "not the file that ran, or packed otherwise"],
+        [unknown and f"neither hash nor readable source in {listed(g.name for g in unknown)}"])
 
 
 def check_bytes(sub):
@@ -232,18 +228,17 @@ def check_bytes(sub):
         several = len(set(log.code_sizes)) > 1  # before and after its compression
         packed = several and on_disk in over and len(sub.code) == max(log.code_sizes)
         if len(over) == 2 or len(over) == 1 and (on_disk in over and not packed or on_disk is None):
-            problems.append(f"seed {seed}: {max(over):,} exceeds {CAP_BYTES:,} by "
-                            f"{max(over) - CAP_BYTES:,}")
+            most = max(over)
+            problems.append(f"seed {seed}: {most:,} exceeds {CAP_BYTES:,} by {most - CAP_BYTES:,}")
         elif over:
             how = f" ({len(sub.code):,} bytes, not compressed)" if packed else ""
             remarks.append(f"{log.name}: {log.total_bytes or 0:,} as logged, with {sub.script.name}"
                            f" as it lies there{how} {on_disk:,}; the cap is {CAP_BYTES:,}")
     how = "as logged; no code here" if sub.code is None else "code on disk + model of each log"
     good = f"{listed(f'{t:,}' for t in totals.values())} of {CAP_BYTES:,} ({how})"
-    sub.verdict("bytes", problems, good if totals and not remarks else "", remarks=remarks)
-    if silent or not sub.logs:
-        sub.add(UNCHECKED, "bytes",
-                f"no model size in {listed(silent) or 'any log: there is none'}")
+    unknown = silent if sub.logs else ["any log, for there is none"]
+    sub.verdict("bytes", problems, totals and not remarks and good, remarks=remarks,
+                unknown=[unknown and f"no model size in {listed(unknown)}"])
     check_code_files(sub, totals)
     check_bytes_claimed(sub, totals)
 
@@ -297,7 +292,7 @@ def check_bytes_claimed(sub, totals):
             (good if largest else remarks).append(f"{key} {value} is {found[0]}")
     remarks += ["the largest seed's total counts"] if remarks else []
     sub.verdict("bytes claimed", problems, "; ".join(good), sub.severity, remarks,
-                f"no sizes in both {sub.claims_name} and the logs")
+                silent=f"no sizes in both {sub.claims_name} and the logs")
 
 
 def same_count(claim, count):
@@ -365,18 +360,15 @@ def check_eval_seconds(sub):
         rest.append(None if log.eval_seconds is None else f"{seconds - timed:.1f}")
         diagnostics.update({k: s.seconds for k, s in log.scores.items()
                             if s.seconds and k != sub.kind})
-    good = f"{listed(seen)} of {CAP_SECONDS}, {sub.kind}" if seen else ""
-    if None in rest and diagnostics:
-        beside = listed(f"{k} {n / len(sub.scored):.0f}" for k, n in diagnostics.items())
-        good += f"; not in it: {beside} s"
-    sub.verdict("eval seconds", problems, good, sub.severity)
-    if None in rest:
-        sub.add(UNCHECKED, "outside of timers", "evaluation seconds are the evaluation's own "
-                "timer; loading, decompression and compilation are not visible")
-    elif rest:
-        sub.add(PASS, "outside of timers", "between the evaluations, inside the total: "
-                f"{listed(rest)} s; packing, in neither limit: "
-                f"{listed(log.pack_seconds for log in sub.scored)} s")
+    beside = listed(f"{k} {n / len(sub.scored):.0f}" for k, n in diagnostics.items())
+    beside = f"; not in it: {beside} s" if beside and None in rest else ""
+    sub.verdict("eval seconds", problems,
+                seen and f"{listed(seen)} of {CAP_SECONDS}, {sub.kind}{beside}", sub.severity)
+    packing = listed(log.pack_seconds for log in sub.scored)
+    sub.verdict("outside of timers", [], rest and None not in rest and "between the evaluations, "
+                f"inside the total: {listed(rest)} s; packing, in neither limit: {packing} s",
+                unknown=[None in rest and "evaluation seconds are the evaluation's own timer; "
+                         "loading, decompression and compilation are not visible"])
 
 
 def check_adaptation(sub):
@@ -396,8 +388,7 @@ def check_adaptation(sub):
 
 def official_set(targets):
     """Name of the validation set of so many targets, or None."""
-    return next((name for count, name in OFFICIAL_TARGETS.items() if abs(targets - count) < ROW),
-                None)
+    return next((n for count, n in OFFICIAL_TARGETS.items() if abs(targets - count) < ROW), None)
 
 
 def check_denominator(sub):
@@ -424,9 +415,8 @@ def check_denominator(sub):
         problems.append(f"bytes counted from {each}: score all seeds on one data folder")
     way = f"; counted from the {next(iter(ways.values()))}" if ways else ""
     sub.verdict("bits per byte", problems, good and "loss ÷ ln 2 × targets ÷ bpb is "
-                f"{listed(good)} bytes, as logged or known{way}")
-    if unknown or not sub.scored:
-        sub.add(UNCHECKED, "bits per byte", "; ".join(unknown) or "no log with a loss and a score")
+                f"{listed(good)} bytes, as logged or known{way}", unknown=unknown,
+                silent="no log with a loss and a score")
     check_validation_set(sub)
 
 
@@ -478,7 +468,7 @@ def judge_bytes(log, ratio, problems, good, unknown):
 
 def check_validation_set(sub):
     """All targets of an official set, or the whole text by its bytes."""
-    problems, good = [], []
+    problems, good, unknown = [], [], []
     for log in sub.scored:
         shrunk = [f"{k}={log.settings[k]}" for k, whole in WHOLE_SET.items()
                   if log.settings.get(k, whole[0]) not in whole]
@@ -493,14 +483,12 @@ def check_validation_set(sub):
             if abs(share - 1) <= 0.005:
                 good.append(text)
             elif abs(share - 1) <= 0.03:
-                sub.add(UNCHECKED, "validation set",
-                        f"{log.name}: {text}: another text or tokenizer, or a part")
+                unknown.append(f"{log.name}: {text}: another text or tokenizer, or a part")
             else:
-                problems.append(f"{log.name}: {text}"
-                                + (f"; the official set has {whole}" if whole else ""))
-    silent = not any(log.targets for log in sub.scored)
+                official = f"; the official set has {whole}" if whole else ""
+                problems.append(f"{log.name}: {text}{official}")
     sub.verdict("validation set", problems, listed(dict.fromkeys(good)), sub.severity,
-                silent="no log says how many targets were scored" if silent else "")
+                unknown=unknown, silent="no log says how many targets were scored")
 
 
 # Settings of published scripts that make the validation set smaller, and their values that do not.
@@ -532,8 +520,8 @@ def check_scores(sub):
     # rounded, or cut off
     slack = 2.02 * half_unit(stated) + max(sub.score(log).bpb_unit for log in sub.scored)
     wrong = min(abs(float(stated) - std), abs(float(stated) - population)) > slack
-    sub.verdict(key, [f"{stated}, the logs give {std:.6f} (n−1)"] if wrong else [],
-                f"{stated}, logs {std:.6f} (n−1)", sub.severity)
+    text = f"{stated}, the logs give {std:.6f} (n−1)"
+    sub.verdict(key, [wrong and text], text, sub.severity)
 
 
 def which_score(sub, key, claim, attribute):
@@ -706,11 +694,9 @@ def check_seed_results(sub):
     for key in SOFT:  # of the whole submission
         lines = [differences({key: (sub.claims or {}).get(key)}, log) for log in sub.scored]
         remarks += [f"{sub.claims_name}: {d[0]}" for d in lines[:1]] if lines and all(lines) else []
-    if not compared and not problems:
-        sub.add(UNCHECKED, "seed results", f"no rows by seed in {sub.claims_name}, no log of such "
-                "a seed, or no figure that both have")
-    good = f"{compared} figures agree with the logs" if compared else ""
-    sub.verdict("seed results", problems, good, sub.severity, remarks)
+    sub.verdict("seed results", problems, compared and f"{compared} figures agree with the logs",
+                sub.severity, remarks, [not compared and not problems and "no rows by seed in "
+                f"{sub.claims_name}, no log of such a seed, or no figure that both have"])
 
 
 # -- README ----------------------------------------------------------------------------------------
@@ -770,7 +756,7 @@ def check_readme(sub):
     agrees = (compared or head) and not remarks
     sub.verdict("README's figures", wrong,
                 agrees and f"its first scores and {compared} figures by seed agree", sub.severity,
-                remarks[:6], "no score near its beginning and no table by seed")
+                remarks[:6], silent="no score near its beginning and no table by seed")
 
 
 def compare_row(sub, log, seed, header, cells):
@@ -855,20 +841,18 @@ def check_settings(sub):
         shown += len(names)
         for name in sorted(n for n in names - known if not n.startswith(FOREIGN)):
             unread.setdefault(name, []).append(log.name)
-    if shown:
-        sub.verdict("settings read", [f"{n} (in {listed(where)}): the script does not read it"
-                                      for n, where in unread.items()],
-                    f"the script reads all that the logs name, {shown // len(sub.logs)} each",
-                    FAIL if any(log.explicit or log.code_sha256 for log in sub.logs) else WARN)
-    else:
-        sub.add(UNCHECKED, "settings read", "the logs name no settings")
+    sub.verdict("settings read", [f"{n} (in {listed(where)}): the script does not read it"
+                                  for n, where in unread.items()],
+                shown and "the script reads all that the logs name, "
+                f"{shown // len(sub.logs)} each",
+                FAIL if any(log.explicit or log.code_sha256 for log in sub.logs) else WARN,
+                silent="the logs name no settings")
     commands = commands_in(sub.readme)
     unread = sorted(n for n in commands if n not in known and not n.startswith(FOREIGN))
     odd = [f"{n}={v}: is 0.{v[1:]} meant?" for n, v in commands.items() if re.fullmatch(r"0\d+", v)]
-    if commands:
-        problems = [f"{listed(unread)}: the script does not read it"] if unread else []
-        sub.verdict("README's commands", problems + odd,
-                    f"the script reads {listed(sorted(commands))}", WARN)
+    sub.verdict("README's commands",
+                [unread and f"{listed(unread)}: the script does not read it", *odd],
+                commands and f"the script reads {listed(sorted(commands))}", WARN)
 
 
 def differing_settings(named):
@@ -915,7 +899,7 @@ def check_compliance(sub):
         keys = [k for k, v in promises.items() if re.match(pattern, k) and v is True]
         compared += len(keys) if known else 0
         problems += [] if true else [f"{k}: true, the logs say otherwise" for k in keys]
-    good = f"the logs contradict none of {compared} promises" if compared else ""
+    good = compared and f"the logs contradict none of {compared} promises"
     sub.verdict("compliance", problems, good, silent="no promise that the logs can confirm")
 
 
@@ -925,12 +909,11 @@ def check_hardware(sub):
     wrong = [f"{n}×{device}" for n, device in seen
              if n not in (None, 8) or (device and "H100" not in device)]
     text = listed(f"{n or '?'}×{device or '?'}" for n, device in seen)
-    if not wrong and not all(n and device for n, device in seen or [(None, None)]):
-        sub.add(UNCHECKED, "hardware", f"{text or 'nothing'}: the logs do not name device and "
+    told = wrong or seen and all(n and device for n, device in seen)
+    record = wrong and sub.track == RECORD
+    sub.verdict("hardware", [record and f"{listed(wrong)}; a record runs on 8×H100"],
+                told and text, silent=f"{text or 'nothing'}: the logs do not name device and "
                 f"number; submission.json says {(sub.claims or {}).get('hardware')}")
-        return
-    sub.verdict("hardware", [f"{listed(wrong)}; a record runs on 8×H100"] if wrong
-                and sub.track == RECORD else [], text)
 
 
 def scores_to_beat(other, ratio):
@@ -981,8 +964,7 @@ def check_improvement(sub, against):
     gain = f"{new:.5f} against {old:.5f} nats: {old - new:+.5f} better" + (
         " (is that record in bpb? then append ,bpb)" if old < new / 1.3 else "")
     if new_std is None or old_std is None:
-        sub.add(sub.severity, "improvement",
-                f"{gain}; a single run has no spread, so there is no p")
+        sub.add(sub.severity, "improvement", f"{gain}; a single run has no spread, so no p")
         return
     if not new_std and not old_std:
         p = 0.0 if old - new > MARGIN_NATS else 1.0
@@ -991,7 +973,7 @@ def check_improvement(sub, against):
         p = ttest_ind_from_stats(old - MARGIN_NATS, old_std, old_n, new, new_std, len(scores),
                                  equal_var=False, alternative="greater").pvalue
     gain += f"; Welch's p = {p:.3g} for {MARGIN_NATS} or less"
-    sub.verdict("improvement", [] if p < MOST_P else [f"{gain}, must be < {MOST_P}"], gain,
+    sub.verdict("improvement", [not p < MOST_P and f"{gain}, must be < {MOST_P}"], gain,
                 sub.severity)
 
 
@@ -1009,7 +991,7 @@ def check_artifacts(sub, artifacts):
         seeds = [s for s, log in sub.runs.items() if log.model_bytes == size]
         right = str(named[1]) in map(str, seeds) if named else bool(seeds)
         logged = listed(f"seed {s} {log.model_bytes}" for s, log in sub.runs.items())
-        sub.verdict("artifact", [] if right else [f"{text}; the logs: {logged}"],
+        sub.verdict("artifact", [not right and f"{text}; the logs: {logged}"],
                     f"{text}, is seed {listed(seeds)}'s",
                     WARN if size in models and not named else FAIL)
     if not artifacts:
@@ -1082,9 +1064,9 @@ def check_by_running(sub, artifacts, given):
         environ |= {k: log.settings[k] for log in sub.logs[:1] for k in log.explicit}
         with tempfile.TemporaryDirectory() as scratch:  # a script may write beside itself
             copy = shutil.copytree(sub.folder, Path(scratch) / "folder")
-            problem, line = ends_well([sys.executable, "train_gpt.py", "--dry-run"], copy, environ,
-                                      120)
-        sub.verdict("dry run", [f"{problem}: {line}"] if problem else [],
+            command = [sys.executable, "train_gpt.py", "--dry-run"]
+            problem, line = ends_well(command, copy, environ, 120)
+        sub.verdict("dry run", [problem and f"{problem}: {line}"],
                     f"inside the folder, settings of a log: {line}")
     audit, logged = HERE / "audit.py", sub.logs[0].settings if sub.logs else {}
     data = {name: value or logged[name] for value, name in
@@ -1099,7 +1081,7 @@ def check_by_running(sub, artifacts, given):
         if problem == "exit status 2":  # no data here, or nothing that it can read
             sub.add(UNCHECKED, "audit", f"{path.name}: {line}")
         else:
-            sub.verdict("audit", [f"{path.name}: {problem}: {line}"] if problem else [],
+            sub.verdict("audit", [problem and f"{path.name}: {problem}: {line}"],
                         f"{path.name}: {line}")
 
 
@@ -1131,8 +1113,8 @@ def verdict_lines(sub):
     width = max(len(what) for _, what, _ in sub.findings)
     counts = Counter(status for status, *_ in sub.findings)
     lines = [f"{status:<11}  {what:<{width}}  {text}" for status, what, text in sub.findings]
-    return [*lines, f"verdict as {sub.track}: " + listed(f"{counts[s]} {s}"
-                                                         for s in (FAIL, WARN, UNCHECKED, PASS))]
+    total = listed(f"{counts[s]} {s}" for s in (FAIL, WARN, UNCHECKED, PASS))
+    return [*lines, f"verdict as {sub.track}: {total}"]
 
 
 # -- pack ------------------------------------------------------------------------------------------
@@ -1170,8 +1152,7 @@ def open_run(path):
     if lacks:
         raise Problem(f"{path}: no result of a run: it has no {listed(lacks)}")
     if result["settings"].get("eval_only"):
-        raise Problem(f"{path}: a run with EVAL_ONLY trained nothing; "
-                      "give the result of the run that trained")
+        raise Problem(f"{path}: a run with EVAL_ONLY trained nothing; give the one that trained")
     log_path = path.with_suffix(".txt")
     if not log_path.is_file():
         raise Problem(f"{path}: its log {log_path.name} is not beside it")
@@ -1477,8 +1458,7 @@ def arguments(argv):
     p.add_argument("--track", choices=(RECORD, NON_RECORD), default=NON_RECORD)
     p.add_argument("--date", help="YYYY-MM-DD; default: of the newest result")
     p.add_argument("--out", type=path, help="folder; default: records/<track>/<date>_<name>")
-    p.add_argument("--script", type=path,
-                   help="the script that ran, if it lies neither beside the runs nor here")
+    p.add_argument("--script", type=path, help="that ran, if neither beside the runs nor here")
     p.add_argument("--with-artifact", action="store_true", help="copy the artifacts too")
     p = commands.add_parser("check", help="one line per check: PASS, FAIL, WARN, NOT CHECKED")
     p.add_argument("folder", type=path)
@@ -1487,8 +1467,7 @@ def arguments(argv):
     p.add_argument("--logs", nargs="+", default=[], metavar="GLOB",
                    help="the logs that count, by name (default: those of the seeds that "
                         "submission.json names, told from reruns by their score)")
-    p.add_argument("--artifact", type=path, action="append", default=[],
-                   help="a packed model, to count its bytes")
+    p.add_argument("--artifact", type=path, action="append", default=[], help="to count its bytes")
     p.add_argument("--data", type=path, help="folder with the validation shards, to count bytes")
     p.add_argument("--tokenizer", type=path, help="its SentencePiece model (default: the logs')")
     p.add_argument("--run", action="store_true",
