@@ -624,30 +624,20 @@ def why_it_failed(run, status):
     return "\n    ".join([f"failed: {run.name}: {ending}; all it said is in {path}", *words])
 
 
-class Clock:
-    """How long runs take, and whether another one would end within the budget."""
-
-    def __init__(self, budget_hours):
-        self.deadline = time.monotonic() + 3600 * budget_hours if budget_hours else math.inf
-        self.seconds = []
-
-    def expected(self, run):
-        """Seconds: the mean of finished runs; before there is one, the cap of its training."""
-        if self.seconds:
-            return float(np.mean(self.seconds))
-        return run.settings.get("max_wallclock_seconds", 0)
-
-    def allows(self, run):
-        return time.monotonic() + self.expected(run) <= self.deadline
-
-
 class Sweep:
     """Takes runs from a source, keeps the slots busy with them, counts what became of them."""
 
-    def __init__(self, source, script, slots, clock):
-        self.source, self.script, self.slots, self.clock = source, script, slots, clock
+    def __init__(self, source, script, slots, budget_hours):
+        self.source, self.script, self.slots = source, script, slots
+        self.deadline = time.monotonic() + 3600 * budget_hours if budget_hours else math.inf
+        self.seconds = []  # of the finished runs
         self.failed = self.done = self.interrupts = 0
         self.waiting, self.over = None, False  # over: the budget is spent
+
+    def expected_seconds(self, run):
+        """The mean of finished runs; before there is one, the cap of its training."""
+        cap = run.settings.get("max_wallclock_seconds", 0)
+        return float(np.mean(self.seconds)) if self.seconds else cap
 
     def go(self):
         """Until nothing is left, the budget is spent, or a signal comes."""
@@ -681,12 +671,12 @@ class Sweep:
             if run is None or self.slots.busy_with(run):  # a study may choose a point twice
                 return
             if result := self.script.result_of(run):
-                self.clock.seconds.append(sum(result.get(f"{k}_seconds", 0)
-                                              for k in ("train", "pack", "eval")))
+                kinds = ("train_seconds", "pack_seconds", "eval_seconds")
+                self.seconds.append(sum(result.get(kind, 0) for kind in kinds))
                 if not self.bar.disable:
                     self.bar.initial += 1  # took no time: the bar's forecast leaves it out
                 self._count(run, result)
-            elif self.clock.allows(run):
+            elif time.monotonic() + self.expected_seconds(run) <= self.deadline:
                 self.slots.start(run)
             else:
                 self.over = True
@@ -696,7 +686,7 @@ class Sweep:
     def _take(self, run, status, seconds):
         result = self.script.result_of(run) if status == 0 else None
         if result:
-            self.clock.seconds.append(seconds)
+            self.seconds.append(seconds)
             scores = "  ".join(f"{kind} {bpb:.4f}" for kind, bpb in bpb_by_kind(result).items())
             tqdm.write(f"{run.name}: {scores}  ({seconds:.0f} s)")
         else:
@@ -728,9 +718,11 @@ def sweep(arguments, command):
     gpus = [gpu.strip() for gpu in arguments.gpus.split(",") if gpu.strip()]
     command = command or [sys.executable, str(ROOT / "train_gpt.py")]
     if len(set(gpus)) < len(gpus) or (gpus and arguments.jobs > 1) or arguments.jobs < 1:
-        raise UserError(f"--gpus {arguments.gpus} --jobs {arguments.jobs}: different GPUs or jobs")
+        raise UserError(f"--gpus {arguments.gpus} --jobs {arguments.jobs}: give different GPUs, or "
+                        "a number of jobs")
     if arguments.study < 0 or arguments.budget_hours < 0:
-        raise UserError(f"--study {arguments.study} --budget-hours {arguments.budget_hours}: < 0")
+        raise UserError(f"--study {arguments.study} --budget-hours {arguments.budget_hours}: must "
+                        "not be negative")
     tqdm.monitor_interval = 0  # no thread of its own: this process forks
     out.mkdir(parents=True, exist_ok=True)
     again = "the same command goes on from here"
@@ -741,7 +733,7 @@ def sweep(arguments, command):
         source = (Study(grid, seeds, out, script, arguments.study, arguments.objective)
                   if arguments.study else Grid(grid, seeds, out, script))
         slots = Slots(script, lock, gpus, arguments.jobs)
-        running = Sweep(source, script, slots, Clock(arguments.budget_hours))
+        running = Sweep(source, script, slots, arguments.budget_hours)
         running.go()
     finished = f"{running.done} of {source.total} runs are finished"
     if running.interrupts:
@@ -752,12 +744,12 @@ def sweep(arguments, command):
     if arguments.study:
         print(source.summary())
     if running.over:
-        seconds = running.clock.expected(running.waiting)
+        seconds = running.expected_seconds(running.waiting)
         print(f"--budget-hours {arguments.budget_hours:g}: {finished}; another one, of about "
               f"{seconds:.0f} s, would end too late; {again}")
     if running.failed:
         plural = "s" * (running.failed > 1)
-        print(f"{running.failed} run{plural} failed; {again} and tries again", file=sys.stderr)
+        print(f"{running.failed} run{plural} failed; {again} and repeats them", file=sys.stderr)
     return 1 if running.failed else 0
 
 
@@ -1030,11 +1022,10 @@ def labels_of(several, between=" "):
     return [between.join(parts + more) if parts else "all runs" for parts in told]
 
 
-def colour(pyplot, number, count):
+def colours(pyplot, count):
     """Ten well told apart colours while they suffice, else a scale."""
-    if count <= 10:
-        return pyplot.get_cmap("tab10")(number)
-    return pyplot.get_cmap("turbo")(0.05 + 0.9 * number / (count - 1))
+    few, many = map(pyplot.get_cmap, ("tab10", "turbo"))
+    return [few(i) if count <= 10 else many(0.05 + 0.9 * i / (count - 1)) for i in range(count)]
 
 
 def throughput(log):
@@ -1047,15 +1038,15 @@ def throughput(log):
 def curve_figure(pyplot, title, logs, panels):
     """Panels (x label, y label, log → x and y) with a colour per setting and a line per seed."""
     texts = labels_of_logs(logs)
-    different = list(dict.fromkeys(texts))
-    colours = {text: colour(pyplot, i, len(different)) for i, text in enumerate(different)}
+    different = dict.fromkeys(texts)
+    shades = dict(zip(different, colours(pyplot, len(different))))
     fig, axes = pyplot.subplots(len(panels), 1, figsize=(9, 3.8 * len(panels) + 1),
                                 layout="constrained", squeeze=False)
     for axis, (across, upward, xy) in zip(axes[:, 0], panels):
         late = []  # after the first tenth: decides the height, or the fall before would flatten it
         for log, text in zip(logs, texts):
             x, y = xy(log)
-            axis.plot(x, y, color=colours[text], lw=1.2, alpha=0.8, label=text,
+            axis.plot(x, y, color=shades[text], lw=1.2, alpha=0.8, label=text,
                       marker="." if len(x) < 50 else None, ms=3)
             late.extend(y[x >= 0.1 * max(x, default=0)])
         if title == "Training loss" and late:
@@ -1064,10 +1055,10 @@ def curve_figure(pyplot, title, logs, panels):
         axis.yaxis.set_major_formatter(lambda y, _: f"{y:,.6g}")
         axis.grid(alpha=0.3)
     axes[0, 0].set_title(title)
-    if 1 < len(colours) <= 24:
+    if 1 < len(shades) <= 24:
         handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels())))
         fig.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8,
-                   ncols=2 if len(colours) > 3 else 1)
+                   ncols=2 if len(shades) > 3 else 1)
     return fig
 
 
@@ -1103,16 +1094,15 @@ def scores(pyplot, rows):
     across = "bits per byte (dots: seeds; diamond and bar: their mean ± standard deviation)"
     fig, axis = rows_figure(pyplot, rows, "Scores, best last one first", across)
     kinds = [name for name in rows[0] if name.endswith("_bpb") and name != "last_bpb"]
-    for number, kind in enumerate(kinds):
-        shade, label = colour(pyplot, number, len(kinds)), kind.removesuffix("_bpb")
-        for y, row in enumerate(rows):
-            at, values = y + 0.16 * (number - (len(kinds) - 1) / 2), row[kind]
-            if values:
-                mean, std = mean_std(values)
-                axis.errorbar(mean, at, xerr=std, fmt="D", ms=4, lw=1, c=shade, capsize=2,
-                              label=label)
-                axis.plot(values, [at] * len(values), "o", c=shade, ms=4, mec="white", zorder=3)
-                label = None
+    for i, (kind, shade) in enumerate(zip(kinds, colours(pyplot, len(kinds)))):
+        there = [(y + 0.16 * (i - (len(kinds) - 1) / 2), row[kind]) for y, row in enumerate(rows)
+                 if row[kind]]
+        means, stds = zip(*(mean_std(values) for _, values in there))
+        bars = [std or math.nan for std in stds]
+        axis.errorbar(means, [y for y, _ in there], xerr=bars, fmt="D", ms=4, lw=1, c=shade,
+                      capsize=2, label=kind.removesuffix("_bpb"))
+        points = [(value, y) for y, values in there for value in values]
+        axis.plot(*zip(*points), "o", c=shade, ms=4, mec="white", zorder=3)
     fig.legend(loc="outside lower center", ncols=len(kinds), fontsize=8)
     return fig
 
@@ -1158,15 +1148,13 @@ def sizes(pyplot, rows):
     """Bytes of the largest seed against the cap of a record."""
     across = "bytes, code + model of the largest seed (dashed: 16,000,000)"
     fig, axis = rows_figure(pyplot, rows, "Size", across)
-    for y, row in enumerate(rows):
-        most = max(row["total_bytes"], default=0)
-        axis.barh(y, most, height=0.6, color="tab:red" if most > RECORD_BYTES else "tab:blue")
-        inside = most > RECORD_BYTES / 2
-        ha, color = ("right", "white") if inside else ("left", "black")
-        axis.text(most, y, f"  {most:,} ({100 * most / RECORD_BYTES:.2f} %)  ", va="center",
-                  fontsize=8, ha=ha, color=color)
+    most = [max(row["total_bytes"], default=0) for row in rows]
+    bars = axis.barh(range(len(rows)), most, height=0.6,
+                     color=["tab:red" if n > RECORD_BYTES else "tab:blue" for n in most])
+    texts = [f"{n:,} ({100 * n / RECORD_BYTES:.2f} %)" for n in most]
+    axis.bar_label(bars, texts, padding=4, fontsize=8)
     axis.axvline(RECORD_BYTES, color="black", ls="--", lw=1)
-    axis.set_xlim(0, 1.05 * max([RECORD_BYTES, *(n for row in rows for n in row["total_bytes"])]))
+    axis.set_xlim(0, 1.3 * max(RECORD_BYTES, *most))
     axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M")
     return fig
 
