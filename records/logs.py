@@ -274,7 +274,7 @@ def read_time(log, seconds, unit):
 
 
 def read_score(log, found):
-    """Name of the evaluation on a line, or None; of its two lines the one with more digits counts."""
+    """Name of the evaluation on a line, or None; of two lines of one, more digits count."""
     label, loss, bpb, rest = found.groups()
     if found.re is REVERSED_SCORE:
         loss, bpb = bpb, loss
@@ -419,7 +419,8 @@ def plot_losses(path, logs, title=None):
     pyplot = pyplot_for_files()
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
     for i, (name, log) in enumerate(logs.items()):
-        for points, form, what in ((log.curve, "-", "training"), (log.validation, "o", "validation")):
+        kinds = ((log.curve, "-", "training"), (log.validation, "o", "validation"))
+        for points, form, what in kinds:
             if points:
                 axes.plot(*[*zip(*points)][:2], form, color=f"C{i}", ms=4, lw=1,
                           label=f"{name}, {what}")
