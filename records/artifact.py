@@ -243,13 +243,13 @@ def main(argv):
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack-code", help="make a small self-extracting script")
     pack.add_argument("script", nargs="?", default=ROOT / "train_gpt.py", type=user_path)
-    pack.add_argument("--minify", action="store_true", help="first drop what is not computed")
+    pack.add_argument("--minify", action="store_true", help="without comments and docstrings")
     pack.add_argument("-o", "--out", default=Path("packed/train_gpt.py"), type=user_path)
     look = commands.add_parser("inspect", help="what every tensor got and costs")
     look.add_argument("artifact", type=user_path)
     look.add_argument("--float", type=user_path,
                       help="weights before quantization: an artifact with 16 bits, or a state dict")
-    look.add_argument("--code", type=user_path, default=ROOT / "train_gpt.py", help="that counts")
+    look.add_argument("--code", type=user_path, default=ROOT / "train_gpt.py", help="the script")
     arguments = parser.parse_args(argv)
     from train_gpt import UserError, write_whole
 

@@ -46,23 +46,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from artifact import readable_source  # noqa: E402
-from shards import exit_code_of, user_path  # noqa: E402
+from shards import DataError, exit_code_of, user_path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CAP_BYTES = 16_000_000
-LOGITS = ("logits", "raw_logits", "products")  # of the model, for a whole vocabulary; last: earlier
+LOGITS = ("logits", "raw_logits")  # methods of the model that answer for a whole vocabulary
 NEEDED = ("Settings UserError Runtime ByteTable ScoreLedger load_validation settings_of_artifact "
           "build_model run_evaluations read_artifact find_upward main").split()
-
-
-class Unusable(Exception):
-    """Input that cannot be audited; the message names what, and the way out."""
 
 
 # -- the script and its settings -------------------------------------------------------------------
 
 def load_script(path):
-    """The script at `path` as a module, readable or packed. Raises Unusable."""
+    """The script at `path` as a module, readable or packed. Raises DataError."""
     loader = importlib.machinery.SourceFileLoader("audited_script", str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     sys.modules[loader.name] = module  # where dataclasses look for their module
@@ -70,28 +66,27 @@ def load_script(path):
     try:
         loader.exec_module(module)
     except Exception as problem:
-        raise Unusable(f"--script {path}: cannot be imported "
+        raise DataError(f"--script {path}: cannot be imported "
                        f"({type(problem).__name__}: {problem})") from problem
     finally:
         sys.dont_write_bytecode = keep
     missing = [name for name in NEEDED if not hasattr(module, name)]
     if missing:
-        raise Unusable(f"--script {path}: has no {', '.join(missing)}; "
+        raise DataError(f"--script {path}: has no {', '.join(missing)}; "
                        "only scripts built like train_gpt.py can be audited")
     return module
 
 
 def shapes_of(s):
     """(tokens read, targets scored, keys of each layer) of a pass of scoring and of one of
-    adapting. Earlier scripts call them plans, the first have sliding windows alone."""
-    windows = (s.window, s.eval_stride, 0)
-    scoring = getattr(s, "scoring_shape", None) or getattr(s, "scoring_plan", windows)
-    return scoring, getattr(s, "ttt_shape", None) or getattr(s, "adapting_plan", scoring)
+    adapting. The first scripts have sliding windows alone."""
+    scoring = getattr(s, "scoring_shape", (s.window, s.eval_stride, 0))
+    return scoring, getattr(s, "ttt_shape", scoring)
 
 
 def settings_for(script, path, environ, targets):
     """(settings of the audited evaluation, environment for them, chunk of TTT in the artifact).
-    Raises the script's UserError and Unusable."""
+    Raises the script's UserError and DataError."""
     known = {f.name.upper() for f in fields(script.Settings)}
     environ = {**environ, **dict.fromkeys({"COMPILE", "EVAL_WALLCLOCK_SECONDS"} & known, "0")}
     s, explicit = script.settings_of_artifact(path, environ)
@@ -99,7 +94,7 @@ def settings_for(script, path, environ, targets):
     row = max(s.train_seq_len, s.window, scoring[1])
     chunk = s.ttt_chunk_tokens  # 0: by the length of the validation set
     if targets and targets < 4 * row:
-        raise Unusable(f"--targets {targets}: too few, four chunks of a row need {4 * row}")
+        raise DataError(f"--targets {targets}: too few, four chunks of a row need {4 * row}")
     adapters = s.ttt_enabled and getattr(s, "ttt_lora_rank", 0)
     if not targets:  # with adapters two streams, each of 16 rows
         targets = 32 * max(row, adapting[0]) if adapters else 16 * row
@@ -154,12 +149,9 @@ class Evaluation:
         self.faults.setdefault(check, sentence)
 
     def close(self):
-        """The end of a turn: compare what was recorded with what the model gave.
-
-        A row's targets before the last that is recorded are the others' context, and so is a row at
-        the very end: a pass beyond it reads that. What else the model gave stays the first score of
-        its target.
-        """
+        """The end of a turn: compare what was recorded with what the model gave. A row's targets
+        before the last recorded one are context of others, and so is a row at the very end, for a
+        pass beyond it. What else the model gave stays the first score of its target."""
         for (length, _), rows in self.rows.items():
             scores = list(rows.scores)
             for at in rows.free:
@@ -897,16 +889,16 @@ def arguments_of(argv):
 
 def main(argv, environ):
     """Exit status: 0 nothing failed, 1 a check failed, 2 unusable input, said in words."""
-    arguments, mine = arguments_of(argv), (Unusable,)
+    arguments, mine = arguments_of(argv), (DataError,)
     try:
         if environ.get("WORLD_SIZE", "1") != "1":
-            raise Unusable(f"WORLD_SIZE={environ['WORLD_SIZE']}: the audit is one process; "
+            raise DataError(f"WORLD_SIZE={environ['WORLD_SIZE']}: the audit is one process; "
                            "start it without torchrun")
         for path in (arguments.script, arguments.artifact):
             if not path.is_file():
-                raise Unusable(f"{path}: no such file")
+                raise DataError(f"{path}: no such file")
         script = load_script(arguments.script)
-        mine = (Unusable, script.UserError, torch.OutOfMemoryError)
+        mine = (DataError, script.UserError, torch.OutOfMemoryError)
         paths = (("DATA_PATH", arguments.data), ("TOKENIZER_PATH", arguments.tokenizer))
         environ = {**environ, **{k: v for k, v in paths if v}}
         s, environ, own_chunk = settings_for(script, arguments.artifact, environ, arguments.targets)

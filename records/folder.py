@@ -23,16 +23,13 @@ from decimal import Decimal
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE))
+sys.path += [str(HERE), str(HERE.parent / "data")]
 from logs import DIAGNOSTIC, half_unit, read_logs  # noqa: E402
-from unpack import readable_source as unpacked  # noqa: E402
+from shards import DataError as Problem  # noqa: E402
+from unpack import readable_source  # noqa: E402
 
 RECORD, NON_RECORD = "track_10min_16mb", "track_non_record_16mb"
 PASS, FAIL, WARN, UNCHECKED = "PASS", "FAIL", "WARN", "NOT CHECKED"
-
-
-class Problem(Exception):
-    """Something that the caller can mend; the message names what, the value, and the way out."""
 
 
 # -- numbers and text ------------------------------------------------------------------------------
@@ -81,20 +78,18 @@ def read_json(path):
     return value
 
 
-def readable_source(path):
-    """Source (bytes) of a script, in a wrapper or plain. Raises Problem."""
-    try:
-        return unpacked(path)
-    except ValueError as problem:
-        raise Problem(str(problem)) from None
+def refusing(read):
+    """`read`, but Problem where it raises ValueError."""
+    @functools.wraps(read)
+    def call(*given):
+        try:
+            return read(*given)
+        except ValueError as problem:
+            raise Problem(str(problem)) from None
+    return call
 
 
-def read_log(path):
-    """The last run of a log. Raises Problem where it cannot be read."""
-    try:
-        return read_logs(path)[-1]
-    except ValueError as problem:
-        raise Problem(str(problem)) from None
+readable_source, read_logs = refusing(readable_source), refusing(read_logs)
 
 
 # -- what submission.json claims -------------------------------------------------------------------
@@ -411,10 +406,7 @@ def find_logs(sub):
         if digest in seen and re.search(r"seed", name, re.I) is None:
             continue
         seen.add(digest)
-        try:
-            runs = read_logs(path, name)
-        except ValueError as problem:
-            raise Problem(str(problem)) from None
+        runs = read_logs(path, name)
         if "/" not in name and LOG_NAME.match(name) or any(g.scores or g.curve for g in runs):
             logs += runs
     return logs

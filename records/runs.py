@@ -45,16 +45,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "records"), str(ROOT / "data")]
 from folder import markdown_table, mean_std, number  # noqa: E402
 from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, pyplot_for_files, read_logs  # noqa: E402
+from shards import DataError as UserError  # noqa: E402
 from shards import atomic_write, exit_code_of  # noqa: E402
 
 FIRST_SEEDS = (1337, 42, 2025)
 RECORD_BYTES = 16_000_000
 PLACE = ("run_id", "out_dir", "scores_path")  # they name a run and its place, not what it computes
 ASIDE = ("code", "earlier")  # of a sweep's folder: the script as it ran, and runs of other code
-
-
-class UserError(Exception):
-    """Something the user can mend; the message names what, the value, and the way out."""
 
 
 def write_whole(path, content):

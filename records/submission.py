@@ -44,7 +44,7 @@ sys.path.append(str(ROOT / "data"))
 from folder import (BPB, CODE, FAIL, LOSS, MODEL, NON_RECORD, PASS, RECORD, STD,  # noqa: E402
                     TOTAL, UNCHECKED, UNPARSED, WARN, Problem, adapts_on_validation, defaults_of,
                     figure, listed, markdown_table, mean_std, meaning, modules_imported, names_read,
-                    number, open_submission, parsed, read_json, read_log, readable_source, said,
+                    number, open_submission, parsed, read_json, read_logs, readable_source, said,
                     sha256, texts_of)
 from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, Log, agree, half_unit, plot_losses  # noqa: E402
 from shards import atomic_write, exit_code_of  # noqa: E402
@@ -608,7 +608,7 @@ def as_other(sub, claim, attribute, means):
     return None
 
 
-# Readers of RESULT_KEYS and COLUMNS: what a log has for a figure, texts as printed.
+# Readers for RESULT_KEYS and COLUMNS: what a log has for a figure, texts as printed.
 
 def close_to(attribute):
     """Of a score, any evaluation's."""
@@ -627,19 +627,16 @@ def step_milliseconds(log):
     return [f"{1000 * log.step_seconds:.2f}"] if log.step_seconds else []
 
 
-RESULT_KEYS = {**dict.fromkeys(BPB, close_to("bpb")), **dict.fromkeys(LOSS, close_to("loss")),
-               **dict.fromkeys(TOTAL, exactly("total_bytes", "model_bytes")),
-               **dict.fromkeys(MODEL, exactly("model_bytes")),
-               **dict.fromkeys(CODE, exactly("code_bytes")),
-               **dict.fromkeys(("steps", "train_steps", "step_stop"), exactly("steps")),
-               **dict.fromkeys(("step_avg_ms", "ms_per_step"), step_milliseconds),
-               **dict.fromkeys(("train_seconds", "wallclock_seconds", "train_time_s"),
-                               timed("train_seconds")),
-               "eval_seconds": timed("eval_seconds"),
-               "scored_targets": exactly("targets"), "scored_bytes": exactly("scored_bytes"),
-               "seed": exactly("seed")}
-SOFT = ("steps", "train_steps", "step_stop", "step_avg_ms", "ms_per_step", "train_seconds",
-        "wallclock_seconds", "train_time_s", "eval_seconds")  # what does not decide
+STEPS, PER_STEP = ("steps", "train_steps", "step_stop"), ("step_avg_ms", "ms_per_step")
+TRAINING = ("train_seconds", "wallclock_seconds", "train_time_s")
+SOFT = (*STEPS, *PER_STEP, *TRAINING, "eval_seconds")  # what does not decide
+RESULT_KEYS = {key: logged for keys, logged in (
+    (BPB, close_to("bpb")), (LOSS, close_to("loss")), (STEPS, exactly("steps")),
+    (TOTAL, exactly("total_bytes", "model_bytes")), (MODEL, exactly("model_bytes")),
+    (CODE, exactly("code_bytes")), (PER_STEP, step_milliseconds),
+    (TRAINING, timed("train_seconds")), (("eval_seconds",), timed("eval_seconds")),
+    (("scored_targets",), exactly("targets")), (("scored_bytes",), exactly("scored_bytes")),
+    (("seed",), exactly("seed"))) for key in keys}
 
 
 def comparable(row, log, totals=()):
@@ -1156,7 +1153,7 @@ def open_run(path):
     log_path = path.with_suffix(".txt")
     if not log_path.is_file():
         raise Problem(f"{path}: its log {log_path.name} is not beside it")
-    log = read_log(log_path)
+    log = read_logs(log_path)[-1]
     wrong = differences(result, log) if log.scores else ["the log has no final score"]
     wrong += ["the log has another code_sha256"] if log.code_sha256 != result["code_sha256"] else []
     if wrong:
@@ -1458,7 +1455,7 @@ def arguments(argv):
     p.add_argument("--track", choices=(RECORD, NON_RECORD), default=NON_RECORD)
     p.add_argument("--date", help="YYYY-MM-DD; default: of the newest result")
     p.add_argument("--out", type=path, help="folder; default: records/<track>/<date>_<name>")
-    p.add_argument("--script", type=path, help="that ran, if neither beside the runs nor here")
+    p.add_argument("--script", type=path, help="the script that ran, if it is not beside the runs")
     p.add_argument("--with-artifact", action="store_true", help="copy the artifacts too")
     p = commands.add_parser("check", help="one line per check: PASS, FAIL, WARN, NOT CHECKED")
     p.add_argument("folder", type=path)
@@ -1467,7 +1464,7 @@ def arguments(argv):
     p.add_argument("--logs", nargs="+", default=[], metavar="GLOB",
                    help="the logs that count, by name (default: those of the seeds that "
                         "submission.json names, told from reruns by their score)")
-    p.add_argument("--artifact", type=path, action="append", default=[], help="to count its bytes")
+    p.add_argument("--artifact", type=path, action="append", default=[], help="a packed model")
     p.add_argument("--data", type=path, help="folder with the validation shards, to count bytes")
     p.add_argument("--tokenizer", type=path, help="its SentencePiece model (default: the logs')")
     p.add_argument("--run", action="store_true",
