@@ -577,7 +577,8 @@ def causal(audit, scout, base, places, progress):
             "later tokens change no earlier score by a bit, of the whole text")
     yield (CAUSAL, early, f"{told}; {len(places)} places × {len(base.names)} evaluations: "
            + ", ".join(sorted(set(places.values()))))
-    yield CAUSAL, own, "there its own token leaves a target's distribution alone, bit for bit"
+    yield (CAUSAL, own,
+           "its own token leaves the distribution of a target alone, bit for bit, there")
     yield CAUSAL, unfelt, "the changes were felt after each place, in every evaluation"
 
 
@@ -587,7 +588,8 @@ def normalized(audit, base):
     worst = {name: e.worst for name, e in zip(base.names, base.evaluations)}
     seen = sum(len(e.distributions) for e in base.evaluations)
     bad = max(worst, key=worst.get)
-    told = f"scores are −log p of the logits within {worst[bad]:.1g} nats ({bad}), in {seen} rows"
+    told = ("scores are −log p of the softmax of the logits within "
+            f"{worst[bad]:.1g} nats ({bad}), in {seen} rows")
     yield NORMALIZED, not (worst[bad] < 1e-4 and seen) and told, told
     if not seen:
         return
@@ -616,8 +618,10 @@ def before_update(audit, base):
         f"({last.training_rows} row passes)" if last.updates
         else f"no weight changes while {name} scores")
     if audit.s.ttt_enabled and not last.updates:
-        yield BEFORE, None, "test-time training changed nothing here: one chunk or a rate of zero"
-    yield BEFORE, base.faults("given"), "every recorded score is the model's first of its target"
+        yield (BEFORE, None, "test-time training changed nothing here: one chunk, no epochs or a "
+               "rate of zero")
+    yield (BEFORE, base.faults("given"),
+           "every recorded score is the first that the model gave its target")
 
 
 def refuses(ledger_class, act, scored=8):
@@ -677,7 +681,8 @@ def data_is_whole(audit):
     for limit, tokens in ((audit.s.val_limit_tokens, audit.tokens), (0, all_tokens(audit))):
         expected = min(limit or len(disk), len(disk) - 1) // row * row
         if len(tokens) - 1 != expected or not np.array_equal(tokens, disk[: len(tokens)]):
-            return f"{len(tokens) - 1} targets read, {expected} on disk, or in another order", ""
+            return (f"{len(tokens) - 1} targets read where {expected} lie on disk, or not in their "
+                    "order"), ""
     return "", (f"the targets are the shards' tokens in order: {len(audit.tokens) - 1} here, "
                 f"{expected} of {len(disk) - 1} without a limit")
 
@@ -804,7 +809,8 @@ def ships(audit, script_path, base):
     roots = ("read_artifact", "load_quantized")
     reached, found = forbidden_calls(readable_source(script_path), roots)
     if "read_artifact" not in reached:
-        found.append(f"{script_path}: nobody can see what read_artifact does: not in its source")
+        found.append(f"{script_path}: read_artifact is not in its source, so that nobody can see "
+                     "what it does")
     if not found:
         with audit.files:
             audit.script.read_artifact(audit.path)
@@ -861,7 +867,8 @@ def describe(audit, script_path, own_chunk):
         ttt = (f"TTT {getattr(s, 'ttt_optimizer', 'sgd')}, {s.ttt_epochs} epochs over chunks of "
                f"{s.ttt_chunk_tokens}")
         if getattr(s, "ttt_lora_rank", 0):
-            ttt = f"TTT adapters of rank {s.ttt_lora_rank}, {adapting[1]} targets a stream and step"
+            ttt = (f"TTT adapters of rank {s.ttt_lora_rank}, {adapting[1]} targets of each stream "
+                   "a step")
         elif own_chunk not in (0, s.ttt_chunk_tokens):
             ttt += f" (the artifact's: {own_chunk}; --targets {4 * own_chunk} takes those)"
     return (f"{audit.path} ({audit.path.stat().st_size:,} bytes) scored by {script_path} "

@@ -76,7 +76,8 @@ def check_claims(sub):
     """submission.json: what must be there, and nulls."""
     claims, places = sub.claims, (sub.claims, *sub.rows.values())
     if claims is None:
-        sub.add(UNCHECKED, "submission.json", "none can be read: no claim is compared with logs")
+        sub.add(UNCHECKED, "submission.json",
+                "none that can be read: no claim is compared with the logs")
         return
     whole = any(said(o, BPB)[0] for o in places) and claims.get("val_bpb", 0) is not None
     aliases = dict(author=("github_id", "submitter", "authors", "name"),
@@ -146,7 +147,8 @@ def check_distinct(sub):
             names = " and ".join(log.name for log in sub.logs if value(log) == same)
             if count > 1 and same not in (None, "") and names not in reported:
                 reported.append(names)
-                problems.append(f"{names} have the same {what}: one run twice; --logs chooses")
+                problems.append(f"{names} have the same {what}: one run, counted twice; --logs "
+                                "chooses")
     sub.verdict("logs distinct", problems, f"seeds {listed(sub.runs)}")
 
 
@@ -236,7 +238,7 @@ def check_bytes(sub):
                            f" as it lies there{how} {on_disk:,}; the cap is {CAP_BYTES:,}")
     how = "as logged; no code here" if sub.code is None else "code on disk + model of each log"
     good = f"{listed(f'{t:,}' for t in totals.values())} of {CAP_BYTES:,} ({how})"
-    unknown = silent if sub.logs else ["any log, for there is none"]
+    unknown = silent if sub.logs else ["any log: there is none"]
     sub.verdict("bytes", problems, totals and not remarks and good, remarks=remarks,
                 unknown=[unknown and f"no model size in {listed(unknown)}"])
     check_code_files(sub, totals)
@@ -478,7 +480,7 @@ def check_validation_set(sub):
             good.append(f"{log.targets:,} targets, all of {name}")
         elif log.targets:
             share = sub.score(log).bytes_per_target * log.targets / OFFICIAL_BYTES
-            text = f"{log.targets:,} targets, {100 * share:.1f} % of the text by bytes"
+            text = f"{log.targets:,} targets, {100 * share:.1f} % of the text by its bytes"
             whole = listed(f"{n:,}" for _, v, n in SETS if v == log.vocabulary)
             if abs(share - 1) <= 0.005:
                 good.append(text)
@@ -520,8 +522,8 @@ def check_scores(sub):
     # rounded, or cut off
     slack = 2.02 * half_unit(stated) + max(sub.score(log).bpb_unit for log in sub.scored)
     wrong = min(abs(float(stated) - std), abs(float(stated) - population)) > slack
-    text = f"{stated}, the logs give {std:.6f} (n−1)"
-    sub.verdict(key, [wrong and text], text, sub.severity)
+    sub.verdict(key, [wrong and f"{stated}, the logs give {std:.6f} (n−1)"],
+                f"{stated}, logs {std:.6f} (n−1)", sub.severity)
 
 
 def which_score(sub, key, claim, attribute):
@@ -907,10 +909,10 @@ def check_hardware(sub):
              if n not in (None, 8) or (device and "H100" not in device)]
     text = listed(f"{n or '?'}×{device or '?'}" for n, device in seen)
     told = wrong or seen and all(n and device for n, device in seen)
-    record = wrong and sub.track == RECORD
+    record, claim = wrong and sub.track == RECORD, (sub.claims or {}).get("hardware")
+    lacks = f"{text}: the logs do not name device and number" if seen else "not in the logs"
     sub.verdict("hardware", [record and f"{listed(wrong)}; a record runs on 8×H100"],
-                told and text, silent=f"{text or 'nothing'}: the logs do not name device and "
-                f"number; submission.json says {(sub.claims or {}).get('hardware')}")
+                told and text, silent=f"{lacks}; submission.json says {claim}")
 
 
 def scores_to_beat(other, ratio):
@@ -961,7 +963,8 @@ def check_improvement(sub, against):
     gain = f"{new:.5f} against {old:.5f} nats: {old - new:+.5f} better" + (
         " (is that record in bpb? then append ,bpb)" if old < new / 1.3 else "")
     if new_std is None or old_std is None:
-        sub.add(sub.severity, "improvement", f"{gain}; a single run has no spread, so no p")
+        sub.add(sub.severity, "improvement",
+                f"{gain}; a single run has no spread, so there is no p")
         return
     if not new_std and not old_std:
         p = 0.0 if old - new > MARGIN_NATS else 1.0
@@ -988,8 +991,8 @@ def check_artifacts(sub, artifacts):
         seeds = [s for s, log in sub.runs.items() if log.model_bytes == size]
         right = str(named[1]) in map(str, seeds) if named else bool(seeds)
         logged = listed(f"seed {s} {log.model_bytes}" for s, log in sub.runs.items())
-        sub.verdict("artifact", [not right and f"{text}; the logs: {logged}"],
-                    f"{text}, is seed {listed(seeds)}'s",
+        wrong = f"{path.name} has {size:,} bytes; the logs: {logged}"
+        sub.verdict("artifact", [not right and wrong], f"{text}, is seed {listed(seeds)}'s",
                     WARN if size in models and not named else FAIL)
     if not artifacts:
         sub.add(UNCHECKED, "artifact", "none at hand (--artifact F): model bytes are the logs'")
