@@ -598,14 +598,14 @@ class Slots:
     def end_all(self, at_once):
         """SIGTERM to all, SIGKILL to what does not end in time or when at_once() becomes true."""
         processes = [process for _, process, _ in self.running.values()]
-        deadline, number = time.monotonic() + GRACE_SECONDS, signal.SIGTERM
+        deadline, kind = time.monotonic() + GRACE_SECONDS, signal.SIGTERM
         while any(process.poll() is None for process in processes):
             if at_once() or time.monotonic() > deadline:
-                number = signal.SIGKILL
-            for process in processes if number else ():
+                kind = signal.SIGKILL
+            for process in processes if kind else ():
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
-            number = None
+                    os.killpg(process.pid, kind)
+            kind = None
             time.sleep(0.05)
 
 
@@ -639,8 +639,8 @@ class Sweep:
     def go(self):
         """Until nothing is left, the budget is spent, or a signal comes."""
         # Noted, not raised: an exception between the start of a run and the note of it loses it.
-        before = {number: signal.signal(number, self._interrupt)
-                  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        before = {kind: signal.signal(kind, self._interrupt)
+                  for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             # Trials may fail before their last seed: the bar's total is then not reached.
             with tqdm(total=self.source.total, unit="run", disable=None) as self.bar:
@@ -656,8 +656,8 @@ class Sweep:
                 print("ending the runs; once more ends them at once", file=sys.stderr)
         finally:
             self.slots.end_all(lambda: self.interrupts > 1)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
 
     def _interrupt(self, *_):
         self.interrupts += 1

@@ -56,7 +56,6 @@ SETS = (("SP1024", 1024, 62_021_632), ("SP2048", 2048, 50_905_088), ("SP4096", 4
         ("SP8192", 8192, 40_540_160), ("SP8192 CaseOps", 8192, 47_851_520),
         ("bytes", 256, 151_076_864))
 OFFICIAL_BYTES, ROW = 151_080_891, 8192
-OFFICIAL_TARGETS = {count: name for name, _, count in SETS}
 BYTES_FROM = ("text", "pieces")  # how a run counts bytes: by side files of the shards, or by pieces
 LIBRARIES = {"torch", "numpy", "sentencepiece", "triton", "zstandard", "brotli", "tqdm",
              "flash_attn", "flash_attn_interface"}
@@ -390,7 +389,7 @@ def check_adaptation(sub):
 
 def official_set(targets):
     """Name of the validation set of so many targets, or None."""
-    return next((n for count, n in OFFICIAL_TARGETS.items() if abs(targets - count) < ROW), None)
+    return next((name for name, _, count in SETS if abs(targets - count) < ROW), None)
 
 
 def check_denominator(sub):
@@ -1232,8 +1231,7 @@ def summary(runs, args, code):
         train_seconds_under_600=all(r["train_seconds"] <= CAP_SECONDS for r in results),
         eval_seconds_under_600=all(r["eval_seconds"] <= CAP_SECONDS for r in results),
         bytes_under_16mb=largest <= CAP_BYTES, three_seeds=len(runs) >= 3,
-        full_validation_set=all(r.get("scored_targets") in OFFICIAL_TARGETS.values()
-                                for r in results),
+        full_validation_set=all(official_set(r.get("scored_targets") or 0) for r in results),
         validation_targets=first.get("scored_targets"), validation_bytes=first.get("scored_bytes"))
     return dict(
         author=args.author, github_id=args.github_id, name=args.name, date=args.date,
