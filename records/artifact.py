@@ -52,8 +52,7 @@ ESCAPES = {b"\\": b"\\\\", b"'": b"\\'", b"\0": b"\\x00", b"\n": b"\\n", b"\r": 
 
 
 def may_read_itself_as_text(source):
-    """Whether a script (bytes) knows its own path and reads some file as text; True for Python
-    that this one cannot parse."""
+    """Whether a script (bytes) knows its path and reads a file as text, or cannot be parsed."""
     if not re.search(rb"__file__|\bargv\[0\]", source):
         return False
     try:
@@ -137,9 +136,10 @@ def minified(source):
         raise ValueError(f"--minify: line {problem.lineno} is no Python "
                          f"{platform.python_version()} ({problem.msg})") from problem
     lines, parts = source.decode().splitlines(True), []
-    for written, group in itertools.groupby(
-            plainer.visit(tree).body,
-            lambda node: isinstance(node, ast.ClassDef) and node.name in plainer.as_written):
+    def as_written(node):
+        return isinstance(node, ast.ClassDef) and node.name in plainer.as_written
+
+    for written, group in itertools.groupby(plainer.visit(tree).body, as_written):
         for nodes in ([node] for node in group) if written else [list(group)]:
             first = min(n.lineno for n in (nodes[0], *getattr(nodes[0], "decorator_list", [])))
             parts.append("".join(lines[first - 1: nodes[0].end_lineno]).rstrip() if written else
@@ -181,13 +181,12 @@ def float_weights(train_gpt, path):
         return {name: t.weights() for name, t in train_gpt.read_artifact(path)[1].items()}
     except (OSError, RuntimeError, pickle.UnpicklingError, AttributeError, LookupError, ValueError,
             EOFError) as problem:
-        raise train_gpt.UserError(f"--float {path}: neither an artifact nor a state dict "
-                                  f"({problem})") from problem
+        text = f"--float {path}: neither an artifact nor a state dict ({problem})"
+        raise train_gpt.UserError(text) from problem
 
 
 def rows_of(tensors, exact):
-    """A row per tensor: name, shape, bits, median step, order-0 bits per code, bytes at that
-    entropy, relative error."""
+    """Per tensor: name, shape, bits, median step, entropy per code, bytes at it, relative error."""
     for name, t in tensors.items():
         error = ""
         if name in exact:
@@ -231,8 +230,8 @@ def inspect(path, exact_path=None, code=ROOT / "train_gpt.py"):
     if entropy:
         yield (f"codes: {len(codes)} bytes, {len(codes) / entropy:.4f} of their order-0 entropy by "
                f"tensor ({entropy:.0f} bytes)")
-    yield (f"settings, steps, fp16 arrays: {header['side_bytes']} bytes, squeezed to "
-           f"{header['squeezed_bytes']}")
+    sides, squeezed = header["side_bytes"], header["squeezed_bytes"]
+    yield f"settings, steps, fp16 arrays: {sides} bytes, squeezed to {squeezed}"
     total, budget = len(content) + code_bytes, stored["artifact_budget_bytes"]
     yield (f"artifact {len(content)} + code {code_bytes} ({code}) = {total} of {budget} bytes, "
            f"{budget - total} left")
@@ -244,15 +243,13 @@ def main(argv):
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack-code", help="make a small self-extracting script")
     pack.add_argument("script", nargs="?", default=ROOT / "train_gpt.py", type=user_path)
-    pack.add_argument("--minify", action="store_true",
-                      help="drop comments, docstrings and annotations first")
+    pack.add_argument("--minify", action="store_true", help="without comments and docstrings")
     pack.add_argument("-o", "--out", default=Path("packed/train_gpt.py"), type=user_path)
     look = commands.add_parser("inspect", help="what every tensor got and costs")
     look.add_argument("artifact", type=user_path)
-    look.add_argument("--float", type=user_path, help="the weights before quantization: an "
-                                                      "artifact with 16 bits, or a state dict")
-    look.add_argument("--code", type=user_path, default=ROOT / "train_gpt.py",
-                      help="the script whose bytes count")
+    look.add_argument("--float", type=user_path,
+                      help="weights before quantization: an artifact with 16 bits, or a state dict")
+    look.add_argument("--code", type=user_path, default=ROOT / "train_gpt.py", help="the script")
     arguments = parser.parse_args(argv)
     from train_gpt import UserError, write_whole
 
@@ -260,8 +257,8 @@ def main(argv):
         if arguments.command == "inspect":
             for line in inspect(arguments.artifact, arguments.float, arguments.code):
                 print(line)
-            return 0
-        pack_script(arguments.script, arguments.out, arguments.minify, write_whole)
+        else:
+            pack_script(arguments.script, arguments.out, arguments.minify, write_whole)
         return 0
     except BrokenPipeError:
         raise

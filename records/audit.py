@@ -1,15 +1,18 @@
-"""Prove on your own data that a score is legal: one line for each check, grouped by the conditions on the evaluator.
+"""Prove on your own data that a score is legal: one line for each check, by the evaluator's rules.
 
-    python records/audit.py final_model.ptz                                      with the project's script
-    python records/audit.py final_model.ptz --script somewhere/train_gpt.py      with the one that made it, packed or not
-    python records/audit.py final_model.ptz --data data/datasets/demo --tokenizer data/tokenizers/demo_1024_bpe.model
+    python records/audit.py final_model.ptz                       with the project's script
+    python records/audit.py final_model.ptz --script F.py         with the one that made it
+    python records/audit.py final_model.ptz --data data/datasets/demo \\
+        --tokenizer data/tokenizers/demo_1024_bpe.model
 
-The script is imported, which runs it: read a stranger's before. Its own run_evaluations is then watched from outside (what
-the model is asked and answers, when weights or adapters change, what the ledger gets), and run again and again on tokens
-changed behind some place: nothing before that place may notice. "Behind" is by place and by time: where stretches of the
-text are scored side by side, only tokens that are scored no earlier than the place are changed. Settings are the artifact's;
-environment variables change them as with EVAL_ONLY. Chunks of test-time training are shortened so that four or more fit the
-slice, the clock is off and nothing is compiled: neither may decide a proof. One process; a GPU where there is one.
+The script is imported, which runs it: read a stranger's before. Its own run_evaluations is then
+watched from outside (what the model is asked and answers, when weights or adapters change, what the
+ledger gets), and run again and again on tokens changed behind some place: nothing before that place
+may notice. "Behind" is by place and by time: where stretches of the text are scored side by side,
+only tokens that are scored no earlier than the place are changed. Settings are the artifact's;
+environment variables change them as with EVAL_ONLY. Chunks of test-time training are shortened so
+that four or more fit the slice, the clock is off and nothing is compiled: neither may decide a
+proof. One process; a GPU where there is one.
 
 Exit status: 0 nothing failed, 1 a check failed, 2 unusable input.
 """
@@ -31,7 +34,8 @@ import sys
 import sysconfig
 import tempfile
 import time
-from dataclasses import fields, replace
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -42,68 +46,61 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from artifact import readable_source  # noqa: E402
-from shards import exit_code_of, user_path  # noqa: E402
+from shards import DataError, exit_code_of, user_path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CAP_BYTES = 16_000_000
-# methods of the model that answer for a whole vocabulary (the last: earlier scripts)
-LOGITS = ("logits", "raw_logits", "products")
-NEEDED = ("Settings UserError Runtime ByteTable ScoreLedger load_validation settings_of_artifact build_model run_evaluations "
-          "read_artifact find_upward main").split()
+LOGITS = ("logits", "raw_logits")  # methods of the model that answer for a whole vocabulary
+NEEDED = ("Settings UserError Runtime ByteTable ScoreLedger load_validation settings_of_artifact "
+          "build_model run_evaluations read_artifact find_upward main").split()
 
 
-class Unusable(Exception):
-    """Input that cannot be audited; the message names what, and the way out."""
-
-
-# -- the script and its settings -------------------------------------------------------------------------------------
+# -- the script and its settings -------------------------------------------------------------------
 
 def load_script(path):
-    """The script at `path` as a module, readable or packed. Raises Unusable."""
+    """The script at `path` as a module, readable or packed. Raises DataError."""
     loader = importlib.machinery.SourceFileLoader("audited_script", str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     sys.modules[loader.name] = module  # where dataclasses look for their module
-    keep, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave nothing beside a submission
+    keep, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # nothing beside a submission
     try:
         loader.exec_module(module)
     except Exception as problem:
-        raise Unusable(f"--script {path}: cannot be imported ({type(problem).__name__}: {problem})") from problem
+        raise DataError(f"--script {path}: cannot be imported "
+                       f"({type(problem).__name__}: {problem})") from problem
     finally:
         sys.dont_write_bytecode = keep
     missing = [name for name in NEEDED if not hasattr(module, name)]
     if missing:
-        raise Unusable(f"--script {path}: has no {', '.join(missing)}; only scripts built like train_gpt.py can be audited")
+        raise DataError(f"--script {path}: has no {', '.join(missing)}; "
+                       "only scripts built like train_gpt.py can be audited")
     return module
 
 
 def shapes_of(s):
     """(tokens read, targets scored, keys of each layer) of a pass of scoring and of one of
-    adapting. Earlier scripts call them plans, the first have sliding windows alone."""
-    windows = (s.window, s.eval_stride, 0)
-    scoring = getattr(s, "scoring_shape", None) or getattr(s, "scoring_plan", windows)
-    return scoring, getattr(s, "ttt_shape", None) or getattr(s, "adapting_plan", scoring)
+    adapting. The first scripts have sliding windows alone."""
+    scoring = getattr(s, "scoring_shape", (s.window, s.eval_stride, 0))
+    return scoring, getattr(s, "ttt_shape", scoring)
 
 
 def settings_for(script, path, environ, targets):
-    """(settings of the audited evaluation, environment that gives them, chunk of TTT in the artifact).
-
-    Raises the script's UserError and Unusable.
-    """
+    """(settings of the audited evaluation, environment for them, chunk of TTT in the artifact).
+    Raises the script's UserError and DataError."""
     known = {f.name.upper() for f in fields(script.Settings)}
-    environ = {**environ, **{k: v for k, v in (("COMPILE", "0"), ("EVAL_WALLCLOCK_SECONDS", "0")) if k in known}}
+    environ = {**environ, **dict.fromkeys({"COMPILE", "EVAL_WALLCLOCK_SECONDS"} & known, "0")}
     s, explicit = script.settings_of_artifact(path, environ)
     scoring, adapting = shapes_of(s)
     row = max(s.train_seq_len, s.window, scoring[1])
     chunk = s.ttt_chunk_tokens  # 0: by the length of the validation set
     if targets and targets < 4 * row:
-        raise Unusable(f"--targets {targets}: too few, four chunks of a row need {4 * row}")
+        raise DataError(f"--targets {targets}: too few, four chunks of a row need {4 * row}")
     adapters = s.ttt_enabled and getattr(s, "ttt_lora_rank", 0)
     if not targets:  # with adapters two streams, each of 16 rows
         targets = 32 * max(row, adapting[0]) if adapters else 16 * row
     environ["VAL_LIMIT_TOKENS"] = str(targets)
     targets = len(script.load_validation(replace(s, val_limit_tokens=targets))) - 1
-    # set, it would mean weights adapted by chunks
-    if not adapters and "TTT_CHUNK_TOKENS" not in explicit:
+    if not adapters and "TTT_CHUNK_TOKENS" not in explicit:  # it means weights adapted by chunks
         environ["TTT_CHUNK_TOKENS"] = str(min(chunk or targets, max(row, targets // 4)))
     return script.settings_of_artifact(path, environ)[0], environ, chunk
 
@@ -116,27 +113,28 @@ def quiet():
         yield said
 
 
-# -- watching one run ------------------------------------------------------------------------------------------------
+# -- watching one run ------------------------------------------------------------------------------
 
 class Evaluation:
     """What was seen of one evaluation, from the making of its ledger on.
 
-    A turn is what is scored and then recorded, in one or more records, before the model is asked for other scores.
+    A turn is what is scored and then recorded, in one or more records, before the model is asked
+    for other scores.
     """
 
     def __init__(self, ledger, targets):
         self.ledger = ledger
-        self.given = np.full(targets, np.nan, np.float32)     # the first score that the model gave each target
+        self.given = np.full(targets, np.nan, np.float32)     # the model's first score of each
         self.recorded = np.full(targets, np.nan, np.float32)  # what the ledger was told
-        self.turn_of, self.turn = np.full(targets, -1), -1    # of each target, as soon as it is recorded; the one that runs
+        self.turn_of, self.turn = np.full(targets, -1), -1    # of what is recorded; that runs
         self.records = []         # (first target, how many) of each record
         self.fresh = []           # targets at which a row began to be new
-        self.rows = {}            # (length, first place) → Rows that read the same, of the turn that runs
-        self.distributions = {}   # target → log-probabilities [V], float64, at the moment it was scored
-        self.pending = {}         # the same of the turn that runs: not every row that holds a target is recorded for it
+        self.rows = {}            # (length, first place) → Rows of the turn that runs
+        self.distributions = {}   # target → log-probabilities [V], float64, when it was scored
+        self.pending = {}         # the same in the turn that runs, before a row is recorded
         self.worst = 0.0          # nats between a score and −log p of its distribution
         self.adapters = {0}       # fingerprints of adapters seen, 0: they add nothing
-        self.updates, self.training_rows = {}, 0  # turn → what had changed before it: weights or adapters
+        self.updates, self.training_rows = {}, 0  # turn → what changed before it
         self.faults = {}          # check → what was seen first
 
     @property
@@ -151,20 +149,19 @@ class Evaluation:
         self.faults.setdefault(check, sentence)
 
     def close(self):
-        """The end of a turn: compare what was recorded with what the model gave.
-
-        A row's targets before the last that is recorded are the others' context, and so is a row at the very end: a pass
-        beyond it reads that. What else the model gave stays the first score of its target.
-        """
+        """The end of a turn: compare what was recorded with what the model gave. A row's targets
+        before the last recorded one are context of others, and so is a row at the very end, for a
+        pass beyond it. What else the model gave stays the first score of its target."""
         for (length, _), rows in self.rows.items():
             scores = list(rows.scores)
             for at in rows.free:
                 recorded = self.turn_of[at: at + length]
-                wanted, now = np.isnan(self.given[at: at + length]), np.flatnonzero(recorded == self.turn)
-                score = scores[0]
+                wanted = np.isnan(self.given[at: at + length])
+                now, score = np.flatnonzero(recorded == self.turn), scores[0]
                 if len(rows.free) > 1:  # which of the places was meant shows when it is recorded
                     new = now[wanted[now]]
-                    score = next((x for x in scores if np.array_equal(x[new], self.recorded[at + new])), score)
+                    score = next((x for x in scores
+                                  if np.array_equal(x[new], self.recorded[at + new])), score)
                     scores = [x for x in scores if x is not score] or scores
                 if len(now):
                     wanted[: now[-1]] &= recorded[: now[-1]] >= 0
@@ -172,23 +169,27 @@ class Evaluation:
                 elif at + length == len(self.given):
                     continue
                 self.given[at + np.flatnonzero(wanted)] = score[wanted]
-        self.distributions.update({t: log_p for t, log_p in self.pending.items() if self.turn_of[t] == self.turn})
-        wrong = np.flatnonzero((self.turn_of == self.turn) & ~np.isnan(self.recorded) & (self.given != self.recorded))
+        self.distributions.update({t: log_p for t, log_p in self.pending.items()
+                                   if self.turn_of[t] == self.turn})
+        wrong = np.flatnonzero((self.turn_of == self.turn) & ~np.isnan(self.recorded)
+                               & (self.given != self.recorded))
         if len(wrong):
-            self.fault("given", f"target {wrong[0]} was recorded with {self.recorded[wrong[0]]:.6f} where the model first "
-                       f"gave it {self.given[wrong[0]]:.6f} ({len(wrong)} such)")
+            t = wrong[0]
+            self.fault("given", f"target {t} was recorded with {self.recorded[t]:.6f} where the "
+                       f"model first gave it {self.given[t]:.6f} ({len(wrong)} such)")
         self.rows, self.pending = {}, {}
 
 
+@dataclass
 class Rows:
-    """Rows of a turn that read the same: where their targets are not all recorded, and the scores they got."""
-
-    def __init__(self, free):
-        self.free, self.scores, self.asked = free, [], 0
+    """Rows of a turn that read the same."""
+    free: list  # places where their targets are not all recorded
+    scores: list = field(default_factory=list)
+    asked: int = 0
 
 
 class Witness:
-    """Stands behind the model and the ledger of one run of the script's evaluation and keeps what it sees."""
+    """Keeps what it sees of the model and the ledger in one run of the script's evaluation."""
 
     def __init__(self, model, tokens, places, shipped):
         self.model, self.tokens, self.places, self.shipped = model, tokens, set(places), shipped
@@ -205,10 +206,15 @@ class Witness:
     def now(self):
         return self.evaluations[-1]
 
-    # -- rows: which validation targets they hold is found by their content, whatever the script says
+    def faults(self, check):
+        """What each evaluation did wrong first in a check."""
+        return [f"{name}: {e.faults[check]}" for name, e in zip(self.names, self.evaluations)
+                if check in e.faults]
+
+    # -- rows: which targets they hold is found by their content, whatever the script says
 
     def starts_of(self, rows):
-        """For each row [T + 1] the places at which the validation tokens read the same, ascending."""
+        """For each row [T + 1] the places where the validation tokens read the same, ascending."""
         width = rows.shape[1]
         if width not in self.index:
             index = self.index[width] = {}
@@ -222,14 +228,16 @@ class Witness:
         """The model's own forward, watched: nll [B, T] of targets y after x."""
         self.inside = True
         try:
-            return self.watched(x, y, *args, **kwargs) if self.evaluations else self.original(x, y, *args, **kwargs)
+            plain_or_watched = self.watched if self.evaluations else self.original
+            return plain_or_watched(x, y, *args, **kwargs)
         finally:
             self.inside = False
 
     def logits(self, plain, *args, **kwargs):
-        """The model's own logits, before or after the softcap: no evaluation asks for them but by forward."""
+        """The model's own logits, softcapped or not: an evaluation asks for them by forward."""
         if not self.inside and self.evaluations:
-            self.now.fault("update", f"the model is asked for logits beside its scores when {self.now.scored} are recorded")
+            self.now.fault("update", "the model is asked for logits beside its scores when "
+                           f"{self.now.scored} are recorded")
         return plain(*args, **kwargs)
 
     def watched(self, x, y, *args, **kwargs):
@@ -246,24 +254,27 @@ class Witness:
         return nll
 
     def training_pass(self, starts, length):
-        """Every row that gradients come from must hold scored tokens alone: its targets and the token before them."""
+        """A row that gradients come from must hold scored tokens alone, its first one included."""
         now = self.now
         self.trained, now.training_rows = True, now.training_rows + len(starts)
         for at in starts:
             if not at:
                 self.foreign = True  # as in a warm-up on random tokens: fine unless weights change
             elif not any(now.is_scored(a, length) for a in at):
-                now.fault("update", f"trained on targets {at[0]} to {at[0] + length - 1}, not all of which are among the "
-                          f"{now.scored} scored")
+                now.fault("update", f"trained on targets {at[0]} to {at[0] + length - 1}, "
+                          f"not all of which are among the {now.scored} scored")
             elif not any(now.is_scored(max(a - 1, 0), length) for a in at):
-                now.fault("update", f"trained after target {at[0] - 1}, which is an input there and not yet scored")
+                now.fault("update", f"trained after target {at[0] - 1}, "
+                          "which is an input there and not yet scored")
         if self.scoring:
-            now.fault("update", f"trained between the scoring and the recording of targets, when {now.scored} were scored")
+            now.fault("update", "trained between the scoring and the recording of targets, "
+                      f"when {now.scored} were scored")
 
     def scoring_pass(self, starts, x, y, nll, call):
-        """Keep the scores of rows with targets not yet recorded; at the chosen places also the whole distribution."""
+        """Keep scores of rows with targets not yet recorded, at chosen places distributions."""
         now, length, chosen, asked = self.now, y.size(1), {}, {}
-        values, adapters = nll.detach().float().cpu().numpy(), self.fingerprints(call.arguments.get("adapters"), len(y))
+        values = nll.detach().float().cpu().numpy()
+        adapters = self.fingerprints(call.arguments.get("adapters"), len(y))
         for b, at in enumerate(starts):
             free = [a for a in at if not now.is_scored(a, length)]
             if not free:
@@ -275,19 +286,22 @@ class Witness:
             self.adapters_may_have_changed(adapters[b], free[0])
             chosen.update({t: (b, t - a) for a in free for t in self.places
                            if a <= t < a + length and t not in now.pending})
-        for key, each in asked.items():  # a pass may repeat its own rows to fill a batch, with the adapters they have
+        # a pass may repeat its own rows to fill a batch, with the adapters they have
+        for key, each in asked.items():
             rows = now.rows[key]
             rows.asked += max(len(set(each)), min(len(each), len(rows.free)))
             if rows.asked > len(rows.free):
-                now.fault("given", f"targets from {key[1]} on were scored twice before a record: a choice between scores")
+                now.fault("given", f"targets from {key[1]} on were scored twice before a record: "
+                          "a choice between scores")
         if chosen:
             self.distributions(chosen, x, y, nll, call)
 
     def distributions(self, chosen, x, y, nll, call):
-        """Log-probabilities over the vocabulary at chosen {target: (row, position)}, from the logits as the call has them,
-        to which no target is given; and how far the scores of these rows are from −log p."""
-        options, names = list(call.arguments.items())[2:], inspect.signature(self.plain_logits).parameters
-        logits_BTV = self.plain_logits(x, **{k: v for k, v in options if k in names})
+        """Log-probabilities at chosen {target: (row, position)}, from logits that see no target;
+        and how far the scores are from −log p."""
+        names = inspect.signature(self.plain_logits).parameters
+        options = {k: v for k, v in list(call.arguments.items())[2:] if k in names}
+        logits_BTV = self.plain_logits(x, **options)
         for target, (b, p) in chosen.items():
             log_p_TV = logits_BTV[b].double().log_softmax(-1)
             error = (nll[b].double() + log_p_TV.gather(1, y[b].long()[:, None])[:, 0]).abs().max()
@@ -303,13 +317,15 @@ class Witness:
     def changed(self):
         """Names of parameters that are not as they were."""
         own, old = dict(self.model.named_parameters()), self.weights
-        return [n for n in own.keys() | old.keys() if n not in own or n not in old or not own[n].equal(old[n])]
+        return [n for n in own.keys() | old.keys() if n not in own or n not in old
+                or not own[n].equal(old[n])]
 
     def fingerprints(self, adapters, rows):
-        """For each row a number that tells its adapters (pairs of tensors [rows, ...]) from others; 0: one of each pair
-        is zero, so that they add nothing."""
+        """For each row a number that tells its adapters (pairs of tensors [rows, ...]) from
+        others; 0: one of each pair is zero, so that they add nothing."""
         device = next(self.model.parameters()).device
-        total, adds = (torch.zeros(rows, dtype=kind, device=device) for kind in (torch.int64, torch.bool))
+        total, adds = (torch.zeros(rows, dtype=kind, device=device)
+                       for kind in (torch.int64, torch.bool))
         for site, pair in enumerate(adapters or ()):
             pair = [x.detach().float().expand(rows, *x.shape[1:]).reshape(rows, -1) for x in pair]
             adds |= pair[0].any(1) & pair[1].any(1)
@@ -327,17 +343,21 @@ class Witness:
         now = self.now
         now.close()
         self.scoring, now.turn = True, now.turn + 1
-        self.justified, foreign = self.trained and not self.foreign, self.foreign
-        self.reason = "by tokens that are not scored rows" if foreign else "without a pass of the model over scored rows"
+        self.justified = self.trained and not self.foreign
+        self.reason = ("by tokens that are not scored rows" if self.foreign else
+                       "without a pass of the model over scored rows")
         if not now.records:
-            wrong = [n for n, w in self.shipped.items() if not torch.equal(attrgetter(n)(self.model).detach().cpu().float(), w)]
+            wrong = [n for n, w in self.shipped.items()
+                     if not torch.equal(attrgetter(n)(self.model).detach().cpu().float(), w)]
             if wrong:
-                now.fault("ships", f"{wrong[0]} differs from the file when scoring begins ({len(wrong)} such)")
+                now.fault("ships", f"{wrong[0]} differs from the file when scoring begins "
+                          f"({len(wrong)} such)")
             self.weights = self.snapshot()
         elif names := self.changed():
             now.updates[now.turn] = "weights"
             if not self.justified:
-                now.fault("update", f"{names[0]} changed when {now.scored} targets were scored, {self.reason}")
+                now.fault("update", f"{names[0]} changed when {now.scored} targets were scored, "
+                          f"{self.reason}")
             self.weights = self.snapshot()
         self.trained = self.foreign = False
 
@@ -348,11 +368,13 @@ class Witness:
             return
         now.adapters.add(fingerprint)
         if not now.records:
-            now.fault("ships", f"adapters add to the file's weights when scoring begins, at target {target}")
+            now.fault("ships", "adapters add to the file's weights when scoring begins, "
+                      f"at target {target}")
             return
         now.updates.setdefault(now.turn, "adapters")
         if not self.justified:
-            now.fault("update", f"adapters for target {target} changed when {now.scored} were scored, {self.reason}")
+            now.fault("update", f"adapters for target {target} changed when {now.scored} were "
+                      f"scored, {self.reason}")
 
     # -- the ledger
 
@@ -367,11 +389,12 @@ class Witness:
         now, nll = self.now, np.asarray(nll, np.float32)
         place = slice(max(first, 0), first + len(nll))
         if first < 0 or first + len(nll) > len(now.recorded) or (now.turn_of[place] >= 0).any():
-            now.fault("order", f"{len(nll)} scores from target {first} on came when {now.scored} of {len(now.recorded)} were "
-                      "recorded, not each of them once")
+            now.fault("order", f"{len(nll)} scores from target {first} on came when {now.scored} "
+                      f"of {len(now.recorded)} were recorded, not each of them once")
             nll = nll[place.start - first:][: len(now.recorded[place])]
         if self.scoring and (names := self.changed()):
-            now.fault("update", f"{names[0]} changed between the scoring and the recording of targets from {first} on")
+            now.fault("update", f"{names[0]} changed between the scoring and the recording of "
+                      f"targets from {first} on")
             self.weights = self.snapshot()
         now.recorded[place], now.turn_of[place] = nll, now.turn
         now.records.append((first, len(nll)))
@@ -379,11 +402,12 @@ class Witness:
 
 
 class Files:
-    """What this process opens, executes or connects to inside of a `with`; by the interpreter's own audit events."""
-    EXECUTES = {"exec", "compile", "import", "marshal.loads", "pickle.find_class", "os.system", "subprocess.Popen",
-                "ctypes.dlopen"}
-    OWN = [os.path.realpath(path) for path in {  # Python, its packages (which load parts of themselves late), the system
-        *sysconfig.get_paths().values(), sys.prefix, Path(torch.__file__).parents[1], "/proc", "/sys", "/dev"}]
+    """What this process opens, executes or connects to in a `with`, by Python's audit events."""
+    EXECUTES = {"exec", "compile", "import", "marshal.loads", "pickle.find_class", "os.system",
+                "subprocess.Popen", "ctypes.dlopen"}
+    # Python, its packages (which load parts of themselves late), the system
+    OWN = tuple(map(os.path.realpath, {*sysconfig.get_paths().values(), sys.prefix, "/proc", "/sys",
+                                       "/dev", Path(torch.__file__).parents[1]}))
 
     def __init__(self):
         self.active, self.opened, self.executed = False, [], []
@@ -394,7 +418,7 @@ class Files:
             return
         if event == "open" and isinstance(args[0], (str, bytes)):
             path = os.path.realpath(os.fsdecode(args[0]))
-            if not any(path.startswith(own) for own in self.OWN):
+            if not path.startswith(self.OWN):
                 self.opened.append(path)
         elif event.startswith(("socket.connect", "socket.getaddrinfo", "subprocess.")):
             self.opened.append(event)
@@ -419,15 +443,18 @@ class Audit:
 
     def __init__(self, script, path, s, environ):
         self.script, self.path, self.s, self.environ = script, path, s, environ
-        self.rt, self.tokens, self.byte_table = script.Runtime(s), np.asarray(script.load_validation(s)), script.ByteTable(s)
-        self.shipped = {name: t.weights().float() for name, t in script.read_artifact(path)[1].items()}
+        self.rt, self.byte_table = script.Runtime(s), script.ByteTable(s)
+        self.tokens = np.asarray(script.load_validation(s))
+        self.shipped = {name: t.weights().float()
+                        for name, t in script.read_artifact(path)[1].items()}
         self.files = files()
 
     def run(self, tokens, places=()):
         """The script's whole evaluation of `tokens`, watched. Returns (witness, its results)."""
+        script = self.script
         with quiet():
-            model = self.script.build_model(self.s, self.rt)[0]
-            witness, ledger_class = Witness(model, tokens, places, self.shipped), self.script.ScoreLedger
+            model, ledger_class = script.build_model(self.s, self.rt)[0], script.ScoreLedger
+            witness = Witness(model, tokens, places, self.shipped)
 
             class Watched(ledger_class):
                 def __init__(self, tokens):
@@ -438,15 +465,16 @@ class Audit:
                     super().record(first, nll)
                     witness.record(first, nll)
 
-            given = dict(model=model, forward=model, path=self.path, s=self.s, rt=self.rt, tokens=tokens,
-                         byte_table=self.byte_table, opened=time.perf_counter())
-            self.script.ScoreLedger = Watched
+            given = dict(model=model, forward=model, path=self.path, s=self.s, rt=self.rt,
+                         tokens=tokens, byte_table=self.byte_table, opened=time.perf_counter())
+            taken = inspect.signature(script.run_evaluations).parameters
+            script.ScoreLedger = Watched
             try:
                 with self.files:
-                    results, _ = self.script.run_evaluations(
-                        **{name: given[name] for name in inspect.signature(self.script.run_evaluations).parameters if name in given})
+                    results, _ = script.run_evaluations(
+                        **{name: value for name, value in given.items() if name in taken})
             finally:
-                self.script.ScoreLedger = ledger_class
+                script.ScoreLedger = ledger_class
                 for name in {"forward", *LOGITS} & vars(model).keys():
                     delattr(model, name)
         for evaluation in witness.evaluations:
@@ -457,18 +485,17 @@ class Audit:
         return witness, results
 
 
-# -- the checks ------------------------------------------------------------------------------------------------------
+# -- the checks ------------------------------------------------------------------------------------
 #
-# Each yields (condition, True, False or None for "not checked", sentence).
+# Each yields (condition, what is wrong, what holds): text or list; None where it is not checked.
 
 CAUSAL, NORMALIZED, BEFORE, ONCE, BYTES, SHIPS = (
-    "1 causal", "2 normalized", "3 score before update", "4 one pass, each token once", "5 bits per byte",
-    "6 what is scored is what ships")
+    "1 causal", "2 normalized", "3 score before update", "4 one pass, each token once",
+    "5 bits per byte", "6 what is scored is what ships")
 
 
 def choose_places(evaluation, tokens, bos, at_random):
-    """{target t: why}: tokens after t will be changed, which no score before target t and not its own distribution may feel.
-    Borders are those seen in `evaluation`."""
+    """{target t: why}: no score before t, nor t's distribution, may feel changed tokens after t."""
     targets, places, rng = len(tokens) - 1, {}, np.random.default_rng(1)
     records, turn = evaluation.records, evaluation.turn_of
 
@@ -476,7 +503,8 @@ def choose_places(evaluation, tokens, bos, at_random):
         if 0 < t < targets:
             places.setdefault(int(t), why)
 
-    streams = [b for (a, n), (b, _) in zip(records, records[1:]) if turn[b] == 0 and b != a + n]  # begin side by side
+    # streams begin side by side
+    streams = [b for (a, n), (b, _) in zip(records, records[1:]) if turn[b] == 0 and b != a + n]
     chunks = [first for first, _ in records if turn[first] > 0]
     begin, count = records[len(records) // 2]
     inside = [t for t in sorted(set(evaluation.fresh)) if begin < t < begin + count]
@@ -512,83 +540,88 @@ def changed_at(tokens, targets, vocab_size):
     return out
 
 
-def causal(audit, scout, base, names, places, progress):
+def causal(audit, scout, base, places, progress):
     """Condition 1, by a run for each place."""
     early, own, unfelt, base.moved, back = [], [], [], [], False
     for t, why in places.items():
         others = behind(base.evaluations[-1], t)
         witness, _ = audit.run(changed_at(audit.tokens, others, audit.s.vocab_size), [t])
         progress.update()
-        for name, a, b in zip(names, base.evaluations, witness.evaluations):
+        for name, a, b in zip(base.names, base.evaluations, witness.evaluations):
             where = f"tokens after {t} changed ({why}): "
-            may_not_feel = a.turn_of[:t] <= a.turn_of[others].min()  # nothing that changed is before it or scored before it
+            # nothing that changed is before it or scored before it
+            may_not_feel = a.turn_of[:t] <= a.turn_of[others].min()
             other = a.kept[:t] != b.kept[:t]
             before, back = np.flatnonzero(other & may_not_feel), back or other.any()
             if len(before):
                 target = int(before[-1])
-                early.append(f"{where}{name} scores target {target} {b.kept[target]:.6f} instead of {a.kept[target]:.6f} "
-                             f"({len(before)} such)")
+                early.append(f"{where}{name} scores target {target} {b.kept[target]:.6f} instead "
+                             f"of {a.kept[target]:.6f} ({len(before)} such)")
             p, q = (e.distributions.get(t) for e in (a, b))
             if p is None or q is None or not p.equal(q):
-                own.append(f"{where}the distribution of target {t} in {name} "
-                           + ("was not seen" if p is None or q is None else f"moves by {float((p - q).abs().max()):.2g}"))
+                moves = ("was not seen" if p is None or q is None
+                         else f"moves by {float((p - q).abs().max()):.2g}")
+                own.append(f"{where}the distribution of target {t} in {name} {moves}")
             if np.array_equal(a.kept[t:], b.kept[t:]):
                 unfelt.append(f"{where}no score of {name} notices")
             if not np.array_equal(a.turn_of, b.turn_of):
-                base.moved.append(f"{where}{name} scores in another order, so that the tokens decide what is scored when")
+                base.moved.append(f"{where}{name} scores in another order, so that the tokens "
+                                  "decide what is scored when")
     progress.close()
     same = all(np.array_equal(a.kept, b.kept) for a, b in zip(scout.evaluations, base.evaluations))
-    yield CAUSAL, same, "the same tokens give the same scores, bit for bit" if same else (
-        "the same tokens give other scores in a second run, so that nothing can be proven: DEVICE=cpu, or ATTENTION=sdpa")
-    said = f"{len(places)} places × {len(names)} evaluations: {', '.join(sorted(set(places.values())))}"
-    yield CAUSAL, not early, early[0] if early else (
-        ("what is scored later changes no score before it by a bit, but what is scored earlier does, from further on in the "
-         if back else "later tokens change no earlier score by a bit, of the whole ") + f"text; {said}")
-    yield CAUSAL, not own, own[0] if own else "its own token leaves the distribution of a target alone, bit for bit, there"
-    yield CAUSAL, not unfelt, unfelt[0] if unfelt else "the changes were felt after each place, in every evaluation"
+    yield (CAUSAL, not same and "the same tokens give other scores in a second run, so that "
+           "nothing can be proven: DEVICE=cpu, or ATTENTION=sdpa",
+           "the same tokens give the same scores, bit for bit")
+    told = ("what is scored later changes no score before it by a bit, but what is scored earlier "
+            "does, from further on in the text" if back else
+            "later tokens change no earlier score by a bit, of the whole text")
+    yield (CAUSAL, early, f"{told}; {len(places)} places × {len(base.names)} evaluations: "
+           + ", ".join(sorted(set(places.values()))))
+    yield (CAUSAL, own,
+           "its own token leaves the distribution of a target alone, bit for bit, there")
+    yield CAUSAL, unfelt, "the changes were felt after each place, in every evaluation"
 
 
 @torch.no_grad()
-def normalized(audit, base, names):
+def normalized(audit, base):
     """Condition 2: scores are −log p of distributions that sum to one."""
-    worst = {name: e.worst for name, e in zip(names, base.evaluations)}
+    worst = {name: e.worst for name, e in zip(base.names, base.evaluations)}
     seen = sum(len(e.distributions) for e in base.evaluations)
     bad = max(worst, key=worst.get)
-    yield NORMALIZED, worst[bad] < 1e-4 and seen > 0, (
-        f"scores are −log p of the softmax of the logits within {worst[bad]:.1g} nats ({bad}), in {seen} rows")
-    V, length = audit.s.vocab_size, min(32, len(audit.tokens) - 1)
+    told = ("scores are −log p of the softmax of the logits within "
+            f"{worst[bad]:.1g} nats ({bad}), in {seen} rows")
+    yield NORMALIZED, not (worst[bad] < 1e-4 and seen) and told, told
     if not seen:
         return
-    x = torch.from_numpy(audit.tokens[:length].astype(np.int64)).to(audit.rt.device)
-    total, (arguments, b) = torch.zeros(length, dtype=torch.float64, device=audit.rt.device), base.last_call
+    V, length, device = audit.s.vocab_size, min(32, len(audit.tokens) - 1), audit.rt.device
+    x = torch.from_numpy(audit.tokens[:length].astype(np.int64)).to(device)
+    total, (arguments, b) = torch.zeros(length, dtype=torch.float64, device=device), base.last_call
     others = dict(list(arguments.items())[2:])
-    adapters = [[x[b: b + 1] for x in pair] for pair in others.get("adapters") or ()]  # those of one row
-    for part in torch.arange(V, device=audit.rt.device).split(max(1, (1 << 24) // (V * length))):
+    of_row = [[x[b: b + 1] for x in pair] for pair in others.get("adapters") or ()]
+    for part in torch.arange(V, device=device).split(max(1, (1 << 24) // (V * length))):
         rows, asked = x.expand(len(part), length), part[:, None].expand(len(part), length)
-        if others.get("adapters"):
-            others["adapters"] = [[x.expand(len(part), *x.shape[1:]) for x in pair] for pair in adapters]
+        if of_row:
+            others["adapters"] = [[x.expand(len(part), *x.shape[1:]) for x in pair]
+                                  for pair in of_row]
         total += (-base.original(rows, asked, **others).double()).exp().sum(0)
-    yield NORMALIZED, bool((total - 1).abs().max() < 1e-4), (
-        f"asked for each of the {V} tokens at {length} positions, the probabilities sum to {float(total.min()):.6f} to "
-        f"{float(total.max()):.6f}")
+    told = (f"asked for each of the {V} tokens at {length} positions, the probabilities sum to "
+            f"{float(total.min()):.6f} to {float(total.max()):.6f}")
+    yield NORMALIZED, not bool((total - 1).abs().max() < 1e-4) and told, told
 
 
-def faults(base, names, check):
-    """The first thing that any evaluation did wrong in a check, or ""."""
-    return next((f"{name}: {e.faults[check]}" for name, e in zip(names, base.evaluations) if check in e.faults), "")
-
-
-def before_update(audit, base, names):
+def before_update(audit, base):
     """Condition 3: what was seen of weights, of adapters and of the rows that changed them."""
-    problem, last = faults(base, names, "update"), base.evaluations[-1]
-    yield BEFORE, not problem, problem or (
-        f"{' and '.join(sorted(set(last.updates.values())))} changed {len(last.updates)} times between {last.turn + 1} chunks "
-        f"of {names[-1]}, each time by rows already scored ({last.training_rows} row passes)"
-        if last.updates else f"no weight changes while {names[-1]} scores")
+    last, name = base.evaluations[-1], base.names[-1]
+    yield BEFORE, base.faults("update"), (
+        f"{' and '.join(sorted(set(last.updates.values())))} changed {len(last.updates)} times "
+        f"between {last.turn + 1} chunks of {name}, each time by rows already scored "
+        f"({last.training_rows} row passes)" if last.updates
+        else f"no weight changes while {name} scores")
     if audit.s.ttt_enabled and not last.updates:
-        yield BEFORE, None, "test-time training changed nothing here: one chunk, no epochs or a rate of zero"
-    problem = faults(base, names, "given")
-    yield BEFORE, not problem, problem or "every recorded score is the first that the model gave its target"
+        yield (BEFORE, None, "test-time training changed nothing here: one chunk, no epochs or a "
+               "rate of zero")
+    yield (BEFORE, base.faults("given"),
+           "every recorded score is the first that the model gave its target")
 
 
 def refuses(ledger_class, act, scored=8):
@@ -602,53 +635,70 @@ def refuses(ledger_class, act, scored=8):
         return True
 
 
-def one_pass(audit, base, results, names):
+def one_pass(audit, base):
     """Condition 4: the ledger's law, what it was told, and the tokens themselves."""
     def ones(n):
         return np.ones(n, np.float32)
     laws = {
-        "a second score": lambda b: b.record(0, ones(4)), "a score that overlaps": lambda b: b.record(7, ones(4)),
-        "scores before the begin": lambda b: b.record(-4, ones(4)), "scores past the end": lambda b: b.record(8, ones(13)),
+        "a second score": lambda b: b.record(0, ones(4)),
+        "a score that overlaps": lambda b: b.record(7, ones(4)),
+        "scores before the begin": lambda b: b.record(-4, ones(4)),
+        "scores past the end": lambda b: b.record(8, ones(13)),
         "a score that is no number": lambda b: b.record(8, ones(3) * np.nan),
         "a result with targets missing": lambda b: b.result(audit.byte_table),
         "training on a target not yet scored": lambda b: b.rows_for_adapting(0, 9, 3),
         "training across a gap": lambda b: b.record(12, ones(8)) or b.rows_for_adapting(0, 16, 4),
-        "training after a gap, with its last token": lambda b: b.record(12, ones(8)) or b.rows_for_adapting(12, 20, 4),
+        "training after a gap, with its last token":
+            lambda b: b.record(12, ones(8)) or b.rows_for_adapting(12, 20, 4),
         "training from the far end": lambda b: b.rows_for_adapting(-9, 8, 4)}
     broken = [law for law, act in laws.items() if not refuses(audit.script.ScoreLedger, act)]
-    yield ONCE, not broken, f"the ledger {'accepts ' + ', '.join(broken) if broken else 'refuses ' + ', '.join(laws)}"
+    yield (ONCE, broken and f"the ledger accepts {', '.join(broken)}",
+           f"the ledger refuses {', '.join(laws)}")
     targets = len(audit.tokens) - 1
-    problem = faults(base, names, "order") or faults(base, names, "kept") or next(iter(base.moved), "")
-    for name, e, result in zip(names, base.evaluations, results.values()):
-        if not problem and (e.scored != targets or np.isnan(e.recorded).any() or result["targets"] != targets):
-            problem = f"{name}: {e.scored} scores recorded, {result['targets']} targets reported, {targets} in the data"
-    yield ONCE, not problem, problem or (
-        f"{targets} targets recorded once, in an order that no token moves, in {', '.join(names)}; what was recorded stayed")
-    yield data_is_whole(audit)
+    problems = [*base.faults("order"), *base.faults("kept"), *base.moved]
+    for name, e, result in zip(base.names, base.evaluations, base.results.values()):
+        if not e.scored == result["targets"] == targets or np.isnan(e.recorded).any():
+            problems.append(f"{name}: {e.scored} scores recorded, {result['targets']} targets "
+                            f"reported, {targets} in the data")
+    yield (ONCE, problems, f"{targets} targets recorded once, in an order that no token moves, in "
+           f"{', '.join(base.names)}; what was recorded stayed")
+    yield ONCE, *data_is_whole(audit)
+
+
+def on_disk(audit, names):
+    """The numbers in the shards of these names, read here and not by the script; or None."""
+    paths = sorted(audit.script.find_upward(audit.s.data_path).glob(names))
+    return np.concatenate([np.fromfile(p, "<u2", offset=1024) for p in paths]) if paths else None
+
+
+def all_tokens(audit):
+    return np.asarray(audit.script.load_validation(replace(audit.s, val_limit_tokens=0)))
 
 
 def data_is_whole(audit):
-    """Are the tokens those on disk, from the first on?"""
-    s, folder = audit.s, audit.script.find_upward(audit.s.data_path)
-    disk = np.concatenate([np.fromfile(p, "<u2", offset=1024) for p in sorted(folder.glob("fineweb_val_[0-9]*.bin"))])
-    for limit in (s.val_limit_tokens, 0):
-        tokens = audit.tokens if limit else np.asarray(audit.script.load_validation(replace(s, val_limit_tokens=0)))
-        expected = (min(limit or len(disk), len(disk) - 1)) // s.train_seq_len * s.train_seq_len
+    """(problem, what holds): are the tokens those on disk, from the first on?"""
+    row, disk = audit.s.train_seq_len, on_disk(audit, "fineweb_val_[0-9]*.bin")
+    for limit, tokens in ((audit.s.val_limit_tokens, audit.tokens), (0, all_tokens(audit))):
+        expected = min(limit or len(disk), len(disk) - 1) // row * row
         if len(tokens) - 1 != expected or not np.array_equal(tokens, disk[: len(tokens)]):
-            return ONCE, False, f"{len(tokens) - 1} targets read where {expected} lie on disk, or not in their order"
-    return ONCE, True, (f"the targets are the shards' tokens in order: {len(audit.tokens) - 1} here, {expected} of "
-                        f"{len(disk) - 1} without a limit")
+            return (f"{len(tokens) - 1} targets read where {expected} lie on disk, or not in their "
+                    "order"), ""
+    return "", (f"the targets are the shards' tokens in order: {len(audit.tokens) - 1} here, "
+                f"{expected} of {len(disk) - 1} without a limit")
 
 
 def text_bytes(sp, tokens):
     """UTF-8 bytes of the text that targets tokens[1:] decode to.
 
-    Control, unknown and unused pieces are no text and end a document. A space that the tokenizer puts before a document is
-    no text either. Byte pieces stand for one byte each, also where the slice or a damaged text cuts a character: they
-    are decoded as an "A" each, and so is a piece put in front, which keeps the decoder from dropping a first space.
+    Control, unknown and unused pieces are no text and end a document. A space that the tokenizer
+    puts before a document is no text either. Byte pieces stand for one byte each, also where the
+    slice or a damaged text cuts a character: they are decoded as an "A" each, and so is a piece put
+    in front, which keeps the decoder from dropping a first space.
     """
-    boundary = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(sp.vocab_size())]
-    front = next(i for i in range(sp.vocab_size()) if not boundary[i] and not sp.is_byte(i) and "▁" not in sp.id_to_piece(i))
+    pieces = range(sp.vocab_size())
+    boundary = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in pieces]
+    front = next(i for i in pieces
+                 if not boundary[i] and not sp.is_byte(i) and "▁" not in sp.id_to_piece(i))
     letter, count, document, after_boundary = sp.piece_to_id("<0x41>"), 0, [], boundary[tokens[0]]
     for token in [*tokens[1:].tolist(), None]:
         if token is not None and not boundary[token]:
@@ -661,73 +711,78 @@ def text_bytes(sp, tokens):
     return int(count)
 
 
-def side_bytes(audit):
-    """Bytes of every validation token from fineweb_val_bytes_*.bin, or None where there are none: read here, not by the script."""
-    folder = audit.script.find_upward(audit.s.data_path)
-    parts = [np.fromfile(p, "<u2", offset=1024) for p in sorted(folder.glob("fineweb_val_bytes_*.bin"))]
-    return np.concatenate(parts).astype(np.int64) if parts else None
-
-
-def bits_and_bytes(audit, base, results, names):
+def bits_and_bytes(audit, base):
     """The denominator against the text, and the score from the recorded nll."""
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(audit.script.find_upward(audit.s.tokenizer_path)))
-    targets, side = len(audit.tokens) - 1, side_bytes(audit)
-    text = int(side[1: targets + 1].sum()) if side is not None else text_bytes(sp, audit.tokens)
-    counts = dict(zip(names, (r["bytes"] for r in results.values())))
-    wrong = [f"{name}: {count} bytes where the text has {text}" for name, count in counts.items() if count != text]
-    source = "stand for" if side is not None else "decode to"
-    yield BYTES, not wrong, wrong[0] if wrong else f"{targets} targets {source} {text} bytes of UTF-8, as the denominator says"
-    more = np.asarray(audit.script.load_validation(replace(audit.s, val_limit_tokens=0)))[: 1 << 18]
-    text_of_more = int(side[1: len(more)].sum()) if side is not None else text_bytes(sp, more)
-    counted = audit.byte_table.count(more)
+    model = audit.script.find_upward(audit.s.tokenizer_path)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    side = on_disk(audit, "fineweb_val_bytes_*.bin")
+
+    def bytes_of(tokens):
+        return text_bytes(sp, tokens) if side is None else int(side[1: len(tokens)].sum(dtype=int))
+
+    text, targets = bytes_of(audit.tokens), len(audit.tokens) - 1
+    yield (BYTES, [f"{name}: {r['bytes']} bytes where the text has {text}"
+                   for name, r in base.results.items() if r["bytes"] != text],
+           f"{targets} targets {'decode to' if side is None else 'stand for'} {text} bytes of "
+           "UTF-8, as the denominator says")
+    more = all_tokens(audit)[: 1 << 18]
+    of_more, counted = bytes_of(more), audit.byte_table.count(more)
     documents = int((more[1:] == getattr(audit.script, "BOS", 1)).sum())
-    yield BYTES, text_of_more == counted, (f"{len(more) - 1} targets with {documents} beginnings of documents decode to "
-                                           f"{text_of_more} bytes, and the byte table says {counted}")
-    bpbs = []
-    for name, e, r in zip(names, base.evaluations, results.values()):
-        loss = e.recorded.sum(dtype=np.float64)
-        bpb = loss / math.log(2) / text
-        bpbs.append(f"{name} {bpb:.6f}")
-        if not (math.isclose(bpb, r["val_bpb"], rel_tol=1e-9) and math.isclose(loss / targets, r["val_loss"], rel_tol=1e-9)):
-            yield BYTES, False, (f"{name}: val_bpb {r['val_bpb']:.8f}, val_loss {r['val_loss']:.8f}; recorded are {bpb:.8f}, "
-                                 f"{loss / targets:.8f}")
-            return
-    yield BYTES, True, f"Σ nll / ln 2 / bytes of what was recorded is the bpb reported: {', '.join(bpbs)}"
+    told = (f"{len(more) - 1} targets with {documents} beginnings of documents decode to {of_more} "
+            f"bytes, and the byte table says {counted}")
+    yield BYTES, of_more != counted and told, told
+    wrong, scores = [], recorded_scores(base, text)
+    for (name, r), (bpb, loss) in zip(base.results.items(), scores):
+        if not np.allclose((r["val_bpb"], r["val_loss"]), (bpb, loss), rtol=1e-9, atol=0):
+            wrong.append(f"{name}: val_bpb {r['val_bpb']:.8f}, val_loss {r['val_loss']:.8f}; "
+                         f"recorded are {bpb:.8f}, {loss:.8f}")
+    yield (BYTES, wrong, "Σ nll / ln 2 / bytes of what was recorded is the bpb reported: "
+           + ", ".join(f"{name} {bpb:.6f}" for name, (bpb, _) in zip(base.names, scores)))
 
 
-def written_result(audit, base, names):
+def recorded_scores(base, text):
+    """[(bits per byte, nats per target) of what each evaluation recorded]; `text` in bytes."""
+    sums = [(e.recorded.sum(dtype=np.float64), len(e.recorded)) for e in base.evaluations]
+    return [(nats / math.log(2) / text, nats / targets) for nats, targets in sums]
+
+
+def written_result(audit, base):
     """The whole script, unwatched: does it write the scores that were audited?"""
     with tempfile.TemporaryDirectory() as folder:
-        environ = {**audit.environ, "EVAL_ONLY": str(audit.path), "OUT_DIR": folder, "RUN_ID": "audit",
-                   "SCORES_PATH": f"{folder}/scores.npy"}
+        environ = {**audit.environ, "EVAL_ONLY": str(audit.path), "OUT_DIR": folder,
+                   "RUN_ID": "audit", "SCORES_PATH": f"{folder}/scores.npy"}
         with quiet() as said:
             status = audit.script.main([], environ)
         if status:
-            return BYTES, False, f"the script itself ended with status {status}: {said.getvalue().strip().splitlines()[-1:]}"
-        result, scores = json.loads(Path(folder, "logs", "audit.json").read_text()), np.load(Path(folder, "scores.npy"))
-    last = base.evaluations[-1].recorded
-    text = base.results[names[-1]]["bytes"]
-    same = np.array_equal(scores, last) and result["ledger_sha256"] == hashlib.sha256(last.tobytes()).hexdigest()
-    same = same and result["scored_targets"] == len(last) and result["scored_bytes"] == text
-    for name, e in zip(names, base.evaluations):
-        loss = e.recorded.sum(dtype=np.float64)
-        same = same and math.isclose(result["val_bpb"].get(name, 0), loss / math.log(2) / text, rel_tol=1e-9)
-        same = same and math.isclose(result["val_loss"].get(name, 0), loss / len(last), rel_tol=1e-9)
-    return BYTES, same, "the script, run by itself, writes " + (
-        "these scores and no others into its result" if same else f"other scores into its result: {result['val_bpb']}")
+            return BYTES, (f"the script itself ended with status {status}: "
+                           f"{said.getvalue().strip().splitlines()[-1:]}"), ""
+        result = json.loads(Path(folder, "logs", "audit.json").read_text())
+        scores = np.load(Path(folder, "scores.npy"))
+    last, text = base.evaluations[-1].recorded, base.results[base.names[-1]]["bytes"]
+    written = [(result["val_bpb"].get(n, 0), result["val_loss"].get(n, 0)) for n in base.names]
+    same = (np.array_equal(scores, last) and result["scored_targets"] == len(last)
+            and result["ledger_sha256"] == hashlib.sha256(last.tobytes()).hexdigest()
+            and result["scored_bytes"] == text
+            and np.allclose(written, recorded_scores(base, text), rtol=1e-9, atol=0))
+    told = "the script, run by itself, writes "
+    return (BYTES, not same and f"{told}other scores into its result: {result['val_bpb']}",
+            f"{told}these scores and no others into its result")
 
 
-EXECUTING_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.jit.load", "np.load", "numpy.load",
-                   "os.system"}
-EXECUTING_MODULES = {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "yaml", "ctypes", "subprocess", "runpy",
-                     "builtins"}
+EXECUTING_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.jit.load",
+                   "np.load", "numpy.load", "os.system"}
+EXECUTING_MODULES = {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "yaml",
+                     "ctypes", "subprocess", "runpy", "builtins"}
 
 
 def forbidden_calls(source, roots):
-    """(names of what the functions `roots` reach in a script's source, [what among it could execute data])."""
-    body = ast.parse(source).body
-    defined = {node.name: node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    defined.update({ast.unparse(target): node for node in body if isinstance(node, ast.Assign) for target in node.targets})
+    """(names that the functions `roots` reach in a source, [what of them could execute data])."""
+    defined = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined[node.name] = node
+        elif isinstance(node, ast.Assign):
+            defined.update({ast.unparse(target): node for target in node.targets})
     reached, waiting, found = set(), [r for r in roots if r in defined], []
     while waiting:
         name = waiting.pop()
@@ -741,31 +796,35 @@ def forbidden_calls(source, roots):
             if text in EXECUTING_CALLS or text.split(".")[0] in EXECUTING_MODULES:
                 found.append(f"{name} uses {text}")
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-                if not isinstance(node.args[0], ast.Constant) or node.args[0].value in EXECUTING_MODULES:
+                module = getattr(node.args[0], "value", None)
+                if not isinstance(module, str) or module in EXECUTING_MODULES:
                     found.append(f"{name} imports {ast.unparse(node.args[0])}")
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 found.append(f"{name} imports inside")
     return reached, found
 
 
-def ships(audit, script_path, base, names):
-    """The file: read without executing, scored as it is, small enough, and the only thing that the evaluation reads."""
+def ships(audit, script_path, base):
+    """The file: read without executing, scored as it is, small enough, and the only file read."""
     roots = ("read_artifact", "load_quantized")
     reached, found = forbidden_calls(readable_source(script_path), roots)
-    if not found and roots[0] in reached:
+    if "read_artifact" not in reached:
+        found.append(f"{script_path}: read_artifact is not in its source, so that nobody can see "
+                     "what it does")
+    if not found:
         with audit.files:
             audit.script.read_artifact(audit.path)
         found = [f"reading it raised the event {event}" for event in audit.files.executed]
-    yield SHIPS, not found and roots[0] in reached, (
-        ", ".join(found) if found else f"reading the file executes nothing: {len(reached)} functions and tables looked through"
-        if roots[0] in reached else f"{script_path}: read_artifact is not in its source, so that nobody can see what it does")
-    problem = faults(base, names, "ships")
-    yield SHIPS, not problem, problem or (
-        f"{len(audit.shipped)} tensors of the model equal the file's when an evaluation begins, and nothing is added to them")
+    yield (SHIPS, ", ".join(found), f"reading the file executes nothing: {len(reached)} functions "
+           "and tables looked through")
+    yield (SHIPS, base.faults("ships"), f"{len(audit.shipped)} tensors of the model equal the "
+           "file's when an evaluation begins, and nothing is added to them")
     opened = sorted(set(base.opened) - {os.path.realpath(audit.path)})
-    yield SHIPS, not opened, f"the evaluation opens {', '.join(opened) or 'no other file and no connection'}"
+    yield (SHIPS, opened and f"the evaluation opens {', '.join(opened)}",
+           "the evaluation opens no other file and no connection")
     code, model = script_path.stat().st_size, audit.path.stat().st_size
-    yield SHIPS, code + model <= CAP_BYTES, f"code {code:,} + model {model:,} = {code + model:,} bytes of {CAP_BYTES:,}"
+    told = f"code {code:,} + model {model:,} = {code + model:,} bytes of {CAP_BYTES:,}"
+    yield SHIPS, code + model > CAP_BYTES and told, told
 
 
 def checks(audit, script_path, at_random):
@@ -776,24 +835,24 @@ def checks(audit, script_path, at_random):
             progress.update()
             if not scout.evaluations:
                 raise RuntimeError("no ScoreLedger was made")
-            places = choose_places(scout.evaluations[-1], audit.tokens, getattr(audit.script, "BOS", 1), at_random)
+            places = choose_places(scout.evaluations[-1], audit.tokens,
+                                   getattr(audit.script, "BOS", 1), at_random)
             progress.total += len(places)
-            base, results = audit.run(audit.tokens, places)
+            base, base.results = audit.run(audit.tokens, places)
             progress.update()
-            base.opened, base.results, names = audit.files.opened, results, list(results)
-            if len(names) != len(base.evaluations):
-                raise RuntimeError(f"{len(base.evaluations)} ledgers for the results {', '.join(names)}")
-            yield from causal(audit, scout, base, names, places, progress)
-            yield from normalized(audit, base, names)
-            yield from before_update(audit, base, names)
-            yield from one_pass(audit, base, results, names)
-            yield from bits_and_bytes(audit, base, results, names)
-            yield written_result(audit, base, names)
-            yield from ships(audit, script_path, base, names)
+            base.opened, base.names = audit.files.opened, list(base.results)
+            if len(base.names) != len(base.evaluations):
+                names = ", ".join(base.names)
+                raise RuntimeError(f"{len(base.evaluations)} ledgers for the results {names}")
+            yield from causal(audit, scout, base, places, progress)
+            for check in (normalized, before_update, one_pass, bits_and_bytes):
+                yield from check(audit, base)
+            yield written_result(audit, base)
+            yield from ships(audit, script_path, base)
         except torch.OutOfMemoryError:
             raise
         except Exception as problem:
-            yield "the evaluation", False, f"ended with {type(problem).__name__}: {problem}"
+            yield "the evaluation", f"ended with {type(problem).__name__}: {problem}", ""
 
 
 def describe(audit, script_path, own_chunk):
@@ -805,64 +864,75 @@ def describe(audit, script_path, own_chunk):
         plan = f"banded segments of {stride} after {length - stride}, {band} keys"
     ttt = "TTT off"
     if s.ttt_enabled:
-        ttt = f"TTT {getattr(s, 'ttt_optimizer', 'sgd')}, {s.ttt_epochs} epochs over chunks of {s.ttt_chunk_tokens}"
+        ttt = (f"TTT {getattr(s, 'ttt_optimizer', 'sgd')}, {s.ttt_epochs} epochs over chunks of "
+               f"{s.ttt_chunk_tokens}")
         if getattr(s, "ttt_lora_rank", 0):
             ttt = (f"TTT adapters of rank {s.ttt_lora_rank}, {adapting[1]} targets of each stream "
                    "a step")
         elif own_chunk not in (0, s.ttt_chunk_tokens):
             ttt += f" (the artifact's: {own_chunk}; --targets {4 * own_chunk} takes those)"
     return (f"{audit.path} ({audit.path.stat().st_size:,} bytes) scored by {script_path} "
-            f"({script_path.stat().st_size:,} bytes)\n{len(audit.tokens) - 1} targets of {s.data_path}; {plan}; {ttt}; "
-            f"{audit.rt.device}")
+            f"({script_path.stat().st_size:,} bytes)\n{len(audit.tokens) - 1} targets of "
+            f"{s.data_path}; {plan}; {ttt}; {audit.rt.device}")
 
 
 def arguments_of(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=user_path, help="such as final_model.ptz")
-    parser.add_argument("--script", type=user_path, default=ROOT / "train_gpt.py", help="what is judged, readable or packed")
-    parser.add_argument("--data", help="folder with fineweb_val_*.bin; without it DATA_PATH, PRESET or the default says")
-    parser.add_argument("--tokenizer", help="SentencePiece model of these shards; likewise TOKENIZER_PATH")
-    parser.add_argument("--targets", type=int, default=0, help="validation targets that are scored (default: 16 rows)")
-    parser.add_argument("--places", type=int, default=2, help="places drawn at random, beside the borders (default: 2)")
+    parser.add_argument("--script", type=user_path, default=ROOT / "train_gpt.py",
+                        help="what is judged, readable or packed")
+    parser.add_argument("--data", help="folder with fineweb_val_*.bin (default: DATA_PATH)")
+    parser.add_argument("--tokenizer", help="its SentencePiece model (default: TOKENIZER_PATH)")
+    parser.add_argument("--targets", type=int, default=0,
+                        help="validation targets that are scored (default: 16 rows)")
+    parser.add_argument("--places", type=int, default=2,
+                        help="places drawn at random, beside the borders (default: 2)")
     arguments = parser.parse_args(argv)
     if arguments.targets < 0 or arguments.places < 0:
-        parser.error(f"--targets {arguments.targets} --places {arguments.places}: must not be negative")
+        parser.error("--targets and --places must not be negative")
     return arguments
 
 
 def main(argv, environ):
     """Exit status: 0 nothing failed, 1 a check failed, 2 unusable input, said in words."""
-    arguments, mine = arguments_of(argv), (Unusable,)
+    arguments, mine = arguments_of(argv), (DataError,)
     try:
         if environ.get("WORLD_SIZE", "1") != "1":
-            raise Unusable(f"WORLD_SIZE={environ['WORLD_SIZE']}: the audit is one process; start it without torchrun")
+            raise DataError(f"WORLD_SIZE={environ['WORLD_SIZE']}: the audit is one process; "
+                           "start it without torchrun")
         for path in (arguments.script, arguments.artifact):
             if not path.is_file():
-                raise Unusable(f"{path}: no such file")
+                raise DataError(f"{path}: no such file")
         script = load_script(arguments.script)
-        mine = (Unusable, script.UserError, torch.OutOfMemoryError)
+        mine = (DataError, script.UserError, torch.OutOfMemoryError)
         paths = (("DATA_PATH", arguments.data), ("TOKENIZER_PATH", arguments.tokenizer))
         environ = {**environ, **{k: v for k, v in paths if v}}
         s, environ, own_chunk = settings_for(script, arguments.artifact, environ, arguments.targets)
-        audit, condition, seen = Audit(script, arguments.artifact, s, environ), None, []
-        torch.use_deterministic_algorithms(audit.rt.device.type == "cuda", warn_only=True)  # sums that repeat
+        audit, condition, seen = Audit(script, arguments.artifact, s, environ), None, Counter()
+        # sums that repeat
+        torch.use_deterministic_algorithms(audit.rt.device.type == "cuda", warn_only=True)
         print(describe(audit, arguments.script, own_chunk), flush=True)
-        for group, passed, sentence in checks(audit, arguments.script, arguments.places):
+        for group, wrong, good in checks(audit, arguments.script, arguments.places):
             if group != condition:
                 condition = group
                 print(f"\n{group}")
-            print(f"  {'SKIP' if passed is None else 'PASS' if passed else 'FAIL'}  {sentence}", flush=True)
-            seen.append(passed)
+            status = "SKIP" if wrong is None else "FAIL" if wrong else "PASS"
+            first = wrong[0] if wrong and isinstance(wrong, list) else wrong or good
+            print(f"  {status}  {first}", flush=True)
+            seen[status] += 1
     except mine as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    failed = seen.count(False)
-    print(f"\n{failed} of {len(seen)} checks failed" if failed else f"\n{seen.count(True)} checks passed"
-          + (f", {seen.count(None)} could not be made" if None in seen else ""))
-    return 1 if failed else 0
+    if seen["FAIL"]:
+        print(f"\n{seen['FAIL']} of {seen.total()} checks failed")
+        return 1
+    skipped = f", {seen['SKIP']} could not be made" if seen["SKIP"] else ""
+    print(f"\n{seen['PASS']} checks passed{skipped}")
+    return 0
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it matrix products on a GPU need not repeat
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products on a GPU repeat
     sys.exit(exit_code_of(functools.partial(main, environ=dict(os.environ)), sys.argv[1:],
                           unread=141))  # what nobody read has passed nothing

@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.append(str(HERE))
 sys.path.append(str(ROOT / "data"))
-from logs import ALIAS, read_logs  # noqa: E402
+from logs import ALIAS, plot_losses, read_logs  # noqa: E402
 from shards import DataError, exit_code_of, read_shard, user_path, write_shard  # noqa: E402
 from unpack import readable_source  # noqa: E402
 
@@ -52,13 +52,13 @@ REASONS = (  # what the output says: why, in words
      "its attention has {0}, for which there is no stand-in"),
     (r"No module named '?([\w.]+)", "it needs the module {0}, which is not installed"),
     (r"active driver|triton\S* .*(driver|cuda)|Triton kernel", "its Triton kernels need a GPU"),
-    (r"CUDA_HOME|nvcc|cpp_extension|load_inline", "it compiles CUDA code, for which there is no "
-                                                  "stand-in"),
+    (r"CUDA_HOME|nvcc|cpp_extension|load_inline",
+     "it compiles CUDA code, for which there is no stand-in"),
     (r"not compiled with CUDA|no NVIDIA driver|libcuda|dummy base class|'_cuda",
      "it calls something of CUDA that on_cpu.py does not stand in for"),
     (r"No such file or directory: '?([^'\n]+)", "it needs the file {0}"),
-    (r"IndexError: (?:index|list index)", "a setting that numbers blocks may not fit NUM_LAYERS; "
-                                          "give it by --theirs-only NAME=VALUE"),
+    (r"IndexError: (?:index|list index)",
+     "a setting that numbers blocks may not fit NUM_LAYERS; give it by --theirs-only NAME=VALUE"),
     (r"MemoryError|can't allocate memory", "the memory ran out"))
 
 
@@ -90,8 +90,7 @@ def pairs(arguments, parser):
 
 
 def scaled(settings, default_of, steps):
-    """The settings, and what the defaults of schedules, averages and numbers of blocks become in
-    so short a run of so few blocks."""
+    """The settings, and defaults of schedules, averages and block numbers fit to a short run."""
     share, found, blocks = steps / FULL_RUN_STEPS, {}, int(settings.get("NUM_LAYERS", 0))
     of = int(default_of("NUM_LAYERS") or blocks)
     for name in NUMBERS_BLOCKS if blocks < of else ():
@@ -116,12 +115,10 @@ def default_in(source):
 
 
 def lay_out_data(folder, settings, val_tokens):
-    """Shards for both in `folder`: theirs to train on, and one with the first validation tokens.
-    Where a script wants them under DATA_DIR by its usual names, they are there, too. Returns the
-    settings that name them. Raises OSError, DataError, also where that would write over what it
-    reads."""
+    """Links in `folder` to the training shards and the tokenizer, also by the names that scripts
+    want under DATA_DIR, and a shard of the first validation tokens. Returns the settings that name
+    them. Raises OSError, DataError, also where that would write over what it reads."""
     import sentencepiece
-
     source, model = (user_path(settings[n]).resolve() for n in ("DATA_PATH", "TOKENIZER_PATH"))
     train, val = (sorted(source.glob(f"fineweb_{kind}_*.bin")) for kind in ("train", "val"))
     if not train or not val:
@@ -149,8 +146,7 @@ def lay_out_data(folder, settings, val_tokens):
 
 
 def their_side(script, out, settings, steps):
-    """Their script and the files of its folder that it names, copied, since it runs where it may
-    write."""
+    """Their script and the files of its folder that it names, copied to where it may write."""
     content, folder = script.read_bytes(), out / "theirs"
     try:
         source = readable_source(script)
@@ -193,8 +189,7 @@ def our_side(preset, out, settings, steps):
 # -- the runs
 
 def run(side):
-    """Run one script and read its log: of what it printed and what it wrote, the one that says
-    more. Logs that were copied with a published script are not of this run."""
+    """Run one script and read its log: of what it printed and newly wrote, what says more."""
     before = set(side.folder.rglob("*"))
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
                **{name: str(value) for name, value in side.settings.items()}}
@@ -218,10 +213,6 @@ def why(side):
     return f"it ended with status {side.status}"
 
 
-def last_lines(side, count=12):
-    return "\n".join(side.said.read_text(errors="replace").splitlines()[-count:])
-
-
 # -- what came of them
 
 def bpb_of(log, patterns):
@@ -241,18 +232,14 @@ def shown(value, form="{:.4f}"):
 
 def table(sides):
     """The rows as Markdown, columns aligned."""
+    scores = [[bpb_of(side.log, patterns) for patterns in STAGES.values()] for side in sides]
     rows = [["", *STAGES, "model bytes", "code bytes", "training s", "all s"]]
-    scores = []
-    for side in sides:
-        log = side.log
-        scores.append([bpb_of(log, patterns) for patterns in STAGES.values()])
-        rows.append([side.name, *map(shown, scores[-1]), *(shown(n, "{:,}") for n in (
-            log.model_bytes, log.code_bytes)), shown(log.train_seconds, "{:.0f}"),
-            f"{side.seconds:.0f}"])
-    if len(sides) == 2:
-        rows.append(["ours − theirs", *(shown(b - a, "{:+.4f}") for a, b in zip(*scores)),
-                     "", "", "", ""])
-    rows.insert(1, ["---"] * len(rows[0]))
+    rows.append(["---"] * len(rows[0]))
+    for side, log, bpbs in zip(sides, (side.log for side in sides), scores):
+        rows.append([side.name, *map(shown, bpbs), shown(log.model_bytes, "{:,}"),
+                     shown(log.code_bytes, "{:,}"), shown(log.train_seconds, "{:.0f}"),
+                     f"{side.seconds:.0f}"])
+    rows.append(["ours − theirs", *(shown(b - a, "{:+.4f}") for a, b in zip(*scores)), *[""] * 4])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |"
                      for row in rows)
@@ -260,28 +247,8 @@ def table(sides):
 
 def notes(sides, steps):
     """What the table must not be read without: other numbers of steps than were asked for."""
-    last = {side.name: side.log.steps for side in sides if side.log.steps != steps}
-    return "".join(f"\nThe last step in the log of {name} is {step or 'unknown'}, not {steps}.\n"
-                   for name, step in last.items())
-
-
-def picture(sides, path, title):
-    """Training loss over steps of both, and the validations."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for side, colour in zip(sides, ("#d95f02", "#1b4f9c")):
-        points, val = side.log.curve, side.log.validation
-        axes.plot([p[0] for p in points], [p[1] for p in points], color=colour,
-                  label=f"{side.name}, training")
-        axes.plot([p[0] for p in val], [p[1] for p in val], "o", color=colour,
-                  label=f"{side.name}, validation")
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return "".join(f"\nThe last step in the log of {side.name} is {side.log.steps or 'unknown'}, "
+                   f"not {steps}.\n" for side in sides if side.log.steps != steps)
 
 
 def build_parser():
@@ -313,8 +280,8 @@ def main(argv):
         parser.error("--steps and --val-tokens must be 1 or more")
     out, steps = arguments.out.resolve(), arguments.steps
     named = {n: os.environ[n] for n in ("DATA_PATH", "TOKENIZER_PATH") if n in os.environ}
-    settings = {**SHAPE, "ITERATIONS": steps, "TRAIN_LOG_EVERY": max(1, steps // 50), **named,
-                **both}
+    log_every = max(1, steps // 50)
+    settings = {**SHAPE, "ITERATIONS": steps, "TRAIN_LOG_EVERY": log_every, **named, **both}
     settings.update(lay_out_data(out / "data", settings, arguments.val_tokens))
     sides = [their_side(arguments.script, out, {**settings, **theirs}, steps),
              our_side(arguments.ours, out, {**settings, **ours}, steps)]
@@ -326,14 +293,15 @@ def main(argv):
         list(pool.map(run, sides))
     failed = [side for side in sides if side.status]
     for side in failed:
-        print(f"\n{side.name} did not finish: {why(side)}. Its last lines:\n\n{last_lines(side)}")
+        print(f"\n{side.name} did not finish: {why(side)}. Its last lines:\n",
+              *side.said.read_text(errors="replace").splitlines()[-12:], sep="\n")
     title = (f"{arguments.script.parent.name}/{arguments.script.name} and ours "
              f"({arguments.ours or 'default'}), {steps} steps of {settings['TRAIN_BATCH_TOKENS']} "
              f"tokens, seed {settings['SEED']}")
     text = (f"{title}. Bits per byte; seconds of one CPU thread, theirs in bfloat16 where it asks "
             f"for that, ours in float32.\n\n{table(sides)}\n{notes(sides, steps)}")
     (out / "duel.md").write_text(text, encoding="utf-8")
-    picture(sides, out / "duel.png", title)
+    plot_losses(out / "duel.png", {side.name: side.log for side in sides}, title)
     print(f"\n{text}\n{out / 'duel.md'}, {out / 'duel.png'}")
     return 1 if failed else 0
 

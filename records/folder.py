@@ -9,6 +9,7 @@ read here.
 from __future__ import annotations
 
 import ast
+import contextlib
 import fnmatch
 import functools
 import hashlib
@@ -22,16 +23,13 @@ from decimal import Decimal
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE))
+sys.path += [str(HERE), str(HERE.parent / "data")]
 from logs import DIAGNOSTIC, half_unit, read_logs  # noqa: E402
-from unpack import readable_source as unpacked  # noqa: E402
+from shards import DataError as Problem  # noqa: E402
+from unpack import readable_source  # noqa: E402
 
 RECORD, NON_RECORD = "track_10min_16mb", "track_non_record_16mb"
 PASS, FAIL, WARN, UNCHECKED = "PASS", "FAIL", "WARN", "NOT CHECKED"
-
-
-class Problem(Exception):
-    """Something that the caller can mend; the message names what, the value, and the way out."""
 
 
 # -- numbers and text ------------------------------------------------------------------------------
@@ -49,8 +47,8 @@ def number(value):
 def mean_std(values):
     """(mean, sample standard deviation or None for a single value)."""
     mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2
-                               for v in values) / (len(values) - 1)) if len(values) > 1 else None
+    squares = sum((value - mean) ** 2 for value in values)
+    return mean, math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else None
 
 
 def sha256(content):
@@ -61,9 +59,14 @@ def listed(items):
     return ", ".join(map(str, items))
 
 
+def markdown_table(head, rows):
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |"
+             for line in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
 def read_json(path):
-    """The object in a JSON file, numbers with a point as Decimal, so that it is known how they were
-    rounded. Raises Problem."""
+    """The object in a JSON file, floats as Decimal, which keeps their digits. Raises Problem."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_float=Decimal)
     except (ValueError, ArithmeticError, RecursionError) as problem:  # also 1e9999999999999999999
@@ -75,20 +78,18 @@ def read_json(path):
     return value
 
 
-def readable_source(path):
-    """Source (bytes) of a script, in a wrapper or plain. Raises Problem."""
-    try:
-        return unpacked(path)
-    except ValueError as problem:
-        raise Problem(str(problem)) from None
+def refusing(read):
+    """`read`, but Problem where it raises ValueError."""
+    @functools.wraps(read)
+    def call(*given):
+        try:
+            return read(*given)
+        except ValueError as problem:
+            raise Problem(str(problem)) from None
+    return call
 
 
-def read_log(path):
-    """The last run of a log. Raises Problem where it cannot be read."""
-    try:
-        return read_logs(path)[-1]
-    except ValueError as problem:
-        raise Problem(str(problem)) from None
+readable_source, read_logs = refusing(readable_source), refusing(read_logs)
 
 
 # -- what submission.json claims -------------------------------------------------------------------
@@ -101,20 +102,18 @@ STD = ("val_bpb_std", "std_val_bpb", "bpb_std", "std_bpb", "val_bpb_std_dev")
 TOTAL = ("bytes_total", "total_bytes", "artifact_bytes", "artifact_bytes_max", "max_artifact_bytes",
          "artifact_bytes_mean", "total_submission_bytes", "submission_bytes",
          "artifact_size_bytes", "bytes_total_max")
-# and whatever begins with bytes_model_
-MODEL = ("bytes_model", "model_bytes", "compressed_model_bytes")
+MODEL = ("bytes_model", "model_bytes", "compressed_model_bytes")  # also bytes_model_…
 CODE = ("bytes_code", "code_bytes", "code_size_bytes")
-# objects that may hold these
-WITHIN = ("results", "metrics", "result", "summary", "aggregate", "final")
-OTHER_SCORE = re.compile(r"std|pre|base|delta|sota|gain|improve|gap|float|record|target|best_"
-                         r"|seeds", re.I)
+WITHIN = ("results", "metrics", "result", "summary", "aggregate", "final")  # they may hold these
+OTHER_SCORE = re.compile(
+    r"std|pre|base|delta|sota|gain|improve|gap|float|record|target|best_|seeds", re.I)
 ELSEWHERE = re.compile(r"supersed|previous|baseline|ablation|compar|reference|verif|sota|prior"
                        r"|\bold|step|layer|stride|iter|histor|curve|epoch|bits", re.I)
 
 
 def figure(value, key=""):
-    """A number of a JSON file, also one in quotes ("15,991,930"), else None; a score has two
-    decimals at least, since writers of JSON drop zeros."""
+    """A number of a JSON file, also in quotes ("15,991,930"), else None. A score gets two decimals
+    at least, since writers of JSON drop zeros."""
     text = value.strip() if isinstance(value, str) else ""
     if re.fullmatch(r"\d[\d,_]*(\.\d+)?", text) and len(text) < 30:
         value = Decimal(re.sub("[,_]", "", text))
@@ -125,13 +124,12 @@ def figure(value, key=""):
 
 
 def said(claims, names):
-    """(key, number) of the first of these names that an object or its results have, or (None,
-    None)."""
-    inner = [claims[k] for k in WITHIN if isinstance(claims.get(k), dict)]
-    found = [(k, figure(o[k], k)) for o in (claims, *inner) for k in names if k in o]
+    """(key, number) of the first of these names that an object or its results have, or Nones."""
+    places = [claims, *(claims[k] for k in WITHIN if isinstance(claims.get(k), dict))]
     wider = {BPB: lambda k: "bpb" in k and not OTHER_SCORE.search(k),
-             MODEL: lambda k: k.startswith("bytes_model_")}.get(names)
-    found += [(k, figure(o[k], k)) for o in (claims, *inner) for k in o if wider and wider(k)]
+             MODEL: lambda k: k.startswith("bytes_model_")}.get(names, lambda k: False)
+    found = [(k, figure(o[k], k)) for o in places for k in names if k in o]
+    found += [(k, figure(o[k], k)) for o in places for k in filter(wider, o)]
     return next((pair for pair in found if pair[1] is not None), (None, None))
 
 
@@ -146,8 +144,8 @@ def seed_rows(value, depth=0, name=""):
     if ELSEWHERE.search(name) or depth > 3:
         return {}
     if isinstance(value, list):
-        return {seed_of(v["seed"]): v for v in value if isinstance(v, dict)
-                and seed_of(v.get("seed"))}
+        rows = (v for v in value if isinstance(v, dict))
+        return {seed_of(v["seed"]): v for v in rows if seed_of(v.get("seed"))}
     if not isinstance(value, dict):
         return {}
     rows = {seed_of(k): v if isinstance(v, dict) else {"val_bpb": v} for k, v in value.items()
@@ -157,8 +155,7 @@ def seed_rows(value, depth=0, name=""):
 
 
 def track_of(claims, folder, readme):
-    """(track, what was said of it, is it certain) from submission.json, the folder above, the
-    README."""
+    """(track, what was said of it, is it certain) by submission.json, parent folder, README."""
     stated, above = str(claims.get("track") or ""), folder.resolve().parent.name
     words = re.sub(r"[^a-z0-9]+", "_", stated.lower())
     text = f"{claims.get('name')} {claims.get('blurb')} {readme[:400]}".lower()
@@ -181,8 +178,8 @@ def names_read(tree):
     names |= {name.upper() for name in defaults_of(tree)}
     attributes = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     if {"upper", "environ"} <= attributes:
-        fields = (line for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for line in n.body)
-        for line in fields:
+        classes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
+        for line in (line for node in classes for line in node.body):
             targets = getattr(line, "targets", [getattr(line, "target", None)])
             names |= {target.id.upper() for target in targets if isinstance(target, ast.Name)}
     return names
@@ -196,12 +193,9 @@ def defaults_of(tree):
         if isinstance(node, ast.ClassDef) and node.name == "Settings":
             for line in node.body:
                 if isinstance(line, ast.AnnAssign) and line.value:
-                    arguments = getattr(line.value, "args", None)
-                    try:
-                        out[line.target.id] = ast.literal_eval(
-                            arguments[0] if arguments else line.value)
-                    except (ValueError, RecursionError):
-                        pass
+                    arguments = getattr(line.value, "args", None) or [line.value]
+                    with contextlib.suppress(ValueError, RecursionError):
+                        out[line.target.id] = ast.literal_eval(arguments[0])
     return out
 
 
@@ -220,8 +214,11 @@ def texts_of(tree):
     return {value for value in values if isinstance(value, str)}
 
 
+UNPARSED = (SyntaxError, ValueError, RecursionError, MemoryError)  # what parsed() raises
+
+
 def parsed(source):
-    """The tree of a script. Raises SyntaxError, ValueError, RecursionError, MemoryError."""
+    """The tree of a script. Raises UNPARSED."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of invalid escapes in others' text
         return ast.parse(source)
@@ -230,40 +227,32 @@ def parsed(source):
 @functools.lru_cache(maxsize=16)
 def meaning(source):
     """A script without comments and docstrings, to compare; None where it cannot be parsed."""
-    try:
+    with contextlib.suppress(*UNPARSED):
         tree = parsed(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        first = body[0] if isinstance(body, list) and body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            first.value.value = None
-    try:
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            first = body[0] if isinstance(body, list) and body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                first.value.value = None
         return ast.dump(tree)
-    except RecursionError:
-        return None
 
 
 def adapts_on_validation(tree):
-    """Whether the script calls something named after adaptation with validation tokens; no where
-    its expressions are too deep to be read."""
+    """Whether the script calls something named after adaptation with validation tokens."""
     calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call)
              and re.search(r"ttt|adapt", ast.unparse(n.func), re.I))
-    try:
+    with contextlib.suppress(RecursionError):
         return any("val" in str(getattr(a, "id", getattr(a, "attr", getattr(a, "arg", ""))))
                    for n in calls for a in ast.walk(n)
                    if isinstance(a, (ast.Name, ast.Attribute, ast.keyword)))
-    except RecursionError:
-        return False
+    return False
 
 
 # -- open a folder ---------------------------------------------------------------------------------
 
 @dataclass
 class Submission:
-    """A folder as far as it could be read, and the findings about it: (status, what was checked,
-    figures)."""
+    """A folder as far as it could be read, and the findings: (status, what was checked, text)."""
     folder: Path
     track: str = ""
     claims: dict | None = None  # submission.json
@@ -278,17 +267,23 @@ class Submission:
     source: bytes | None = None  # the same unpacked
     tree: ast.Module | None = None
     results: dict = field(default_factory=dict)  # seed → its result file
-    # name → bytes of further files that the script imports or names
-    needed: dict = field(default_factory=dict)
-    unneeded: dict = field(default_factory=dict)  # name → bytes of further code files
+    needed: dict = field(default_factory=dict)  # further files that the script names → bytes
+    unneeded: dict = field(default_factory=dict)  # further code files → bytes
     findings: list = field(default_factory=list)
 
     def add(self, status, what, text):
         self.findings.append((status, what, text))
 
-    def verdict(self, what, problems, good, status=FAIL):
-        """One finding: every problem, or what is good."""
-        self.add(status if problems else PASS, what, "; ".join(problems) if problems else good)
+    def verdict(self, what, problems, good, status=FAIL, remarks=(), unknown=(), silent=""):
+        """Findings: all problems, else what is good; remarks; what is unknown. `silent` is unknown
+        where there is nothing else. Empty texts count for nothing."""
+        problems, remarks, unknown = (list(filter(None, x)) for x in (problems, remarks, unknown))
+        if not (problems or good or remarks or unknown):
+            unknown = [silent] if silent else []
+        for status, texts in ((status if problems else PASS, problems or [good]), (WARN, remarks),
+                              (UNCHECKED, unknown)):
+            if texts and texts[0]:
+                self.add(status, what, "; ".join(texts))
 
     @property
     def severity(self):
@@ -329,9 +324,8 @@ def open_claims(sub, there):
             if name == "submission.json":
                 sub.add(FAIL, "submission.json", str(problem))
             continue
-        like_one = said(claims, BPB)[0] and {"author", "track", "github_id",
-                                             "submission_name"} & claims.keys()
-        if name == "submission.json" or like_one:
+        keys = {"author", "track", "github_id", "submission_name"} & claims.keys()
+        if name == "submission.json" or keys and said(claims, BPB)[0]:
             sub.claims, sub.claims_name, sub.rows = claims, name, seed_rows(claims)
             return
 
@@ -341,8 +335,8 @@ def open_script(sub, there):
     scripts = sorted((n for n in there if re.fullmatch(r"train\w*\.py", n)),
                      key=lambda n: (n != "train_gpt.py", len(n), n))
     if not scripts:
-        sub.add(UNCHECKED, "compiles", "no train_gpt.py, so nothing is known of its bytes, "
-                                       "settings and imports")
+        sub.add(UNCHECKED, "compiles",
+                "no train_gpt.py, so nothing is known of its bytes, settings and imports")
         return
     sub.script = sub.folder / scripts[0]
     sub.code = sub.source = sub.script.read_bytes()
@@ -356,19 +350,18 @@ def open_script(sub, there):
         sub.tree = parsed(sub.source)
         sub.add(PASS, "compiles", f"{name}, {len(sub.code):,} bytes" + (
             f", unpacks to {len(sub.source):,}" if sub.source != sub.code else ""))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
+    except UNPARSED as problem:
         if "f-string" in str(problem) and sys.version_info < (3, 12):
             sub.add(UNCHECKED, "compiles", f"{name} has an f-string that only Python 3.12 and "
-                                           f"later read; check it with such a one: {problem}")
+                    f"later read; check it with such a one: {problem}")
         else:
             sub.add(FAIL, "compiles", f"{name} is no Python: {problem}")
     find_needed(sub)
 
 
 def find_needed(sub):
-    """Sort the folder's further code files into those that the script imports or names, and the
-    rest."""
-    # a wrapper's second file, of any kind
+    """Sort the folder's further code files: those that the script imports or names, the rest."""
+    # a wrapper's second file may be of any kind
     loads = texts_of(parsed(sub.code)) if sub.source != sub.code else set()
     files = {p.relative_to(sub.folder).as_posix(): p for p in sorted(sub.folder.rglob("*"))
              if (p.suffix in CODE_SUFFIXES or p.name in loads) and p.is_file() and p != sub.script
@@ -382,10 +375,8 @@ def find_needed(sub):
             top = name.split("/")[0].removesuffix(".py")
             if name not in sub.needed and (top in wanted or path.name in wanted):
                 sub.needed[name] = path.stat().st_size
-                try:
+                with contextlib.suppress(*UNPARSED):
                     trees += [parsed(path.read_bytes())] if path.suffix == ".py" else []
-                except (SyntaxError, ValueError, RecursionError, MemoryError):
-                    pass
     sub.unneeded = {name: path.stat().st_size for name, path in files.items()
                     if name not in sub.needed}
 
@@ -398,8 +389,7 @@ MOST_LOGS, MOST_LOG_BYTES = 40, 32_000_000
 
 
 def find_logs(sub):
-    """All logs of the folder and its subfolders, those at the top first; copies once. Raises
-    Problem."""
+    """All logs of the folder, those at the top first; copies once. Raises Problem."""
     candidates = []
     for path in sorted(sub.folder.rglob("*"), key=lambda p: (len(p.parts), p)):
         name = path.relative_to(sub.folder).as_posix()
@@ -408,18 +398,15 @@ def find_logs(sub):
         if text and not hidden and path.is_file() and 0 < path.stat().st_size < MOST_LOG_BYTES:
             candidates.append((path, name))
     if len(candidates) > MOST_LOGS:
-        sub.add(UNCHECKED, "logs", f"the first {MOST_LOGS} of {len(candidates)} text files; "
-                                   "--logs chooses")
+        sub.add(UNCHECKED, "logs",
+                f"the first {MOST_LOGS} of {len(candidates)} text files; --logs chooses")
     seen, logs = set(), []
     for path, name in candidates[:MOST_LOGS]:
         digest = sha256(path.read_bytes())
         if digest in seen and re.search(r"seed", name, re.I) is None:
             continue
         seen.add(digest)
-        try:
-            runs = read_logs(path, name)
-        except ValueError as problem:
-            raise Problem(str(problem)) from None
+        runs = read_logs(path, name)
         if "/" not in name and LOG_NAME.match(name) or any(g.scores or g.curve for g in runs):
             logs += runs
     return logs
@@ -433,14 +420,13 @@ def claimed_bpb(sub, log):
 
 def distance(log, bpb):
     """How far the nearest evaluation of a log is from a score."""
-    return min((abs(s.bpb - float(bpb)) for s in log.scores.values() if math.isfinite(s.bpb)),
-               default=math.inf)
+    known = (s.bpb for s in log.scores.values() if math.isfinite(s.bpb))
+    return min((abs(score - float(bpb)) for score in known), default=math.inf)
 
 
 def choose_logs(sub, globs):
-    """Set the logs that count: those that `globs` name; else for each seed that submission.json
-    names the one that has its score; else one for each seed. Returns {log name: why it does not
-    count}."""
+    """Set the logs that count: those that `globs` name, else of each seed that submission.json
+    names the one with its score, else one of each seed. Returns {other log: why it does not}."""
     aside, known = {}, {}
     if globs:
         sub.logs = [g for g in sub.every_log if any(fnmatch.fnmatch(n, p) for p in globs
@@ -491,21 +477,18 @@ def rivals(sub, aside):
 
 def completed(best, logs):
     """The log of an evaluation by itself, with the rest from the training log of the same seed."""
-    training = next((g for g in logs if g.curve and best and not best.curve
-                     and g.path != best.path), None)
-    if training is None:
+    trainings = [g for g in logs if best and not best.curve and g.curve and g.path != best.path]
+    if not trainings:
         return best
-    return replace(training, scores=best.scores, other_bpb=training.other_bpb | best.other_bpb,
-                   adapted=best.adapted,
-                   name=f"{training.name} + {best.name}",
+    training, names = trainings[0], ("total_bytes", "model_bytes", "targets", "world_size")
+    return replace(training, name=f"{training.name} + {best.name}", scores=best.scores,
+                   other_bpb=training.other_bpb | best.other_bpb, adapted=best.adapted,
                    total_eval_seconds=best.total_eval_seconds,
-                   **{n: v for n in ("total_bytes", "model_bytes", "targets", "world_size")
-                      if (v := getattr(best, n)) is not None})
+                   **{n: v for n in names if (v := getattr(best, n)) is not None})
 
 
 def best_log(sub, logs, others):
-    """Of the logs of one seed, the finished one nearest to its claimed score; None where all look
-    like side experiments."""
+    """Of one seed's logs the finished one nearest to its claimed score; None: side experiments."""
     def place(log):
         bpb = claimed_bpb(sub, log)
         return (not log.scores, 0 if bpb is None else round(distance(log, bpb), 5), not log.curve,
@@ -517,8 +500,7 @@ def best_log(sub, logs, others):
 
 
 def choose_kind(sub):
-    """Name of the evaluation that counts: the last that all logs have whose score is claimed, else
-    the last."""
+    """Name of the evaluation that counts: the last common one whose score is claimed, or last."""
     if not sub.scored:
         return None
     last = sub.scored[-1]
@@ -535,12 +517,10 @@ def choose_kind(sub):
 
 
 def open_submission(folder, globs=()):
-    """Read what there is. Raises Problem only where there is no folder, or no log that `globs`
-    name."""
+    """Read what there is. Raises Problem where there is no folder, or no log that `globs` name."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise Problem(f"{folder}: no such folder; give one that holds submission.json and "
-                      "train_gpt.py")
+        raise Problem(f"{folder}: no such folder; give one with submission.json and train_gpt.py")
     sub = Submission(folder)
     there = {p.name for p in folder.iterdir() if p.is_file() and p.stat().st_size}
     readme = next((n for n in sorted(there) if n.lower() in ("readme.md", "readme.txt", "readme")),
@@ -567,6 +547,6 @@ def open_submission(folder, globs=()):
                 f"{listed(shown)}{', …' * (len(aside) > 8)}; --logs chooses")
     sub.kind = choose_kind(sub)
     if not certain:
-        sub.add(WARN, "track", f"{sub.claims_name} says {stated or 'nothing'}; checked as "
-                               f"{sub.track}")
+        sub.add(WARN, "track",
+                f"{sub.claims_name} says {stated or 'nothing'}; checked as {sub.track}")
     return sub

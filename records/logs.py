@@ -39,12 +39,12 @@ SOURCE_HAS = re.compile(r"^(?:import \w|from [\w.]+ import )")
 ENDS_A_RUN = re.compile(r"Total submission size|^\S* ?val_loss|_exact|^seconds:|^ledger:"
                         r"|^code_sha256:|total_eval_time|^phase:|peak memory")
 BLOCK_BEGINS = re.compile(r"\W*hyper.?parameters\W*$", re.I)
-BLOCK_LINE, SETTING = re.compile(r"\s+(\w+)\s?[:=]\s?(.*)$"), re.compile(
-    r"setting (\w+)=(.*?)(  \(set\))?$")
+BLOCK_LINE = re.compile(r"\s+(\w+)\s?[:=]\s?(.*)$")
+SETTING = re.compile(r"setting (\w+)=(.*?)(  \(set\))?$")
 # Optimizer steps over whole epochs of a text that the same line does not score: in this order. One
 # pattern with .* between them would try all pairs on a long line.
-ADAPTS = [re.compile(part, re.I) for part in (
-    r"ttt\w*?[\s:_-]", r"epochs?[\s:=]*\d+/\d", r"\bloss")]
+ADAPTS = [re.compile(part, re.I)
+          for part in (r"ttt\w*?[\s:_-]", r"epochs?[\s:=]*\d+/\d", r"\bloss")]
 SCORES_INSIDE = re.compile(r"(?<![\w])(?:running_)?(?:bpb|bb|rb)\s?[:=]\s*\d", re.I)
 CALIBRATES = re.compile(r"^(?=.*(?:gptq|hessian))(?=.*(?:calibrat|collect))", re.I)
 CALIBRATED = re.compile(r"\bin ([\d.]+)\s?(ms|s)\b")
@@ -87,15 +87,13 @@ def half_unit(printed):
 
 
 def agree(a, b):
-    """Whether two printed numbers are one number: equal as far as the one with fewer digits
-    goes."""
+    """Whether two printed numbers are one: equal as far as the one with fewer digits goes."""
     unit = max(half_unit(a), half_unit(b))
     return abs(float(a) - float(b)) <= unit * (1 + 1e-6)
 
 
 def seconds_of(text):
-    """(seconds, half of the last printed unit) of '599950ms', '7.8m', '600.1s'. Raises
-    ValueError."""
+    """(seconds, half of the last printed unit) of '599950ms', '7.8m'. Raises ValueError."""
     found = re.fullmatch(r"([\d.]+)(ms|s|m|min)?", text)
     if not found:
         raise ValueError(text)
@@ -276,8 +274,7 @@ def read_time(log, seconds, unit):
 
 
 def read_score(log, found):
-    """Name of the evaluation on a line with loss and bpb, or None; of two lines of one evaluation,
-    the one with more digits counts."""
+    """Name of the evaluation on a line, or None; of two lines of one, more digits count."""
     label, loss, bpb, rest = found.groups()
     if found.re is REVERSED_SCORE:
         loss, bpb = bpb, loss
@@ -307,8 +304,8 @@ def read_calibration(log, line):
         return
     log.calibration = line.strip()
     if found := CALIBRATED.search(line):
-        log.calibration_seconds = (log.calibration_seconds
-                                   or 0) + seconds_of(found[1] + found[2])[0]
+        seconds, _ = seconds_of(found[1] + found[2])
+        log.calibration_seconds = (log.calibration_seconds or 0) + seconds
 
 
 def read_fields(log, line):
@@ -391,8 +388,7 @@ def finish(log):
 
 
 def read_logs(path, name=None):
-    """[Log] of the runs in a file, at least one; nothing in it is taken on trust. Raises ValueError
-    where it cannot be read."""
+    """[Log] of the runs in a file, at least one. Raises ValueError where it cannot be read."""
     path = Path(path)
     try:
         content = path.read_bytes()
@@ -406,3 +402,31 @@ def read_logs(path, name=None):
         read_run(log, run)
         logs.append(log)
     return logs
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+def pyplot_for_files():
+    """Matplotlib that draws into files."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def plot_losses(path, logs, title=None):
+    """Training and validation loss of {name: log} over steps, as PNG."""
+    pyplot = pyplot_for_files()
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    for i, (name, log) in enumerate(logs.items()):
+        kinds = ((log.curve, "-", "training"), (log.validation, "o", "validation"))
+        for points, form, what in kinds:
+            if points:
+                axes.plot(*[*zip(*points)][:2], form, color=f"C{i}", ms=4, lw=1,
+                          label=f"{name}, {what}")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(frameon=False)
+    figure.savefig(path)
+    pyplot.close(figure)

@@ -8,6 +8,7 @@ CUDA extensions have no stand-in.
 """
 import contextlib
 import functools
+import itertools
 import os
 import re
 import runpy
@@ -156,8 +157,7 @@ def replace_arithmetic():
 
 
 def inference_mode(mode=True):
-    """no_grad instead: without the compiler, tables that a model keeps from an evaluation would be
-    inference tensors, which a later TTT cannot train through."""
+    """no_grad instead: a later TTT cannot train through tables kept as inference tensors."""
     if callable(mode):  # a bare decorator
         return torch.no_grad()(mode)
     return torch.no_grad() if mode else contextlib.nullcontext()
@@ -198,10 +198,9 @@ def attention_of_documents(q, k, v, cu_seqlens_q, cu_seqlens_k, *most, **named):
     """The variable-length function on [tokens, H, E]: each document by itself."""
     refuse({f"argument {6 + i}": value for i, value in enumerate(most) if i > 1})  # two are lengths
     named = {n: x for n, x in named.items() if not n.startswith("max_seqlen")}
-    starts = zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], cu_seqlens_k.tolist(),
-                 cu_seqlens_k.tolist()[1:])
+    ends = itertools.pairwise(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist()))
     parts = [attention(q[None, a:b], k[None, c:d], v[None, c:d], **named)[0]
-             for a, b, c, d in starts if b > a]
+             for (a, c), (b, d) in ends if b > a]
     return torch.cat([*parts, torch.zeros_like(q[sum(map(len, parts)):])])  # padding at the end
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import datetime
 import functools
 import json
@@ -39,12 +40,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.append(str(HERE))
+sys.path.append(str(ROOT / "data"))
 from folder import (BPB, CODE, FAIL, LOSS, MODEL, NON_RECORD, PASS, RECORD, STD,  # noqa: E402
-                    TOTAL, UNCHECKED, WARN, Problem, adapts_on_validation, defaults_of, figure,
-                    listed, mean_std, meaning, modules_imported, names_read, number,
-                    open_submission,
-                    parsed, read_json, read_log, readable_source, said, sha256, texts_of)
-from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, Log, agree, half_unit  # noqa: E402
+                    TOTAL, UNCHECKED, UNPARSED, WARN, Problem, adapts_on_validation, defaults_of,
+                    figure, listed, markdown_table, mean_std, meaning, modules_imported, names_read,
+                    number, open_submission, parsed, read_json, read_logs, readable_source, said,
+                    sha256, texts_of)
+from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, Log, agree, half_unit, plot_losses  # noqa: E402
+from shards import atomic_write, exit_code_of  # noqa: E402
 
 CAP_BYTES, CAP_SECONDS, MARGIN_NATS, MOST_P = 16_000_000, 600, 0.005, 0.01
 # Validation targets by vocabulary, and the UTF-8 bytes of their text. Sets are cut to whole rows of
@@ -53,13 +56,11 @@ SETS = (("SP1024", 1024, 62_021_632), ("SP2048", 2048, 50_905_088), ("SP4096", 4
         ("SP8192", 8192, 40_540_160), ("SP8192 CaseOps", 8192, 47_851_520),
         ("bytes", 256, 151_076_864))
 OFFICIAL_BYTES, ROW = 151_080_891, 8192
-OFFICIAL_TARGETS = {count: name for name, _, count in SETS}
 BYTES_FROM = ("text", "pieces")  # how a run counts bytes: by side files of the shards, or by pieces
 LIBRARIES = {"torch", "numpy", "sentencepiece", "triton", "zstandard", "brotli", "tqdm",
              "flash_attn", "flash_attn_interface"}
 NETWORK = {"socket", "ssl", "urllib", "http", "ftplib", "smtplib", "xmlrpc", "webbrowser",
-           "requests", "httpx", "aiohttp",
-           "huggingface_hub", "datasets", "wandb"}
+           "requests", "httpx", "aiohttp", "huggingface_hub", "datasets", "wandb"}
 # Variables in published commands that launchers and libraries read, not the script.
 FOREIGN = ("TORCH", "PYTORCH", "NCCL_", "CUDA_", "OMP_", "MKL_", "OPENBLAS_", "TRITON", "PYTHON",
            "HF_", "NVIDIA", "GLOO_", "LD_", "PATH", "MATCHED_FINEWEB", "WANDB_", "NPROC", "MASTER_",
@@ -72,33 +73,30 @@ UTF8 = dict(encoding="utf-8", errors="backslashreplace")  # names of files may b
 
 def check_claims(sub):
     """submission.json: what must be there, and nulls."""
-    if sub.claims is None:
-        sub.add(UNCHECKED, "submission.json", "none that can be read: no claim is compared with "
-                                              "the logs")
+    claims, places = sub.claims, (sub.claims, *sub.rows.values())
+    if claims is None:
+        sub.add(UNCHECKED, "submission.json",
+                "none that can be read: no claim is compared with the logs")
         return
-    claims = sub.claims
-    scored = said(claims, BPB)[0] or any(said(row, BPB)[0] for row in sub.rows.values())
-    whole = scored and claims.get("val_bpb", 0) is not None
-    problems = [] if whole else ["missing or null: val_bpb"]
-    sub.verdict("submission.json", problems, f"{len(claims)} keys, a score among them")
+    whole = any(said(o, BPB)[0] for o in places) and claims.get("val_bpb", 0) is not None
     aliases = dict(author=("github_id", "submitter", "authors", "name"),
                    name=("submission_name", "record_name", "title", "run_name"),
                    blurb=("description", "technique_summary", "technique", "summary"))
     lacks = [k for k in ("author", "name", "date", "github_id", "blurb") if not claims.get(k)
              and not any(claims.get(other) for other in aliases.get(k, ()))]
-    lacks += [kind[0] for kind in (LOSS, TOTAL) if not any(said(o, kind)[0]
-                                                           for o in (claims, *sub.rows.values()))]
+    lacks += [kind[0] for kind in (LOSS, TOTAL) if not any(said(o, kind)[0] for o in places)]
     results = claims.get("seed_results")
     for seed, row in results.items() if isinstance(results, dict) else ():
-        lacks += [f"seed_results.{seed}.{k}" for k, v in row.items()
-                  if v is None] if isinstance(row, dict) else []
+        nulls = [k for k, v in row.items() if v is None] if isinstance(row, dict) else []
+        lacks += [f"seed_results.{seed}.{k}" for k in nulls]
     try:
         date = str(claims.get("date") or "2026-01-01")
         datetime.datetime.fromisoformat(date.replace("Z", "+00:00"))
     except ValueError:
         lacks.append(f"date (it is {claims['date']!r}, not YYYY-MM-DD)")
-    if lacks:
-        sub.add(WARN, "submission.json", f"missing or null, fill in: {listed(lacks)}")
+    sub.verdict("submission.json", [not whole and "missing or null: val_bpb"],
+                f"{len(claims)} keys, a score among them",
+                remarks=[lacks and f"missing or null, fill in: {listed(lacks)}"])
 
 
 def check_logs(sub):
@@ -116,16 +114,16 @@ def check_logs(sub):
         ours = "\nsetting " in log.body or not log.scores
         lacks = [] if log.scores else ["final score"]
         lacks += ["'Total submission size'"] if log.total_bytes is None and ours else []
-        ending = (log.body.rstrip().splitlines() or [""])[-1][:90]
         if lacks:
+            ending = (log.body.rstrip().splitlines() or [""])[-1][:90]
             problems.append(f"{log.name} has no {' and no '.join(lacks)}; it ends with {ending!r}")
         finite = {k: s for k, s in log.scores.items()
                   if math.isfinite(s.loss + s.bpb) and s.bpb > 0 and s.loss > 0}
         problems += [f"{log.name}: {k} is {s.loss} nats, {s.bpb} bpb"
                      for k, s in log.scores.items() if k not in finite]
         log.scores = finite  # what comes after divides by them
-    if problems or sub.scored:
-        sub.verdict("logs whole", problems, f"{len(sub.scored)} with a final score", sub.severity)
+    good = sub.scored and f"{len(sub.scored)} with a final score"
+    sub.verdict("logs whole", problems, good, sub.severity)
     check_distinct(sub)
     keys = {log.key for log in sub.scored}
     if len(keys) > 1 and not all(sub.kind in log.scores for log in sub.scored):
@@ -145,11 +143,11 @@ def check_distinct(sub):
     for what, value in (("score ledger", lambda g: g.ledger),
                         ("scores and seconds", lambda g: g.identity), ("seed", lambda g: g.seed)):
         for same, count in Counter(map(value, sub.logs)).items():
-            names = [log.name for log in sub.logs if value(log) == same]
+            names = " and ".join(log.name for log in sub.logs if value(log) == same)
             if count > 1 and same not in (None, "") and names not in reported:
                 reported.append(names)
-                problems.append(f"{' and '.join(names)} have the same {what}: one run, counted "
-                                "twice; --logs chooses")
+                problems.append(f"{names} have the same {what}: one run, counted twice; --logs "
+                                "chooses")
     sub.verdict("logs distinct", problems, f"seeds {listed(sub.runs)}")
 
 
@@ -159,32 +157,29 @@ def check_seeds(sub):
         return
     seeds = [s for s, log in sub.runs.items() if log.scores]
     few = f"{len(seeds)} finished (seeds {listed(seeds) or 'none'}); a record needs 3"
-    sub.verdict("seeds", [few] if len(seeds) < 3 else [], listed(seeds), sub.severity)
+    sub.verdict("seeds", [len(seeds) < 3 and few], listed(seeds), sub.severity)
     logged = {str(s) for s in sub.runs}
     finished = {str(g.run_seed) for g in sub.every_log if g.scores and g.run_seed is not None}
+    names = f"{sub.claims_name} names {listed(sorted(sub.named_seeds)) or 'no seeds'}"
     if not sub.named_seeds:
-        sub.add(UNCHECKED, "seeds named", f"{sub.claims_name} names no seeds")
-    elif not logged & {s for s in logged if s.isdigit()}:
-        sub.add(UNCHECKED, "seeds named", f"the logs do not say their seeds; {sub.claims_name} "
-                                          f"names {listed(sorted(sub.named_seeds))}")
+        sub.add(UNCHECKED, "seeds named", names)
+    elif not any(s.isdigit() for s in logged):
+        sub.add(UNCHECKED, "seeds named", f"the logs do not say their seeds; {names}")
     else:
-        without = sorted(sub.named_seeds - logged)
-        sub.verdict("seeds named",
-                    [f"{sub.claims_name} names seeds {listed(without)}, without a log"] if without
-                    else [],
-                    f"{sub.claims_name} names {listed(sorted(sub.named_seeds))}: each has a log",
-                    sub.severity)
-        if more := sorted(finished - sub.named_seeds):
-            sub.add(WARN, "seeds named", f"{sub.claims_name} lacks {listed(more)}, which has a "
-                                         "finished log: kept back, or another experiment?")
+        without, more = sorted(sub.named_seeds - logged), sorted(finished - sub.named_seeds)
+        lost = f"{sub.claims_name} names seeds {listed(without)}, without a log"
+        beside = (f"{sub.claims_name} lacks {listed(more)}, which has a finished log: kept back, "
+                  "or another experiment?")
+        sub.verdict("seeds named", [without and lost], f"{names}: each has a log", sub.severity,
+                    [more and beside])
 
 
 def same_source(log, sub):
     """Whether a log begins with the script, apart from comments; None where that is not known."""
     if log.source is None:
         return None
-    logged, *own = (text.replace(b"\r\n", b"\n").strip()
-                    for text in (log.source, sub.code, sub.source))
+    sources = (log.source, sub.code, sub.source)
+    logged, *own = (text.replace(b"\r\n", b"\n").strip() for text in sources)
     if logged in own:
         return True
     meanings = meaning(logged), meaning(own[-1])
@@ -201,20 +196,17 @@ def check_code(sub):
     for log in sub.logs:
         same = log.code_sha256 in hashes if log.code_sha256 else same_source(log, sub)
         (unknown if same is None else good if same else problems).append(log)
-    logged = {f"{n:,}" for log in sub.logs if log.code_sizes and not sizes & set(log.code_sizes)
-              for n in log.code_sizes}
-    if logged:
-        sub.add(WARN, "same code", f"the logs' 'Code size' is {listed(sorted(logged))}, {name} has "
-                f"{len(sub.code):,} bytes: not the file that ran, or packed otherwise")
-    if problems or good:
-        own = sha256(sub.code)[:16]
-        texts = [f"{g.name} ran {g.code_sha256[:16]}…, {name} is {own}…" if g.code_sha256 else
-                 f"{g.name} begins with another source than {name}'s" for g in problems]
-        sub.verdict("same code", texts, f"sha256 {own}…, or its source, in {len(good)} logs",
-                    sub.severity)
-    if unknown:
-        sub.add(UNCHECKED, "same code", "neither hash nor readable source in "
-                + listed(log.name for log in unknown))
+    other = sorted({f"{n:,}" for log in sub.logs if not sizes & set(log.code_sizes)
+                    for n in log.code_sizes})
+    own = sha256(sub.code)[:16]
+    sub.verdict(
+        "same code",
+        [f"{g.name} ran {g.code_sha256[:16]}…, {name} is {own}…" if g.code_sha256 else
+         f"{g.name} begins with another source than {name}'s" for g in problems],
+        good and f"sha256 {own}…, or its source, in {len(good)} logs", sub.severity,
+        [other and f"the logs' 'Code size' is {listed(other)}, {name} has {len(sub.code):,} bytes: "
+         "not the file that ran, or packed otherwise"],
+        [unknown and f"neither hash nor readable source in {listed(g.name for g in unknown)}"])
 
 
 def check_bytes(sub):
@@ -224,9 +216,8 @@ def check_bytes(sub):
         parts = (log.code_bytes, log.model_bytes)
         sums = {(log.model_bytes or 0) + n for n in log.code_sizes or parts[:1] if n is not None}
         if None not in (*parts, log.total_bytes) and log.total_bytes not in sums:
-            (problems if log.code_sha256 else remarks).append(
-                f"{log.name}: {parts[0]:,} + {parts[1]:,} is {sum(parts):,}, logged as "
-                f"{log.total_bytes:,}")
+            text = f"{parts[0]:,} + {parts[1]:,} is {sum(parts):,}, logged as {log.total_bytes:,}"
+            (problems if log.code_sha256 else remarks).append(f"{log.name}: {text}")
         known = None not in (log.model_bytes, sub.code_bytes)
         on_disk = log.model_bytes + sub.code_bytes if known else None
         total = on_disk if on_disk is not None else log.total_bytes
@@ -238,22 +229,17 @@ def check_bytes(sub):
         several = len(set(log.code_sizes)) > 1  # before and after its compression
         packed = several and on_disk in over and len(sub.code) == max(log.code_sizes)
         if len(over) == 2 or len(over) == 1 and (on_disk in over and not packed or on_disk is None):
-            problems.append(f"seed {seed}: {max(over):,} exceeds {CAP_BYTES:,} by "
-                            f"{max(over) - CAP_BYTES:,}")
+            most = max(over)
+            problems.append(f"seed {seed}: {most:,} exceeds {CAP_BYTES:,} by {most - CAP_BYTES:,}")
         elif over:
             how = f" ({len(sub.code):,} bytes, not compressed)" if packed else ""
-            remarks.append(f"{log.name}: {log.total_bytes or 0:,} as logged, with "
-                           f"{sub.script.name} as it lies there{how} {on_disk:,}; the cap is "
-                           f"{CAP_BYTES:,}")
-    if (totals or problems) and not (remarks and not problems):
-        how = "as logged; no code here" if sub.code is None else "code on disk + model of each log"
-        sub.verdict("bytes", problems, f"{listed(f'{t:,}' for t in totals.values())} of "
-                                       f"{CAP_BYTES:,} ({how})")
-    if silent or not sub.logs:
-        sub.add(UNCHECKED, "bytes",
-                f"no model size in {listed(silent) or 'any log: there is none'}")
-    if remarks:
-        sub.add(WARN, "bytes", "; ".join(remarks))
+            remarks.append(f"{log.name}: {log.total_bytes or 0:,} as logged, with {sub.script.name}"
+                           f" as it lies there{how} {on_disk:,}; the cap is {CAP_BYTES:,}")
+    how = "as logged; no code here" if sub.code is None else "code on disk + model of each log"
+    good = f"{listed(f'{t:,}' for t in totals.values())} of {CAP_BYTES:,} ({how})"
+    unknown = silent if sub.logs else ["any log: there is none"]
+    sub.verdict("bytes", problems, totals and not remarks and good, remarks=remarks,
+                unknown=[unknown and f"no model size in {listed(unknown)}"])
     check_code_files(sub, totals)
     check_bytes_claimed(sub, totals)
 
@@ -262,12 +248,11 @@ def check_code_files(sub, totals):
     """What the code files beside the script add, or would add."""
     if sub.needed or sub.unneeded:
         more = [f"{n} {b:,} (counted: {sub.script.name} names it)" for n, b in sub.needed.items()]
-        rest = [f"{n} {b:,}" for n, b in list(sub.unneeded.items())[:6]]
-        largest = max(totals.values(), default=0) + sum(sub.unneeded.values())
-        text = listed(more + ([f"not counted, since the script does not name them: {listed(rest)}"]
-                              if rest else []))
-        sub.add(WARN if largest > CAP_BYTES >= max(totals.values(), default=0) > 0 else PASS,
-                "code files", text)
+        if rest := [f"{n} {b:,}" for n, b in list(sub.unneeded.items())[:6]]:
+            more.append(f"not counted, since the script does not name them: {listed(rest)}")
+        largest = max(totals.values(), default=0)
+        matters = 0 < largest <= CAP_BYTES < largest + sum(sub.unneeded.values())
+        sub.add(WARN if matters else PASS, "code files", listed(more))
 
 
 def check_bytes_claimed(sub, totals):
@@ -285,32 +270,30 @@ def check_bytes_claimed(sub, totals):
                 names.setdefault((value, what), f"seed {seed}'s {what}")
     codes = {n for log in sub.logs for n in log.code_sizes}
     codes |= {len(sub.code or b""), len(sub.source or b""), sub.code_bytes}
+    codes -= {None}
     problems, remarks, good = [], [], []
     for kind, allowed in ((TOTAL, ("total on disk", "logged total", "model")), (MODEL, ("model",)),
                           (CODE, ())):
         key, value = said(sub.claims, kind)
         # a smaller one is in MB
-        if key is None or (codes == {0, None} if kind is CODE else not names or value < 100_000):
+        if key is None or (codes == {0} if kind is CODE else not names or value < 100_000):
             continue
-        found = [text for what in allowed for (n, w), text in names.items() if w == what
-                 and same_count(value, n)]
-        found += ["the code's"] if kind is CODE and any(same_count(value, n)
-                                                        for n in codes - {None}) else []
+        found = [text for what in allowed for (n, w), text in names.items()
+                 if w == what and same_count(value, n)]
+        if kind is CODE and any(same_count(value, n) for n in codes):
+            found = ["the code's"]
         largest = found and (found[0].startswith("the largest") or kind is CODE)
         if not found and kind is CODE and sub.code and abs(value / len(sub.code) - 1) < 0.05:
-            remarks.append(f"{key} is {value}, not {listed(sorted(codes - {None}))}")
+            remarks.append(f"{key} is {value}, not {listed(sorted(codes))}")
         elif not found or found[0].endswith("model") and key in ("bytes_total", "total_bytes"):
-            known = sorted(codes - {None}) if kind is CODE else [
+            known = sorted(codes) if kind is CODE else [
                 f"{what} {n:,}" for (n, _), what in list(names.items())[:4]]
             problems.append(listed([f"{key} is {value}", *found[:1], f"not {listed(known)}"]))
         else:
             (good if largest else remarks).append(f"{key} {value} is {found[0]}")
-    if problems or good:
-        sub.verdict("bytes claimed", problems, "; ".join(good), sub.severity)
-    elif not remarks:
-        sub.add(UNCHECKED, "bytes claimed", f"no sizes in both {sub.claims_name} and the logs")
-    if remarks:
-        sub.add(WARN, "bytes claimed", "; ".join(remarks) + "; the largest seed's total counts")
+    remarks += ["the largest seed's total counts"] if remarks else []
+    sub.verdict("bytes claimed", problems, "; ".join(good), sub.severity, remarks,
+                silent=f"no sizes in both {sub.claims_name} and the logs")
 
 
 def same_count(claim, count):
@@ -320,8 +303,8 @@ def same_count(claim, count):
 
 
 def steps_late(log):
-    """Steps by which training, with what read training data after it, ended past the limit: 0, 1,
-    3, or infinity. The ancestors' loops stop by the clock, which they read once a step."""
+    """Steps by which training, and what read its data afterwards, passed the limit: 0, 1, 3, or
+    infinity. The ancestors' loops stop by the clock, which they read once a step."""
     late = log.train_seconds + (log.calibration_seconds or 0) - CAP_SECONDS - log.train_unit
     limits = ((0, 0), (1, log.step_seconds), (3, max(3 * log.step_seconds, 0.3)))
     return next((steps for steps, seconds in limits if late <= seconds), math.inf)
@@ -343,23 +326,19 @@ def check_seconds(sub):
             (close if by else problems).append(f"{log.name}: {text} s exceeds {CAP_SECONDS}{by}")
         else:
             seen.append(text)
-        if log.calibration and log.calibration_seconds is None:
-            close.append(f"{log.name}: {log.calibration[:60]!r} after the last train_time counts "
-                         "as training; no seconds said")
-        if log.calibration and re.search(r"(?<!no )val(idation)? (data|tokens|set)",
-                                         log.calibration, re.I):
-            problems.append(f"{log.name}: {log.calibration[:80]!r} calibrates on validation text")
-    if seen or problems:
-        sub.verdict("train seconds", problems, f"{listed(dict.fromkeys(seen))} of {CAP_SECONDS}",
-                    sub.severity)
-    if close:
-        sub.add(WARN, "train seconds", "; ".join(close))
+        line = log.calibration or ""
+        if line and log.calibration_seconds is None:
+            close.append(f"{log.name}: {line[:60]!r} after the last train_time counts as training; "
+                         "no seconds said")
+        if re.search(r"(?<!no )val(idation)? (data|tokens|set)", line, re.I):
+            problems.append(f"{log.name}: {line[:80]!r} calibrates on validation text")
+    good = seen and f"{listed(dict.fromkeys(seen))} of {CAP_SECONDS}"
+    sub.verdict("train seconds", problems, good, sub.severity, close)
     check_eval_seconds(sub)
 
 
 def eval_seconds(sub, log):
-    """Seconds of the evaluation that counts: as the log says in all, else that evaluation's timer;
-    or None."""
+    """Seconds of the evaluation that counts: the log's in all, else its own timer's; or None."""
     whole = log.eval_seconds if log.eval_seconds is not None else log.total_eval_seconds
     return whole if whole is not None else sub.score(log).seconds
 
@@ -380,20 +359,17 @@ def check_eval_seconds(sub):
             problems.append(f"{log.name}: {seconds:.1f} s exceeds {CAP_SECONDS}")
         seen.append(f"{seconds:.1f}")
         rest.append(None if log.eval_seconds is None else f"{seconds - timed:.1f}")
-        diagnostics.update({k: s.seconds for k, s in log.scores.items() if s.seconds
-                            and k != sub.kind})
-    if seen:
-        beside = listed(f"{k} {n / len(sub.scored):.0f}" for k, n in diagnostics.items())
-        sub.verdict("eval seconds", problems, f"{listed(seen)} of {CAP_SECONDS}, {sub.kind}" + (
-            f"; not in it: {beside} s" if beside and None in rest else ""), sub.severity)
-    if None in rest:
-        sub.add(UNCHECKED, "outside of timers", "evaluation seconds are the evaluation's own "
-                                                "timer; loading, "
-                "decompression and compilation are not visible")
-    elif rest:
-        sub.add(PASS, "outside of timers", f"between the evaluations, inside the total: "
-                                           f"{listed(rest)} s; packing, in neither "
-                f"limit: {listed(log.pack_seconds for log in sub.scored)} s")
+        diagnostics.update({k: s.seconds for k, s in log.scores.items()
+                            if s.seconds and k != sub.kind})
+    beside = listed(f"{k} {n / len(sub.scored):.0f}" for k, n in diagnostics.items())
+    beside = f"; not in it: {beside} s" if beside and None in rest else ""
+    sub.verdict("eval seconds", problems,
+                seen and f"{listed(seen)} of {CAP_SECONDS}, {sub.kind}{beside}", sub.severity)
+    packing = listed(log.pack_seconds for log in sub.scored)
+    sub.verdict("outside of timers", [], rest and None not in rest and "between the evaluations, "
+                f"inside the total: {listed(rest)} s; packing, in neither limit: {packing} s",
+                unknown=[None in rest and "evaluation seconds are the evaluation's own timer; "
+                         "loading, decompression and compilation are not visible"])
 
 
 def check_adaptation(sub):
@@ -405,16 +381,15 @@ def check_adaptation(sub):
     text = (f"{listed(g.name for g in adapted)}: {line!r} and no score in these epochs; {sub.kind} "
             "scores after them")
     if sub.tree is not None and not adapts_on_validation(sub.tree):
-        sub.add(UNCHECKED, "score before update", f"{text}. On which text it steps is not visible "
-                                                  f"in {sub.script.name}")
+        sub.add(UNCHECKED, "score before update",
+                f"{text}. On which text it steps is not visible in {sub.script.name}")
     else:
         sub.add(sub.severity, "score before update", f"{text}: adapted to the text first")
 
 
 def official_set(targets):
     """Name of the validation set of so many targets, or None."""
-    return next((name for count, name in OFFICIAL_TARGETS.items() if abs(targets - count) < ROW),
-                None)
+    return next((name for name, _, count in SETS if abs(targets - count) < ROW), None)
 
 
 def check_denominator(sub):
@@ -427,9 +402,8 @@ def check_denominator(sub):
             for key, s in log.scores.items():
                 implied = s.bytes_per_target * log.targets
                 if abs(implied / log.scored_bytes - 1) > s.tolerance:
-                    (problems if s is score else unknown).append(
-                        f"{log.name}: {key} implies {implied:,.0f} bytes, logged are "
-                        f"{log.scored_bytes:,}")
+                    text = f"{key} implies {implied:,.0f} bytes, logged are {log.scored_bytes:,}"
+                    (problems if s is score else unknown).append(f"{log.name}: {text}")
             by_ledger = (log.loss_sum or 0) / log.targets
             slack = 1.01 * log.score.loss_unit + 1e-6 / log.targets
             if by_ledger and abs(by_ledger - log.score.loss) > slack:
@@ -440,19 +414,16 @@ def check_denominator(sub):
     if len(set(ways.values())) > 1:
         each = listed(f"{way} in {name}" for name, way in ways.items())
         problems.append(f"bytes counted from {each}: score all seeds on one data folder")
-    if problems or good:
-        way = f"; counted from the {next(iter(ways.values()))}" if ways else ""
-        sub.verdict("bits per byte", problems, f"loss ÷ ln 2 × targets ÷ bpb is {listed(good)} "
-                    f"bytes, as logged or known{way}")
-    if unknown or not sub.scored:
-        sub.add(UNCHECKED, "bits per byte", "; ".join(unknown) or "no log with a loss and a score")
+    way = f"; counted from the {next(iter(ways.values()))}" if ways else ""
+    sub.verdict("bits per byte", problems, good and "loss ÷ ln 2 × targets ÷ bpb is "
+                f"{listed(good)} bytes, as logged or known{way}", unknown=unknown,
+                silent="no log with a loss and a score")
     check_validation_set(sub)
 
 
 def compare_evaluations(sub, log, problems, unknown):
-    """All evaluations of a log have the same bytes per target, or scored other parts of the text.
-    It is a problem unless another evaluation or the bytes of the text confirm the score that
-    counts."""
+    """All evaluations of a log have the same bytes per target, or scored other parts of the text: a
+    problem unless another evaluation or the bytes of the text confirm the score that counts."""
     score, kinds = sub.score(log), {k: s for k, s in log.scores.items() if not DIAGNOSTIC.search(k)}
     ratios = [s.bytes_per_target for s in kinds.values()] or [score.bytes_per_target]
     most = max(1e-4 if log.ledger else 2e-3, *(2 * s.tolerance for s in log.scores.values()))
@@ -471,68 +442,59 @@ def compare_evaluations(sub, log, problems, unknown):
 def judge_bytes(log, ratio, problems, good, unknown):
     """Sort what the bytes per target of a log imply for the whole text into one of three lists."""
     if log.targets:
-        off = ratio * log.targets / OFFICIAL_BYTES - 1
-        official = official_set(log.targets)
+        implied, official = ratio * log.targets, official_set(log.targets)
+        off = implied / OFFICIAL_BYTES - 1
         if abs(off) <= 0.01 or log.scored_bytes and not official:
-            good.append(f"{ratio * log.targets:,.0f}")
+            good.append(f"{implied:,.0f}")
         elif not official:
-            unknown.append(f"{log.name}: {ratio * log.targets:,.0f} bytes implied for "
-                           f"{log.targets:,} targets, whose text is not known")
+            unknown.append(f"{log.name}: {implied:,.0f} bytes implied for {log.targets:,} targets, "
+                           "whose text is not known")
         else:
-            problems.append(f"{log.name}: {ratio * log.targets:,.0f} bytes implied, the "
-                            "validation text has about "
-                            f"{OFFICIAL_BYTES:,} ({100 * off:+.1f} %)")
+            problems.append(f"{log.name}: {implied:,.0f} bytes implied, the validation text has "
+                            f"about {OFFICIAL_BYTES:,} ({100 * off:+.1f} %)")
         return
-    of_vocabulary = [(name, n) for name, v, n in SETS if v == log.vocabulary]
-    fits = [name for name, n in of_vocabulary if abs(ratio * n / OFFICIAL_BYTES - 1) <= 0.01]
+    off = {name: ratio * n / OFFICIAL_BYTES - 1 for name, v, n in SETS if v == log.vocabulary}
+    fits = [name for name, share in off.items() if abs(share) <= 0.01]
+    twice = [share for share in off.values() if 0.15 < share < 0.18]
     if fits:
         good.append(f"{ratio:.4f} per target, as {fits[0]} has")
-    elif any(0.15 < ratio * n / OFFICIAL_BYTES - 1 < 0.18 for _, n in of_vocabulary):
-        off = max(ratio * n / OFFICIAL_BYTES - 1 for _, n in of_vocabulary
-                  if ratio * n < 1.18 * OFFICIAL_BYTES)
-        problems.append(f"{log.name}: {ratio:.4f} bytes per target, {100 * off:+.1f} % to what "
-                        "this vocabulary has: each "
-                        "space counted twice?")
+    elif twice:
+        problems.append(f"{log.name}: {ratio:.4f} bytes per target, {100 * max(twice):+.1f} % to "
+                        "what this vocabulary has: each space counted twice?")
     else:
         unknown.append(f"{log.name}: number of targets unknown; loss and bpb imply {ratio:.4f} "
-                       "bytes per target" + listed(
-            f", {name} has {OFFICIAL_BYTES / n:.4f}" for name, n in of_vocabulary))
+                       "bytes per target"
+                       + listed(f", {name} has {ratio / (1 + x):.4f}" for name, x in off.items()))
 
 
 def check_validation_set(sub):
     """All targets of an official set, or the whole text by its bytes."""
-    problems, good = [], []
+    problems, good, unknown = [], [], []
     for log in sub.scored:
-        if shrunk := {k: v for k, v in log.settings.items() if shrinks(k, v)}:
-            problems.append(f"{log.name}: {listed(f'{k}={v}' for k, v in shrunk.items())} scores "
-                            "a part")
+        shrunk = [f"{k}={log.settings[k]}" for k, whole in WHOLE_SET.items()
+                  if log.settings.get(k, whole[0]) not in whole]
+        if shrunk:
+            problems.append(f"{log.name}: {listed(shrunk)} scores a part")
         elif log.targets and (name := official_set(log.targets)):
             good.append(f"{log.targets:,} targets, all of {name}")
         elif log.targets:
             share = sub.score(log).bytes_per_target * log.targets / OFFICIAL_BYTES
-            whole = [n for name, v, n in SETS if v == log.vocabulary]
-            if 0.005 < abs(share - 1) <= 0.03:
-                sub.add(UNCHECKED, "validation set", f"{log.name}: {log.targets:,} targets, "
-                                                     f"{100 * share:.1f} % of the text by its "
-                        "bytes: another text or tokenizer, or a part")
-            elif abs(share - 1) <= 0.005:
-                good.append(f"{log.targets:,} targets, {100 * share:.1f} % of the text by bytes")
+            text = f"{log.targets:,} targets, {100 * share:.1f} % of the text by its bytes"
+            whole = listed(f"{n:,}" for _, v, n in SETS if v == log.vocabulary)
+            if abs(share - 1) <= 0.005:
+                good.append(text)
+            elif abs(share - 1) <= 0.03:
+                unknown.append(f"{log.name}: {text}: another text or tokenizer, or a part")
             else:
-                problems.append(f"{log.name}: {log.targets:,} targets, {100 * share:.1f} % of the "
-                                "text by its bytes" + (
-                    f"; the official set has {listed(f'{n:,}' for n in whole)}" if whole else ""))
-    if problems or good:
-        sub.verdict("validation set", problems, listed(dict.fromkeys(good)), sub.severity)
-    elif not any(log.targets for log in sub.scored):
-        sub.add(UNCHECKED, "validation set", "no log says how many targets were scored")
+                official = f"; the official set has {whole}" if whole else ""
+                problems.append(f"{log.name}: {text}{official}")
+    sub.verdict("validation set", problems, listed(dict.fromkeys(good)), sub.severity,
+                unknown=unknown, silent="no log says how many targets were scored")
 
 
-def shrinks(name, value):
-    """Whether a setting of a log makes the validation set smaller."""
-    off = {"VAL_DOC_FRACTION": ("1", "1.0"), "MAX_VAL_TOKENS": ("0", "-1", "", "None"),
-           "VAL_MAX_TOKENS": ("0", "-1", "", "None"),
-           "TTT_EVAL_BATCHES": ("", "0", "None")}
-    return name in off and value not in off[name]
+# Settings of published scripts that make the validation set smaller, and their values that do not.
+WHOLE_SET = {"VAL_DOC_FRACTION": ("1", "1.0"), "MAX_VAL_TOKENS": ("0", "-1", "", "None"),
+             "VAL_MAX_TOKENS": ("0", "-1", "", "None"), "TTT_EVAL_BATCHES": ("", "0", "None")}
 
 
 def check_scores(sub):
@@ -552,14 +514,14 @@ def check_scores(sub):
     _, std = mean_std([sub.score(log).bpb for log in sub.scored])
     if key is None or std is None:
         if std is not None or key and stated:
-            sub.add(WARN, "val_bpb_std", f"{sub.claims_name} has {stated}; the {len(sub.scored)} "
-                                         f"logs give {std}")
+            sub.add(WARN, "val_bpb_std",
+                    f"{sub.claims_name} has {stated}; the {len(sub.scored)} logs give {std}")
         return
     population = std * math.sqrt(1 - 1 / len(sub.scored))
     # rounded, or cut off
     slack = 2.02 * half_unit(stated) + max(sub.score(log).bpb_unit for log in sub.scored)
     wrong = min(abs(float(stated) - std), abs(float(stated) - population)) > slack
-    sub.verdict(key, [f"{stated}, the logs give {std:.6f} (n−1)"] if wrong else [],
+    sub.verdict(key, [wrong and f"{stated}, the logs give {std:.6f} (n−1)"],
                 f"{stated}, logs {std:.6f} (n−1)", sub.severity)
 
 
@@ -597,15 +559,17 @@ def as_evaluation(sub, claim, attribute, kind, mean):
     return None
 
 
+# Readers of a claimed score that is no evaluation's: (status, what it is), or None.
+
 def as_cut_off(sub, claim, attribute, means):
-    """(status, what it is) of a claim that is a mean with its last digits cut off; or None."""
+    """A mean with its last digits cut off."""
     most = min(1e-4, 2 * half_unit(claim))
     cut = next((k for k, m in means.items() if 0 <= m - float(claim) < most), None)
     return cut and (WARN, f"the mean of {cut}, {means[cut]:.6f}, cut off and not rounded")
 
 
 def as_listed(sub, claim, attribute, means):
-    """(status, what it is) of a claim that is the mean of what submission.json lists; or None."""
+    """The mean of what submission.json lists."""
     several = [[said(row, BPB if attribute == "bpb" else LOSS)[1] for row in sub.rows.values()]]
     if attribute == "bpb":
         several += [[*map(figure, v)] for k, v in sub.claims.items()
@@ -621,32 +585,34 @@ def as_listed(sub, claim, attribute, means):
 
 
 def as_bpb(sub, claim, attribute, means):
-    """(status, what it is) of a loss that is the score in bits; or None."""
+    """A loss that is the score in bits."""
     mean = mean_std([sub.score(g).bpb for g in sub.scored])[0]
     in_bits = attribute == "loss" and abs(float(claim) - mean) < 1e-3
     return (WARN, "the bpb, not nats") if in_bits else None
 
 
 def as_other(sub, claim, attribute, means):
-    """(status, what it is) of a claim that stands in the logs outside of an evaluation; or None."""
-    labels = {label for g in sub.scored for label in g.other_bpb} if attribute == "bpb" else set()
-    values = {label: [g.other_bpb[label] for g in sub.scored if label in g.other_bpb]
-              for label in labels}
-    if attribute == "loss":
-        values["last_validation"] = [str(v) for g in sub.scored for _, v in g.validation[-1:]]
+    """What stands in the logs outside of an evaluation."""
+    values = {}
+    for log in sub.scored:
+        others = log.other_bpb if attribute == "bpb" else {
+            "last_validation": str(v) for _, v in log.validation[-1:]}
+        for label, text in others.items():
+            values.setdefault(label, []).append(text)
     for label, texts in values.items():
-        mean = [f"{sum(map(float, texts)) / len(texts):.5f}"] if texts else []
-        if any(agree(claim, text) for text in mean + texts):
+        mean = f"{sum(map(float, texts)) / len(texts):.5f}"
+        if any(agree(claim, text) for text in (mean, *texts)):
             before = label == "last_validation"
-            return sub.severity if before else WARN, label + (
-                " of the training, before quantization" if before else "") + (
-                f"; {sub.kind} gives {means.get(sub.kind, math.nan):.6f}")
+            where = " of the training, before quantization" if before else ""
+            return sub.severity if before else WARN, (
+                f"{label}{where}; {sub.kind} gives {means.get(sub.kind, math.nan):.6f}")
     return None
 
 
+# Readers for RESULT_KEYS and COLUMNS: what a log has for a figure, texts as printed.
+
 def close_to(attribute):
-    """Reader of RESULT_KEYS: what a log gives for a score, printed; any of its evaluations will
-    do."""
+    """Of a score, any evaluation's."""
     return lambda g: [s.printed(attribute) for s in reversed(g.scores.values())]
 
 
@@ -662,19 +628,16 @@ def step_milliseconds(log):
     return [f"{1000 * log.step_seconds:.2f}"] if log.step_seconds else []
 
 
-RESULT_KEYS = {**dict.fromkeys(BPB, close_to("bpb")), **dict.fromkeys(LOSS, close_to("loss")),
-               **dict.fromkeys(TOTAL, exactly("total_bytes", "model_bytes")),
-               **dict.fromkeys(MODEL, exactly("model_bytes")),
-               **dict.fromkeys(CODE, exactly("code_bytes")),
-               **dict.fromkeys(("steps", "train_steps", "step_stop"), exactly("steps")),
-               **dict.fromkeys(("step_avg_ms", "ms_per_step"), step_milliseconds),
-               **dict.fromkeys(("train_seconds", "wallclock_seconds", "train_time_s"),
-                               timed("train_seconds")),
-               "eval_seconds": timed("eval_seconds"),
-               "scored_targets": exactly("targets"), "scored_bytes": exactly("scored_bytes"),
-               "seed": exactly("seed")}
-SOFT = ("steps", "train_steps", "step_stop", "step_avg_ms", "ms_per_step", "train_seconds",
-        "wallclock_seconds", "train_time_s", "eval_seconds")  # what does not decide
+STEPS, PER_STEP = ("steps", "train_steps", "step_stop"), ("step_avg_ms", "ms_per_step")
+TRAINING = ("train_seconds", "wallclock_seconds", "train_time_s")
+SOFT = (*STEPS, *PER_STEP, *TRAINING, "eval_seconds")  # what does not decide
+RESULT_KEYS = {key: logged for keys, logged in (
+    (BPB, close_to("bpb")), (LOSS, close_to("loss")), (STEPS, exactly("steps")),
+    (TOTAL, exactly("total_bytes", "model_bytes")), (MODEL, exactly("model_bytes")),
+    (CODE, exactly("code_bytes")), (PER_STEP, step_milliseconds),
+    (TRAINING, timed("train_seconds")), (("eval_seconds",), timed("eval_seconds")),
+    (("scored_targets",), exactly("targets")), (("scored_bytes",), exactly("scored_bytes")),
+    (("seed",), exactly("seed"))) for key in keys}
 
 
 def comparable(row, log, totals=()):
@@ -690,8 +653,7 @@ def comparable(row, log, totals=()):
 
 
 def differences(row, log, totals=()):
-    """What a row of results says otherwise than the log; `totals` are further sizes that are
-    right."""
+    """What a row of results says otherwise than the log; `totals` are also right sizes."""
     out = [f"{key} {value} where the log has {known[0]}"
            for key, value, known in comparable(row, log, totals) if not any(
                agree(value, k) if isinstance(k, str) or key in BPB else value == k for k in known)]
@@ -703,8 +665,7 @@ def differences(row, log, totals=()):
 
 
 def check_seed_results(sub):
-    """Each seed's row of submission.json, and its result file where there is one, against its
-    log."""
+    """Each seed's row of submission.json, and its result file if there is one, against its log."""
     problems, remarks, compared = [], [], 0
     for seed, log in sub.runs.items():
         if not log.scores:
@@ -724,21 +685,16 @@ def check_seed_results(sub):
             compared += len(list(comparable(row, log)))
             for d in differences(row, log, on_disk):
                 soft = d.split()[0] in SOFT and where == "seed_results"
-                (remarks if soft else problems).append(f"{where}, seed {seed}: {d}; take both "
-                                                       "from one run")
+                (remarks if soft else problems).append(
+                    f"{where}, seed {seed}: {d}; take both from one run")
             if row.get("code_sha256") and log.code_sha256 and row["code_sha256"] != log.code_sha256:
                 problems.append(f"{where}, seed {seed}: code_sha256 differs from the log's")
     for key in SOFT:  # of the whole submission
         lines = [differences({key: (sub.claims or {}).get(key)}, log) for log in sub.scored]
         remarks += [f"{sub.claims_name}: {d[0]}" for d in lines[:1]] if lines and all(lines) else []
-    if compared or problems:
-        sub.verdict("seed results", problems, f"{compared} figures agree with the logs",
-                    sub.severity)
-    else:
-        sub.add(UNCHECKED, "seed results", f"no rows by seed in {sub.claims_name}, no log of such "
-                                           "a seed, or no figure that both have")
-    if remarks:
-        sub.add(WARN, "seed results", "; ".join(remarks))
+    sub.verdict("seed results", problems, compared and f"{compared} figures agree with the logs",
+                sub.severity, remarks, [not compared and not problems and "no rows by seed in "
+                f"{sub.claims_name}, no log of such a seed, or no figure that both have"])
 
 
 # -- README ----------------------------------------------------------------------------------------
@@ -756,8 +712,7 @@ def readme_rows(text):
             yield header, cells
 
 
-# What a column of a table by seed is compared with: pattern of its head, of a number in it, and
-# what the log has.
+# Columns of a table by seed: what they hold, pattern of the head, of a number, what the log has.
 COLUMNS = (
     ("bpb", re.compile(r"bp[bp]\b", re.I), r"\d\.\d{3,}",
      lambda g: [*close_to("bpb")(g), *g.other_bpb.values()]),
@@ -772,8 +727,7 @@ NOT_OF_THE_RUN = re.compile(r"gain|delta|Δ|gap|std|vs\b|sota|baseline|improve",
 
 
 def check_readme(sub):
-    """Scores, steps, milliseconds and bytes of the README's tables by seed, and its first scores,
-    against the logs."""
+    """Figures of the README's tables by seed, and its first scores, against the logs."""
     if not sub.readme or not sub.scored:
         sub.add(UNCHECKED, "README's figures", "no README, or no log with a score")
         return
@@ -792,17 +746,15 @@ def check_readme(sub):
             (wrong if sole else remarks).append((seed, text))
     remarks = [text for _, text in remarks] + [text for seed, text in wrong if seed in right]
     wrong = [text for seed, text in wrong if seed not in right]
-    head = first_scores(sub.readme)
+    lines = [line for line in sub.readme.splitlines() if re.search("bpb", line, re.I)][:6]
+    head = [n for line in lines for n in re.findall(r"(?<![\d.])[0-4]\.\d{3,}\b", line)]
     if head and not any(agree(n, k) for n in head for k in scores_known(sub)):
         remarks.append(f"the README's first scores are {listed(head[:3])}; {sub.claims_name} and "
                        "the logs have none of them")
-    if wrong or (compared or head) and not remarks:
-        sub.verdict("README's figures", wrong, f"its first scores and {compared} figures by seed "
-                                               "agree", sub.severity)
-    elif not remarks:
-        sub.add(UNCHECKED, "README's figures", "no score near its beginning and no table by seed")
-    if remarks:
-        sub.add(WARN, "README's figures", "; ".join(remarks[:6]))
+    agrees = (compared or head) and not remarks
+    sub.verdict("README's figures", wrong,
+                agrees and f"its first scores and {compared} figures by seed agree", sub.severity,
+                remarks[:6], silent="no score near its beginning and no table by seed")
 
 
 def compare_row(sub, log, seed, header, cells):
@@ -821,12 +773,6 @@ def compare_row(sub, log, seed, header, cells):
             logged = listed(dict.fromkeys(known[:3]))
             differing.append((what, f"seed {seed}, {head!r}: {value}, the log has {logged}"))
     return agreeing, differing
-
-
-def first_scores(text):
-    """Numbers like a score in the first lines of a README that speak of one."""
-    lines = [line for line in text.splitlines() if re.search("bpb", line, re.I)][:6]
-    return [n for line in lines for n in re.findall(r"(?<![\d.])[0-4]\.\d{3,}\b", line)]
 
 
 def scores_known(sub):
@@ -855,8 +801,7 @@ def column_of(head, cell, log):
 
 
 def commands_in(text):
-    """{NAME: value} that the README's commands give to the script: in lines that lead to it, and in
-    exports before it."""
+    """{NAME: value} that the README's commands give to the script, also by exports before it."""
     out = {}
     for block in re.findall(r"^[ \t]*```.*?^[ \t]*```", text, re.M | re.S):
         if "train_gpt.py" not in block:
@@ -874,8 +819,7 @@ def commands_in(text):
 
 
 def check_settings(sub):
-    """Names set in the logs and in the README's commands that the script cannot read; settings that
-    differ between seeds."""
+    """Settings that differ between seeds; names in logs and commands that no code reads."""
     named = {log.name: log.settings for log in sub.logs if log.settings}
     if len(named) > 1:
         sub.verdict("same settings", differing_settings(named),
@@ -886,10 +830,8 @@ def check_settings(sub):
     known = names_read(sub.tree)
     for name in sub.needed:
         if name.endswith(".py"):
-            try:
+            with contextlib.suppress(*UNPARSED, OSError):
                 known |= names_read(parsed((sub.folder / name).read_bytes()))
-            except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):
-                pass
     unread, shown = {}, 0
     for log in sub.logs:
         ours = {n for n in log.settings if f"\nsetting {n}=" in "\n" + log.body}
@@ -897,47 +839,39 @@ def check_settings(sub):
         shown += len(names)
         for name in sorted(n for n in names - known if not n.startswith(FOREIGN)):
             unread.setdefault(name, []).append(log.name)
-    if shown:
-        sub.verdict("settings read", [f"{n} (in {listed(where)}): the script does not read it"
-                                      for n, where in unread.items()],
-                    f"the script reads all that the logs name, {shown // len(sub.logs)} each",
-                    FAIL if any(log.explicit or log.code_sha256 for log in sub.logs) else WARN)
-    else:
-        sub.add(UNCHECKED, "settings read", "the logs name no settings")
+    sub.verdict("settings read", [f"{n} (in {listed(where)}): the script does not read it"
+                                  for n, where in unread.items()],
+                shown and "the script reads all that the logs name, "
+                f"{shown // len(sub.logs)} each",
+                FAIL if any(log.explicit or log.code_sha256 for log in sub.logs) else WARN,
+                silent="the logs name no settings")
     commands = commands_in(sub.readme)
     unread = sorted(n for n in commands if n not in known and not n.startswith(FOREIGN))
     odd = [f"{n}={v}: is 0.{v[1:]} meant?" for n, v in commands.items() if re.fullmatch(r"0\d+", v)]
-    if commands:
-        problems = [f"{listed(unread)}: the script does not read it"] if unread else []
-        sub.verdict("README's commands", problems + odd,
-                    f"the script reads {listed(sorted(commands))}", WARN)
+    sub.verdict("README's commands",
+                [unread and f"{listed(unread)}: the script does not read it", *odd],
+                commands and f"the script reads {listed(sorted(commands))}", WARN)
 
 
 def differing_settings(named):
-    """Lines 'NAME: value in a, value in b' of settings that differ, other than those that may;
-    `named` is {name: settings}."""
-    lines = []
-    for key in sorted({k for settings in named.values() for k in settings
-                       if not NOT_OF_THE_MODEL.match(k)}):
+    """Lines 'NAME: value in a, value in b' of settings in {name: settings} that may not differ."""
+    lines, keys = [], {k for settings in named.values() for k in settings}
+    for key in sorted(k for k in keys if not NOT_OF_THE_MODEL.match(k)):
         values = {name: settings.get(key, "absent") for name, settings in named.items()}
         if len(set(map(str, values.values()))) > 1:
-            lines.append(f"{key.upper()}: " + listed(f"{v} in {name}"
-                                                     for name, v in values.items()))
+            lines.append(f"{key.upper()}: " + listed(f"{v} in {n}" for n, v in values.items()))
     return lines
 
 
 def check_imports(sub):
-    """What the script imports and which addresses and outside paths it holds: a list to look at, no
-    proof."""
+    """Imports, addresses and outside paths of the script: a list to look at, no proof."""
     if sub.tree is None:
         return
-    modules = modules_imported(sub.tree)
-    strange = []
+    modules, strange = modules_imported(sub.tree), []
     for name in sorted((modules - LIBRARIES - set(sys.stdlib_module_names)) | modules & NETWORK):
-        here = [n for n in sub.needed if n.split("/")[0] in (name, f"{name}.py")]
-        strange.append(f"imports {name}" + (" (network)" if name in NETWORK else "") + (
-            f" (a file here: its {sum(sub.needed[n] for n in here):,} bytes count as code)" if here
-            else ""))
+        here = sum(b for n, b in sub.needed.items() if n.split("/")[0] in (name, f"{name}.py"))
+        strange.append(f"imports {name}" + " (network)" * (name in NETWORK)
+                       + (f" (a file here: its {here:,} bytes count as code)" if here else ""))
     strange += [f"holds {t[:60]!r}" for t in sorted(texts_of(sub.tree))
                 if re.fullmatch(r"(/[\w.]|~/|\.\./|\w+://)\S+|curl|wget|pip", t)]
     sub.verdict("imports and paths", strange, f"nothing foreign in {len(modules)} imports", WARN)
@@ -948,49 +882,40 @@ def check_compliance(sub):
     promises, problems = (sub.claims or {}).get("compliance"), []
     if not isinstance(promises, dict) or not sub.scored:
         return
-    doubtful = {what for status, what, _ in sub.findings if status in (FAIL, WARN)}
-    failed = {what for status, what, _ in sub.findings if status == FAIL}
+    found = {(status, what) for status, what, _ in sub.findings}
     seconds = [s for log in sub.scored if (s := eval_seconds(sub, log)) is not None]
     timed_logs = [log for log in sub.logs if log.train_seconds is not None]
-    sized = any(log.total_bytes is not None for log in sub.logs)
-    true = dict(train=all(steps_late(log) < math.inf for log in timed_logs) or not timed_logs,
-                eval=max(seconds, default=0) <= CAP_SECONDS, bytes="bytes" not in failed,
-                seeds=len(sub.scored) >= 3, set="validation set" not in doubtful)
-    known = dict(train=timed_logs, eval=seconds, bytes=sized, seeds=True,
-                 set=any(log.targets for log in sub.scored))
     compared = 0
-    for name, pattern in dict(train="train.*600", eval="eval.*600", bytes="(bytes|artifact).*16",
-                              seeds="three_seeds", set="full_validation_set").items():
+    for pattern, known, true in (
+            ("train.*600", timed_logs, all(steps_late(log) < math.inf for log in timed_logs)),
+            ("eval.*600", seconds, max(seconds, default=0) <= CAP_SECONDS),
+            ("(bytes|artifact).*16", any(log.total_bytes is not None for log in sub.logs),
+             (FAIL, "bytes") not in found),
+            ("three_seeds", True, len(sub.scored) >= 3),
+            ("full_validation_set", any(log.targets for log in sub.scored),
+             not found & {(FAIL, "validation set"), (WARN, "validation set")})):
         keys = [k for k, v in promises.items() if re.match(pattern, k) and v is True]
-        compared += len(keys) if known[name] else 0
-        problems += [] if true[name] else [f"{k}: true, the logs say otherwise" for k in keys]
-    if compared or problems:
-        sub.verdict("compliance", problems, f"the logs contradict none of {compared} promises")
-    else:
-        sub.add(UNCHECKED, "compliance", "no promise that the logs can confirm")
+        compared += len(keys) if known else 0
+        problems += [] if true else [f"{k}: true, the logs say otherwise" for k in keys]
+    good = compared and f"the logs contradict none of {compared} promises"
+    sub.verdict("compliance", problems, good, silent="no promise that the logs can confirm")
 
 
 def check_hardware(sub):
     """A record was run on 8 H100s."""
     seen = {(log.world_size, log.device) for log in sub.logs if log.device or log.world_size}
-    if not seen:
-        sub.add(UNCHECKED, "hardware", f"not in the logs; submission.json says "
-                                       f"{(sub.claims or {}).get('hardware')}")
-        return
-    wrong = [f"{n}×{device}" for n, device in seen if n not in (None, 8)
-             or (device and "H100" not in device)]
+    wrong = [f"{n}×{device}" for n, device in seen
+             if n not in (None, 8) or (device and "H100" not in device)]
     text = listed(f"{n or '?'}×{device or '?'}" for n, device in seen)
-    if not wrong and not all(n and device for n, device in seen):
-        sub.add(UNCHECKED, "hardware", f"{text}: the logs do not name device and number; "
-                                       f"submission.json says {(sub.claims or {}).get('hardware')}")
-        return
-    sub.verdict("hardware", [f"{listed(wrong)}; a record runs on 8×H100"] if wrong
-                and sub.track == RECORD else [], text)
+    told = wrong or seen and all(n and device for n, device in seen)
+    record, claim = wrong and sub.track == RECORD, (sub.claims or {}).get("hardware")
+    lacks = f"{text}: the logs do not name device and number" if seen else "not in the logs"
+    sub.verdict("hardware", [record and f"{listed(wrong)}; a record runs on 8×H100"],
+                told and text, silent=f"{lacks}; submission.json says {claim}")
 
 
 def scores_to_beat(other, ratio):
-    """(mean, std, n) in nats of a folder: from the logs that count, else from its submission.json.
-    Raises Problem."""
+    """(mean, std, n) in nats of a folder: of its logs, else of submission.json. Raises Problem."""
     values = [other.score(log).bpb for log in other.scored]
     rows = [float(v) for row in other.rows.values() if (v := said(row, BPB)[1]) is not None]
     values = values if len(values) > 1 or not rows else rows
@@ -1000,18 +925,13 @@ def scores_to_beat(other, ratio):
     (_, mean), (_, std) = said(other.claims or {}, BPB), said(other.claims or {}, STD)
     if mean is None or std is None or len(other.named_seeds) < 2:
         raise Problem(f"--against {other.folder}: no log with a score, and no mean, deviation and "
-                      "seeds in its "
-                      "submission.json; give its figures as mean,std,n")
+                      "seeds in its submission.json; give its figures as mean,std,n")
     return float(mean) * ratio, float(std) * ratio, len(other.named_seeds)
 
 
 def reference_scores(against, ratio):
-    """(mean, std, n) in nats per target of what is to be beaten: a folder, or 'mean,std,n[,bpb]'.
-    Raises Problem.
-
-    `ratio` is nats per target for one bit per byte; a folder's bpb is converted by it, since its
-    tokens may be others.
-    """
+    """(mean, std, n) in nats per target of a folder or 'mean,std,n[,bpb]'. Raises Problem. `ratio`,
+    nats for one bit per byte, converts a folder's bpb, since its tokens may be others."""
     if Path(against).is_dir():
         return scores_to_beat(open_submission(against), ratio)
     parts = [p.strip() for p in against.split(",")]
@@ -1049,11 +969,10 @@ def check_improvement(sub, against):
         p = 0.0 if old - new > MARGIN_NATS else 1.0
     else:
         from scipy.stats import ttest_ind_from_stats
-        p = float(ttest_ind_from_stats(old - MARGIN_NATS, old_std, old_n, new, new_std,
-                                       len(sub.scored), equal_var=False,
-                                       alternative="greater").pvalue)
+        p = ttest_ind_from_stats(old - MARGIN_NATS, old_std, old_n, new, new_std, len(scores),
+                                 equal_var=False, alternative="greater").pvalue
     gain += f"; Welch's p = {p:.3g} for {MARGIN_NATS} or less"
-    sub.verdict("improvement", [] if p < MOST_P else [f"{gain}, must be < {MOST_P}"], gain,
+    sub.verdict("improvement", [not p < MOST_P and f"{gain}, must be < {MOST_P}"], gain,
                 sub.severity)
 
 
@@ -1063,17 +982,16 @@ def check_artifacts(sub, artifacts):
     for path in artifacts:
         if not path.is_file():
             raise Problem(f"--artifact {path}: no such file")
-        if not models:
-            sub.add(UNCHECKED, "artifact", f"{path.name}, {path.stat().st_size:,} bytes; no log "
-                                           "says a model's size")
-            continue
         size, named = path.stat().st_size, re.search(r"seed[_-]?(\d+)", path.name)
+        text = f"{path.name}, {size:,} bytes"
+        if not models:
+            sub.add(UNCHECKED, "artifact", f"{text}; no log says a model's size")
+            continue
         seeds = [s for s, log in sub.runs.items() if log.model_bytes == size]
         right = str(named[1]) in map(str, seeds) if named else bool(seeds)
         logged = listed(f"seed {s} {log.model_bytes}" for s, log in sub.runs.items())
-        sub.verdict("artifact", [] if right else [f"{path.name} has {size:,} bytes; the logs: "
-                                                  f"{logged}"],
-                    f"{path.name}, {size:,} bytes, is seed {listed(seeds)}'s",
+        wrong = f"{path.name} has {size:,} bytes; the logs: {logged}"
+        sub.verdict("artifact", [not right and wrong], f"{text}, is seed {listed(seeds)}'s",
                     WARN if size in models and not named else FAIL)
     if not artifacts:
         sub.add(UNCHECKED, "artifact", "none at hand (--artifact F): model bytes are the logs'")
@@ -1081,8 +999,7 @@ def check_artifacts(sub, artifacts):
 
 @functools.lru_cache
 def bytes_in(data, tokenizer, vocabulary, targets):
-    """(bytes, how they were counted) of the first targets of a data folder, by this repository's
-    script. Raises Problem."""
+    """(bytes, how counted) of the first targets of a data folder, by our script. Raises Problem."""
     sys.path.insert(0, str(ROOT))
     import train_gpt
     s = replace(train_gpt.Settings(), data_path=data, tokenizer_path=tokenizer, train_seq_len=1,
@@ -1099,8 +1016,7 @@ def bytes_in(data, tokenizer, vocabulary, targets):
 
 
 def check_text(sub, data, tokenizer):
-    """The bytes of each log against the data: its side files where there are any, else the table of
-    pieces."""
+    """The bytes of each log against the data: its side files if any, else the table of pieces."""
     logs = [log for log in sub.logs if log.targets and log.scored_bytes and log.vocabulary]
     lacks = ("no data folder given (--data F): bytes are the logs'" if not data else
              "no log says targets, bytes and vocabulary" if not logs else
@@ -1137,21 +1053,19 @@ def ends_well(command, cwd, environ, seconds):
 
 
 def check_by_running(sub, artifacts, given):
-    """Executes the submission's script: a dry run inside a copy of the folder with the logged
-    settings; audits artifacts."""
+    """Executes the script: a dry run in a copy of the folder with logged settings; the audits."""
     if sub.source is None or b"--dry-run" not in sub.source:
         sub.add(UNCHECKED, "dry run", "train_gpt.py knows no --dry-run: started, it would train")
     else:
         known = names_read(sub.tree) if sub.tree else set()
-        environ = {k: v for k, v in os.environ.items() if k not in known
-                   and not k.startswith("TORCHELASTIC")}
-        settings = sub.logs[0].settings if sub.logs else {}
-        environ |= {k: settings[k] for k in sub.logs[0].explicit} if sub.logs else {}
+        environ = {k: v for k, v in os.environ.items()
+                   if k not in known and not k.startswith("TORCHELASTIC")}
+        environ |= {k: log.settings[k] for log in sub.logs[:1] for k in log.explicit}
         with tempfile.TemporaryDirectory() as scratch:  # a script may write beside itself
             copy = shutil.copytree(sub.folder, Path(scratch) / "folder")
-            problem, line = ends_well([sys.executable, "train_gpt.py", "--dry-run"], copy, environ,
-                                      120)
-        sub.verdict("dry run", [f"{problem}: {line}"] if problem else [],
+            command = [sys.executable, "train_gpt.py", "--dry-run"]
+            problem, line = ends_well(command, copy, environ, 120)
+        sub.verdict("dry run", [problem and f"{problem}: {line}"],
                     f"inside the folder, settings of a log: {line}")
     audit, logged = HERE / "audit.py", sub.logs[0].settings if sub.logs else {}
     data = {name: value or logged[name] for value, name in
@@ -1166,14 +1080,13 @@ def check_by_running(sub, artifacts, given):
         if problem == "exit status 2":  # no data here, or nothing that it can read
             sub.add(UNCHECKED, "audit", f"{path.name}: {line}")
         else:
-            sub.verdict("audit", [f"{path.name}: {problem}: {line}"] if problem else [],
+            sub.verdict("audit", [problem and f"{path.name}: {problem}: {line}"],
                         f"{path.name}: {line}")
 
 
 CHECKS = (check_claims, check_logs, check_seeds, check_code, check_bytes, check_seconds,
-          check_adaptation, check_denominator,
-          check_scores, check_seed_results, check_readme, check_compliance, check_settings,
-          check_imports, check_hardware)
+          check_adaptation, check_denominator, check_scores, check_seed_results, check_readme,
+          check_compliance, check_settings, check_imports, check_hardware)
 
 
 def check(folder, against=None, run=False, artifacts=(), data=None, tokenizer=None, logs=()):
@@ -1191,12 +1104,16 @@ def check(folder, against=None, run=False, artifacts=(), data=None, tokenizer=No
     return sub
 
 
+def exit_status(sub):
+    return int(any(status == FAIL for status, *_ in sub.findings))
+
+
 def verdict_lines(sub):
     width = max(len(what) for _, what, _ in sub.findings)
     counts = Counter(status for status, *_ in sub.findings)
     lines = [f"{status:<11}  {what:<{width}}  {text}" for status, what, text in sub.findings]
-    return [*lines, f"verdict as {sub.track}: " + listed(f"{counts[s]} {s}"
-                                                         for s in (FAIL, WARN, UNCHECKED, PASS))]
+    total = listed(f"{counts[s]} {s}" for s in (FAIL, WARN, UNCHECKED, PASS))
+    return [*lines, f"verdict as {sub.track}: {total}"]
 
 
 # -- pack ------------------------------------------------------------------------------------------
@@ -1219,26 +1136,26 @@ def result_files(place):
     if place.is_file():
         return [place]
     for pattern in ("logs/*.json", "*.json", "*/logs/*.json"):
-        found = sorted(place.glob(pattern))
-        if found:
+        if found := sorted(place.glob(pattern)):
             return found
-    raise Problem(f"{place}: no result there; give an OUT_DIR that holds logs/<RUN_ID>.json, or that file")
+    raise Problem(f"{place}: no result there; give an OUT_DIR with logs/<RUN_ID>.json, or a file")
 
 
 def open_run(path):
     """Run of a result file. Raises Problem where it is none, unfinished, or not that of its log."""
     result = read_json(path)
-    needs = dict(seed=int, settings=dict, code_sha256=str, val_loss=dict, val_bpb=dict, total_bytes=int, code_bytes=int,
-                 steps=int, train_seconds=(Decimal, int), eval_seconds=(Decimal, int))
+    needs = dict(seed=int, settings=dict, code_sha256=str, val_loss=dict, val_bpb=dict,
+                 total_bytes=int, code_bytes=int, steps=int, train_seconds=(Decimal, int),
+                 eval_seconds=(Decimal, int))
     lacks = [key for key, kind in needs.items() if not isinstance(result.get(key), kind)]
     if lacks:
         raise Problem(f"{path}: no result of a run: it has no {listed(lacks)}")
     if result["settings"].get("eval_only"):
-        raise Problem(f"{path}: a run with EVAL_ONLY trained nothing; give the result of the run that trained")
+        raise Problem(f"{path}: a run with EVAL_ONLY trained nothing; give the one that trained")
     log_path = path.with_suffix(".txt")
     if not log_path.is_file():
         raise Problem(f"{path}: its log {log_path.name} is not beside it")
-    log = read_log(log_path)
+    log = read_logs(log_path)[-1]
     wrong = differences(result, log) if log.scores else ["the log has no final score"]
     wrong += ["the log has another code_sha256"] if log.code_sha256 != result["code_sha256"] else []
     if wrong:
@@ -1255,7 +1172,8 @@ def open_runs(places):
             raise Problem(f"{n} results of seed {seed}: {paths}; name the files to take")
     codes = {str(run.path): run.result["code_sha256"] for run in runs}
     if len(set(codes.values())) > 1:
-        raise Problem("the runs are of different code: " + listed(f"{h[:16]}… in {p}" for p, h in codes.items()))
+        raise Problem("the runs are of different code: "
+                      + listed(f"{h[:16]}… in {p}" for p, h in codes.items()))
     varying = differing_settings({str(run.path): run.result["settings"] for run in runs})
     if varying:
         raise Problem("the runs have different settings:\n  " + "\n  ".join(varying))
@@ -1263,23 +1181,22 @@ def open_runs(places):
 
 
 def find_script(runs, given=None):
-    """Bytes of the script that ran: the given one; else one beside a run, this repository's, or from a log. Raises Problem."""
+    """Bytes of the script that ran: given, beside a run, ours, or in a log. Raises Problem."""
     wanted, run = runs[0].result["code_sha256"], runs[0]
-    beside = [folder / "train_gpt.py" for r in runs for folder in list(r.path.resolve().parents)[:3]]
+    beside = [p / "train_gpt.py" for r in runs for p in [*r.path.resolve().parents][:3]]
     paths = [Path(given)] if given else [*beside, ROOT / "train_gpt.py"]
     candidates = {str(p): p.read_bytes() for p in dict.fromkeys(paths) if p.is_file()}
     if run.log.source is not None and not given:
         candidates[f"source in {run.log.path}"] = run.log.source
-        try:
+        with contextlib.suppress(ImportError):
             from artifact import pack_code
             candidates[f"source in {run.log.path}, packed"] = pack_code(run.log.source)
-        except ImportError:
-            pass
     for content in candidates.values():
         if sha256(content) == wanted:
             return content
-    raise Problem(f"no script has the sha256 of the runs, {wanted[:16]}…:\n  " + "\n  ".join(
-        f"{sha256(c)[:16]}…  {name}" for name, c in candidates.items()) + "\ngive the script that ran with --script")
+    raise Problem(f"no script has the sha256 of the runs, {wanted[:16]}…:\n  "
+                  + "\n  ".join(f"{sha256(c)[:16]}…  {name}" for name, c in candidates.items())
+                  + "\ngive the script that ran with --script")
 
 
 def hardware_of(result):
@@ -1287,137 +1204,160 @@ def hardware_of(result):
     return f"{ranks}×{device}" if "CPU" not in device or ranks > 1 else device
 
 
+def seed_row(run):
+    """A run in submission.json's seed_results."""
+    r = run.result
+    before = {f"{kind}_bpb": float(v) for kind, v in list(r["val_bpb"].items())[:-1]}
+    return dict(val_loss=last(r["val_loss"]), val_bpb=last(r["val_bpb"]), **before,
+                steps=r["steps"], train_seconds=round(float(r["train_seconds"]), 1),
+                eval_seconds=round(float(r["eval_seconds"]), 1), bytes_total=r["total_bytes"])
+
+
+def last(scores):
+    """The score of the last evaluation, which counts."""
+    return float(next(reversed(scores.values())))
+
+
 def summary(runs, args, code):
     """The object of submission.json."""
-    last = [(next(reversed(r.result["val_loss"].values())), next(reversed(r.result["val_bpb"].values()))) for r in runs]
-    (loss, _), (bpb, std) = mean_std([float(v) for v, _ in last]), mean_std([float(v) for _, v in last])
-    rows = {}
-    for run, (run_loss, run_bpb) in zip(runs, last):
-        r = run.result
-        rows[str(run.seed)] = dict(val_loss=float(run_loss), val_bpb=float(run_bpb), **{
-            f"{kind}_bpb": float(v) for kind, v in list(r["val_bpb"].items())[:-1]}, steps=r["steps"], train_seconds=round(
-            float(r["train_seconds"]), 1), eval_seconds=round(float(r["eval_seconds"]), 1), bytes_total=r["total_bytes"])
-    results = [r.result for r in runs]
-    first, ledgers = results[0], all("ledger_sha256" in r for r in results)
+    results, first = [r.result for r in runs], runs[0].result
+    loss, _ = mean_std([last(r["val_loss"]) for r in results])
+    bpb, std = mean_std([last(r["val_bpb"]) for r in results])
+    largest = max(r["total_bytes"] for r in results)
+    ledgers = all("ledger_sha256" in r for r in results)
+    compliance = dict(
+        score_before_update=ledgers, each_target_once=ledgers,
+        artifact_read_from_disk="artifact" in first,
+        train_seconds_under_600=all(r["train_seconds"] <= CAP_SECONDS for r in results),
+        eval_seconds_under_600=all(r["eval_seconds"] <= CAP_SECONDS for r in results),
+        bytes_under_16mb=largest <= CAP_BYTES, three_seeds=len(runs) >= 3,
+        full_validation_set=all(official_set(r.get("scored_targets") or 0) for r in results),
+        validation_targets=first.get("scored_targets"), validation_bytes=first.get("scored_bytes"))
     return dict(
-        author=args.author, github_id=args.github_id, name=args.name, date=args.date, track=args.track,
-        val_loss=round(loss, 8), val_bpb=round(bpb, 8), val_bpb_std=None if std is None else round(std, 8),
-        seeds=[r.seed for r in runs], seed_results=rows, bytes_code=len(code),
-        bytes_model=max(r["total_bytes"] for r in results) - len(code), bytes_total=max(r["total_bytes"] for r in results),
-        hardware=hardware_of(first), pytorch_version=first.get("versions", {}).get("torch"), blurb=args.blurb or args.name,
-        compliance=dict(
-            score_before_update=ledgers, each_target_once=ledgers, artifact_read_from_disk="artifact" in first,
-            train_seconds_under_600=all(r["train_seconds"] <= CAP_SECONDS for r in results),
-            eval_seconds_under_600=all(r["eval_seconds"] <= CAP_SECONDS for r in results),
-            bytes_under_16mb=all(r["total_bytes"] <= CAP_BYTES for r in results), three_seeds=len(runs) >= 3,
-            full_validation_set=all(r.get("scored_targets") in OFFICIAL_TARGETS.values() for r in results),
-            validation_targets=first.get("scored_targets"), validation_bytes=first.get("scored_bytes")))
-
-
-def table(head, rows):
-    lines = ["| " + " | ".join(map(str, line)) + " |" for line in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+        author=args.author, github_id=args.github_id, name=args.name, date=args.date,
+        track=args.track, val_loss=round(loss, 8), val_bpb=round(bpb, 8),
+        val_bpb_std=None if std is None else round(std, 8), seeds=[r.seed for r in runs],
+        seed_results={str(run.seed): seed_row(run) for run in runs}, bytes_code=len(code),
+        bytes_model=largest - len(code), bytes_total=largest, hardware=hardware_of(first),
+        pytorch_version=first.get("versions", {}).get("torch"), blurb=args.blurb or args.name,
+        compliance=compliance)
 
 
 def results_table(runs, facts):
     kinds = list(runs[0].result["val_bpb"])
-    rows = [[r.seed, *(f"{r.result['val_bpb'][k]:.4f}" for k in kinds), f"{next(reversed(r.result['val_loss'].values())):.4f}",
-             f"{r.result['steps']:,}", f"{r.result['train_seconds']:.1f}", f"{r.result['eval_seconds']:.1f}",
-             f"{r.result['total_bytes']:,}"] for r in runs]
+    rows = [[run.seed, *(f"{r['val_bpb'][k]:.4f}" for k in kinds), f"{last(r['val_loss']):.4f}",
+             f"{r['steps']:,}", f"{r['train_seconds']:.1f}", f"{r['eval_seconds']:.1f}",
+             f"{r['total_bytes']:,}"] for run in runs for r in [run.result]]
     if len(runs) > 1:
         means = [mean_std([float(r.result["val_bpb"][k]) for r in runs]) for k in kinds]
-        rows.append(["mean ± std", *(f"{m:.4f} ± {s:.4f}" for m, s in means), f"{facts['val_loss']:.4f}", "", "", "", ""])
-    head = ["seed", *(f"{k}, bpb" for k in kinds), "val_loss, nats", "steps", "training, s", "evaluation, s", "bytes"]
-    return table(head, rows)
+        rows.append(["mean ± std", *(f"{m:.4f} ± {s:.4f}" for m, s in means),
+                     f"{facts['val_loss']:.4f}", "", "", "", ""])
+    return markdown_table(["seed", *(f"{k}, bpb" for k in kinds), "val_loss, nats", "steps",
+                           "training, s", "evaluation, s", "bytes"], rows)
 
 
 def settings_table(run, source):
     """What differs from the defaults, and whether the command or the preset said so."""
-    defaults, rows = defaults_of(ast.parse(source)), []
-    for key, value in run.result["settings"].items():
-        default = defaults.get(key, "unknown")
+    defaults, settings, rows = defaults_of(ast.parse(source)), run.result["settings"], []
+    for key, value in settings.items():
+        default, name = defaults.get(key, "unknown"), key.upper()
         same = str(value) == str(default) or number(value) == number(default) is not None
         if not same and key != "preset" and not NOT_OF_THE_MODEL.match(key):
-            rows.append([f"`{key.upper()}`", f"`{value}`", f"`{default}`", "command"
-                         if key.upper() in run.log.explicit else
-                         "the validation set" if key == "ttt_chunk_tokens" and not default else
-                         f"preset {run.result['settings'].get('preset') or 'none'}"])
-    return table(["setting", "value", "default", "set by"], rows) if rows else "None differs from the default."
+            by = ("command" if name in run.log.explicit else
+                  "the validation set" if key == "ttt_chunk_tokens" and not default else
+                  f"preset {settings.get('preset') or 'none'}")
+            rows.append([f"`{name}`", f"`{value}`", f"`{default}`", by])
+    if not rows:
+        return "None differs from the default."
+    return markdown_table(["setting", "value", "default", "set by"], rows)
 
 
 def command_of(run):
-    """The command of a run, from the settings that were set explicitly, on one GPU or with torchrun."""
+    """The command of a run, with the settings that were set explicitly."""
     values = {k: v for k, v in run.log.settings.items() if k in run.log.explicit}
     ranks = run.result.get("world_size") or 1
     start = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
     return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in values.items()), start, "train_gpt.py"])
 
 
-def timing_lines(runs):
-    lines = []
-    for run in runs:
-        timers = listed(f"{key} {s.seconds:.1f}" for key, s in run.log.scores.items() if s.seconds is not None)
-        pack = run.result.get("pack_seconds")
-        lines.append(f"- Seed {run.seed}: training {run.result['train_seconds']:.1f} of {CAP_SECONDS} s; evaluation "
-                     f"{run.result['eval_seconds']:.1f} of {CAP_SECONDS} s ({timers})"
-                     + (f"; packing {pack:.1f} s, outside both" if pack is not None else "") + ".")
-    return "\n".join(lines)
+def timing_line(run):
+    r, pack = run.result, run.result.get("pack_seconds")
+    timers = listed(f"{key} {s.seconds:.1f}" for key, s in run.log.scores.items()
+                    if s.seconds is not None)
+    outside = f"; packing {pack:.1f} s, outside both" if pack is not None else ""
+    return (f"- Seed {run.seed}: training {r['train_seconds']:.1f} of {CAP_SECONDS} s; evaluation "
+            f"{r['eval_seconds']:.1f} of {CAP_SECONDS} s ({timers}){outside}.")
+
+
+README = """\
+# {name}
+
+{blurb}**{val_bpb:.4f} bits per byte** ({spread}), {bytes_total:,} bytes (largest seed), \
+{hardware}, PyTorch {pytorch_version}.
+
+{results}
+
+{parameters:,} parameters; {targets:,} validation targets, {bytes:,} bytes{counted}. \
+The last evaluation counts.
+
+{violations}![loss](loss.png)
+
+## Settings that differ from the default
+
+{settings}
+
+## Command
+
+```
+{commands}
+```
+
+## Timing
+
+{timing}
+
+## What the checks said
+
+```
+{verdict}
+```
+
+`train_seed<SEED>.log` begins with the source of the script; `result_seed<SEED>.json` holds all \
+settings, the hash of the code ({sha256}…) and of the score ledger; `train_gpt.py` is the script \
+as it ran.
+"""
 
 
 def readme_text(runs, facts, source, verdict):
     """The README of a folder; `verdict` are the lines of its check."""
     first = runs[0].result
     spread = f"± {facts['val_bpb_std']:.4f} over {len(runs)} seeds" if len(runs) > 1 else "one seed"
-    violations = sorted({str(v) for r in runs for v in r.result.get("violations") or []})
-    return "\n".join([
-        f"# {facts['name']}", "", *([facts["blurb"], ""] if facts["blurb"] != facts["name"] else []),
-        f"**{facts['val_bpb']:.4f} bits per byte** ({spread}), {facts['bytes_total']:,} bytes (largest seed), "
-        f"{facts['hardware']}, PyTorch {facts['pytorch_version']}.", "", results_table(runs, facts), "",
-        f"{first.get('model_params', 0):,} parameters; {first.get('scored_targets', 0):,} validation targets, "
-        f"{first.get('scored_bytes', 0):,} bytes"
-        + (f", counted from the {first['bytes_from']}" if "bytes_from" in first else "")
-        + ". The last evaluation counts.", "",
-        *([f"What makes it no legal record: {'; '.join(violations)}.", ""] if violations else []), "![loss](loss.png)", "",
-        "## Settings that differ from the default", "", settings_table(runs[0], source), "",
-        "## Command", "", "```", *map(command_of, runs), "```", "", "## Timing", "", timing_lines(runs), "",
-        "## What the checks said", "", "```", *verdict, "```", "",
-        "`train_seed<SEED>.log` begins with the source of the script; `result_seed<SEED>.json` holds all settings, the hash "
-        f"of the code ({first['code_sha256'][:16]}…) and of the score ledger; `train_gpt.py` is the script as it ran.", ""])
-
-
-def plot_loss(runs, path):
-    """Training and validation loss of every seed over steps, as PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
-    for i, run in enumerate(runs):
-        for points, style, label in ((run.log.curve, "-", "training"),
-                                     (run.log.validation, "o", "validation")):
-            if points:
-                axes.plot([p[0] for p in points], [p[1] for p in points], style, color=f"C{i}",
-                          markersize=4,
-                          linewidth=1, label=f"seed {run.seed}, {label}")
-    axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    violations = "; ".join(sorted({str(v) for r in runs for v in r.result.get("violations") or []}))
+    return README.format(**{
+        **facts, "blurb": facts["blurb"] + "\n\n" if facts["blurb"] != facts["name"] else "",
+        "spread": spread, "results": results_table(runs, facts),
+        "parameters": first.get("model_params", 0), "targets": first.get("scored_targets", 0),
+        "bytes": first.get("scored_bytes", 0),
+        "counted": f", counted from the {first['bytes_from']}" if "bytes_from" in first else "",
+        "violations": violations and f"What makes it no legal record: {violations}.\n\n",
+        "settings": settings_table(runs[0], source), "commands": "\n".join(map(command_of, runs)),
+        "timing": "\n".join(map(timing_line, runs)), "verdict": "\n".join(verdict),
+        "sha256": first["code_sha256"][:16]})
 
 
 def requirements_of(result):
     """The packages of a run, at its versions."""
-    names = {k: str(result.get("versions", {}).get(k) or "").split("+")[0] for k in ("torch", "numpy", "sentencepiece")}
+    names = {k: str(result.get("versions", {}).get(k) or "").split("+")[0]
+             for k in ("torch", "numpy", "sentencepiece")}
     lines = [f"{k}=={v}" if v else k for k, v in names.items()]
-    return "\n".join(lines + (["zstandard"] if result["settings"].get("codec") == "zstd" else [])) + "\n"
+    lines += ["zstandard"] if result["settings"].get("codec") == "zstd" else []
+    return "\n".join(lines) + "\n"
 
 
 def fill_folder(folder, runs, facts, code, with_artifact):
     """Write everything but the README's verdict, which needs the rest."""
-    (folder / "submission.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n",
-                                            **UTF8)
+    text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+    (folder / "submission.json").write_text(text, **UTF8)
     (folder / "train_gpt.py").write_bytes(code)
     (folder / "requirements.txt").write_text(requirements_of(runs[0].result))
     for run in runs:
@@ -1425,18 +1365,21 @@ def fill_folder(folder, runs, facts, code, with_artifact):
         shutil.copyfile(run.path, folder / f"result_seed{run.seed}.json")
         if with_artifact:
             name = Path(str(run.result.get("artifact"))).name
-            artifact = next((p / name for p in run.path.resolve().parents[:2] if (p / name).is_file()), None)
-            if artifact is None or artifact.stat().st_size != run.log.model_bytes:
-                raise Problem(f"--with-artifact: {name} of {run.log.model_bytes} bytes is not at {run.path.parent.parent}")
-            shutil.copyfile(artifact, folder / f"final_model_seed{run.seed}{''.join(Path(name).suffixes)}")
-    plot_loss(runs, folder / "loss.png")
+            there = [p / name for p in run.path.resolve().parents[:2] if (p / name).is_file()]
+            if not there or there[0].stat().st_size != run.log.model_bytes:
+                raise Problem(f"--with-artifact: {name} of {run.log.model_bytes} bytes is not at "
+                              f"{run.path.parent.parent}")
+            suffixes = "".join(Path(name).suffixes)
+            shutil.copyfile(there[0], folder / f"final_model_seed{run.seed}{suffixes}")
+    plot_losses(folder / "loss.png", {f"seed {run.seed}": run.log for run in runs})
 
 
 def pack(args):
-    """Make the folder whole or not at all, then print what its check says. Returns the exit status."""
+    """Make the folder whole or not at all; print what its check says. Returns the exit status."""
     runs = open_runs(args.places)
     code = find_script(runs, args.script)
-    args.date = args.date or datetime.date.fromtimestamp(max(r.path.stat().st_mtime for r in runs)).isoformat()
+    newest = max(r.path.stat().st_mtime for r in runs)
+    args.date = args.date or datetime.date.fromtimestamp(newest).isoformat()
     slug = re.sub(r"\W+", "_", args.name).strip("_")[:60] or "run"
     target = Path(args.out or HERE / args.track / f"{args.date}_{slug}")
     if target.exists():
@@ -1453,11 +1396,11 @@ def pack(args):
             text = readme_text(runs, facts, source, verdict or verdict_lines(sub))
             (folder / "README.md").write_text(text, **UTF8)
         folder.rename(target)
-    print("\n".join([*verdict_lines(sub), f"written: {target}"]))
-    return int(any(status == FAIL for status, *_ in sub.findings))
+    print(*verdict_lines(sub), f"written: {target}", sep="\n")
+    return exit_status(sub)
 
 
-# -- index ---------------------------------------------------------------------------------------------------------------
+# -- index -----------------------------------------------------------------------------------------
 
 def index_row(folder):
     """Row of records/README.md for a folder. Raises Problem."""
@@ -1472,13 +1415,15 @@ def index_row(folder):
         text += f" ({compliance['validation_targets']:,} targets)"
     total = f"{facts['bytes_total']:,}" if number(facts.get("bytes_total")) is not None else "?"
     track = "record, 16 MB" if folder.parent.name == RECORD else "non-record, 16 MB"
-    return [f"[{folder.name}]({folder.parent.name}/{folder.name})", track, text, total, facts.get("name") or "?"]
+    return [f"[{folder.name}]({folder.parent.name}/{folder.name})", track, text, total,
+            facts.get("name") or "?"]
 
 
 def index(records=HERE):
-    """Write the table of records/README.md anew from the folders; the text around it stays. Returns the exit status."""
+    """Write the table of records/README.md anew; the rest stays. Returns the exit status."""
     rows, problems = [], []
-    for folder in sorted(p for p in records.glob("track_*/*") if p.is_dir() and not p.name.startswith(".")):
+    folders = [p for p in records.glob("track_*/*") if p.is_dir() and not p.name.startswith(".")]
+    for folder in sorted(folders):
         try:
             rows.append(index_row(folder))
         except Problem as problem:
@@ -1486,43 +1431,45 @@ def index(records=HERE):
     readme = records / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else "# Our runs\n"
     old = re.search(r"^\|.*?(?=^(?!\|)|\Z)", text, re.M | re.S)
-    new = table(["folder", "track", "val_bpb", "bytes", "what"], rows) + "\n"
+    new = markdown_table(["folder", "track", "val_bpb", "bytes", "what"], rows) + "\n"
     text = text[:old.start()] + new + text[old.end():] if old else text.rstrip("\n") + "\n\n" + new
-    part = readme.with_name(f".README.md.{os.getpid()}.part")
-    part.write_text(text, **UTF8)
-    os.replace(part, readme)
-    print("\n".join([*(f"left out: {p}" for p in problems), f"{readme}: {len(rows)} folders"]))
+    with atomic_write(readme) as file:
+        file.write(text.encode(**UTF8))
+    print(*(f"left out: {p}" for p in problems), f"{readme}: {len(rows)} folders", sep="\n")
     return int(bool(problems))
 
 
-# -- command line --------------------------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------------------
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     path = os.path.expanduser
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("pack", help="make a folder out of finished runs")
-    p.add_argument("places", nargs="+", type=path, metavar="RUN", help="OUT_DIR of a run, or its logs/<RUN_ID>.json; one per seed")
+    p.add_argument("places", nargs="+", type=path, metavar="RUN",
+                   help="OUT_DIR of a run, or its logs/<RUN_ID>.json; one per seed")
     p.add_argument("--name", required=True)
     p.add_argument("--author", required=True)
     p.add_argument("--github-id", default="")
     p.add_argument("--blurb", default="", help="a sentence or two on what is new")
     p.add_argument("--track", choices=(RECORD, NON_RECORD), default=NON_RECORD)
     p.add_argument("--date", help="YYYY-MM-DD; default: of the newest result")
-    p.add_argument("--out", type=path, help="folder to make; default: records/<track>/<date>_<name>")
-    p.add_argument("--script", type=path, help="the script that ran, if it lies neither beside the runs nor here")
+    p.add_argument("--out", type=path, help="folder; default: records/<track>/<date>_<name>")
+    p.add_argument("--script", type=path, help="the script that ran, if it is not beside the runs")
     p.add_argument("--with-artifact", action="store_true", help="copy the artifacts too")
     p = commands.add_parser("check", help="one line per check: PASS, FAIL, WARN, NOT CHECKED")
     p.add_argument("folder", type=path)
-    p.add_argument("--against", type=path, help="the record to beat: its folder, or mean,std,n in nats (or mean,std,n,bpb)")
+    p.add_argument("--against", type=path,
+                   help="the record to beat: its folder, or mean,std,n in nats (or mean,std,n,bpb)")
     p.add_argument("--logs", nargs="+", default=[], metavar="GLOB",
                    help="the logs that count, by name (default: those of the seeds that "
                         "submission.json names, told from reruns by their score)")
-    p.add_argument("--artifact", type=path, action="append", default=[], help="a packed model, to count its bytes")
-    p.add_argument("--data", type=path, help="folder with the validation shards, to count their bytes")
-    p.add_argument("--tokenizer", type=path, help="SentencePiece model of these shards (default: "
-                   "the logs')")
-    p.add_argument("--run", action="store_true", help="also EXECUTE its train_gpt.py (--dry-run) and audit artifacts")
+    p.add_argument("--artifact", type=path, action="append", default=[], help="a packed model")
+    p.add_argument("--data", type=path, help="folder with the validation shards, to count bytes")
+    p.add_argument("--tokenizer", type=path, help="its SentencePiece model (default: the logs')")
+    p.add_argument("--run", action="store_true",
+                   help="also EXECUTE its train_gpt.py (--dry-run) and audit artifacts")
     commands.add_parser("index", help="write the table of records/README.md anew")
     return parser.parse_args(argv)
 
@@ -1537,22 +1484,20 @@ def main(argv):
         sub = check(args.folder, args.against, args.run, args.artifact, args.data, args.tokenizer,
                     args.logs)
         print("\n".join(verdict_lines(sub)))
-        return int(any(status == FAIL for status, *_ in sub.findings))
-    except Problem as problem:
-        print(f"error: {problem}", file=sys.stderr)
-    except ImportError as problem:
-        print(f"error: {problem.name} is not installed: pip install -r records/requirements.txt", file=sys.stderr)
+        return exit_status(sub)
     except BrokenPipeError:
         raise
+    except Problem as problem:
+        text = str(problem)
+    except ImportError as problem:
+        text = f"{problem.name} is not installed: pip install -r records/requirements.txt"
     except OSError as problem:
-        print(f"error: {problem.filename or 'output'}: {problem.strerror}; nothing was left half "
-              "written", file=sys.stderr)
+        text = f"{problem.filename or 'output'}: {problem.strerror}; nothing was left half written"
     except KeyboardInterrupt:
-        print("interrupted; nothing was left half written", file=sys.stderr)
+        text = "interrupted; nothing was left half written"
+    print(f"error: {text}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
-    sys.path.append(str(ROOT / "data"))
-    from shards import exit_code_of
     sys.exit(exit_code_of(main, sys.argv[1:], unread=141))  # what nobody read has passed nothing

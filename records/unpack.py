@@ -326,8 +326,8 @@ def unwrapped(content, path):
     try:
         return source_inside(content, path)
     except (RecursionError, MemoryError) as problem:
-        raise ValueError(f"{path}: too deep or too large to be read ({type(problem).__name__})"
-                         ) from problem
+        kind = type(problem).__name__
+        raise ValueError(f"{path}: too deep or too large to be read ({kind})") from problem
 
 
 def source_inside(content, path):
@@ -338,8 +338,8 @@ def source_inside(content, path):
     except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
         if re.search(rb"^\s*(def|class) ", content, re.M):  # readable, of another Python
             return None
-        raise ValueError(f"{path}: looks like a wrapper and cannot be parsed ({problem})"
-                         ) from problem
+        text = f"{path}: looks like a wrapper and cannot be parsed ({problem})"
+        raise ValueError(text) from problem
     reader = Reader(path)
     reader.run(tree.body)
     code = b"\n".join(reader.code)
@@ -355,9 +355,8 @@ def source_inside(content, path):
         first = max((future.end() for future in futures), default=0)
         others = "\n".join([*reader.imports, *reader.others, ""])
         code = code[:first] + others.encode() + code[first:]
-    calls = [f"line {node.lineno}: not followed" for node in nodes
-             if isinstance(node, ast.Call) and id(node) not in reader.consumed
-             and reader.name_of(node.func) in EXECUTES]
+    calls = [f"line {node.lineno}: not followed" for node in nodes if isinstance(node, ast.Call)
+             and id(node) not in reader.consumed and reader.name_of(node.func) in EXECUTES]
     left_out = calls and (reader.code or ast.ClassDef not in kinds)
     problem = reader.problem or (calls[0] if left_out else "")
     if problem:
@@ -366,8 +365,7 @@ def source_inside(content, path):
 
 
 def readable_source(path):
-    """The source (bytes) of a script on disk, unpacked or not. Raises OSError, and ValueError with
-    path and reason where a wrapper cannot be read."""
+    """The source (bytes) of a script, unpacked. Raises OSError, ValueError: an unread wrapper."""
     path = Path(path)
     content = path.read_bytes()
     for _ in range(MOST_WRAPPERS + 1):

@@ -470,6 +470,7 @@ def test_what_pack_makes_passes_its_check(runs, pack, tmp_path, capsys):
     assert sorted(facts["seeds"]) == sorted(LOSSES)
     assert facts["hardware"] == "8×NVIDIA H100 80GB HBM3"
     assert facts["bytes_total"] == MODEL_BYTES + len(SOURCE)
+    assert facts["compliance"]["full_validation_set"] is True
     sub = submission.check(folder, against=BEATEN)
     assert {s for s, *_ in sub.findings} == {PASS, UNCHECKED}, submission.verdict_lines(sub)
     readme = (folder / "README.md").read_text()

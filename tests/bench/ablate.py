@@ -173,7 +173,7 @@ def ablate(a):
     with runs.only_sweep_in(out) as lock, contextlib.closing(runs.Script(command, out)) as script:
         for _ in range(1 + a.equal_time):
             source = Rows(rows, base, seeds, out, script)
-            sweep = runs.Sweep(source, script, runs.Slots(script, lock, [], a.jobs), runs.Clock(0))
+            sweep = runs.Sweep(source, script, runs.Slots(script, lock, [], a.jobs), 0)
             sweep.go()
             if sweep.interrupts:
                 return 130
