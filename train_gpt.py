@@ -1351,7 +1351,7 @@ def rotate(x_BTHE, cos, sin, change=None):
     half, T = cos.size(-1), x_BTHE.size(1)
     cos, sin = (t[:T, None].to(x_BTHE.dtype) for t in (cos, sin))
     x1, x2, rest = x_BTHE.split([half, half, x_BTHE.size(-1) - 2 * half], dim=-1)
-    rest = change(rest) if change else rest
+    rest = rest if change is None else change(rest)  # torch 2.11 cannot trace a partial's truth
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 

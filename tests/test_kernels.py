@@ -258,8 +258,10 @@ def test_kernels_that_cannot_run_are_refused_by_name(tiny):
 def test_a_width_that_fills_no_tile_keeps_the_plain_mlp(tiny, gpu, monkeypatch):
     """The kernel reads whole tiles of columns; 40 hidden units are none of these."""
     monkeypatch.setattr(train_gpt, "why_unusable", lambda *_: "")
-    names, kernels = train_gpt.choose_kernels(tiny(MLP_MULT=1.25, KERNELS="triton", **SDPA), gpu)
+    names, kernels = train_gpt.choose_kernels(tiny(MLP_MULT=1.25, **SDPA), gpu)
     assert names == PLAIN_NAMES | dict(nll="triton") and kernels.mlp is leaky_square_mlp
+    with pytest.raises(train_gpt.UserError, match="KERNELS=triton: .* the MLP's width of"):
+        train_gpt.choose_kernels(tiny(MLP_MULT=1.25, KERNELS="triton", **SDPA), gpu)
 
 
 def test_nothing_is_tried_without_a_gpu(tiny):

@@ -148,7 +148,7 @@ def test_everything_wrong_stands_in_one_report():
                 ("SEED=-1", "out of range"), ("SMEAR_GATE=maybe", "must be one of 0, 1, bos"),
                 ("VRL_ENABLED=yes", "must be one of 0, 1"), ("WEIGHT_DECAY=much", "not a number"),
                 ("MTP_NUM_HEADS=2", "nothing here reads it"), ("EVAL_STRIDE=4096", "exceeds"),
-                ("TRAIN_BATCH_TOKENS=786432", "each of 5 ranks")]
+                ("TRAIN_BATCH_TOKENS=786432", "384 rows on 5 ranks")]
     assert len(lines) == len(expected)
     for first, *rest in expected:
         line, = [line for line in lines if line.startswith(first)]
@@ -180,10 +180,10 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(ROPE_DIMS=2, ROPE_NTK_REFERENCE=1024), "cannot be stretched"),
     (dict(MODEL_DIM=16, ROPE_DIMS=0, ROPE_NTK_REFERENCE=1024), "cannot be stretched"),
     (dict(UNIQUE_LAYERS=12), "UNIQUE_LAYERS=12"),
-    (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS=12, NUM_LAYERS=11: the first two"),
+    (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS=12, NUM_LAYERS=11: must be at most"),
     (dict(BIGRAM_VOCAB_SIZE=1), "BIGRAM_VOCAB_SIZE=1"),
     (dict(TRAIN_BATCH_TOKENS=2049),
-     "TRAIN_BATCH_TOKENS=2049, TRAIN_SEQ_LEN=2048: must be whole rows"),
+     "TRAIN_BATCH_TOKENS=2049, TRAIN_SEQ_LEN=2048: must be a multiple"),
     (dict(MICRO_BATCH_TOKENS=2047), "MICRO_BATCH_TOKENS=2047, TRAIN_SEQ_LEN=2048: must hold a row"),
     (dict(EVAL_STRIDE=2049, EVAL_ATTENTION="window"),
      "EVAL_STRIDE=2049: exceeds the scoring window"),
