@@ -529,7 +529,9 @@ def lora_reference(w, initial):
 
 LORA_CASES = {
     "one stream": dict(LANES, TTT_BATCH_SEQS=1, VAL_LIMIT_TOKENS=192), "banded": BANDED_LANES,
-    "few rows a pass": dict(LANES, EVAL_BATCH_SEQS=2, EVAL_SEQ_LEN=5, EVAL_STRIDE=3)}
+    # With documents some gradients are zero but for rounding, which AdamW makes whole steps of.
+    "few rows a pass": dict(LANES, DOC_ATTENTION=0, EVAL_BATCH_SEQS=2, EVAL_SEQ_LEN=5,
+                            EVAL_STRIDE=3)}
 
 
 @pytest.mark.parametrize("variables", LORA_CASES.values(), ids=LORA_CASES)
