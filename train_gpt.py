@@ -1819,10 +1819,8 @@ class GPT(nn.Module):
             first_v = v if first_v is None else first_v
             if p.form == "lanes":
                 m = block.mlp(lane, core, fake_quant, to_mlp)
-                f = self.lanes[p.block].flatten().to(x.dtype)
-                f = f.expand(*x.shape[:2], -1).split(1, dim=-1)  # one sum over tokens serves all
-                x, lane = (keep * old + of_a * a + of_m * m for old, keep, of_a, of_m
-                           in ((x, *f[:3]), (lane, *f[3:])))
+                x, lane = (keep * old + of_a * a + of_m * m for old, (keep, of_a, of_m)
+                           in zip((x, lane), self.lanes[p.block].to(x.dtype)))
             else:
                 y = z + a
                 x = y + block.mlp(z if p.form == "one" else y, core, fake_quant, to_mlp)
