@@ -1784,11 +1784,10 @@ class GPT(nn.Module):
 
     def joined_skip(self, x_BTD, skip_BTD, row):
         """x + w⊙skip; gated: σ(γ)⊙x + (1 − σ(γ))⊙w⊙skip."""
-        w = self.skip_weights[row]
-        if self.skip_gates is not None:  # no lerp: it would keep x − w⊙skip for its gradient
-            gate = torch.sigmoid(self.skip_gates[row])
-            x_BTD, w = gate.to(x_BTD.dtype) * x_BTD, (1 - gate) * w
-        return x_BTD + w.to(x_BTD.dtype) * skip_BTD
+        skip_BTD = self.skip_weights[row].to(x_BTD.dtype) * skip_BTD
+        if self.skip_gates is None:
+            return x_BTD + skip_BTD
+        return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(self.skip_gates[row]).to(x_BTD.dtype))
 
     def adapter_shapes(self):
         """(outputs R, inputs D) of each adapter of `raw_logits`: of attention and MLP of every
