@@ -2,8 +2,8 @@
 
 The claim: one file does the whole job of a parameter-golf submission. It trains on FineWeb tokens,
 then quantizes and packs the weights into an artifact. Code + artifact fit the byte cap with every
-seed. It reads it back from disk and scores the validation tokens in bits per byte; it adapts to
-tokens only after scoring them. Settings are environment variables.
+seed. It reads the artifact from disk, scores the validation tokens in bits per byte and adapts to
+tokens only after they were scored. Settings are environment variables.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py     the defaults, on 8×H100
     PRESET=demo python train_gpt.py                           the same job, small, on two CPU cores
@@ -145,7 +145,7 @@ class Settings:
     vocab_size: Annotated[int, 2, 65536] = 8192  # pieces; must equal the tokenizer's
     train_seq_len: Annotated[int, 2, 2**31] = 2048  # tokens of a training row
     train_batch_tokens: Positive = 786432  # per optimizer step, over all ranks
-    micro_batch_tokens: Positive = 98304  # at most, per rank at once; lower it to save memory
+    micro_batch_tokens: Positive = 98304  # most that a rank computes at once; lower it for memory
     train_order: Literal["shuffled", "sequential"] = "shuffled"  # of shards, and of rows in them
     val_limit_tokens: Count = 0  # score only the first N: not a legal score; 0: all
 
@@ -844,7 +844,7 @@ def printed(line, stream, end="\n"):
               flush=True)
         return True
     except (AttributeError, OSError, ValueError):
-        # Nor must Python's flush at exit fail.
+        # Python's flush at exit must not fail either.
         with contextlib.suppress(AttributeError, OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False
@@ -1070,7 +1070,7 @@ class ByteTable:
         if V != s.vocab_size:
             raise UserError(f"TOKENIZER_PATH={path}: has {V} pieces where VOCAB_SIZE="
                             f"{s.vocab_size}; set VOCAB_SIZE={V} with shards made by this "
-                            "tokenizer, or name the shards' one")
+                            "tokenizer, or name that of the shards")
         made_by = manifest_of(s, "tokenizer", "sha256")
         if made_by not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
             raise UserError(f"TOKENIZER_PATH={path}: not the tokenizer that made the shards of "
@@ -2101,7 +2101,7 @@ class Optimizers:
         for group in self.groups:
             group.reduce()
         grads = [group.gradients() for group in self.groups]
-        squares = torch.zeros(2, device=self.params[0].device)  # of unsharded, of sharded groups
+        squares = torch.zeros(2, device=self.params[0].device)  # of groups: not sharded, sharded
         for group, parts in zip(self.groups, grads):
             squares[int(group.sharded)] += torch.stack(torch._foreach_norm(parts)).square().sum()
         norm = (self.rt.sum_(squares[1]) + squares[0]).sqrt()
@@ -2782,7 +2782,7 @@ class LedgerError(RuntimeError):
 
 class ScoreLedger:
     """The nll of every target, once: the only source of a score. It hands out tokens for adapting
-    only once scored."""
+    only after they were scored."""
 
     def __init__(self, tokens):
         self.tokens, self.scored, self.total = tokens, 0, 0.0
@@ -3122,7 +3122,7 @@ class LoraTTT:
                               for end in last.tolist()]).to(rt.device)
             new = torch.from_numpy(last - first).to(rt.device)[:, None]
             new = torch.arange(length, 0, -1, device=rt.device) <= new
-            ends = new & (rows[:, 1:] == BOS)  # what follows the last counts
+            ends = new & (rows[:, 1:] == BOS)  # targets after the last one count
             new &= ends.flip(1).cumsum(1).flip(1) == 0
             kept = ~ends.any(1, keepdim=True)
             with torch.no_grad():
@@ -3432,7 +3432,7 @@ class Trainer:
 
     def calibration(self, batches):
         """Calibration inside the clock, on the next training rows. It stops before a micro-batch
-        that, at the longest time so far, would end after the clock."""
+        that would end after the clock: at the longest time so far, and as much for sums."""
         s, began, clock = self.s, self.elapsed, StepClock(self.rt, self.elapsed)
         self.rt.log("gptq_calibration:start")
 

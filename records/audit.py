@@ -507,7 +507,7 @@ def choose_places(evaluation, tokens, bos, at_random):
     streams = [b for (a, n), (b, _) in zip(records, records[1:]) if turn[b] == 0 and b != a + n]
     chunks = [first for first, _ in records if turn[first] > 0]
     begin, _ = records[len(records) // 2]
-    inside = [t for t in sorted(set(evaluation.fresh)) if turn[t] == turn[begin]][1:]
+    inside = [t for t in sorted(set(evaluation.fresh)) if turn[t] == turn[begin]][1:]  # passes
     documents = np.flatnonzero(tokens[1:] == bos)
     for t in chunks[:1] + chunks[-1:]:
         add(t, "border of a chunk")
