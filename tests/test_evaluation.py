@@ -84,7 +84,7 @@ def test_every_target_gets_its_own_score_and_all_but_the_last_chunk_are_trained_
         targets, segment, prefix, chunk, batch, banded):
     """Tokens are their own numbers and a score is the number of its target."""
     s = replace(train_gpt.Settings(), device="cpu", eval_seq_len=30, eval_batch_seqs=batch,
-                eval_wallclock_seconds=0.0)
+                eval_wallclock_seconds=0.0, eval_match=0)
     rt, onlooker = train_gpt.Runtime(s), Onlooker(chunk_tokens=segment + chunk)
     rt.log = lambda line: None
 
@@ -156,8 +156,8 @@ def test_rows_hold_scored_targets_once_and_nothing_else(data, scored, length):
 
 def world(tiny, rt=None, **variables):
     """Settings, one rank, a model with random weights, the validation tokens and their byte table;
-    windows unless named."""
-    s = tiny(**{"EVAL_ATTENTION": "window", **variables})
+    windows and the model's own scores unless named."""
+    s = tiny(**{"EVAL_ATTENTION": "window", "EVAL_MATCH": 0, **variables})
     rt = rt or train_gpt.Runtime(s)
     model, _ = train_gpt.build_model(s, rt)
     torch.manual_seed(11)
@@ -333,6 +333,7 @@ RANK_CASES = {
 LANES = dict(TTT_LORA_RANK=2, TTT_LR=0.01, EVAL_SEQ_LEN=4, EVAL_STRIDE=4)
 BANDED_LANES = dict(LANES, EVAL_ATTENTION="banded")
 RANK_CASES["streams"] = LANES
+RANK_CASES["matches"] = dict(BANDED_LANES, EVAL_MATCH=1)
 LANE_CASES = {"5 streams": dict(LANES, EVAL_BATCH_SEQS=1),
               "2 streams": dict(BANDED_LANES, VAL_LIMIT_TOKENS=256),
               "odd clocks, streams": dict(LANES, EVAL_WALLCLOCK_SECONDS=8)}
@@ -372,6 +373,87 @@ def test_scores_do_not_depend_on_the_ranks(tiny, corpus, tmp_path, count, cases)
     for case, nll in one.items():  # orthogonalizing enlarges the last bit of a gradient
         assert np.abs(ranks[0][case] - nll).max() < (2e-3 if case == "muon" else 1e-5), case
         assert all(np.array_equal(ranks[0][case], other[case]) for other in ranks[1:]), case
+
+
+# -- the match model ------------------------------------------------------------------------------
+
+def matches_slowly(tokens):
+    """(guess, kind) of each target by a dictionary of all runs of 4, 8 and 16 tokens so far."""
+    followed, found = {}, []
+    for i in range(len(tokens) - 1):
+        guess = kind = 0
+        for level, n in enumerate((4, 8, 16)):
+            if past := followed.get(tuple(tokens[i + 1 - n: i + 1])) if i + 1 >= n else None:
+                guess = past[-1]
+                kind = 1 + 3 * level + (0 if len(past) < 2 else 1 if past[-2] == guess else 2)
+        found.append((guess, kind))
+        for n in (4, 8, 16):
+            if i + 1 >= n:
+                followed.setdefault(tuple(tokens[i + 1 - n: i + 1]), []).append(tokens[i + 1])
+    return found
+
+
+@settings(max_examples=60)
+@given(st.integers(2, 400), st.sampled_from([2, 3, 8, 65536]), st.integers(0, 99))
+def test_matches_equal_a_search_through_the_text_before(length, vocabulary, seed):
+    tokens = np.random.default_rng(seed).integers(0, vocabulary, length).astype(np.uint16)
+    found = zip(*(x.tolist() for x in train_gpt.longest_matches(tokens, "cpu")))
+    assert list(found) == matches_slowly(tokens.tolist())
+
+
+def mixed_slowly(w, nll, windows):
+    """Mix guesses into these scores, window by window: (stream, first, last, round). What stream n
+    has learned is of rounds before this one, of the streams up to n."""
+    found, learned, out = matches_slowly(w.tokens.tolist()), [], np.full(len(nll), np.nan)
+    for stream, first, last, now in windows:
+        for t in range(first, last):
+            guess, kind = found[t]
+            past = [c for k, c, of, then in learned if k == kind and of <= stream and then < now]
+            weight = (0.1 + sum(past)) / (1 + len(past)) if kind else 0
+            mine = weight * (guess == w.tokens[t + 1])
+            out[t] = -math.log((1 - weight) * math.exp(-nll[t]) + mine)
+            learned.append((kind, mine / math.exp(-out[t]), stream, now))
+    return out
+
+
+MATCHED = {"windows": dict(), "banded": BANDED, "adapters": dict(BANDED_LANES, VAL_LIMIT_TOKENS=480)}
+
+
+@pytest.mark.parametrize("variables", MATCHED.values(), ids=MATCHED)
+def test_guesses_are_mixed_in_by_what_they_were_worth_before(tiny, variables):
+    variables = {"VAL_LIMIT_TOKENS": 352, **variables}
+    lines, scores = [], []
+    for match in 0, 1:
+        w = world(tiny, EVAL_MATCH=match, **variables)
+        w.rt.log, adapter = lines.append, adapting(w) if w.s.ttt_lora_rank else None
+        scores.append(run(w, adapter=adapter))
+    targets = len(w.tokens) - 1
+    if adapter:
+        streams, shape = adapter.chunks(targets)["streams"], w.s.ttt_shape
+        assert streams > 2
+        _, first, last = stream_plan(targets, *shape[:2], streams)
+        windows = [(n % streams, a, b, n // streams) for n, (a, b) in enumerate(zip(first, last))]
+    else:
+        _, first, last = window_plan(targets, *w.s.scoring_shape[:2])
+        windows = [(0, a, b, n) for n, (a, b) in enumerate(zip(first, last))]
+    (before, plain), (_, mixed) = scores
+    assert np.abs(mixed.nll - mixed_slowly(w, plain.nll, windows)).max() < 1e-5
+    assert (mixed.nll < plain.nll - 0.1).any() and (mixed.nll > plain.nll).any()
+    assert f"val_loss without them {before['val_loss']:.6f}" in lines[-1]
+
+
+def test_mixed_scores_are_of_a_full_distribution():
+    """Each token in the place of the last one: the probabilities of all of them sum to one."""
+    rng, vocabulary = np.random.default_rng(0), 30
+    text = rng.integers(0, 3, 300)
+    p, total = rng.dirichlet(np.ones(vocabulary)), 0.0
+    for token in range(vocabulary):
+        tokens = np.append(text, token).astype(np.uint16)
+        match = train_gpt.MatchModel(tokens, 1, "cpu")
+        match.mixed(np.array([0]), np.array([299]), np.full(299, 1.1))
+        last = match.mixed(np.array([299]), np.array([300]), -np.log(p[[token]]))
+        total += math.exp(-last[0])
+    assert match.kind[-1] and total == pytest.approx(1, abs=1e-12)
 
 
 # -- test-time training ---------------------------------------------------------------------------
@@ -636,7 +718,9 @@ def test_scoring_that_starts_slowly_delays_adapting_and_does_not_end_it(tiny):
 FLIPS = {"small batches": dict(TTT_BATCH_SEQS=2, EVAL_BATCH_SEQS=3),
          "adamw": dict(BANDED, TTT_OPTIMIZER="adamw", TTT_LR=0.001),
          "muon": MUON,
-         "streams": dict(BANDED_LANES, VAL_LIMIT_TOKENS=256)}
+         "streams": dict(BANDED_LANES, VAL_LIMIT_TOKENS=256),
+         "matches": dict(BANDED, EVAL_MATCH=1),
+         "matches in streams": dict(BANDED_LANES, EVAL_MATCH=1)}
 
 
 def places_of(w):
