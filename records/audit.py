@@ -126,6 +126,8 @@ class Evaluation:
         self.ledger = ledger
         self.given = np.full(targets, np.nan, np.float32)     # the model's first score of each
         self.recorded = np.full(targets, np.nan, np.float32)  # what the ledger was told
+        self.unmixed = self.recorded.copy()  # the same before guesses were mixed in
+        self.mixed = self.recorded.copy()    # and after
         self.turn_of, self.turn = np.full(targets, -1), -1    # of what is recorded; that runs
         self.records = []         # (first target, how many) of each record
         self.fresh = []           # targets at which a row began to be new
@@ -133,6 +135,8 @@ class Evaluation:
         self.distributions = {}   # target → log-probabilities [V], float64, when it was scored
         self.pending = {}         # the same in the turn that runs, before a row is recorded
         self.worst = 0.0          # nats between a score and −log p of its distribution
+        self.guesses = None       # Guesses, where the script mixes them in
+        self.mixing_error = 0.0   # nats between its mixing and theirs
         self.adapters = {0}       # fingerprints of adapters seen, 0: they add nothing
         self.updates, self.training_rows = {}, 0  # turn → what changed before it
         self.faults = {}          # check → what was seen first
@@ -161,7 +165,7 @@ class Evaluation:
                 if len(rows.free) > 1:  # which of the places was meant shows when it is recorded
                     new = now[wanted[now]]
                     score = next((x for x in scores
-                                  if np.array_equal(x[new], self.recorded[at + new])), score)
+                                  if np.array_equal(x[new], self.unmixed[at + new])), score)
                     scores = [x for x in scores if x is not score] or scores
                 if len(now):
                     wanted[: now[-1]] &= recorded[: now[-1]] >= 0
@@ -171,13 +175,49 @@ class Evaluation:
                 self.given[at + np.flatnonzero(wanted)] = score[wanted]
         self.distributions.update({t: log_p for t, log_p in self.pending.items()
                                    if self.turn_of[t] == self.turn})
-        wrong = np.flatnonzero((self.turn_of == self.turn) & ~np.isnan(self.recorded)
-                               & (self.given != self.recorded))
-        if len(wrong):
-            t = wrong[0]
-            self.fault("given", f"target {t} was recorded with {self.recorded[t]:.6f} where the "
-                       f"model first gave it {self.given[t]:.6f} ({len(wrong)} such)")
+        ended = (self.turn_of == self.turn) & ~np.isnan(self.recorded)
+        for what, told, first in (("the model first gave it", self.unmixed, self.given),
+                                  ("mixing gave it", self.recorded, self.mixed)):
+            wrong = np.flatnonzero(ended & (told != first))
+            if len(wrong):
+                t = wrong[0]
+                self.fault("given", f"target {t} was recorded with {told[t]:.6f} where {what} "
+                           f"{first[t]:.6f} ({len(wrong)} such)")
         self.rows, self.pending = {}, {}
+
+
+class Guesses:
+    """The script's match model again, in plain words: a guess for each target from the text before
+    it, and weights that a stream learns from itself and the streams before it."""
+    RUNS = 4, 8, 16
+
+    def __init__(self, tokens):
+        tokens, followed, self.found, self.learned = tokens.tolist(), {}, [], {}
+        for i, following in enumerate(tokens[1:]):
+            guess = kind = 0
+            for level, n in enumerate(self.RUNS):
+                past = followed.setdefault(tuple(tokens[i + 1 - n: i + 1]), []) if i + 1 >= n else 0
+                if past:
+                    guess = past[-1]
+                    kind = 1 + 3 * level + (len(past) > 1) * (1 + (past[-2:-1] != [guess]))
+            for n in self.RUNS[: sum(i + 1 >= n for n in self.RUNS)]:
+                followed[tuple(tokens[i + 1 - n: i + 1])].append(following)
+            self.found.append((kind, guess == following))
+
+    def mixed(self, first, last, nll):
+        """The nll of one window of each stream after mixing."""
+        out, learned, scores = [], [], iter(nll.tolist())
+        for stream, (a, b) in enumerate(zip(first.tolist(), last.tolist())):
+            for kind, hit in self.found[a:b]:
+                past = [self.learned.get((of, kind), (0.0, 0)) for of in range(stream + 1)]
+                weight = (0.1 + sum(c for c, _ in past)) / (1 + sum(n for _, n in past))
+                weight *= kind > 0
+                out.append(-math.log((1 - weight) * math.exp(-next(scores)) + weight * hit))
+                learned.append(((stream, kind), weight * hit / math.exp(-out[-1])))
+        for key, credit in learned:
+            total, count = self.learned.get(key, (0.0, 0))
+            self.learned[key] = total + credit, count + 1
+        return np.array(out)
 
 
 @dataclass
@@ -384,6 +424,18 @@ class Witness:
         self.evaluations.append(Evaluation(ledger, len(tokens) - 1))
         self.scoring = self.trained = self.foreign = False
 
+    def mix(self, first, last, nll, mixed):
+        """The script mixed guesses into the scores of these windows, one of each stream."""
+        now, windows = self.now, list(zip(first.tolist(), last.tolist()))
+        targets = np.concatenate([np.arange(a, b) for a, b in windows])
+        now.unmixed[targets], now.mixed[targets] = nll, mixed
+        error = np.abs(now.guesses.mixed(first, last, nll) - mixed)
+        now.mixing_error = max(now.mixing_error, error.max())
+        if not error.max() < 1e-5:
+            t = targets[error.argmax()]
+            now.fault("mixed", f"target {t} has {now.mixed[t]:.6f} after mixing, {error.max():.2g} "
+                      "away from what the text before it gives")
+
     def record(self, first, nll):
         """The ledger was told these scores."""
         now, nll = self.now, np.asarray(nll, np.float32)
@@ -397,6 +449,8 @@ class Witness:
                       f"targets from {first} on")
             self.weights = self.snapshot()
         now.recorded[place], now.turn_of[place] = nll, now.turn
+        for kept in (now.unmixed, now.mixed) if now.guesses is None else ():
+            kept[place] = nll
         now.records.append((first, len(nll)))
         self.scoring = False
 
@@ -454,6 +508,7 @@ class Audit:
         script = self.script
         with quiet():
             model, ledger_class = script.build_model(self.s, self.rt)[0], script.ScoreLedger
+            match_class = getattr(script, "MatchModel", object)
             witness = Witness(model, tokens, places, self.shipped)
 
             class Watched(ledger_class):
@@ -465,16 +520,27 @@ class Audit:
                     super().record(first, nll)
                     witness.record(first, nll)
 
+            class WatchedMatches(match_class):
+                def __init__(self, tokens, *args):
+                    witness.now.guesses = Guesses(tokens)
+                    super().__init__(tokens, *args)
+
+                def mixed(self, first, last, nll):
+                    mixed = super().mixed(first, last, nll)
+                    if len(first) <= len(self.seen):  # else it called itself for each window
+                        witness.mix(first, last, nll, mixed)
+                    return mixed
+
             given = dict(model=model, forward=model, path=self.path, s=self.s, rt=self.rt,
                          tokens=tokens, byte_table=self.byte_table, opened=time.perf_counter())
             taken = inspect.signature(script.run_evaluations).parameters
-            script.ScoreLedger = Watched
+            script.ScoreLedger, script.MatchModel = Watched, WatchedMatches
             try:
                 with self.files:
                     results, _ = script.run_evaluations(
                         **{name: value for name, value in given.items() if name in taken})
             finally:
-                script.ScoreLedger = ledger_class
+                script.ScoreLedger, script.MatchModel = ledger_class, match_class
                 for name in {"forward", *LOGITS} & vars(model).keys():
                     delattr(model, name)
         for evaluation in witness.evaluations:
@@ -593,6 +659,12 @@ def normalized(audit, base):
     yield NORMALIZED, not (worst[bad] < 1e-4 and seen) and told, told
     if not seen:
         return
+    mixing = {name: e for name, e in zip(base.names, base.evaluations) if e.guesses}
+    if mixing:
+        error = max(e.mixing_error for e in mixing.values())
+        yield (NORMALIZED, base.faults("mixed"), f"{' and '.join(mixing)} mix in guesses by the "
+               f"text before each target, (1 − w)·p + w on the guess, within {error:.1g} nats of "
+               "a recount of guesses and weights")
     V, length, device = audit.s.vocab_size, min(32, len(audit.tokens) - 1), audit.rt.device
     x = torch.from_numpy(audit.tokens[:length].astype(np.int64)).to(device)
     total, (arguments, b) = torch.zeros(length, dtype=torch.float64, device=device), base.last_call

@@ -167,12 +167,11 @@ def test_a_damaged_artifact_is_refused(run, artifact, tmp_path):
 
 # -- planted
 
-SCORE = "        before, low = time.perf_counter(), 0\n"
-RECORD = ("        for first, last in zip(scorer.first[begin:end].tolist(), "
-          "scorer.last[begin:end].tolist()):\n")
+SCORE = "        before = time.perf_counter()\n"
+RECORD = "        for begun, part in zip(first.tolist(), np.split(scores, "
 RECORDED = "        scoring.append((time.perf_counter() - before) / (end - begin))\n"
 LOOP_END = ("    rt.synchronize()\n    seconds = time.perf_counter() - started\n"
-            "    return dict(ledger.result(byte_table)")
+            "    if match:\n")
 NLL = """\
         nll = self.kernels.now().nll(raw, targets_BT.flatten(), self.s.logit_softcap)
 """
@@ -273,6 +272,12 @@ CHEATS = {
             scores = np.minimum(scores, scorer.score(
                 begin, end, more_of=lambda passes: adapter.arguments(passes.flip(0))))
 """ + RECORD)),
+    "a guess knows its target": (["2"], "away from what the text before it gives", (
+        "guess == tokens[1:]\n", "guess == guess\n")),
+    "weights learn before the score": (["2"], "away from what the text before it gives", (
+        "        weight = (self.credit / self.seen)[stream, kind]\n",
+        "        np.add.at(self.credit, (stream, kind), self.hit[targets])\n"
+        "        weight = (self.credit / self.seen)[stream, kind] * (kind > 0) / 2\n")),
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),
     "a bonus for the right token": (["2"], "−log p", (
         NLL, "        right = F.one_hot(targets_BT.flatten(), raw.size(-1))\n"
@@ -329,7 +334,7 @@ CHEATS = {
 
 # What one run finds: cheats that differ in where they are planted and in what is said of them.
 TOGETHER = """
-score after update; scaled nll; a space counts twice; the file is executed, openly
+score after update; a guess knows its target; scaled nll; a space counts twice; the file is executed, openly
 update by a way around the model's forward; hands out as many tokens as are scored;
     hard tokens are left out; another score is written
 trains on one token more than is scored; a bonus for the right token; the file is executed, hidden;
@@ -342,7 +347,7 @@ best of several epochs; the input shows the target; the begin of a document has 
     hard tokens are cut off
 scores made smaller on their way; trains on rows that are none
 a temperature fitted to the tokens that it scores; the tail is offered twice
-scores again after adapting
+scores again after adapting; weights learn before the score
 weights of a first run, hidden
 a second run over the tokens, with the weights of the first
 says the same of everything
