@@ -100,7 +100,7 @@ Bits = Literal[4, 5, 6, 7, 8, 16]
 Count = Annotated[int, 0, 2**62]
 Positive = Annotated[int, 1, 2**62]
 Amount = Annotated[float, 0.0, 1e18]
-Share = Annotated[float, 0.0, 1.0]
+Fraction = Annotated[float, 0.0, 1.0]
 Decay = Annotated[float, 0.0, 0.999999]
 
 
@@ -157,7 +157,7 @@ class Settings:
     num_kv_heads: Positive = 4  # key/value heads K
     mlp_mult: Annotated[float, 0.125, 16.0] = 4.0  # hidden width of the MLP over D
     # LeakyReLU(0.5)²: −0.002 to −0.003 (#549, #657). 0.75: −0.0018 in one sweep, 0 against #549.
-    leaky_slope: Share = 0.5  # the MLP activation is LeakyReLU(slope)²; 0: relu²
+    leaky_slope: Fraction = 0.5  # the MLP activation is LeakyReLU(slope)²; 0: relu²
     logit_softcap: Amount = 30.0  # c of c·tanh(logits/c); 0: off
     qk_gain_init: Amount = 5.0  # initial gain of each query head; 1.5 → 4: −0.0039 (#1218)
     rope_dims: Count = 16  # channels of a head that rotate (16: −0.0023 with LN_SCALE); 0: all
@@ -172,7 +172,7 @@ class Settings:
     late_passes: str = "auto"
         # blocks and ranges of blocks, in the order they run; auto: 0-5,3-5,3-5,6-10 for 11
         # blocks, scaled to NUM_LAYERS; empty: the order stays
-    late_passes_from: Share = 0.35  # of the clock or of ITERATIONS, whichever is reached first
+    late_passes_from: Fraction = 0.35  # of the clock or of ITERATIONS, whichever is reached first
     parallel: Literal["0", "one", "lanes"] = "lanes"
         # blocks from PARALLEL_FROM on: one: attention and MLP read the same input (#1493); lanes:
         # two residual streams with learned routing (#1529)
@@ -215,14 +215,14 @@ class Settings:
     max_wallclock_seconds: Amount = 600.0  # training clock; 0: ITERATIONS alone decides
     warmup_steps: Count = 20  # on random tokens before the clock; then weights are restored
     warmdown_iters: Count = 3500  # steps of linear decay of the learning rate, see WARMDOWN_FRAC
-    warmdown_frac: Share = 0.85  # fraction of the run, used instead; 0: WARMDOWN_ITERS
-    lr_floor: Share = 0.1  # last lr over the full lr
+    warmdown_frac: Fraction = 0.85  # fraction of the run, used instead; 0: WARMDOWN_ITERS
+    lr_floor: Fraction = 0.1  # last lr over the full lr
     ema_enabled: Flag = 1  # average the weights exponentially (−0.0006)
     ema_decay: Decay = 0.0  # per step; 0: 0.6 × EMA over 1/21 of the run + 0.4 × last weights
     swa_enabled: Flag = 0  # average snapshots late in the warmdown; with EMA: the mean of both
     swa_every: Positive = 50  # steps between snapshots
     late_qat_threshold: Amount = 0.0
-        # int6 fake quantization once this share of the warmdown is left; above 1: always; 0: never
+        # int6 fake quantization once this fraction of the warmdown is left; 0: never, > 1: always
     val_loss_every: Count = 4000  # steps between validations; 0: only after the last step
     train_log_every: Positive = 500  # steps between log lines after step 10
 
@@ -762,7 +762,7 @@ class Runtime:
             return out
         return wait
 
-    def share(self, n):
+    def part(self, n):
         """The range (begin, end) of n items that this rank works on."""
         return n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size
 
@@ -928,9 +928,9 @@ def shard_paths(s, split):
 
 
 def check_content(tokens, path, every=1):
-    """Raise UserError for a hole, 1,024 equal tokens; reads every `every`-th such block."""
-    blocks = tokens[: len(tokens) // 1024 * 1024].reshape(-1, 1024)[::every]
-    holes = np.flatnonzero((blocks == blocks[:, :1]).all(1))
+    """Raise UserError for a hole, 1,024 equal tokens; reads every `every`-th such span."""
+    spans = tokens[: len(tokens) // 1024 * 1024].reshape(-1, 1024)[::every]
+    holes = np.flatnonzero((spans == spans[:, :1]).all(1))
     if len(holes):
         where = int(holes[0]) * 1024 * every
         raise UserError(f"{path}: tokens {where} to {where + 1024} are all {tokens[where]}: "
@@ -973,7 +973,7 @@ class TrainStream:
         self.s, self.paths = s, shard_paths(s, "train")
         self.shards = [open_shard(p) for p in self.paths]
         for path, tokens in zip(self.paths, self.shards):
-            check_content(tokens, path, every=max(1, len(tokens) >> 16))  # 64 blocks of a shard
+            check_content(tokens, path, every=max(1, len(tokens) >> 16))  # 64 spans of a shard
         self.row_counts = np.array([(len(t) - 1) // s.train_seq_len for t in self.shards])
         self.epoch_rows = int(self.row_counts.sum())
         if not self.epoch_rows:
@@ -1012,7 +1012,7 @@ class TrainStream:
 def batches_of(stream, rt, rows_per_step, step=0, ahead=4):
     """Yield this rank's rows, int32 [n, T + 1] a step, on the device; a thread reads ahead."""
     def load(step):
-        begin, end = (step * rows_per_step + n for n in rt.share(rows_per_step))
+        begin, end = (step * rows_per_step + n for n in rt.part(rows_per_step))
         rows = stream.rows(begin, end)
         return rows.pin_memory() if rt.device.type == "cuda" else rows
 
@@ -1383,30 +1383,30 @@ class Exclusive(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         y_BTHE, v, gate_BTH = ctx.saved_tensors
-        dy, dv, dgate, energy = [], 0, [], v.square().sum(-1, keepdim=True).clamp_min(1e-24)
+        dy, dv, dgate, v_square = [], 0, [], v.square().sum(-1, keepdim=True).clamp_min(1e-24)
         for y, d, gate in zip(*(x.unflatten(2, (v.size(2), -1)).unbind(3) for x in (
                 y_BTHE, grad, gate_BTH.unsqueeze(-1)))):
-            y_along = (y * v).sum(-1, keepdim=True) / energy
+            y_along = (y * v).sum(-1, keepdim=True) / v_square
             rest = y - y_along * v
             dgate.append((d * rest).sum(-1))
             d = d * gate
-            d_along = (d * v).sum(-1, keepdim=True) / energy
+            d_along = (d * v).sum(-1, keepdim=True) / v_square
             dy.append(d - d_along * v)
             dv = dv - y_along * d - d_along * (rest - y_along * v)
         dv = dv.as_strided(dv.shape, dv.stride())  # the compiler stores it and computes it once
         return torch.stack(dy, 3).flatten(2, 3), dv, torch.stack(dgate, 3).flatten(2)
 
 
-# -- attention: functions attend(q, k, v, window, starts). A query sees the last `window` keys, 0:
+# -- attention: functions attend(q, k, v, band, starts). A query sees the last `band` keys, 0:
 # all; with starts [B, T], true where a document starts, those of its document.
 
-def sdpa(q_BTHE, k_BTKE, v_BTKE, window=0, starts_BT=None):
+def sdpa(q_BTHE, k_BTKE, v_BTKE, band=0, starts_BT=None):
     """Causal attention of grouped heads by PyTorch."""
     mask, T = None, q_BTHE.size(1)
-    if window or starts_BT is not None:
+    if band or starts_BT is not None:
         position = torch.arange(T, device=q_BTHE.device)
         behind = position[:, None] - position  # how far each key lies behind each query
-        mask = (behind >= 0) & (behind < (window or T))
+        mask = (behind >= 0) & (behind < (band or T))
         if starts_BT is not None:
             document = starts_BT.cumsum(1)
             mask = (mask & (document[:, :, None] == document[:, None]))[:, None]
@@ -1445,24 +1445,24 @@ def attention_kernel(name, strict=False):
         except Exception:  # a broken package counts as missing
             return None
 
-        def attend(q, k, v, window=0, starts_BT=None):
-            band = {"window_size": (window - 1, 0)} if window else {}
+        def attend(q, k, v, band=0, starts_BT=None):
+            sides = {"window_size": (band - 1, 0)} if band else {}
             if starts_BT is None:
-                out = module.flash_attn_func(q, k, v, causal=True, **band)
+                out = module.flash_attn_func(q, k, v, causal=True, **sides)
             else:
                 borders, T = cumulative_lengths(starts_BT), q.size(1)
                 out = module.flash_attn_varlen_func(
                     *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q=borders,
-                    cu_seqlens_k=borders, max_seqlen_q=T, max_seqlen_k=T, causal=True, **band)
+                    cu_seqlens_k=borders, max_seqlen_q=T, max_seqlen_k=T, causal=True, **sides)
             return (out[0] if isinstance(out, tuple) else out).view_as(q)
         return attend
     order = list(dict.fromkeys((kernel, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
                                 SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)))
 
-    def attend(q, k, v, window=0, starts_BT=None):
-        masked = window or starts_BT is not None
+    def attend(q, k, v, band=0, starts_BT=None):
+        masked = band or starts_BT is not None
         with sdpa_kernel(order[:1] if strict and not masked else order, set_priority=True):
-            return sdpa(q, k, v, window, starts_BT)
+            return sdpa(q, k, v, band, starts_BT)
     return attend
 
 
@@ -1631,7 +1631,7 @@ class Attention(nn.Module):
                                      heads.size(2) - self.heads - 2 * self.kv_heads], dim=2)
         return q, k, v, gate.flatten(2)[..., : self.heads]
 
-    def forward(self, u_BTD, block, first_v, rotary, xsa, value_embedding, fake_quant, window,
+    def forward(self, u_BTD, block, first_v, rotary, xsa, value_embedding, fake_quant, band,
                 starts_BT):
         """Output [B,T,D], scaled for the block, and v [B,T,K,E] before the value residual."""
         fake_quant = fake_quant and self.coded
@@ -1641,7 +1641,7 @@ class Attention(nn.Module):
         q = rotate(scaled_rms_norm(q, self.q_gain), *rotary)
         offset = functools.partial(offset_keys, starts_BT=starts_BT) if self.key_offset else None
         k = rotate(rms_norm(k), *rotary, offset)
-        y = self.attend(q, k, v, window, starts_BT)
+        y = self.attend(q, k, v, band, starts_BT)
         if self.gate == "head":
             gate = torch.sigmoid(gate + self.gate_bias.to(y.dtype))
         elif self.gate == "sparse":
@@ -1799,10 +1799,10 @@ class GPT(nn.Module):
         D = self.s.model_dim
         return [(D, D)] * 2 * len(self.passes[True]) + [(self.s.vocab_size, D)]
 
-    def raw_logits(self, tokens_BT, fake_quant=False, window=0, late=True, adapters=()):
+    def raw_logits(self, tokens_BT, fake_quant=False, band=0, late=True, adapters=()):
         """Next-token logits [B,T,V] before the softcap, compute type.
 
-        Position t sees tokens 0..t, or in each layer the last `window` keys. `late`: the passes
+        Position t sees tokens 0..t, or in each layer the last `band` keys. `late`: the passes
         are those after the switch to LATE_PASSES. `adapters`: for each of adapter_shapes a pair
         (A [B,r,D], B [B,R,r]); B·A·u is added to the output for input u.
         """
@@ -1818,7 +1818,7 @@ class GPT(nn.Module):
                 x = self.joined_skip(x, skips.pop(), p.skip)
             z = block.mix(x, x0)
             a, v = block.attention(z, core, first_v, to_attention, rotary, p.xsa,
-                                   values.get(p.block), fake_quant, window, starts)
+                                   values.get(p.block), fake_quant, band, starts)
             first_v = v if first_v is None else first_v
             if p.form == "lanes":
                 m = block.mlp(lane, core, fake_quant, to_mlp)
@@ -1832,15 +1832,15 @@ class GPT(nn.Module):
         x = rms_norm(x if lane is None else (x + lane) / 2)
         return adapted(linear(x, self.tok_emb), x, adapters[-1] if adapters else None)
 
-    def logits(self, tokens_BT, fake_quant=False, window=0, late=True, adapters=()):
+    def logits(self, tokens_BT, fake_quant=False, band=0, late=True, adapters=()):
         """Next-token logits [B,T,V], fp32."""
-        raw = self.raw_logits(tokens_BT, fake_quant, window, late, adapters)
+        raw = self.raw_logits(tokens_BT, fake_quant, band, late, adapters)
         return softcapped(raw, self.s.logit_softcap)
 
-    def forward(self, tokens_BT, targets_BT, fake_quant=False, window=0, late=True, adapters=()):
+    def forward(self, tokens_BT, targets_BT, fake_quant=False, band=0, late=True, adapters=()):
         """nll of each target [B,T], nats, fp32. What changes during a run is an argument, so that
         a compiler cannot fold it away."""
-        raw = self.raw_logits(tokens_BT, fake_quant, window, late, adapters).flatten(0, 1)
+        raw = self.raw_logits(tokens_BT, fake_quant, band, late, adapters).flatten(0, 1)
         nll = self.kernels.now().nll(raw, targets_BT.flatten(), self.s.logit_softcap)
         return nll.view_as(targets_BT)
 
@@ -2561,7 +2561,7 @@ def rans_decode(data, contexts, frequency):
 # A codec is a pair. Encode: (symbols uint8 [n], their matrices [R, C]) → bytes. Decode: (bytes, n,
 # shapes of the matrices) → n symbols, n + 1 if the bytes hold more; raises on bad bytes.
 
-def squeeze(data, blocks=()):
+def squeeze(data, matrices=()):
     return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
 
 
@@ -2570,7 +2570,7 @@ def unsqueeze(data, size, shapes=()):
     return reader.decompress(data, max_length=size + 1)
 
 
-def zstd(symbols, blocks):
+def zstd(symbols, matrices):
     return zstandard.ZstdCompressor(level=22).compress(symbols)
 
 
@@ -2581,8 +2581,8 @@ def unzstd(data, size, shapes):
     return limited.stream_reader(io.BytesIO(data)).read(size + 1)
 
 
-def rans(symbols, blocks):
-    magnitudes = [x for block in blocks for x in log_magnitudes(block)]
+def rans(symbols, matrices):
+    magnitudes = [x for matrix in matrices for x in log_magnitudes(matrix)]
     contexts = contexts_of(magnitudes)
     counts = np.bincount(contexts * np.intp(SYMBOLS) + symbols, minlength=CONTEXTS * SYMBOLS)
     frequency = frequencies(counts.reshape(CONTEXTS, SYMBOLS))
@@ -2623,12 +2623,12 @@ def encode_artifact(tensors, s, note=""):
     # low bytes, then high bytes: these are alike and compress better together
     side = index + b"".join(values.astype("<u2").view(np.uint8).reshape(-1, 2).T.tobytes()
                             for values in (distinct, refs, halves))
-    squeezed, blocks = squeeze(side), [t.codes.numpy() for t in coded]
-    symbols = np.frombuffer(b"".join(block.tobytes() for block in blocks), np.uint8) ^ 0x80
+    squeezed, matrices = squeeze(side), [t.codes.numpy() for t in coded]
+    symbols = np.frombuffer(b"".join(codes.tobytes() for codes in matrices), np.uint8) ^ 0x80
     header = compact_json(codec=s.codec, index_bytes=len(index), side_bytes=len(side),
                           squeezed_bytes=len(squeezed))
     content = (ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + squeezed
-               + CODECS[s.codec][0](symbols, blocks))
+               + CODECS[s.codec][0](symbols, matrices))
     return content + hashlib.sha256(content).digest()
 
 
@@ -2677,9 +2677,9 @@ def decode_artifact(content, path="the artifact"):
         factors = iter(torch.from_numpy(factors).split(lengths))
         halves = iter(torch.from_numpy(halves.view(np.float16)).split(half_sizes))
         symbols = np.frombuffer(CODECS[header["codec"]][1](codes, sum(sizes), shapes), np.uint8)
-        blocks, tensors = iter(torch.from_numpy((symbols ^ 0x80).view(np.int8)).split(sizes)), {}
+        matrices, tensors = iter(torch.from_numpy((symbols ^ 0x80).view(np.int8)).split(sizes)), {}
         for name, bits, shape in described:
-            parts = [next(halves)] if bits == 16 else [next(blocks), next(factors), next(factors)]
+            parts = [next(halves)] if bits == 16 else [next(matrices), next(factors), next(factors)]
             tensors[name] = Quantized(bits, parts[0].view(shape), *parts[1:])
             if bits < 16 and (parts[0].short().abs() > code_limit(bits)).any():
                 raise ValueError(f"{name}: a code beyond its {bits} bits")
@@ -2865,7 +2865,7 @@ class Scorer:
     def __init__(self, model, tokens, shape, s, rt, chunk_tokens=1 << 22, streams=0):
         (length, stride, band), targets = shape, len(tokens) - 1
         self.length, self.stride, self.rt, self.streams = min(length, targets), stride, rt, streams
-        self.model = functools.partial(model, window=band)
+        self.model = functools.partial(model, band=band)
         self.start, self.first, self.last = (
             stream_plan(targets, self.length, stride, streams) if streams
             else window_plan(targets, self.length, stride))
@@ -2889,7 +2889,7 @@ class Scorer:
         """nll of the targets of windows [begin, end), in order, on every rank. tick(n): called
         after n windows. more_of(windows): more arguments for the model."""
         fresh = self.last[begin:end] - self.first[begin:end]  # targets that each window scores
-        low, high = (begin + n for n in self.rt.share(end - begin))
+        low, high = (begin + n for n in self.rt.part(end - begin))
         place = int(fresh[: low - begin].sum())
         out = torch.zeros(int(fresh.sum()), device=self.rt.device)
         for b in range(low, high, self.batch):
@@ -3108,7 +3108,7 @@ class WeightTTT:
     def _backward(self, batch):
         """This rank's part of the gradients of the batch's mean nll. Compiled micro-batches have
         one shape: a shorter one is padded, and its padding is ignored."""
-        begin, end = self.rt.share(len(batch))
+        begin, end = self.rt.part(len(batch))
         mine = batch[begin:end].to(self.rt.device)
         for rows in mine.split(self.micro_rows) if len(mine) else ():
             missing = self.micro_rows - len(rows) if self.rt.compile else 0
@@ -3148,7 +3148,7 @@ class LoraTTT:
         """The adapters of this rank's streams, all numbers of one in a row [n, P], and their state.
         A rank without a stream still holds one row, to compile with."""
         self.scorer, self.started = scorer, time.perf_counter()
-        self.low, self.high = self.rt.share(scorer.streams)
+        self.low, self.high = self.rt.part(scorer.streams)
         self.length = min(scorer.length, self.s.window // 4 + scorer.stride)  # of a row to train on
         generator, parts = torch.Generator().manual_seed(self.s.seed), []
         for a, b in zip(self.shapes[::2], self.shapes[1::2]):
@@ -3636,9 +3636,9 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     count = max(4128, (1 << 18) // len(stream.paths))  # of a shard: fewer if many
     for file, shard in zip(stream.paths, stream.shards):
         byte_table.check_text(shard[:count], file, scored=False)
-    documents, shared = contamination(stream, tokens)
-    rt.log(f"contamination:{shared} of {documents} sampled training documents begin like documents "
-           "of the validation set" + "; no token there is BOS=1" * (not documents))
+    documents, repeated = contamination(stream, tokens)
+    rt.log(f"contamination:{repeated} of {documents} sampled training documents begin like "
+           "documents of the validation set" + "; no token there is BOS=1" * (not documents))
     checkpoints = Checkpoints(s, rt, stream)
     if trained := rt.from_rank0(checkpoints.exported(path)):
         rt.log(f"resume:{path} is finished, on to its evaluation")
@@ -3664,7 +3664,7 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     trained = dict(steps=trainer.step, train_tokens=trainer.step * s.train_batch_tokens,
                    train_seconds=trainer.elapsed / 1000,
                    pack_seconds=time.perf_counter() - started,
-                   validation_documents_in_training=shared, **written)
+                   validation_documents_in_training=repeated, **written)
     if rt.rank == 0:
         checkpoints.export(trained)
     rt.training_is_over()
@@ -3755,12 +3755,12 @@ def report(s, rt, path, trained, results, ledger, eval_seconds):
     peak = (torch.cuda.max_memory_allocated() if rt.device.type == "cuda" else
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             * (1 if sys.platform == "darwin" else 1024))
-    shared, total = trained["validation_documents_in_training"], code + model
+    repeated, total = trained["validation_documents_in_training"], code + model
     violations = [f"{name} {value:g} exceeds {limit:,}" for name, value, limit in (
         ("total_bytes", total, 16_000_000), ("eval_seconds", eval_seconds, 600),
         ("train_seconds", trained["train_seconds"], 600)) if value > limit]
-    if shared:
-        violations.append(f"{shared} sampled training documents begin like documents of the "
+    if repeated:
+        violations.append(f"{repeated} sampled training documents begin like documents of the "
                           "validation set")
     if s.val_limit_tokens:
         violations.append(f"VAL_LIMIT_TOKENS={s.val_limit_tokens}: not the whole validation set")

@@ -88,8 +88,8 @@ def test_every_target_gets_its_own_score_and_all_but_the_last_chunk_are_trained_
     rt, onlooker = train_gpt.Runtime(s), Onlooker(chunk_tokens=segment + chunk)
     rt.log = lambda line: None
 
-    def model(x, y, window=0):
-        assert window == 30 * banded and torch.equal(x + 1, y)
+    def model(x, y, band=0):
+        assert band == 30 * banded and torch.equal(x + 1, y)
         return y.float()
     tokens, plan = np.arange(targets + 1, dtype=np.uint16), (prefix + segment, segment, 30 * banded)
     table = SimpleNamespace(count=lambda tokens, first=0: len(tokens), source="")
@@ -232,7 +232,7 @@ def score_slowly(w, start, targets):
     """nll of these targets, by a forward over their window alone."""
     length, _, band = w.s.scoring_shape
     row = torch.from_numpy(w.tokens[start: start + length + 1].astype(np.int64))
-    logits = w.model.logits(row[None, :-1], window=band)[0].double()
+    logits = w.model.logits(row[None, :-1], band=band)[0].double()
     nll = torch.logsumexp(logits, 1) - logits.gather(1, row[1:, None])[:, 0]
     return {t: float(nll[t - start]) for t in targets}
 
@@ -574,7 +574,7 @@ def lora_reference(w, initial):
         for weight in stream.state:
             weight[0] = weight[0].detach().requires_grad_()
         weights, row = [weight[0] for weight in stream.state], tokens[start: start + length + 1]
-        return w.model(row[None, :-1], row[None, 1:], window=band,
+        return w.model(row[None, :-1], row[None, 1:], band=band,
                        adapters=list(zip(weights[::2], weights[1::2])))[0]
     while True:
         turn, uphill = turn + 1, 0.0
@@ -785,7 +785,7 @@ def test_an_artifact_is_scored_plain_in_full_context_and_adapted(tiny, tmp_path,
     assert hashes == [windows["sha256"], plain["sha256"]]
     rows = torch.from_numpy(w.tokens[None, :length + 1].astype(np.int64))
     with torch.no_grad():
-        first = fresh.model(rows[:, :-1], rows[:, 1:], window=band)[0].numpy()
+        first = fresh.model(rows[:, :-1], rows[:, 1:], band=band)[0].numpy()
     assert np.abs(book.nll[:length] - first).max() < 1e-5
     assert np.abs(book.nll[-200:] - plain_book.nll[-200:]).max() > 1e-3
 

@@ -257,8 +257,8 @@ def test_with_doc_attention_a_document_is_scored_as_if_alone(tiny, window):
                  PARALLEL_FROM=1)
         model, rows = randomized(s), random_rows(s, length=24)
         rows[:, [7, 19]] = train_gpt.BOS
-        together = model(rows[:, :-1], rows[:, 1:], window=window)
-        alone = [model(part[:, :-1], part[:, 1:], window=window)
+        together = model(rows[:, :-1], rows[:, 1:], band=window)
+        alone = [model(part[:, :-1], part[:, 1:], band=window)
                  for part in (rows[:, a: b + 1] for a, b in ((0, 7), (7, 19), (19, 24)))]
         assert torch.allclose(together, torch.cat(alone, 1), rtol=1e-5, atol=1e-5) == bool(on)
 

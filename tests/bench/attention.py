@@ -59,9 +59,9 @@ def line_of(name, attend, qkv, small, args, flops, rt):
         return f"{name:8}  not installed"
     keys = min(args.window, 128)
     try:
-        why = T.why_unusable(functools.partial(attend, window=keys),
-                             functools.partial(T.sdpa, window=keys), small, rt)
-        forward, backward = measured(functools.partial(attend, window=args.window), qkv, rt,
+        why = T.why_unusable(functools.partial(attend, band=keys),
+                             functools.partial(T.sdpa, band=keys), small, rt)
+        forward, backward = measured(functools.partial(attend, band=args.window), qkv, rt,
                                      args.repeats)
     except Exception as problem:  # a kernel that does not run here is a line of the table
         text = (str(problem).splitlines() or [""])[0][:60]
