@@ -2716,7 +2716,7 @@ def fitted(encoded, budget_bytes, coded, level, start):
                 break
         elif level:
             low = guess
-        guess -= 8 * (left - 0.0005 * budget_bytes) / max(coded, 1)
+        guess -= 8 * (left - 0.0005 * budget_bytes) / max(coded, 1)  # to the middle of the 0.1 %
         guess = guess if low < guess < high else (low + high) / 2
         level = 2.0 ** guess
     return best or (encoded(2.0 ** high), 2.0 ** high)
@@ -2768,9 +2768,9 @@ def size_forecast(s):
     total = 4096  # index and header
     for name, shape in parameter_shapes(s).items():
         bits = bits_of(name, s)
-        if bits < 16:  # a row's maximum is near √(2 ln 2C) deviations
+        if bits < 16:  # a row's maximum: √(2 ln 2C) deviations for large C, 0.88 of it for 512
             clip = (getattr(s, kind_of(name).clip) if s.quant_clip == "std"
-                    else math.sqrt(2 * math.log(2 * shape[1])) * 0.92)
+                    else math.sqrt(2 * math.log(2 * shape[1])) * 0.88)
             entropy = math.log2(math.sqrt(2 * math.pi * math.e) * code_limit(bits) / clip)
             bits, total = min(max(entropy, 0.1), bits), total + shape[0]
         total += int(math.prod(shape) * bits / 8)
@@ -3390,6 +3390,7 @@ class Trainer:
             before, self.elapsed = self.elapsed, clock.read()
             if self.over(steps=4):  # the GPU may be two steps behind that reading
                 self.elapsed = clock.read(exact=True)
+            # of about the last ten steps: late passes are slower than the mean of all
             self.step_ms = 0.9 * self.step_ms + 0.1 * (self.elapsed - before)
             self.check_and_log(loss, norm, scale)
             rt.progress("train", progress_of(self.plan, self.step, self.elapsed),

@@ -1,12 +1,15 @@
-"""Banded scoring against sliding windows, and ways to adapt at test time, on one artifact.
+"""Banded scoring against sliding windows, ways to adapt at test time, and guesses from the text
+before, on one artifact.
 
     python tests/bench/evaluator.py plans out/final_model.ptz --data data/datasets/mix_sp1024
     python tests/bench/evaluator.py ttt out/final_model.ptz --data data/datasets/mix_sp1024
+    python tests/bench/evaluator.py match out/final_model.ptz --data data/datasets/mix_sp1024
 
 `plans`: bpb, seconds and tokens through the model of sliding windows (stride = window / 32) and of
 banded segments with several prefixes. `ttt`: every variant gets the same seconds for scoring and
 adapting on a stretch of training tokens that the run has hardly met; the best one is then run once
-on the validation tokens.
+on the validation tokens. `match`: the last training tokens, scored with a full context; what
+EVAL_MATCH gains there when more and more of the training tokens count as text before them.
 """
 from __future__ import annotations
 
@@ -110,10 +113,30 @@ def ttt(arguments, say):
     say(f"on the validation tokens, once, {best}: {before:.5f} → {after:.5f} in {seconds:.1f} s")
 
 
+def match(arguments, say):
+    s, rt, model, byte_table = opened(arguments)
+    tokens = np.concatenate([T.open_shard(path) for path in T.shard_paths(s, "train")])
+    scored = tokens[-(arguments.targets + 1):]
+    scorer = T.Scorer(model, scored, s.scoring_shape, s, rt)
+    nll, to_bits = scorer.score(0, len(scorer.first)), T.bits_per_byte
+    size = byte_table.count(scored)
+    say(f"{len(nll)} targets, {size} bytes, {to_bits(nll.sum(dtype=float), size):.5f} bpb\n"
+        f"{'tokens before':>13} {'guesses':>8} {'right':>7} {'bpb':>9} {'gain':>8} {'seconds':>8}")
+    before = len(tokens) - len(scored)
+    for count in (0, before // 64, before // 8, before):
+        started = time.perf_counter()
+        guesses = T.MatchModel(tokens[before - count:], 1, rt.device)
+        mixed = guesses.mixed(scorer.first + count, scorer.last + count, nll)
+        found = guesses.kind[count:] > 0
+        say(f"{count:>13,} {found.mean():>8.1%} {guesses.hit[count:][found].mean():>7.1%} "
+            f"{to_bits(mixed.sum(), size):>9.5f} {to_bits((nll - mixed).sum(), size):>8.5f} "
+            f"{time.perf_counter() - started:>8.1f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("plans", "ttt"))
+    parser.add_argument("what", choices=("plans", "ttt", "match"))
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path,
@@ -130,7 +153,7 @@ def main():
             with open(arguments.log, "a", encoding="utf-8") as f:
                 f.write(line + "\n")
 
-    dict(plans=plans, ttt=ttt)[arguments.what](arguments, say)
+    dict(plans=plans, ttt=ttt, match=match)[arguments.what](arguments, say)
 
 
 if __name__ == "__main__":
