@@ -191,8 +191,9 @@ class Guesses:
     it, and weights that a stream learns from itself and the streams before it."""
     RUNS = 4, 8, 16
 
-    def __init__(self, tokens):
+    def __init__(self, tokens, streams):
         tokens, followed, self.found, self.learned = tokens.tolist(), {}, [], {}
+        self.streams = streams
         for i, following in enumerate(tokens[1:]):
             guess = kind = 0
             for level, n in enumerate(self.RUNS):
@@ -205,19 +206,29 @@ class Guesses:
             self.found.append((kind, guess == following))
 
     def mixed(self, first, last, nll):
-        """The nll of one window of each stream after mixing."""
-        out, learned, scores = [], [], iter(nll.tolist())
-        for stream, (a, b) in enumerate(zip(first.tolist(), last.tolist())):
+        """The nll of these ranges of targets after mixing: one of each stream; or one range in all,
+        in rounds of 512 targets."""
+        ranges, scores = list(zip(first.tolist(), last.tolist())), iter(nll.tolist())
+        rounds = [ranges]
+        if self.streams == 1:
+            begin, end = ranges[0][0], ranges[-1][1]
+            rounds = [[(a, min(a + 512, end))] for a in range(begin, end, 512)]
+        return np.array([x for ranges in rounds for x in self.round(ranges, scores)])
+
+    def round(self, ranges, scores):
+        out, learned = [], []
+        for stream, (a, b) in enumerate(ranges):
             for kind, hit in self.found[a:b]:
                 past = [self.learned.get((of, kind), (0.0, 0)) for of in range(stream + 1)]
                 weight = (0.1 + sum(c for c, _ in past)) / (1 + sum(n for _, n in past))
                 weight *= kind > 0
-                out.append(-math.log((1 - weight) * math.exp(-next(scores)) + weight * hit))
+                said = math.log(weight) if weight * hit else -math.inf
+                out.append(-float(np.logaddexp(math.log1p(-weight) - next(scores), said)))
                 learned.append(((stream, kind), weight * hit / math.exp(-out[-1])))
         for key, credit in learned:
             total, count = self.learned.get(key, (0.0, 0))
             self.learned[key] = total + credit, count + 1
-        return np.array(out)
+        return out
 
 
 @dataclass
@@ -428,6 +439,9 @@ class Witness:
         """The script mixed guesses into the scores of these windows, one of each stream."""
         now, windows = self.now, list(zip(first.tolist(), last.tolist()))
         targets = np.concatenate([np.arange(a, b) for a, b in windows])
+        if (np.diff(targets) <= 0).any() or not np.isnan(now.mixed[targets]).all():
+            now.fault("mixed", f"guesses for targets from {targets.min()} on were mixed in twice, "
+                      "or not in the order of the text")
         now.unmixed[targets], now.mixed[targets] = nll, mixed
         error = np.abs(now.guesses.mixed(first, last, nll) - mixed)
         now.mixing_error = max(now.mixing_error, error.max())
@@ -521,14 +535,13 @@ class Audit:
                     witness.record(first, nll)
 
             class WatchedMatches(match_class):
-                def __init__(self, tokens, *args):
-                    witness.now.guesses = Guesses(tokens)
-                    super().__init__(tokens, *args)
+                def __init__(self, tokens, streams, *more):
+                    witness.now.guesses = Guesses(witness.tokens, streams)
+                    super().__init__(tokens, streams, *more)
 
                 def mixed(self, first, last, nll):
                     mixed = super().mixed(first, last, nll)
-                    if len(first) <= len(self.seen):  # else it called itself for each window
-                        witness.mix(first, last, nll, mixed)
+                    witness.mix(first, last, nll, mixed)
                     return mixed
 
             given = dict(model=model, forward=model, path=self.path, s=self.s, rt=self.rt,
@@ -583,7 +596,7 @@ def choose_places(evaluation, tokens, bos, at_random):
         add(begin, "a chunk in the middle")
     if inside:
         add(inside[len(inside) // 2], "border of a pass")
-        add(inside[len(inside) * 3 // 8], "border of a share of 8 ranks")
+        add(inside[len(inside) * 3 // 8], "border of a part of 8 ranks")
     for t in documents[-1:]:
         add(t, "begin of a document")
         add(t + 1, "first token of a document")

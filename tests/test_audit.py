@@ -66,8 +66,10 @@ HONEST = {
     "adamw": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.001),
     "muon": dict(TTT_OPTIMIZER="muon", TTT_LR=0.005),
     "packed": dict(TTT_ENABLED=0, EVAL_STRIDE=0),
-    "adapters": dict(TTT_BATCH_SEQS=3, EVAL_SEQ_LEN=8, EVAL_STRIDE=8, EVAL_BATCH_SEQS=2)}
-TARGETS = {"banded": 256, "adapters": 384}  # three streams, which fill up batches of two
+    "adapters": dict(TTT_BATCH_SEQS=3, EVAL_SEQ_LEN=8, EVAL_STRIDE=8, EVAL_BATCH_SEQS=2),
+    "guesses": dict(TTT_BATCH_SEQS=3, EVAL_SEQ_LEN=8, EVAL_STRIDE=4, EVAL_BATCH_SEQS=2)}
+# Three streams, which fill up batches of two. Rows of 8 tokens overlap with a stride of 4 alone.
+TARGETS = {"banded": 256, "adapters": 384, "guesses": 384}
 
 
 @pytest.mark.parametrize("name", [
@@ -75,7 +77,8 @@ TARGETS = {"banded": 256, "adapters": 384}  # three streams, which fill up batch
     for name in HONEST])
 def test_the_honest_script_passes(run, artifact, name):
     script = pack_code(SCRIPT.encode()) if name == "packed" else SCRIPT
-    path = artifact.with_name("adapters") if name == "adapters" else artifact
+    adapters = name in ("adapters", "guesses")
+    path = artifact.with_name("adapters") if adapters else artifact
     status, failed, said = run(script, "--targets", str(TARGETS.get(name, 128)), path=path,
                                **HONEST[name])
     assert status == 0 and not failed, said
@@ -83,9 +86,10 @@ def test_the_honest_script_passes(run, artifact, name):
                       audit.SHIPS):
         assert f"\n{condition}\n  PASS" in said
     if name != "packed":
-        what = "adapters" if name == "adapters" else "weights"
+        what = "adapters" if adapters else "weights"
         assert f"PASS  {what} changed" in said and "SKIP" not in said
-        assert ("border of a stream" in said) == (name == "adapters")
+        assert ("border of a stream" in said) == adapters
+    assert ("ttt mix in guesses" in said) == (name not in ("adapters", "packed"))
 
 
 def test_a_file_over_the_cap_fails_and_what_cannot_be_seen_is_said(run, monkeypatch):
@@ -277,7 +281,9 @@ CHEATS = {
     "weights learn before the score": (["2"], "away from what the text before it gives", (
         "        weight = (self.credit / self.seen)[stream, kind]\n",
         "        np.add.at(self.credit, (stream, kind), self.hit[targets])\n"
-        "        weight = (self.credit / self.seen)[stream, kind] * (kind > 0) / 2\n")),
+        "        weight = np.minimum(self.credit / self.seen, 0.9)[stream, kind] * (kind > 0)\n")),
+    "guesses by other tokens": (["2"], "away from what the text before it gives", (
+        "MatchModel(tokens, scorer", "MatchModel(np.roll(tokens, -1), scorer")),
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),
     "a bonus for the right token": (["2"], "−log p", (
         NLL, "        right = F.one_hot(targets_BT.flatten(), raw.size(-1))\n"
@@ -350,7 +356,7 @@ a temperature fitted to the tokens that it scores; the tail is offered twice
 scores again after adapting; weights learn before the score
 weights of a first run, hidden
 a second run over the tokens, with the weights of the first
-says the same of everything
+says the same of everything; guesses by other tokens
 scores by chance
 adapters see a chunk before it is scored; the best of all streams' adapters
 adapters of a first run, hidden; adapters changed by hand

@@ -208,7 +208,7 @@ def test_loading_errors_reach_the_training_loop():
 
 
 @pytest.mark.parametrize("n, world_size", [(1, 1), (6, 3), (7, 3), (2, 5), (0, 4)])
-def test_shares_cover_everything_once(n, world_size):
+def test_parts_cover_everything_once(n, world_size):
     shares = [runtime(rank, world_size).part(n) for rank in range(world_size)]
     assert [i for begin, end in shares for i in range(begin, end)] == list(range(n))
     assert max(e - b for b, e in shares) - min(e - b for b, e in shares) <= 1

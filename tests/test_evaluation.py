@@ -394,7 +394,7 @@ def matches_slowly(tokens):
 
 
 @settings(max_examples=60)
-@given(st.integers(2, 400), st.sampled_from([2, 3, 8, 65536]), st.integers(0, 99))
+@given(st.integers(1, 400), st.sampled_from([2, 3, 8, 65536]), st.integers(0, 99))
 def test_matches_equal_a_search_through_the_text_before(length, vocabulary, seed):
     tokens = np.random.default_rng(seed).integers(0, vocabulary, length).astype(np.uint16)
     found = zip(*(x.tolist() for x in train_gpt.longest_matches(tokens, "cpu")))
@@ -421,7 +421,6 @@ MATCHED = {"windows": dict(), "banded": BANDED, "adapters": dict(BANDED_LANES, V
 
 @pytest.mark.parametrize("variables", MATCHED.values(), ids=MATCHED)
 def test_guesses_are_mixed_in_by_what_they_were_worth_before(tiny, variables):
-    variables = {"VAL_LIMIT_TOKENS": 352, **variables}
     lines, scores = [], []
     for match in 0, 1:
         w = world(tiny, EVAL_MATCH=match, **variables)
@@ -434,12 +433,33 @@ def test_guesses_are_mixed_in_by_what_they_were_worth_before(tiny, variables):
         _, first, last = stream_plan(targets, *shape[:2], streams)
         windows = [(n % streams, a, b, n // streams) for n, (a, b) in enumerate(zip(first, last))]
     else:
-        _, first, last = window_plan(targets, *w.s.scoring_shape[:2])
-        windows = [(0, a, b, n) for n, (a, b) in enumerate(zip(first, last))]
+        windows = [(0, a, min(a + 512, targets), a) for a in range(0, targets, 512)]
     (before, plain), (_, mixed) = scores
     assert np.abs(mixed.nll - mixed_slowly(w, plain.nll, windows)).max() < 1e-5
     assert (mixed.nll < plain.nll - 0.1).any() and (mixed.nll > plain.nll).any()
     assert f"val_loss without them {before['val_loss']:.6f}" in lines[-1]
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_guess_does_not_hide_a_score_that_is_not_finite(tiny, bad):
+    w = world(tiny, EVAL_MATCH=1, VAL_LIMIT_TOKENS=320)
+    model, guessed = w.model, np.flatnonzero(train_gpt.MatchModel(w.tokens, 1, "cpu").hit)[-1]
+
+    def broken(x, y, **kwargs):
+        return model(x, y, **kwargs).masked_fill(y == int(w.tokens[guessed + 1]), bad)
+    w.model = broken
+    with pytest.raises(LedgerError, match="scored (inf|nan)"):
+        run(w)
+
+
+def test_finding_guesses_is_inside_of_the_clock(tiny, monkeypatch):
+    w, find = world(tiny, EVAL_MATCH=1, VAL_LIMIT_TOKENS=320), train_gpt.longest_matches
+    with Clock() as clock:
+        def slow(*args):
+            clock.now += 50
+            return find(*args)
+        monkeypatch.setattr(train_gpt, "longest_matches", slow)
+        assert run(w)[0]["seconds"] == 50
 
 
 def test_mixed_scores_are_of_a_full_distribution():
