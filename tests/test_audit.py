@@ -340,7 +340,8 @@ CHEATS = {
 
 # What one run finds: cheats that differ in where they are planted and in what is said of them.
 TOGETHER = """
-score after update; a guess knows its target; scaled nll; a space counts twice; the file is executed, openly
+score after update; a guess knows its target; scaled nll; a space counts twice;
+    the file is executed, openly
 update by a way around the model's forward; hands out as many tokens as are scored;
     hard tokens are left out; another score is written
 trains on one token more than is scored; a bonus for the right token; the file is executed, hidden;

@@ -416,7 +416,8 @@ def mixed_slowly(w, nll, windows):
     return out
 
 
-MATCHED = {"windows": dict(), "banded": BANDED, "adapters": dict(BANDED_LANES, VAL_LIMIT_TOKENS=480)}
+MATCHED = {"windows": dict(), "banded": BANDED,
+           "adapters": dict(BANDED_LANES, VAL_LIMIT_TOKENS=480)}
 
 
 @pytest.mark.parametrize("variables", MATCHED.values(), ids=MATCHED)
