@@ -2939,7 +2939,7 @@ class MatchModel:
     A weight w for each kind of match is the mean credit of its guesses so far, the posterior
     probability that the guess and not p made the token; one guess of credit 0.1 is presumed. Each
     stream learns from its own scores and from those of streams before it, and guesses by the text
-    before. So streams side by side score as one pass from left to right would, a stream at a time.
+    before. So one pass from left to right, a stream at a time, could give the same scores.
     """
     ROUND = 512  # targets between two updates of the weights, without streams
 
