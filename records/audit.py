@@ -154,8 +154,9 @@ class Evaluation:
 
     def close(self):
         """The end of a turn: compare what was recorded with what the model gave. A row's targets
-        before the last recorded one are context of others, and so is a row at the very end, for a
-        pass beyond it. What else the model gave stays the first score of its target."""
+        before the last recorded one are context of others. So are those after it in a row at the
+        very beginning, and a row at the very end, for a pass beyond it. What else the model gave
+        stays the first score of its target."""
         for (length, _), rows in self.rows.items():
             scores = list(rows.scores)
             for at in rows.free:
@@ -169,6 +170,8 @@ class Evaluation:
                     scores = [x for x in scores if x is not score] or scores
                 if len(now):
                     wanted[: now[-1]] &= recorded[: now[-1]] >= 0
+                    if at == 0:  # the first rows cannot end where their new targets do
+                        wanted[now[-1] + 1:] = False
                     self.fresh.extend(at + now[wanted[now]][:1])
                 elif at + length == len(self.given):
                     continue

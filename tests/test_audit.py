@@ -67,9 +67,10 @@ HONEST = {
     "muon": dict(TTT_OPTIMIZER="muon", TTT_LR=0.005),
     "packed": dict(TTT_ENABLED=0, EVAL_STRIDE=0),
     "adapters": dict(TTT_BATCH_SEQS=3, EVAL_SEQ_LEN=8, EVAL_STRIDE=8, EVAL_BATCH_SEQS=2),
-    "guesses": dict(TTT_BATCH_SEQS=3, EVAL_SEQ_LEN=8, EVAL_STRIDE=4, EVAL_BATCH_SEQS=2)}
-# Three streams, which fill up batches of two. Rows of 8 tokens overlap with a stride of 4 alone.
-TARGETS = {"banded": 256, "adapters": 384, "guesses": 384}
+    "guesses": dict(TTT_BATCH_SEQS=3, EVAL_ATTENTION="banded", EVAL_SEQ_LEN=16, EVAL_STRIDE=8)}
+# Three streams, which fill up batches of two. Two streams with rows that overlap: guesses are mixed
+# in, and adapters change while the first rows still begin at the first token.
+TARGETS = {"banded": 256, "adapters": 384, "guesses": 768}
 
 
 @pytest.mark.parametrize("name", [
