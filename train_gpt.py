@@ -1674,7 +1674,7 @@ class Block(nn.Module):
         D = s.model_dim
         self.input_scale = 1 / math.sqrt(index + 1) if s.ln_scale else 1.0
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(D)) for _ in range(2))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(D), torch.zeros(D))))
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0] * D, [0.0] * D]))
         initial = dict(pair=(0.5, 0.5), sigmoid=(-1.5,)).get(s.value_residual) if index else None
         self.value_residual = vector(*initial) if initial else None
 
@@ -1760,7 +1760,7 @@ class GPT(nn.Module):
         gated = skip_rows and s.unet_skips == "gated"
         self.skip_gates = nn.Parameter(torch.zeros(skip_rows, D)) if gated else None
         if s.parallel == "lanes":  # of each block and lane: factors of lane, attention, MLP
-            self.lanes = nn.Parameter(torch.tensor([1.1, 1.0, 1.0]).repeat(s.num_layers, 2, 1))
+            self.lanes = nn.Parameter(torch.tensor([[[1.1, 1.0, 1.0]] * 2] * s.num_layers))
         for name, p in self.named_parameters():  # gradient: mean over a core's blocks, as in #537
             if name.startswith("cores.") and (uses := core_uses(name, s)) > 1:
                 p.register_hook(lambda grad, uses=uses: grad / uses)
@@ -2702,20 +2702,25 @@ def read_artifact(path, sha256=""):
 def fitted(encoded, budget_bytes, coded, level, start):
     """(content, level) of the largest content found that fits the budget, else of the coarsest. The
     first try is `level`; level 0 ends the search if it fits. At most 29 more lie in start · 2^±24,
-    until at most 0.1 % of the budget is left. Doubling the level saves at most one bit for each of
-    `coded` codes, so each guess moves by 8·Δbytes/coded octaves."""
-    guess, best = math.log2(start), None
+    until at most 0.1 % of the budget is left or the level is known to 1/64 octave. Doubling it
+    saves at most one bit for each of `coded` codes, so each guess moves by 8·Δbytes/coded octaves,
+    and by twice the last factor while it stays on one side."""
+    guess, best, pace, fits = math.log2(start), None, 0.0, None
     low, high = guess - 24, guess + 24
     for _ in range(30):
-        content = encoded(level)
+        content, before = encoded(level), fits
         left = budget_bytes - len(content)
-        if left >= 0:
+        fits = left >= 0
+        if fits:
             high, best = guess, (content, level)
             if level == 0 or left <= 0.001 * budget_bytes:
                 break
         elif level:
             low = guess
-        guess -= 8 * (left - 0.0005 * budget_bytes) / max(coded, 1)  # to the middle of the 0.1 %
+        if high - low < 1 / 64:
+            break
+        pace = 2 * pace if fits == before else 8 / max(coded, 1)
+        guess -= pace * (left - 0.0005 * budget_bytes)  # to the middle of the 0.1 %
         guess = guess if low < guess < high else (low + high) / 2
         level = 2.0 ** guess
     return best or (encoded(2.0 ** high), 2.0 ** high)

@@ -74,7 +74,7 @@ TARGETS = {"banded": 256, "adapters": 384, "guesses": 768}
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.slow) if name in ("muon", "adamw") else name
+    pytest.param(name, marks=pytest.mark.slow) if name in ("muon", "adamw", "adapters") else name
     for name in HONEST])
 def test_the_honest_script_passes(run, artifact, name):
     script = pack_code(SCRIPT.encode()) if name == "packed" else SCRIPT

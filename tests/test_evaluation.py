@@ -324,26 +324,22 @@ def test_a_token_reaches_as_far_as_the_bands_and_the_mixing_of_tokens(tiny, mixi
 # -- ranks ----------------------------------------------------------------------------------------
 
 MUON = dict(TTT_OPTIMIZER="muon", TTT_LR=0.002)
-RANK_CASES = {
-    "banded": dict(BANDED, EVAL_BATCH_SEQS=3, TTT_EPOCHS=0),
-    "sgd": dict(TTT_BATCH_SEQS=2), "adamw": dict(BANDED, TTT_OPTIMIZER="adamw", TTT_LR=0.001),
-    "muon": dict(BANDED, **MUON), "odd clocks": dict(BANDED, EVAL_WALLCLOCK_SECONDS=8)}
 # A stream has 16 times the tokens of a pass: of 352 targets 5 or 2, and documents of some 80
 # tokens.
 LANES = dict(TTT_LORA_RANK=2, TTT_LR=0.01, EVAL_SEQ_LEN=4, EVAL_STRIDE=4)
 BANDED_LANES = dict(LANES, EVAL_ATTENTION="banded")
-RANK_CASES["streams"] = LANES
-RANK_CASES["matches"] = dict(BANDED_LANES, EVAL_MATCH=1)
-LANE_CASES = {"5 streams": dict(LANES, EVAL_BATCH_SEQS=1),
-              "2 streams": dict(BANDED_LANES, VAL_LIMIT_TOKENS=256),
-              "odd clocks, streams": dict(LANES, EVAL_WALLCLOCK_SECONDS=8)}
+RANK_CASES = {
+    "sgd": dict(TTT_BATCH_SEQS=2), "muon": dict(BANDED, **MUON),
+    "odd clocks": dict(BANDED, EVAL_WALLCLOCK_SECONDS=8),
+    "5 streams": dict(LANES, EVAL_BATCH_SEQS=1), "matches": dict(BANDED_LANES, EVAL_MATCH=1),
+    "odd clocks, streams": dict(LANES, EVAL_WALLCLOCK_SECONDS=8)}
 
 
-def scores_by_rank(make, rt, cases):
-    """{case: nll} of the cases on these ranks; by odd clocks a step takes 1 s on rank 0 and 1,000
+def scores_by_rank(make, rt):
+    """{case: nll} of RANK_CASES on these ranks; by odd clocks a step takes 1 s on rank 0 and 1,000
     on rank 1."""
     scores = {}
-    for case, variables in cases.items():
+    for case, variables in RANK_CASES.items():
         w = world(make, rt, **{"VAL_LIMIT_TOKENS": 352, **variables})
         if "odd clocks" in case:
             with Clock() as clock:
@@ -354,21 +350,20 @@ def scores_by_rank(make, rt, cases):
     return scores
 
 
-def save_scores(environ, folder, cases):
+def save_scores(environ, folder):
     def make(**variables):
         variables = {k: str(v) for k, v in variables.items()}
         return train_gpt.resolve_settings({**environ, **variables})[0]
     torch.set_num_threads(1)
     rt = train_gpt.Runtime(make(), train_gpt.launched_ranks(os.environ))
-    np.savez(folder / f"{rt.rank}.npz", **scores_by_rank(make, rt, cases))
+    np.savez(folder / f"{rt.rank}.npz", **scores_by_rank(make, rt))
     rt.close()
 
 
-@pytest.mark.parametrize("count, cases", [(2, RANK_CASES), (3, LANE_CASES)], ids=["two", "three"])
-def test_scores_do_not_depend_on_the_ranks(tiny, corpus, tmp_path, count, cases):
-    on_ranks(count, tmp_path / "said", save_scores, environment(corpus), tmp_path, cases)
-    ranks = [np.load(tmp_path / f"{rank}.npz") for rank in range(count)]
-    one = scores_by_rank(tiny, train_gpt.Runtime(tiny()), cases)
+def test_scores_do_not_depend_on_the_ranks(tiny, corpus, tmp_path):
+    on_ranks(3, tmp_path / "said", save_scores, environment(corpus), tmp_path)
+    ranks = [np.load(tmp_path / f"{rank}.npz") for rank in range(3)]
+    one = scores_by_rank(tiny, train_gpt.Runtime(tiny()))
     assert len({nll.tobytes() for nll in one.values()}) == len(one), "all cases differ"
     for case, nll in one.items():  # orthogonalizing enlarges the last bit of a gradient
         assert np.abs(ranks[0][case] - nll).max() < (2e-3 if case == "muon" else 1e-5), case
@@ -739,9 +734,8 @@ def test_scoring_that_starts_slowly_delays_adapting_and_does_not_end_it(tiny):
 FLIPS = {"small batches": dict(TTT_BATCH_SEQS=2, EVAL_BATCH_SEQS=3),
          "adamw": dict(BANDED, TTT_OPTIMIZER="adamw", TTT_LR=0.001),
          "muon": MUON,
-         "streams": dict(BANDED_LANES, VAL_LIMIT_TOKENS=256),
          "matches": dict(BANDED, EVAL_MATCH=1),
-         "matches in streams": dict(BANDED_LANES, EVAL_MATCH=1)}
+         "matches in streams": dict(BANDED_LANES, VAL_LIMIT_TOKENS=256, EVAL_MATCH=1)}
 
 
 def places_of(w):

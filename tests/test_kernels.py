@@ -183,11 +183,13 @@ print(json.dumps(wanted))
 """
 
 
+@pytest.mark.slow
 def test_compilers_see_whole_graphs_and_make_only_what_is_needed(corpus):
     """Kernels break no graph. fp32 logits of a whole batch never exist with the loss kernel; the
     plain loss shows that the test would see them. Test-time training freezes matrices: no products
     for their gradients."""
-    environ = environment(corpus, MLP_MULT=2, NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS="")
+    environ = environment(corpus, MLP_MULT=2, NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS="",
+                          SMEAR_GATE=0, BIGRAM_VOCAB_SIZE=0)
     found = json.loads(printed_by(COMPILED, environ)[-1])
 
     def count(graph, word):
