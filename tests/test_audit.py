@@ -80,8 +80,8 @@ def test_the_honest_script_passes(run, artifact, name):
     script = pack_code(SCRIPT.encode()) if name == "packed" else SCRIPT
     adapters = name in ("adapters", "guesses")
     path = artifact.with_name("adapters") if adapters else artifact
-    status, failed, said = run(script, "--targets", str(TARGETS.get(name, 128)), path=path,
-                               **HONEST[name])
+    status, failed, said = run(script, "--targets", str(TARGETS.get(name, 128)), "--places",
+                               "2" if name == "banded" else "0", path=path, **HONEST[name])
     assert status == 0 and not failed, said
     for condition in (audit.CAUSAL, audit.NORMALIZED, audit.BEFORE, audit.ONCE, audit.BYTES,
                       audit.SHIPS):
@@ -371,7 +371,8 @@ def test_every_cheat_is_planted_once():
 
 
 @pytest.mark.parametrize("names", TOGETHER)
-def test_planted_cheats_are_found(run, names):
+def test_planted_cheats_are_found(run, monkeypatch, names):
+    monkeypatch.setattr(audit, "readable_source", Path.read_bytes)  # no wrapper; half of the time
     script, cheats = SCRIPT, [CHEATS[name] for name in names.split("; ")]
     for old, new in (replacement for _, _, *replacements in cheats for replacement in replacements):
         assert script.count(old) == 1, f"the script changed; plant this again: {old}"

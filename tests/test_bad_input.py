@@ -411,6 +411,7 @@ def test_a_log_a_console_and_a_triton_that_fail_do_not_end_training(corpus, tmp_
         assert train_gpt.main(["--help"], {}) == 0
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_made_is_said_in_words(corpus, tmp_path):
     environ = environment(corpus, OUT_DIR=tmp_path, TORCHINDUCTOR_CACHE_DIR="/proc/none", **LEAN)
     done = subprocess.run(launched(), capture_output=True, text=True, env=environ)

@@ -49,6 +49,7 @@ def done(corpus, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_both_stand_in_one_table(done):
     header = done.rows[""]
     assert header == ["last weights", "averaged", "from the file", "full context", "after TTT",
@@ -66,6 +67,7 @@ def test_both_stand_in_one_table(done):
     assert (done.out / "duel.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_logs(done):
     log = (done.out / "theirs.txt").read_text()
     last = re.search(r"step:6/6 val_loss:\S+ val_bpb:(\S+)", log)[1]
@@ -100,6 +102,7 @@ def test_stages_are_found_in_the_published_logs(tmp_path, text):
     assert [None if x != x else x for x in found] == list(LOGS[text])
 
 
+@pytest.mark.slow
 def test_both_train_alike(done):
     """Same tokens, seed, shape; schedules in proportion to the steps; what a script does not read
     is said."""
@@ -117,6 +120,7 @@ def side_of(tmp_path, code):
     return duel.their_side(tmp_path / "train_gpt.py", tmp_path / "out", {}, 10)
 
 
+@pytest.mark.slow
 def test_a_log_that_lay_beside_the_script_is_not_the_runs_and_other_steps_are_told(tmp_path):
     (tmp_path / "train.txt").write_text("x val_loss:1.0 val_bpb:0.5\n")
     side = side_of(tmp_path, "import os\nos.environ.get('NUM_ITERATIONS')\nassert open('train.txt')\n"

@@ -731,9 +731,7 @@ def test_scoring_that_starts_slowly_delays_adapting_and_does_not_end_it(tiny):
 
 # -- causality ------------------------------------------------------------------------------------
 
-FLIPS = {"small batches": dict(TTT_BATCH_SEQS=2, EVAL_BATCH_SEQS=3),
-         "adamw": dict(BANDED, TTT_OPTIMIZER="adamw", TTT_LR=0.001),
-         "muon": MUON,
+FLIPS = {"muon": dict(MUON, TTT_BATCH_SEQS=2, EVAL_BATCH_SEQS=3),
          "matches": dict(BANDED, EVAL_MATCH=1),
          "matches in streams": dict(BANDED_LANES, VAL_LIMIT_TOKENS=256, EVAL_MATCH=1)}
 
