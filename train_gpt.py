@@ -2702,7 +2702,7 @@ def read_artifact(path, sha256=""):
 def fitted(encoded, budget_bytes, coded, level, start):
     """(content, level) of the largest content found that fits the budget, else of the coarsest. The
     first try is `level`; level 0 ends the search if it fits. At most 29 more lie in start · 2^±24,
-    until at most 0.1 % of the budget is left or the level is known to 1/64 octave. Doubling it
+    until at most 0.1 % of the budget is left or the level is known to 0.001 octaves. Doubling it
     saves at most one bit for each of `coded` codes, so each guess moves by 8·Δbytes/coded octaves,
     and by twice the last factor while it stays on one side."""
     guess, best, pace, fits = math.log2(start), None, 0.0, None
@@ -2717,7 +2717,7 @@ def fitted(encoded, budget_bytes, coded, level, start):
                 break
         elif level:
             low = guess
-        if high - low < 1 / 64:
+        if high - low < 0.001:
             break
         pace = 2 * pace if fits == before else 8 / max(coded, 1)
         guess -= pace * (left - 0.0005 * budget_bytes)  # to the middle of the 0.1 %

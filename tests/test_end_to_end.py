@@ -353,8 +353,8 @@ def test_one_artifact_scores_the_same_on_any_ranks(one_rank, run_script, tmp_pat
 # -- compiled
 
 @pytest.mark.parametrize("variables", [
-    dict(LATE_PASSES="0,0", TTT_LORA_RANK=2),
-    pytest.param(dict(TTT_LORA_RANK=0, TTT_OPTIMIZER="muon", TTT_FREEZE_BLOCKS=1),
+    dict(NUM_LAYERS=1, LATE_PASSES="0,0", TTT_LORA_RANK=2),
+    pytest.param(dict(NUM_LAYERS=2, TTT_LORA_RANK=0, TTT_OPTIMIZER="muon", TTT_FREEZE_BLOCKS=1),
                  marks=pytest.mark.slow)])
 def test_nothing_is_compiled_inside_of_a_clock(corpus, tmp_path, monkeypatch, variables):
     """No graph of a training step is new after the warm-up, nor one of the evaluations."""
@@ -375,7 +375,7 @@ def test_nothing_is_compiled_inside_of_a_clock(corpus, tmp_path, monkeypatch, va
     watched(train_gpt.Trainer, "train_step")
     watched(train_gpt, "run_evaluations")
     succeeded(run_main(corpus, tmp_path, COMPILE=1, ITERATIONS=4, WARMDOWN_ITERS=4, GPTQ=0,
-                       NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS="", SMEAR_GATE=0,
+                       XSA_LAST_N=1, VE_LAYERS="", SMEAR_GATE=0,
                        BIGRAM_VOCAB_SIZE=0, **variables))
     assert new.pop("warm_up") > 0 and new == dict(train_step=0, run_evaluations=0)
 

@@ -549,8 +549,8 @@ def test_a_real_run_packs_checks_and_starts(run_once, corpus, tmp_path_factory, 
     out = tmp_path_factory.mktemp("real")
     done = run_once(OUT_DIR=out, SEED=42, ITERATIONS=2, EVAL_STRIDE=32, TTT_EPOCHS=1)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert submission.main(["pack", str(out), "--name", "Tiny", "--author", "Ada", "--out",
-                            str(tmp_path / "packed"),
+    assert submission.main(["pack", str(out), "--name", "Tiny", "--author", "Ada",
+                            "--github-id", "ada", "--out", str(tmp_path / "packed"),
                             "--with-artifact"]) == 0, capsys.readouterr()
     sub = submission.check(tmp_path / "packed", run=True, data=str(corpus.folder))
     statuses = {what: status for status, what, _ in sub.findings}
