@@ -202,6 +202,8 @@ class Settings:
     embed_wd: Annotated[float, -1.0, 1e18] = 0.085  # the same of embedding tables; -1: ADAM_WD
     # −0.0010 at full scale (#1285); −0.0058 at 300 steps of 4 × 128, one seed.
     muon_row_norm: Flag = 1  # normalize rows before Newton–Schulz (MuonEq-R)
+    # Speedrun #80: 0.0012 nats, 16 runs. Here −0.016, −0.003, −0.013 at 600 steps of 4 × 128.
+    muon_head_pairs: Flag = 1  # orthogonalize Q and K by pairs of heads, not whole
     muon_momentum: Decay = 0.97  # Nesterov momentum after its warm-up
     muon_momentum_warmup_start: Decay = 0.92  # momentum at step 0
     muon_momentum_warmup_steps: Count = 1500  # of linear growth; 0: none
@@ -359,20 +361,20 @@ _PR414 = dict(
     muon_coefficients="classic", lr_floor=0.0, ema_decay=0.997, swa_enabled=1, quant_fit="scale",
     quant_clip="row", codec="lzma", gptq=0, attn_bits=6, mlp_bits=6, proj_bits=16,
     eval_attention="window", eval_stride=64, eval_match=0, ttt_enabled=0, muon_row_norm=0,
-    ttt_lora_rank=0, ttt_lr=0.002, ttt_chunk_tokens=32768)
+    muon_head_pairs=0, ttt_lora_rank=0, ttt_lr=0.002, ttt_chunk_tokens=32768)
 _PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw",
               ttt_enabled=1)
 # For two CPU cores: short rows, which seldom hold two documents, and steps.
 _SMALL = dict(
     _SP1024, doc_attention=0, train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096,
     model_dim=128, num_heads=4, num_kv_heads=2, rope_ntk_reference=0, bigram_dim=64, ve_dim=64,
-    warmup_steps=2, warmdown_iters=1000, muon_momentum=0.95, muon_momentum_warmup_steps=300,
-    val_loss_every=0, train_log_every=50)
+    warmup_steps=2, warmdown_iters=1000, muon_head_pairs=0, muon_momentum=0.95,
+    muon_momentum_warmup_steps=300, val_loss_every=0, train_log_every=50)
 # The record line, newest first: each row lists what differs from the newer record above it.
 # Here #1855 has no CaseOps and no low-rank correction of its weights.
 _PR1855 = dict(
-    key_offset=0, value_residual="0", ema_decay=0.9965, quant_fit="scale", quant_clip="std",
-    attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=16, mlp_clip_sigmas=11.5,
+    key_offset=0, value_residual="0", muon_head_pairs=0, ema_decay=0.9965, quant_fit="scale",
+    quant_clip="std", attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=16, mlp_clip_sigmas=11.5,
     attn_clip_sigmas=13.0, embed_clip_sigmas=14.0, gptq_act_order=1, gptq_batches=2,
     eval_attention="window", eval_stride=48, eval_match=0, ttt_lora_rank=80, ttt_lr=1.8e-4)
 _PR1493 = dict(
@@ -1611,6 +1613,8 @@ class Attention(nn.Module):
         self.attend, self.gate, self.coded = kernels.attend, s.gated_attention, s.attn_bits < 16
         self.key_offset = s.key_offset
         self.q, self.k, self.v, self.o = (matrix(rows, D) for rows in (D, kv_dim, kv_dim, D))
+        if s.muon_head_pairs:
+            self.q.part_rows = self.k.part_rows = 2 * s.head_dim
         self.q_gain = nn.Parameter(torch.full((s.num_heads,), s.qk_gain_init))
         if self.gate == "head":  # y_h × σ(W_h·u + b_h), nearly open at first
             self.gate_weight = nn.Parameter(torch.zeros(s.num_heads, D))
@@ -1966,8 +1970,9 @@ def newton_schulz(g_NRC, coefficients, dtype):
 class Muon:
     """A group of matrices under Muon (Jordan et al. 2024): Nesterov momentum, orthogonalized.
 
-    Matrices of one shape form a stack, padded to a multiple of the world size. Each rank sums the
-    gradients of its part, updates its momentum, sends the directions.
+    Matrices, or their parts of `part_rows` rows, of one shape form a stack, padded to a multiple of
+    the world size. Each rank sums the gradients of its part, updates its momentum, sends the
+    directions.
     """
     sharded = True
 
@@ -1976,17 +1981,21 @@ class Muon:
         self.row_norm = s.muon_row_norm
         self.orthogonalize = rt.compiled(functools.partial(
             newton_schulz, coefficients=NEWTON_SCHULZ[s.muon_coefficients], dtype=rt.dtype))
-        self.stacks = {}
+        self.stacks = {}  # {shape: [(parameter, its rows)]}
         for p in params:
-            self.stacks.setdefault(p.shape, []).append(p)
-        self.momenta = [torch.zeros(-(-len(stack) // rt.world_size), *shape, device=stack[0].device)
+            step = getattr(p, "part_rows", len(p))
+            for rows in (slice(at, at + step) for at in range(0, len(p), step)):
+                self.stacks.setdefault(p[rows].shape, []).append((p, rows))
+        self.momenta = [torch.zeros(-(-len(stack) // rt.world_size), *shape,
+                                    device=params[0].device)
                         for shape, stack in self.stacks.items()]
 
     def reduce(self):
         """Start to sum the gradients over ranks."""
         self.pending = []
         for stack in self.stacks.values():
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in stack]
+            grads = [torch.zeros_like(p[rows]) if p.grad is None else p.grad[rows]
+                     for p, rows in stack]
             grads += [torch.zeros_like(grads[0])] * (-len(stack) % self.rt.world_size)
             self.pending.append(self.rt.reduce_scatter(torch.stack(grads)))
 
@@ -2013,7 +2022,7 @@ class Muon:
         torch._foreach_mul_(self.params, 1 - self.step_size * self.decay)
         for ((rows, columns), stack), wait in zip(self.stacks.items(), self.pending):
             directions = wait().float().unbind()[: len(stack)]
-            torch._foreach_add_(stack, directions,
+            torch._foreach_add_([p[part] for p, part in stack], directions,
                                 alpha=-self.step_size * math.sqrt(max(1, rows / columns)))
 
     def state(self):

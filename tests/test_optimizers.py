@@ -86,7 +86,11 @@ class Reference:
                 u = g + momentum * self.m[name]
                 if s.muon_row_norm:
                     u = np.stack([row / max(np.linalg.norm(row), 1e-7) for row in u])
-                update = by_svd(u, train_gpt.NEWTON_SCHULZ[s.muon_coefficients])
+                pairs = s.muon_head_pairs and name.endswith((".q", ".k"))
+                rows = 2 * s.head_dim if pairs else len(u)
+                update = np.concatenate([
+                    by_svd(u[a: a + rows], train_gpt.NEWTON_SCHULZ[s.muon_coefficients])
+                    for a in range(0, len(u), rows)])
                 w *= 1 - s.matrix_lr * lr_scale * s.muon_wd
                 w -= s.matrix_lr * lr_scale * math.sqrt(max(1, w.shape[0] / w.shape[1])) * update
             else:
@@ -186,7 +190,7 @@ SCHEDULE = [(1.0, 0.9), (1.0, 0.93), (0.7, 0.95), (0.1, 0.95)]
 @pytest.mark.parametrize("variables", [
     dict(MUON_COEFFICIENTS="classic"), dict(MUON_COEFFICIENTS="polar", GRAD_CLIP_NORM=0),
     dict(MUON_COEFFICIENTS="polar", MUON_WD=0.3, ADAM_WD=0.2, EMBED_WD=0.4, GRAD_CLIP_NORM=0.01),
-    dict(MUON_ROW_NORM=0)])
+    dict(MUON_ROW_NORM=0, MUON_HEAD_PAIRS=0)])
 def test_steps_equal_the_slow_reference(tiny, variables):
     s = tiny(**variables)
     model = fresh_model(s)

@@ -199,7 +199,9 @@ class Version:
         """[(Newton–Schulz, matrices of one shape)] of Muon."""
         if hasattr(self.optimizers, "muon"):
             return [(self.optimizers.orthogonalize, g.params) for g, *_ in self.optimizers.muon]
-        return [(group.orthogonalize, stack) for group in self.optimizers.groups if group.sharded
+        return [(group.orthogonalize,  # earlier versions have no parts
+                 [x if isinstance(x, torch.Tensor) else x[0][x[1]] for x in stack])
+                for group in self.optimizers.groups if group.sharded
                 for stack in group.stacks.values()]
 
     def blocks_run(self):
