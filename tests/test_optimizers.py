@@ -188,7 +188,8 @@ SCHEDULE = [(1.0, 0.9), (1.0, 0.93), (0.7, 0.95), (0.1, 0.95)]
 
 
 @pytest.mark.parametrize("variables", [
-    dict(MUON_COEFFICIENTS="classic"), dict(MUON_COEFFICIENTS="polar", GRAD_CLIP_NORM=0),
+    dict(MUON_COEFFICIENTS="classic", NUM_KV_HEADS=1),
+    dict(MUON_COEFFICIENTS="polar", GRAD_CLIP_NORM=0),
     dict(MUON_COEFFICIENTS="polar", MUON_WD=0.3, ADAM_WD=0.2, EMBED_WD=0.4, GRAD_CLIP_NORM=0.01),
     dict(MUON_ROW_NORM=0, MUON_HEAD_PAIRS=0)])
 def test_steps_equal_the_slow_reference(tiny, variables):
