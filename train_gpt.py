@@ -202,7 +202,7 @@ class Settings:
     embed_wd: Annotated[float, -1.0, 1e18] = 0.085  # the same of embedding tables; -1: ADAM_WD
     # −0.0010 at full scale (#1285); −0.0058 at 300 steps of 4 × 128, one seed.
     muon_row_norm: Flag = 1  # normalize rows before Newton–Schulz (MuonEq-R)
-    # Speedrun #80: 0.0012 nats, 16 runs. Here −0.016, −0.003, −0.013 at 600 steps of 4 × 128.
+    # Speedrun #80: −0.0012 nats, 16 runs. −0.003 to −0.016 at 600 steps of 4 × 128, four seeds.
     muon_head_pairs: Flag = 1  # orthogonalize Q and K by pairs of heads, not whole
     muon_momentum: Decay = 0.97  # Nesterov momentum after its warm-up
     muon_momentum_warmup_start: Decay = 0.92  # momentum at step 0
