@@ -475,8 +475,9 @@ def test_mixed_scores_are_of_a_full_distribution():
 # -- test-time training ---------------------------------------------------------------------------
 
 class SlowMuon:
-    """Each matrix by itself in float64: Nesterov momentum, rows of length 1, an orthogonalization
-    of singular values, √(rows/columns) for tall matrices. Other parameters stay."""
+    """Each matrix (Q and K: pair of heads) by itself in float64: Nesterov momentum, rows of length
+    1, an orthogonalization of singular values, √(rows/columns) for tall matrices. Other parameters
+    stay."""
 
     def __init__(self, groups, s):
         self.param_groups, self.s, self.buffers = groups, s, {}
@@ -490,12 +491,15 @@ class SlowMuon:
             self.buffers[p] = beta * self.buffers.get(p, 0) + grad
             direction = grad + beta * self.buffers[p]
             direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-7)
-            u, sigma, vh = torch.linalg.svd(direction, full_matrices=False)
-            sigma = sigma / (sigma.norm() + 1e-7)
-            for a, b, c in train_gpt.NEWTON_SCHULZ[self.s.muon_coefficients]:
-                sigma = a * sigma + b * sigma ** 3 + c * sigma ** 5
-            scale = math.sqrt(max(1, p.size(0) / p.size(1)))
-            p.data -= (group["lr"] * scale * (u * sigma) @ vh).float()
+            pairs = self.s.muon_head_pairs and group["name"].endswith((".q", ".k"))
+            rows = 2 * self.s.head_dim if pairs else len(p)
+            for weights, part in zip(p.data.split(rows), direction.split(rows)):
+                u, sigma, vh = torch.linalg.svd(part, full_matrices=False)
+                sigma = sigma / (sigma.norm() + 1e-7)
+                for a, b, c in train_gpt.NEWTON_SCHULZ[self.s.muon_coefficients]:
+                    sigma = a * sigma + b * sigma ** 3 + c * sigma ** 5
+                scale = math.sqrt(max(1, p.size(0) / p.size(1)))
+                weights -= (group["lr"] * scale * (u * sigma) @ vh).float()
 
 
 def slow_optimizer(groups, s):
