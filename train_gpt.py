@@ -364,7 +364,8 @@ _PR414 = dict(
     muon_head_pairs=0, ttt_lora_rank=0, ttt_lr=0.002, ttt_chunk_tokens=32768)
 _PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw",
               ttt_enabled=1)
-# For two CPU cores: short rows, which seldom hold two documents, and steps.
+# For two CPU cores: short rows, which seldom hold two documents, and steps. Pairs of heads were
+# not measured at this length.
 _SMALL = dict(
     _SP1024, doc_attention=0, train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096,
     model_dim=128, num_heads=4, num_kv_heads=2, rope_ntk_reference=0, bigram_dim=64, ve_dim=64,
@@ -1970,9 +1971,9 @@ def newton_schulz(g_NRC, coefficients, dtype):
 class Muon:
     """A group of matrices under Muon (Jordan et al. 2024): Nesterov momentum, orthogonalized.
 
-    Matrices, or their parts of `part_rows` rows, of one shape form a stack, padded to a multiple of
-    the world size. Each rank sums the gradients of its part, updates its momentum, sends the
-    directions.
+    Matrices of one shape form a stack, padded to a multiple of the world size; a parameter with an
+    attribute `part_rows` counts as several matrices of so many rows. Each rank sums the gradients
+    of its part of a stack, updates its momentum, sends the directions.
     """
     sharded = True
 
@@ -1981,11 +1982,11 @@ class Muon:
         self.row_norm = s.muon_row_norm
         self.orthogonalize = rt.compiled(functools.partial(
             newton_schulz, coefficients=NEWTON_SCHULZ[s.muon_coefficients], dtype=rt.dtype))
-        self.stacks = {}  # {shape: [(parameter, its rows)]}
+        self.stacks = {}  # {shape: [(parameter, slice of its rows)]}
         for p in params:
-            step = getattr(p, "part_rows", len(p))
-            for rows in (slice(at, at + step) for at in range(0, len(p), step)):
-                self.stacks.setdefault(p[rows].shape, []).append((p, rows))
+            height = getattr(p, "part_rows", len(p))
+            for part in (slice(at, at + height) for at in range(0, len(p), height)):
+                self.stacks.setdefault(p[part].shape, []).append((p, part))
         self.momenta = [torch.zeros(-(-len(stack) // rt.world_size), *shape,
                                     device=params[0].device)
                         for shape, stack in self.stacks.items()]
@@ -1994,8 +1995,8 @@ class Muon:
         """Start to sum the gradients over ranks."""
         self.pending = []
         for stack in self.stacks.values():
-            grads = [torch.zeros_like(p[rows]) if p.grad is None else p.grad[rows]
-                     for p, rows in stack]
+            grads = [torch.zeros_like(p[part]) if p.grad is None else p.grad[part]
+                     for p, part in stack]
             grads += [torch.zeros_like(grads[0])] * (-len(stack) % self.rt.world_size)
             self.pending.append(self.rt.reduce_scatter(torch.stack(grads)))
 
