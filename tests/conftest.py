@@ -47,12 +47,17 @@ WORDS = ("river stone quiet lamp orchard winter copper signal harbor meadow pape
          "rocket planet hollow ribbon marble café naïve 北京").split()
 
 
+HANDLERS = {number: signal.getsignal(number) for number in train_gpt.SIGNALS}
+
+
 @pytest.fixture(autouse=True)
 def handlers():
-    """A run's handling of signals ends with its test."""
-    before = {number: signal.getsignal(number) for number in train_gpt.SIGNALS}
+    """A run's handling of signals ends with its test. That of a run in a module's fixture ends
+    before the test: a forked pool that is terminated must not raise what a run raises."""
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
     yield
-    for number, handler in before.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 
