@@ -3147,11 +3147,12 @@ class LoraTTT:
     a whole window gained up to 0.003 more in twice the time; a smaller stride gains more.
     Where a document ends, the pair is reset.
 
-    Each stream has a learning rate. Each step multiplies or divides it by 1 + HYPER by the sign
-    of the hypergradient (Baydin et al. 2018): up if the new gradient says that the last step went
-    downhill. It is summed over this stream and those before it, whose tokens are all earlier.
+    Each stream has a learning rate. Step n multiplies it by exp(HYPER/√n) if the new gradient says
+    that larger steps since the document began had been better, else divides it: the sign of a
+    hypergradient (Baydin et al. 2018), summed over this stream and the streams before it, whose
+    tokens are all earlier. The hypergradient of the last step alone ends at half the best rate.
     """
-    BETA2, DECAY, HYPER = 0.999, 0.5, 0.1
+    BETA2, DECAY, HYPER = 0.999, 0.5, 0.3
 
     def __init__(self, model, s, rt):
         self.s, self.rt, self.step_seconds, self.late = s, rt, [], 0
@@ -3180,7 +3181,7 @@ class LoraTTT:
         most = max(1, scorer.batch * scorer.length // self.length)
         self.batch = -(-held // -(-held // most))  # equal batches
         self.params = self.initial.repeat(held, 1).requires_grad_()
-        self.squares, self.moved = (torch.zeros_like(self.params) for _ in range(2))
+        self.squares = torch.zeros_like(self.params)
         self.steps = torch.zeros(held, 1, device=self.rt.device)
         self.lr = torch.full((scorer.streams,), self.s.ttt_lr, device=self.rt.device)
 
@@ -3224,8 +3225,8 @@ class LoraTTT:
             kept = ~ends.any(1, keepdim=True)
             with torch.no_grad():
                 self.params.copy_(torch.where(kept, self.params, self.initial))
-                for state in self.squares, self.moved, self.steps:
-                    state.mul_(kept)
+                self.squares *= kept
+                self.steps *= kept
             if not late:
                 self._backward(rows, new / new.sum(1, keepdim=True).clamp(min=1))
         if scored and not late:
@@ -3251,15 +3252,15 @@ class LoraTTT:
         """Update the rates of all streams; then one step of AdamW for the `active` streams."""
         p, uphill, mine = self.params, torch.zeros_like(self.lr), slice(self.low, self.high)
         grad = torch.zeros_like(p) if p.grad is None else p.grad  # None: a rank without a stream
-        uphill[mine] = (grad * self.moved).sum(1)[: self.high - self.low]
-        self.lr *= (1 + self.HYPER) ** -self.rt.sum_(uphill).cumsum(0).sign()
+        uphill[mine] = (grad * (p - self.initial)).sum(1)[: self.high - self.low]
+        pace = self.HYPER / math.sqrt(len(self.step_seconds) + 1)
+        self.lr *= torch.exp(-pace * self.rt.sum_(uphill).cumsum(0).sign())
         self.steps += active_n1
         self.squares.lerp_(grad.square(), (1 - self.BETA2) * active_n1)
         correction = 1 - self.BETA2 ** self.steps.clamp(min=1)
         direction = grad / ((self.squares / correction).sqrt() + 1e-10) + self.DECAY * p
         rates = self.lr[mine, None] if self.low < self.high else 0.0
-        self.moved.copy_(-rates * direction * active_n1)
-        p.add_(self.moved)
+        p.sub_(rates * direction * active_n1)
         p.grad = None
 
 

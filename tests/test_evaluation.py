@@ -578,17 +578,17 @@ def test_ttt_equals_the_slow_reference(tiny, variables):
 
 def lora_reference(w, initial):
     """nll, and the last learning rate of each stream: stream by stream, a row at a time, AdamW
-    without momentum in plain words. The rate of a stream rises where its and all earlier streams'
-    last moves still go down the gradients of what came after, and falls where they go up."""
+    without momentum in plain words. The rate of a stream rises where, for it and all earlier
+    streams, all moves since the document began go down the new gradients, else it falls."""
     s, tokens, targets = w.s, torch.from_numpy(w.tokens.astype(np.int64)), len(w.tokens) - 1
     length, stride, band = s.ttt_shape
     reach = min(length, s.window // 4 + stride)  # of a row to train on
     count = max(1, min(s.ttt_batch_seqs, targets // (16 * length)))
     ends = [targets * (n + 1) // count for n in range(count)]
     streams = [SimpleNamespace(at=begin, end=end, rate=s.ttt_lr, steps=0,
-                             state=[[x[None].clone(), 0, 0] for x in initial])
+                             state=[[x[None].clone(), 0] for x in initial])
              for begin, end in zip([0, *ends], ends)]
-    nll, turn = np.full(targets, np.nan), 0
+    nll, turn, taken = np.full(targets, np.nan), 0, 0
 
     def losses(stream, start, length=length):
         for weight in stream.state:
@@ -608,29 +608,29 @@ def lora_reference(w, initial):
         for stream in streams:
             begun = [t for t in stream.new if tokens[t + 1] == train_gpt.BOS]
             if begun:
-                stream.state, stream.steps = [[x[None].clone(), 0, 0] for x in initial], 0
+                stream.state, stream.steps = [[x[None].clone(), 0] for x in initial], 0
                 stream.new = [t for t in stream.new if t > begun[-1]]
             if stream.new:
                 start = stream.at - reach
                 row = losses(stream, start, reach)
                 loss = sum(row[t - start] for t in stream.new) / len(stream.new)
                 stream.grads = torch.autograd.grad(loss, [weight[0] for weight in stream.state])
-                uphill += sum(float((g * weight[2]).sum())
-                              for g, weight in zip(stream.grads, stream.state))
+                uphill += sum(float((g * (weight[0].detach() - x)).sum())
+                              for g, weight, x in zip(stream.grads, stream.state, initial))
             if turn * stride > reach:
-                stream.rate *= 1.1 if uphill < 0 else 1 / 1.1 if uphill > 0 else 1
+                stream.rate *= math.exp(-np.sign(uphill) * 0.3 / math.sqrt(taken + 1))
             stream.steps += bool(stream.new)
-            for n, (p, square, moved) in enumerate(stream.state):
-                if stream.new:
-                    square = 0.999 * square + 0.001 * stream.grads[n] ** 2
-                    size = (square / (1 - 0.999 ** stream.steps)).sqrt() + 1e-10
-                    moved = -stream.rate * (stream.grads[n] / size + 0.5 * p.detach())
-                stream.state[n] = ([p.detach() + moved, square, moved] if stream.new
-                                 else [p, square, 0])
+            for n, (p, square) in enumerate(stream.state if stream.new else ()):
+                square = 0.999 * square + 0.001 * stream.grads[n] ** 2
+                size = (square / (1 - 0.999 ** stream.steps)).sqrt() + 1e-10
+                moved = -stream.rate * (stream.grads[n] / size + 0.5 * p.detach())
+                stream.state[n] = [p.detach() + moved, square]
+        taken += turn * stride > reach
 
 
 LORA_CASES = {
-    "one stream": dict(LANES, TTT_BATCH_SEQS=1, VAL_LIMIT_TOKENS=192), "banded": BANDED_LANES,
+    "one stream": dict(LANES, TTT_BATCH_SEQS=1, VAL_LIMIT_TOKENS=192, TTT_LR=0.003),
+    "banded": BANDED_LANES,
     # With documents some gradients are zero but for rounding, which AdamW makes whole steps of.
     "few rows a pass": dict(LANES, DOC_ATTENTION=0, EVAL_BATCH_SEQS=2, EVAL_SEQ_LEN=5,
                             EVAL_STRIDE=3)}
