@@ -51,8 +51,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 LAUNCHED = time.perf_counter()  # before torch is imported, which takes seconds
-# OpenMP reads this when torch is imported, before main. By default a waiting thread spins: on busy
-# cores two threads did 3 demo steps in the time of 38 with this limit.
+# OpenMP reads GOMP_SPINCOUNT when torch is imported. By default a waiting thread spins: on busy
+# cores, two threads did 3 demo steps without this limit and 38 with it in the same time.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
@@ -93,7 +93,7 @@ def explained(what, way_out, error=UserError, kinds=OSError):
         raise error(f"{what}: {reason}; {way_out}") from problem
 
 
-# ---- 1. Settings: only this section and main read the environment -------------------------------
+# ---- 1. Settings: this section and main alone take settings from the environment ----------------
 
 Flag = Literal[0, 1]
 Bits = Literal[4, 5, 6, 7, 8, 16]
@@ -130,7 +130,7 @@ class Settings:
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU where there is one
     compile: Literal["auto", "0", "1"] = "auto"  # torch.compile; auto: on a GPU only
     attention: Literal["auto", "fa3", "cudnn", "flash", "fa2", "fa4", "sdpa"] = "auto"
-        # kernel; auto: the first of fa3 to fa4 that is correct here; sdpa: PyTorch's choice
+        # kernel; auto: the first that is correct here; sdpa: PyTorch's choice
     kernels: Literal["auto", "plain", "triton"] = "auto"
         # of MLP and loss; auto: triton in a compiled model on a GPU, if correct
     out_dir: str = "."  # folder of the artifact, checkpoints/ and logs/
@@ -179,6 +179,8 @@ class Settings:
     parallel_from: Count = 0  # first of those blocks; 0: 8/11 of NUM_LAYERS
     unet_skips: Literal["0", "1", "gated"] = "gated"
         # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
+    # −0.006 to −0.012 at 600 steps of 4 × 128, three seeds; speedrun #81: 65 of 1,480 steps.
+    mudd: Flag = 1  # mix earlier outputs, by token, into the last block's input and the output
     # Value 1 mixes across documents, a known mistake; bos closes the gate at document starts.
     smear_gate: Literal["0", "1", "bos", "embed"] = "embed"
         # mix in the previous token; bos: not at BOS; embed: as bos, before the norm (#1667)
@@ -236,14 +238,14 @@ class Settings:
     proj_bits: Bits = 8  # of gates and of bigram and value projections
     fp16_keep_name_patterns: str = ""  # substrings of names of fp16 tensors, comma-separated
     quant_fit: Literal["level", "scale"] = "level"
-        # how scales grow to fit; level: one minimum for all rows (with GPTQ × the row's tolerance);
-        # scale: all finest scales × one factor
+        # how scales grow until the model fits; level: to one minimum for all rows (with GPTQ × the
+        # row's tolerance); scale: all by one factor
     quant_clip: Literal["max", "row", "std"] = "max"
         # a row's clip; max: maximum; row: searched quantile; std: root mean square ×
         # *_CLIP_SIGMAS (SDClip, #1394)
-    attn_clip_sigmas: Amount = 12.85  # attention, gates and projections
-    mlp_clip_sigmas: Amount = 12.85  # MLP
-    embed_clip_sigmas: Amount = 20.0  # embedding tables
+    attn_clip_sigmas: Amount = 12.85  # QUANT_CLIP=std: of attention, gates and projections
+    mlp_clip_sigmas: Amount = 12.85  # QUANT_CLIP=std: of the MLP
+    embed_clip_sigmas: Amount = 20.0  # QUANT_CLIP=std: of embedding tables
     quant_step_floor: Amount = 0.0  # minimum of finest scales below 8 bits; #1218: 0.03226 (1/31)
     prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # fraction of weights set to 0, smallest first
     gptq: Flag = 1  # calibrate: GPTQ codes; with QUANT_FIT=level also scales by error cost
@@ -270,9 +272,9 @@ class Settings:
     eval_batch_seqs: Positive = 32  # windows per rank and batch
     ttt_enabled: Flag = 1  # score-first test-time training
     # LoRA per document: −0.002 to −0.004 (#1530). Weights per chunk: −0.0021 to −0.0033 (#549).
-    ttt_lora_rank: Count = 8
-        # rank of the adapters, reset at each document; 0: adapt the weights, chunk by chunk.
-        # Setting any of TTT_OPTIMIZER to TTT_FREEZE_BLOCKS implies 0 unless this is set.
+    ttt_lora_rank: Count = 32
+        # rank of the adapters, reset at each document; 0: train the weights, chunk by chunk. It is
+        # 0 if TTT_OPTIMIZER or a setting after it is set and this is not
     ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
     ttt_batch_seqs: Positive = 256  # rows per TTT step, or streams of adapters, over all ranks
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices only
@@ -316,7 +318,7 @@ class Settings:
 
     @property
     def least_chunk(self):
-        """Smallest TTT chunk: the largest of a training row, a window and its targets."""
+        """Smallest TTT chunk: the largest of a training row, a window and a window's targets."""
         return max(self.train_seq_len, self.window, self.scoring_shape[1])
 
     @property
@@ -350,7 +352,7 @@ BOS = 1  # begins every document, with every tokenizer of the challenge and of d
 _SP1024 = dict(
     data_path="./data/datasets/fineweb10B_sp1024", vocab_size=1024,
     tokenizer_path="./data/tokenizers/fineweb_1024_bpe.model", mlp_mult=3.0, qk_gain_init=4.0,
-    rope_ntk_reference=1024, late_passes="", parallel="0", unet_skips="1", smear_gate="bos",
+    rope_ntk_reference=1024, late_passes="", parallel="0", unet_skips="1", mudd=0, smear_gate="bos",
     bigram_vocab_size=2048, ve_layers="9,10", gated_attention="head", matrix_lr=0.025,
     scalar_lr=0.025, tied_embed_lr=0.035, muon_wd=0.04, adam_wd=0.04, embed_wd=-1.0,
     muon_momentum=0.99, beta2=0.95, warmdown_frac=0.0, late_qat_threshold=0.15)
@@ -364,8 +366,8 @@ _PR414 = dict(
     muon_head_pairs=0, ttt_lora_rank=0, ttt_lr=0.002, ttt_chunk_tokens=32768)
 _PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw",
               ttt_enabled=1)
-# For two CPU cores: short rows, which seldom hold two documents, and steps. Pairs of heads were
-# not measured at this length.
+# For two CPU cores: short rows and small steps. Such rows seldom hold two documents. Pairs of heads
+# were not measured at this length.
 _SMALL = dict(
     _SP1024, doc_attention=0, train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096,
     model_dim=128, num_heads=4, num_kv_heads=2, rope_ntk_reference=0, bigram_dim=64, ve_dim=64,
@@ -374,10 +376,11 @@ _SMALL = dict(
 # The record line, newest first: each row lists what differs from the newer record above it.
 # Here #1855 has no CaseOps and no low-rank correction of its weights.
 _PR1855 = dict(
-    key_offset=0, value_residual="0", muon_head_pairs=0, ema_decay=0.9965, quant_fit="scale",
-    quant_clip="std", attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=16, mlp_clip_sigmas=11.5,
-    attn_clip_sigmas=13.0, embed_clip_sigmas=14.0, gptq_act_order=1, gptq_batches=2,
-    eval_attention="window", eval_stride=48, eval_match=0, ttt_lora_rank=80, ttt_lr=1.8e-4)
+    key_offset=0, mudd=0, value_residual="0", muon_head_pairs=0, ema_decay=0.9965,
+    quant_fit="scale", quant_clip="std", attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=16,
+    mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0, gptq_act_order=1,
+    gptq_batches=2, eval_attention="window", eval_stride=48, eval_match=0, ttt_lora_rank=80,
+    ttt_lr=1.8e-4)
 _PR1493 = dict(
     _PR1855, doc_attention=0, parallel="one", parallel_from=7, smear_gate="0",
     gated_attention="0", muon_coefficients="classic", qk_gain_init=5.25, matrix_lr=0.022,
@@ -519,8 +522,8 @@ def parse_value(name, text):
 def near_misses(environ):
     """Problems with unknown variables that look like a misspelt setting.
 
-    Other programs use names without an underscore, short names, names of paths and names like
-    RUN_ID, too: MODEL_DIR or DEVICES must not end a run.
+    Other programs have short names, names without an underscore, names of paths and names like
+    RUN_ID: MODEL_DIR or DEVICES must not end a run.
     """
     ours = [n.upper() for n, (section, _) in DESCRIBED.items()
             if section not in ("Run", "Data") or n.count("_") > 1]
@@ -778,7 +781,7 @@ class Runtime:
         self.signal = number
 
     def training_is_over(self):
-        """A signal noted before on any rank ends the run now, a later one at once."""
+        """A signal noted on any rank ends the run now; a later signal ends it at once."""
         self.training = False
         if self.any_rank(self.signal):
             self.on_signal()
@@ -946,7 +949,7 @@ def sample_parts(tokens):
 
 def document_keys(tokens):
     """The first 32 tokens of each document of at least 32, as a set of bytes."""
-    starts = np.flatnonzero(tokens[:-32] == BOS)
+    starts = np.flatnonzero(tokens == BOS)
     ends = np.append(starts[1:], len(tokens))
     return {tokens[a: a + 32].tobytes() for a, b in zip(starts, ends) if b - a >= 32}
 
@@ -1001,6 +1004,7 @@ class TrainStream:
         k = int(np.searchsorted(ends, index, side="right"))
         shard = int(shards[k])
         row = int(self.order(epoch, shard)[index - (ends[k] - self.row_counts[shard])])
+        self.order(epoch, int(shards[(k + 1) % len(shards)]))  # the kernel reads the next one ahead
         tokens = self.shards[shard][row * self.s.train_seq_len:][: self.s.train_seq_len + 1]
         check_tokens(tokens, self.s.vocab_size, self.paths[shard])
         return tokens
@@ -1027,7 +1031,7 @@ def batches_of(stream, rt, rows_per_step, step=0, ahead=4):
 
 
 def load_validation(s):
-    """Validation tokens, uint16 [⌊(N−1)/T⌋·T + 1], N the tokens on disk. Raises UserError."""
+    """Validation tokens, uint16 [⌊(N−1)/T⌋·T + 1], N those on disk. Raises UserError."""
     paths = shard_paths(s, "val")
     parts = [np.asarray(open_shard(p)) for p in paths]
     for path, part in zip(paths, parts):
@@ -1102,7 +1106,7 @@ class ByteTable:
             return None
         parts = [np.asarray(open_shard(p)) for p in paths]
         for path, part in zip(paths, parts):
-            check_content(np.where(part, np.arange(len(part)), 0), path)  # a hole is all zeros
+            check_content(np.where(part, np.arange(len(part)), 0), path)  # a hole is zeros
         side = np.concatenate(parts)
         tokens = sum(len(open_shard(p)) for p in shard_paths(s, "val"))
         text = manifest_of(s, "splits", "val", "utf8_bytes")
@@ -1122,15 +1126,15 @@ class ByteTable:
                             "data/build_dataset.py, which counts the bytes of the text")
 
     def check_text(self, tokens, path, scored=True):
-        """Raise UserError unless tokens and tokenizer match: documents of the beginning and of a
-        sample are decoded and encoded again, and at least half of the tokens of each must lie in
-        documents that come back equal. With `scored`, unknown pieces are an error, too."""
+        """Raise UserError unless tokens and tokenizer match. Whole documents from the beginning,
+        then from a sample, are decoded and encoded again; in each, at least half of the tokens must
+        be in documents that come back equal. With `scored`, unknown pieces are an error, too."""
         check_tokens(tokens, len(self.base), path)
         if scored and (unknown := np.count_nonzero(tokens == self.unknown)):
             raise UserError(f"{path}: {unknown} tokens are unknown pieces, which stand for any "
                             "text: no fair score; build the dataset with a tokenizer with byte "
                             "fallback, as data/build_dataset.py makes")
-        # Both, since the parts of the sample cut long documents.
+        # The sample alone is not enough: its parts cut long documents.
         beginning = tokens[: 1 << 15]
         for parts in [[beginning]] + [sample_parts(tokens)] * (len(tokens) > len(beginning)):
             documents = []
@@ -1399,8 +1403,8 @@ class Exclusive(torch.autograd.Function):
         return torch.stack(dy, 3).flatten(2, 3), dv, torch.stack(dgate, 3).flatten(2)
 
 
-# -- attention: functions attend(q, k, v, band, starts). A query sees the last `band` keys, 0:
-# all; with starts [B, T], true where a document starts, those of its document.
+# -- attention: attend(q, k, v, band, starts), causal. A query sees the last `band` keys (0: all);
+# with starts [B, T], true where a document starts, only those of its document.
 
 def sdpa(q_BTHE, k_BTKE, v_BTKE, band=0, starts_BT=None):
     """Causal attention of grouped heads by PyTorch."""
@@ -1419,25 +1423,27 @@ def sdpa(q_BTHE, k_BTKE, v_BTKE, band=0, starts_BT=None):
 
 def cumulative_lengths(starts_BT):
     """Where rows and documents start in the flat batch [B·T], padded with B·T to a fixed length,
-    int32, for variable-length kernels. It has room for B·T/32 documents: further ones are joined,
-    within their rows. Ordinary text has one in hundreds of tokens.
+    int32, for variable-length kernels. It has room for a document in 256 tokens, at least for 64:
+    further ones are joined, within their rows. Text of FineWeb has one in 800. FlashAttention 3
+    starts blocks of threads for each, also for empty ones: room for many takes time.
     """
     B, T = starts_BT.shape
     position = torch.arange(B * T, device=starts_BT.device)
-    documents = torch.where(starts_BT.flatten(), position, B * T).sort().values[: B * T // 32]
+    documents = torch.where(starts_BT.flatten(), position, B * T).sort().values
+    documents = documents[: max(64, B * T // 256)]
     borders = torch.cat((position[::T], documents)).sort().values
     return F.pad(borders, (0, 1), value=B * T).int()
 
 
-# In the order that ATTENTION=auto tries them: FlashAttention packages and PyTorch kernels.
+# FlashAttention packages and PyTorch kernels, as ATTENTION=auto tries them without DOC_ATTENTION.
 ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
              "flash": SDPBackend.FLASH_ATTENTION, "fa2": "flash_attn", "fa4": "flash_attn.cute"}
 
 
 def attention_kernel(name, strict=False):
-    """attend() for a name in ATTENTION; None if its package is missing. For other names PyTorch
-    chooses. If a PyTorch kernel refuses an input, the next one takes it. The last is MATH, which
-    stores all attention scores. strict: without a mask, only the named one."""
+    """attend() for `name`: a package's (None if missing), PyTorch's, or sdpa for any other name. If
+    a PyTorch kernel refuses an input, the next in `order` takes it; the last, MATH, stores all
+    attention scores. strict: without a mask there is no next one, with one MATH is left out."""
     kernel = ATTENTION.get(name)
     if kernel is None:
         return sdpa
@@ -1463,7 +1469,8 @@ def attention_kernel(name, strict=False):
 
     def attend(q, k, v, band=0, starts_BT=None):
         masked = band or starts_BT is not None
-        with sdpa_kernel(order[:1] if strict and not masked else order, set_priority=True):
+        allowed = (order[:-1] if masked else order[:1]) if strict else order
+        with sdpa_kernel(allowed, set_priority=True):
             return sdpa(q, k, v, band, starts_BT)
     return attend
 
@@ -1554,9 +1561,11 @@ def choose_kernels(s, rt):
                             f"{rt.device} with COMPILE={s.compile} (triton needs a GPU, compiled "
                             f"code and MODEL_DIM in multiples of {MLP_TILE['BK']}, the MLP's width "
                             f"of {MLP_TILE['BN']}); {setting.upper()}=auto takes what works")
-    fused = dict(mlp=LeakySquareMLP.apply, nll=SoftcapNLL.apply)
+    if gpu and s.doc_attention and not isinstance(ATTENTION.get(names["attention"]), str):
+        rt.log("attention:slow, DOC_ATTENTION=1 without FlashAttention reads a mask [B, T, T] in "
+               "each pass: pip install flash-attn, or DOC_ATTENTION=0")
     return names, Kernels(attention_kernel(names["attention"]), **{
-        part: kernel for part, kernel in fused.items() if names[part] == "triton"})
+        part: parts[part][2][name] for part, name in names.items() if name == "triton"})
 
 
 @dataclass(frozen=True)
@@ -1698,14 +1707,14 @@ class Block(nn.Module):
         return m[0] * x_BTD + m[1] * x0_BTD
 
     def attention(self, z_BTD, core, first_v, adapter, *context):
-        """a⊙Attn(u) + B·A·u with u = s·rms_norm(z), and v before the value residual; context: the
-        other arguments of Attention.forward."""
+        """attn_scale ⊙ Attn(u) + LoRA(u), u = input_scale · rms_norm(z); and v before the value
+        residual. context: the other arguments of Attention.forward."""
         u = self.input_scale * rms_norm(z_BTD)
         a, v = core.attn(u, self, first_v, *context)
         return adapted(a, u, adapter), v
 
     def mlp(self, y_BTD, core, fake_quant, adapter):
-        """b⊙MLP(u) + B·A·u with u = s·rms_norm(y)."""
+        """mlp_scale ⊙ MLP(u) + LoRA(u), u = input_scale · rms_norm(y)."""
         u = self.input_scale * rms_norm(y_BTD)
         return adapted(core.mlp(u, self.mlp_scale, fake_quant), u, adapter)
 
@@ -1743,6 +1752,21 @@ class ValueEmbedding(nn.Module):
         return {b: values * self.block_scales[n].to(dtype) for n, b in enumerate(self.blocks)}
 
 
+class Mixer(nn.Module):
+    """x + Σ cᵢ·otherᵢ; an MLP of 64 channels reads each token's three factors c from x (MUDDFormer,
+    Xiao et al. 2025; nanogpt speedrun #81)."""
+
+    def __init__(self, s):
+        super().__init__()
+        self.read = matrix(64, s.model_dim)
+        self.write, self.bias = nn.Parameter(torch.zeros(3, 64)), vector(0.0, 0.0, 0.0)
+
+    def forward(self, x_BTD, *others):
+        hidden = F.gelu(linear(rms_norm(x_BTD), self.read))
+        factors = 0.1 * (linear(hidden, self.write) + self.bias.to(x_BTD.dtype))
+        return x_BTD + sum(c * other for c, other in zip(factors.split(1, dim=-1), others))
+
+
 class GPT(nn.Module):
     """The model. One forward serves training, scoring, fake quantization and TTT."""
 
@@ -1766,6 +1790,7 @@ class GPT(nn.Module):
         self.skip_gates = nn.Parameter(torch.zeros(skip_rows, D)) if gated else None
         if s.parallel == "lanes":  # of each block and lane: factors of lane, attention, MLP
             self.lanes = nn.Parameter(torch.tensor([[[1.1, 1.0, 1.0]] * 2] * s.num_layers))
+        self.mixers = nn.ModuleList(Mixer(s) for _ in range(2 * s.mudd))
         for name, p in self.named_parameters():  # gradient: mean over a core's blocks, as in #537
             if name.startswith("cores.") and (uses := core_uses(name, s)) > 1:
                 p.register_hook(lambda grad, uses=uses: grad / uses)
@@ -1779,8 +1804,8 @@ class GPT(nn.Module):
         e = F.embedding(tokens_BT, self.tok_emb).to(self.dtype)
         inside = (tokens_BT != BOS).unsqueeze(-1)  # not the first token of a document
         if self.s.smear_gate == "embed":
-            *w, strength = self.smear.to(e.dtype).split([len(self.smear) - 1, 1])
-            gate = strength * torch.sigmoid(F.linear(e[..., : len(w[0])], w[0][None]))
+            w, strength = self.smear.to(e.dtype).split([len(self.smear) - 1, 1])
+            gate = strength * torch.sigmoid(F.linear(e[..., : len(w)], w[None]))
             e = e + gate * inside * F.pad(e[:, :-1], (0, 0, 1, 0))
         e = e if self.bigram is None else e + self.bigram(tokens_BT, self.dtype)
         x = rms_norm(e)
@@ -1812,9 +1837,12 @@ class GPT(nn.Module):
         """
         x = x0 = self.embed(tokens_BT)
         values = self.ve(tokens_BT, x.dtype) if self.ve is not None else {}
-        first_v, skips, lane, rotary = None, [], None, (self.cos, self.sin)
+        first_v, skips, lane, middle, rotary = None, [], None, None, (self.cos, self.sin)
         starts = tokens_BT == BOS if self.s.doc_attention else None
         for i, p in enumerate(self.passes[late]):
+            middle = x if i == len(self.passes[late]) // 2 else middle
+            if self.mixers and i == len(self.passes[late]) - 1:
+                x = mixed = self.mixers[0](x, x0, middle, x)
             block, core = self.blocks[p.block], self.cores[p.core]
             to_attention, to_mlp = adapters[2 * i: 2 * i + 2] or (None, None)
             lane = x if p.form == "lanes" and lane is None else lane
@@ -1833,7 +1861,8 @@ class GPT(nn.Module):
                 x = y + block.mlp(z if p.form == "one" else y, core, fake_quant, to_mlp)
             if p.push:
                 skips.append(x)
-        x = rms_norm(x if lane is None else (x + lane) / 2)
+        x = x if lane is None else (x + lane) / 2
+        x = rms_norm(self.mixers[1](x, x0, middle, mixed) if self.mixers else x)
         return adapted(linear(x, self.tok_emb), x, adapters[-1] if adapters else None)
 
     def logits(self, tokens_BT, fake_quant=False, band=0, late=True, adapters=()):
@@ -1878,11 +1907,12 @@ KINDS = (
     Kind("mlp", r"cores\.\d+\.mlp\.down", 0.0, *_MATRIX, *_MLP, True, "ttt_proj_lr_mult"),
     Kind("proj", r"(bigram|ve)\.proj", "orthogonal", "proj_optimizer", *_MATRIX[1:],
          *_SMALL_BITS, False),
+    Kind("mix", r"mixers\.\d\.read", "orthogonal", *_MATRIX, *_SMALL_BITS, False),
     Kind("table", "tok_emb", 0.005, *_TABLE, *_EMBED, True),  # is the head
     Kind("table", r"ve\.table", 0.01, *_TABLE, *_EMBED, False),
     Kind("hashed", r"bigram\.table", 0.0, *_TABLE, "bigram_bits", "embed_clip_sigmas", False),
     Kind("gate", r"cores\.\d+\.attn\.gate_weight", None, *_SCALAR, *_SMALL_BITS, False),
-    Kind("control", r"cores\.\d+\.attn\.(q_gain|gate_bias)"
+    Kind("control", r"cores\.\d+\.attn\.(q_gain|gate_bias)|mixers\.\d\.(write|bias)"
          r"|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|value_residual)"
          r"|smear|skip_weights|skip_gates|lanes|(bigram|ve)\.scale|ve\.block_scales",
          None, *_SCALAR, "", "", False),
@@ -2268,8 +2298,8 @@ def to_codes(w_RC, scales_R, bits):
 def finest_scales(w_RC, bits, s, deviations=0.0):
     """Finest scale of each row [R], fp16: its clip over the largest code.
 
-    row: the quantile of |w| with the least squared error (GPTQ-lite); std: a multiple of the root
-    mean square (SDClip, #1394).
+    max: the maximum; row: the quantile of |w| with the least squared error (GPTQ-lite); std: a
+    multiple of the root mean square (SDClip, #1394).
     """
     if s.quant_clip == "std":
         clips = deviations * w_RC.square().mean(1).sqrt()[None]
@@ -2286,8 +2316,9 @@ def finest_scales(w_RC, bits, s, deviations=0.0):
 
 
 def tolerances(row_energy, column_energy):
-    """Tolerances of rows [R] and factors of columns [C] from mean squared gradients g (see
-    Calibration), ḡ their mean: ḡ^(−1/2) · (g/ḡ)^(−1/4) of a row, (g/ḡ)^(−1/4) of a column.
+    """Tolerances of rows [R] and factors of columns [C]. g: the mean squared gradient of a row or
+    column (see Calibration); ḡ: its mean. Row: ḡ^(−1/2) · (g/ḡ)^(−1/4); column: (g/ḡ)^(−1/4), each
+    of these powers over its geometric mean.
 
     (g/ḡ)^(−1/2) would make the cost of errors equal everywhere; −1/4 had the lowest loss on a
     model of 2 M weights. Values are powers of 2^(1/4): few distinct ones are cheap in the file.
@@ -2478,8 +2509,14 @@ INDEX_MOST_BYTES, MOST_WEIGHTS_PER_BYTE = 1 << 20, 64
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORMAL,
                      mf=lzma.MF_BT4, nice_len=64, depth=1, dict_size=1 << 16)]
 # Settings that are not stored: where files are and how this machine computes.
-TIED_TO_THE_RUN = {name for name, (section, _) in DESCRIBED.items() if section == "Run"} - {
-    "seed"} | {"data_path", "tokenizer_path", "val_limit_tokens"}
+TIED_TO_THE_RUN = {"data_path", "tokenizer_path", "val_limit_tokens"} | {
+    name for name, (section, _) in DESCRIBED.items() if section == "Run" and name != "seed"}
+
+
+# Settings that decide what training and quantization make: a run that goes on, or EVAL_ONLY, must
+# have the same.
+OF_TRAINING = [name for name, (section, _) in DESCRIBED.items() if section != "Evaluation"
+               and name not in TIED_TO_THE_RUN | {"micro_batch_tokens", "train_log_every"}]
 
 
 class ArtifactError(UserError):
@@ -2516,8 +2553,7 @@ def frequencies(counts):
     """Counts [CONTEXTS, SYMBOLS] scaled to uint16, 2¹⁵ in a row; at least 1 for what occurs."""
     total = np.maximum(counts.sum(1, keepdims=True), 1)
     out = np.maximum(np.rint(counts * (1 << RANS_BITS) / total), counts > 0).astype(np.int64)
-    most = out.argmax(1)
-    out[np.arange(len(out)), most] += (1 << RANS_BITS) - out.sum(1)
+    out[np.arange(len(out)), out.argmax(1)] += (1 << RANS_BITS) - out.sum(1)
     return out.astype(np.uint16)
 
 
@@ -2710,11 +2746,11 @@ def read_artifact(path, sha256=""):
 
 
 def fitted(encoded, budget_bytes, coded, level, start):
-    """(content, level) of the largest content found that fits the budget, else of the coarsest. The
-    first try is `level`; level 0 ends the search if it fits. At most 29 more lie in start · 2^±24,
-    until at most 0.1 % of the budget is left or the level is known to 0.001 octaves. Doubling it
-    saves at most one bit for each of `coded` codes, so each guess moves by 8·Δbytes/coded octaves,
-    and by twice the last factor while it stays on one side."""
+    """(content, level): the largest content found that fits the budget, else the coarsest. First it
+    tries `level`; if level 0 fits, it is done. Then come at most 29 guesses in start · 2^±24, until
+    at most 0.1 % of the budget is unused or the level is known to 0.001 octaves. Doubling the level
+    saves at most one bit for each of `coded` codes, so the first move is 8·Δbytes/coded octaves.
+    While the guesses stay on one side of the budget, each doubles that factor."""
     guess, best, pace, fits = math.log2(start), None, 0.0, None
     low, high = guess - 24, guess + 24
     for _ in range(30):
@@ -2744,7 +2780,7 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
     coarsening = [float((finest / rows).nanmedian())  # the level that coarsens half of the rows
                   for _, _, finest, rows, *_ in quantizer.parts.values()]
     start = max(statistics.median(coarsening or [1.0]), 2.0 ** -24)
-    # First plain rounding: compensation is slow; if its codes do not fit, the rounded ones stay.
+    # Plain rounding first: GPTQ is slow. If the codes of GPTQ do not fit, the rounded ones stay.
     for compensate in (False, True) if calibration else (False,):
         found, near = fitted(
             lambda x: encode_artifact(quantizer.at(x, compensate), s, f"{s.quant_fit} {x:.6g}"),
@@ -2887,7 +2923,7 @@ class Scorer:
                        else chunk_plan(self.first, chunk_tokens))
         self.tokens = tokens.astype(np.int64)
         most = max(-(-(end - begin) // rt.world_size) for begin, end in self.chunks)
-        batches = -(-most // max(1, s.eval_batch_seqs * s.window // self.length))
+        batches = -(-most // -(-s.eval_batch_seqs * s.window // self.length))
         self.batch = -(-most // batches)
         self.tokens_read = 0
 
@@ -2951,10 +2987,10 @@ class MatchModel:
     a full distribution, fixed before the target is seen (the match model of PAQ, Mahoney 2005; for
     language models Grave et al. 2017).
 
-    A weight w for each kind of match is the mean credit of its guesses so far, the posterior
-    probability that the guess and not p made the token; one guess of credit 0.1 is presumed. Each
-    stream learns from its own scores and from those of streams before it, and guesses by the text
-    before. So one pass from left to right, a stream at a time, could give the same scores.
+    Each kind of match has a weight w, the mean credit of its guesses so far. The credit of a guess
+    is the posterior probability that the guess, not p, made the token; the prior is one guess of
+    credit 0.1. A stream learns from its own scores and those of the streams before it, and guesses
+    from the text before. So one pass over the streams in order could give the same scores.
     """
     ROUND = 512  # targets between two updates of the weights, without streams
 
@@ -2965,8 +3001,8 @@ class MatchModel:
         self.credit[:, 0], self.gained = 0, 0.0
 
     def mixed(self, first, last, nll):
-        """The nll of targets [first, last) after mixing: a range of each stream, side by side. With
-        one stream they are one range, in rounds."""
+        """The nll of targets after mixing; range n, [first[n], last[n]), is of stream n. With one
+        stream the ranges are adjacent: they are joined and mixed in rounds of ROUND targets."""
         if len(self.seen) == 1:
             first = np.arange(first[0], last[-1], self.ROUND)
             last = np.append(first[1:], last[-1])
@@ -3010,9 +3046,8 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opene
              if s.eval_match and shape[1] < shape[0] else None)
     if adapter:
         adapter.begin(scorer)
-    deadline, windows = math.inf, len(scorer.first)
-    if s.eval_wallclock_seconds:  # 2 % for errors of the forecast
-        deadline = (opened or started) + 0.98 * s.eval_wallclock_seconds
+    limit = 0.98 * s.eval_wallclock_seconds or math.inf  # 2 % for errors of the forecast
+    deadline, windows = (opened or started) + limit, len(scorer.first)
     for c, (begin, end) in enumerate(chunks):
         before = time.perf_counter()
         scores = scorer.score(begin, end, lambda n: rt.progress(label, (begin + n) / windows),
@@ -3093,9 +3128,9 @@ class WeightTTT:
     def adapt(self, ledger, span, chunk, chunks, left=math.inf):
         """Train on `span`, the targets [first, last) just scored, chunk number `chunk` of `chunks`.
 
-        At most TTT_EPOCHS epochs (-1: 10, but 1 before a step was timed). Fewer if this chunk's
-        part of the seconds `left` is too short; then still one if it fits into `left`, else none.
-        A step reads rows of all ranks. Returns the epochs.
+        At most TTT_EPOCHS epochs; -1: at most 10, and 1 before a step was timed. Fewer if this
+        chunk's part of the seconds `left` is too short; but 1 if it fits into `left`, else none.
+        A step uses rows of all ranks.
         """
         s, rows = self.s, ledger.rows_for_adapting(*span, self.s.train_seq_len)
         batches = rows.split(s.ttt_batch_seqs) if len(rows) else ()
@@ -3124,7 +3159,6 @@ class WeightTTT:
             self.rt.log(f"  ttt_chunk [{chunk + 1}/{chunks}] val_loss="
                         f"{ledger.total / ledger.scored:.6f} "
                         f"time={time.perf_counter() - self.started:.1f}s")
-        return epochs
 
     def _backward(self, batch):
         """This rank's part of the gradients of the batch's mean nll. Compiled micro-batches have
@@ -3167,8 +3201,8 @@ class LoraTTT:
         return dict(streams=max(1, streams))
 
     def begin(self, scorer):
-        """The adapters of this rank's streams, all numbers of one in a row [n, P], and their state.
-        A rank without a stream still holds one row, to compile with."""
+        """Make the adapters of this rank's n streams, [n, P], a stream a row, and their state. A
+        rank without a stream still holds one row, to compile with."""
         self.scorer, self.started = scorer, time.perf_counter()
         self.low, self.high = self.rt.part(scorer.streams)
         self.length = min(scorer.length, self.s.window // 4 + scorer.stride)  # of a row to train on
@@ -3220,7 +3254,7 @@ class LoraTTT:
                               for end in last.tolist()]).to(rt.device)
             new = torch.from_numpy(last - first).to(rt.device)[:, None]
             new = torch.arange(length, 0, -1, device=rt.device) <= new
-            ends = new & (rows[:, 1:] == BOS)  # targets after the last one count
+            ends = new & (rows[:, 1:] == BOS)  # only targets after the last BOS are trained on
             new &= ends.flip(1).cumsum(1).flip(1) == 0
             kept = ~ends.any(1, keepdim=True)
             with torch.no_grad():
@@ -3273,7 +3307,7 @@ def chosen_ttt(model, forward, s, rt):
 class Checkpoints:
     """Checkpoints of training in OUT_DIR/checkpoints: the last two, each whole or absent.
 
-    Each holds a key: the settings that change weights, hashes of data and code.
+    Each holds a key: the settings that OF_TRAINING names, hashes of data and code.
     """
     NAMES = "step_" + "[0-9]" * 7 + ".pt"
     CARRIED = ("step", "elapsed", "step_ms", "fake_quant", "late")  # of a Trainer, in its state
@@ -3283,9 +3317,7 @@ class Checkpoints:
         self.folder = Path(s.out_dir).expanduser() / "checkpoints"
         data = [[p.name, len(t), hashlib.sha256(t[: 1 << 16].tobytes()).hexdigest()]
                 for p, t in zip(stream.paths, stream.shards)]
-        free = TIED_TO_THE_RUN | {"micro_batch_tokens", "train_log_every"}
-        self.key = {name: getattr(s, name) for name, (section, _) in DESCRIBED.items()
-                    if section != "Evaluation" and name not in free}
+        self.key = {name: getattr(s, name) for name in OF_TRAINING}
         self.key.update(data=hashlib.sha256(compact_json(data=data)).hexdigest(),
                         code=hashlib.sha256(SOURCE).hexdigest())
 
@@ -3372,7 +3404,7 @@ class Trainer:
         mine, most = self.rows_per_step // rt.world_size, s.micro_batch_tokens // s.train_seq_len
         # Rows of a micro-batch: the most that MICRO_BATCH_TOKENS holds, in equal parts.
         self.micro_rows = max(n for n in range(1, min(mine, most) + 1) if mine % n == 0)
-        # Few: calibration squares the gradient sum of a micro-batch.
+        # At most 8: calibration squares the summed gradient of a micro-batch.
         self.calibration_rows = min(self.micro_rows, 8)
         self.optimizers = training_optimizers(model, s, rt)
         self.averages = WeightAverage(model, s)
@@ -3417,7 +3449,7 @@ class Trainer:
             self.check_and_log(loss, norm, scale)
             rt.progress("train", progress_of(self.plan, self.step, self.elapsed),
                         f"step:{self.step} {self.seen} {self.step_ms:.0f}ms ")
-        if s.max_wallclock_seconds and (self.step < s.iterations or not s.iterations):
+        if not self.step >= s.iterations > 0:
             rt.log(f"stopping_early: wallclock_cap train_time:{self.elapsed:.0f}ms "
                    f"step:{self.step}/{s.iterations}")
         if not self.late:
@@ -3468,9 +3500,7 @@ class Trainer:
         rt, logged = self.rt, self.step <= 10 or self.step % self.s.train_log_every == 0
         if not logged and self.step % 100 and rt.device.type == "cuda":
             return
-        losses = torch.zeros(rt.world_size, device=rt.device)
-        losses[rt.rank] = loss
-        losses = rt.sum_(losses).tolist()
+        losses = rt.all_gather(loss.view(1))().tolist()
         rank = next((n for n, x in enumerate(losses) if not math.isfinite(x)), rt.rank)
         if not math.isfinite(losses[rank]) or not math.isfinite(norm):
             raise self.diverged(f"rank {rank}: train_loss {losses[rank]}, gradient norm {norm:g}")
@@ -3536,7 +3566,7 @@ class Trainer:
         self.rt.log("gptq_calibration:start")
 
         def micro_batches(longest=0.0):
-            for rows in (next(batches) for _ in range(s.gptq_batches)):
+            for rows in itertools.islice(batches, s.gptq_batches):
                 for part in rows.split(self.calibration_rows):
                     yield part
                     before, self.elapsed = self.elapsed, clock.read(exact=True)
@@ -3656,7 +3686,7 @@ def claim_places(s, rt, path, log_path):
 def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     """Train, average, quantize, write. Returns (facts of training, {stage: result})."""
     stream = TrainStream(s)
-    count = max(4128, (1 << 18) // len(stream.paths))  # of a shard: fewer if many
+    count = max(4128, (1 << 18) // len(stream.paths))  # tokens of a shard, fewer of many shards
     for file, shard in zip(stream.paths, stream.shards):
         byte_table.check_text(shard[:count], file, scored=False)
     documents, repeated = contamination(stream, tokens)
@@ -3788,13 +3818,12 @@ def report(s, rt, path, trained, results, ledger, eval_seconds):
     if s.val_limit_tokens:
         violations.append(f"VAL_LIMIT_TOKENS={s.val_limit_tokens}: not the whole validation set")
     result = dict(
-        preset=s.preset, settings=vars(s), seed=s.seed,
-        world_size=rt.world_size, device=device_name(rt), versions=versions(rt),
-        code_sha256=hashlib.sha256(SHIPPED).hexdigest(), code_bytes=code,
-        total_bytes=total, model_params=sum(parameter_counts(s).values()), **trained,
-        eval_seconds=eval_seconds, scored_targets=last["targets"], scored_bytes=last["bytes"],
-        bytes_from=last["bytes_from"], peak_memory_bytes=peak,
-        val_loss={stage: r["val_loss"] for stage, r in results.items()},
+        preset=s.preset, settings=vars(s), seed=s.seed, world_size=rt.world_size,
+        device=device_name(rt), versions=versions(rt),
+        code_sha256=hashlib.sha256(SHIPPED).hexdigest(), code_bytes=code, total_bytes=total,
+        model_params=sum(parameter_counts(s).values()), **trained, eval_seconds=eval_seconds,
+        scored_targets=last["targets"], scored_bytes=last["bytes"], bytes_from=last["bytes_from"],
+        peak_memory_bytes=peak, val_loss={stage: r["val_loss"] for stage, r in results.items()},
         val_bpb={stage: r["val_bpb"] for stage, r in results.items()},
         ledger_sha256=last["sha256"], artifact=str(path), violations=violations)
     label = f"{s.quant_label}+{s.codec}"
@@ -3833,10 +3862,8 @@ def settings_of_artifact(path, environ, world_size=1):
     if absent:
         raise ArtifactError(f"{path}: made by an earlier version, which stored no "
                             f"{', '.join(absent)}: set each, to 0 where that version lacked it")
-    fixed = ("vocab_size", "train_seq_len", "attn_bits", "mlp_bits", "codec")
-    other = [f"{name.upper()}={stored[name]}, not {getattr(s, name)}" for name in stored
-             if getattr(s, name) != stored[name]
-             and (DESCRIBED[name][0] == "Model" or name in fixed)]
+    other = [f"{name.upper()}={stored[name]}, not {getattr(s, name)}" for name in OF_TRAINING
+             if stored.get(name, getattr(s, name)) != getattr(s, name)]
     if other:
         raise UserError(f"EVAL_ONLY={path}: made with other settings: {'; '.join(other)}; "
                         "unset these")

@@ -441,7 +441,7 @@ def test_the_rank_whose_loss_is_not_finite_is_the_one_named(tiny):
     trainer = object.__new__(Trainer)
     trainer.s, trainer.step, trainer.rt = tiny(), 7, train_gpt.Runtime(tiny())
     trainer.rt.world_size = 2
-    trainer.rt.sum_ = lambda x: x + torch.tensor([0.0, float("nan")])
+    trainer.rt.all_gather = lambda x: lambda: torch.cat((x, torch.tensor([float("nan")])))
     with pytest.raises(UserError) as stopped:
         trainer.check_and_log(torch.tensor(5.0), torch.tensor(float("nan")), 1.0)
     assert "step 7, rank 1" in str(stopped.value)

@@ -22,10 +22,11 @@ ATTENTION = 0.35 * 989e12  # FLOP/s of causal attention
 MEMORY = 0.80 * 3.35e12    # bytes/s
 LAUNCH = 6e-6              # s of the host for a kernel of a compiled graph
 LINKS = 350e9              # bytes/s of a sum over ranks
+UPDATE_PASSES = 25         # times that a step reads or writes all numbers of a stream's adapters
 # Of forward and backward for 48 × 2,048 tokens of the default with its late passes
 # (traffic_sm90.md); a forward pass is taken as a third. Gradients of weights are counted also where
 # adapters need none.
-LAUNCHES, BYTES = 489, 82.94e9 / (48 * 2048)
+LAUNCHES, BYTES = 508, 85.80e9 / (48 * 2048)
 
 
 def seconds_of(s, tokens, passes, keys, backward):
@@ -62,7 +63,11 @@ def parts(s):
         length = min(length, s.window // 4 + stride)
         tokens = mine * length / stride
         busy, work = seconds_of(s, tokens, tokens / (batch * s.window), length / 2, True)
-        yield "adapting of TTT", tokens * RANKS, busy, work
+        sites = [(s.model_dim, s.model_dim)] * 2 * len(train_gpt.pass_list(s, late=True))
+        numbers = s.ttt_lora_rank * sum(map(sum, [*sites, (s.vocab_size, s.model_dim)]))
+        # Of each stream's adapters and their state, once per step: each stream takes a step.
+        update = mine / stride * 4 * numbers * UPDATE_PASSES / MEMORY
+        yield "adapting of TTT", tokens * RANKS, busy + update, work + update
         return
     chunk = s.ttt_chunk_tokens or 32768
     epochs = s.ttt_epochs if s.ttt_epochs >= 0 else 10
