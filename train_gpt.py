@@ -179,7 +179,7 @@ class Settings:
     parallel_from: Count = 0  # first of those blocks; 0: 8/11 of NUM_LAYERS
     unet_skips: Literal["0", "1", "gated"] = "gated"
         # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
-    # −0.006 to −0.012 at 600 steps of 4 × 128, three seeds; speedrun #81: 65 of 1,480 steps.
+    # −0.005 to −0.018 at 600 steps of 4 × 128, three seeds; speedrun #81: 65 of 1,480 steps.
     mudd: Flag = 1  # mix earlier outputs, by token, into the last block's input and the output
     # Value 1 mixes across documents, a known mistake; bos closes the gate at document starts.
     smear_gate: Literal["0", "1", "bos", "embed"] = "embed"
@@ -352,7 +352,7 @@ BOS = 1  # begins every document, with every tokenizer of the challenge and of d
 _SP1024 = dict(
     data_path="./data/datasets/fineweb10B_sp1024", vocab_size=1024,
     tokenizer_path="./data/tokenizers/fineweb_1024_bpe.model", mlp_mult=3.0, qk_gain_init=4.0,
-    rope_ntk_reference=1024, late_passes="", parallel="0", unet_skips="1", mudd=0, smear_gate="bos",
+    rope_ntk_reference=1024, late_passes="", parallel="0", unet_skips="1", smear_gate="bos",
     bigram_vocab_size=2048, ve_layers="9,10", gated_attention="head", matrix_lr=0.025,
     scalar_lr=0.025, tied_embed_lr=0.035, muon_wd=0.04, adam_wd=0.04, embed_wd=-1.0,
     muon_momentum=0.99, beta2=0.95, warmdown_frac=0.0, late_qat_threshold=0.15)
@@ -363,16 +363,15 @@ _PR414 = dict(
     muon_coefficients="classic", lr_floor=0.0, ema_decay=0.997, swa_enabled=1, quant_fit="scale",
     quant_clip="row", codec="lzma", gptq=0, attn_bits=6, mlp_bits=6, proj_bits=16,
     eval_attention="window", eval_stride=64, eval_match=0, ttt_enabled=0, muon_row_norm=0,
-    muon_head_pairs=0, ttt_lora_rank=0, ttt_lr=0.002, ttt_chunk_tokens=32768)
+    muon_head_pairs=0, mudd=0, ttt_lora_rank=0, ttt_lr=0.002, ttt_chunk_tokens=32768)
 _PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw",
               ttt_enabled=1)
-# For two CPU cores: short rows and small steps. Such rows seldom hold two documents. Pairs of heads
-# were not measured at this length.
+# For two CPU cores: short rows and small steps. Such rows seldom hold two documents.
 _SMALL = dict(
     _SP1024, doc_attention=0, train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096,
     model_dim=128, num_heads=4, num_kv_heads=2, rope_ntk_reference=0, bigram_dim=64, ve_dim=64,
-    warmup_steps=2, warmdown_iters=1000, muon_head_pairs=0, muon_momentum=0.95,
-    muon_momentum_warmup_steps=300, val_loss_every=0, train_log_every=50)
+    warmup_steps=2, warmdown_iters=1000, muon_momentum=0.95, muon_momentum_warmup_steps=300,
+    val_loss_every=0, train_log_every=50)
 # The record line, newest first: each row lists what differs from the newer record above it.
 # Here #1855 has no CaseOps and no low-rank correction of its weights.
 _PR1855 = dict(

@@ -62,7 +62,7 @@ def test_newton_schulz_brings_singular_values_near_one(name):
 
 # -- the whole optimizer ---------------------------------------------------------------------------
 
-MATRICES = (".q", ".k", ".v", ".o", ".up", ".down", ".proj")  # Muon's: of blocks, two projections
+MATRICES = (".q", ".k", ".v", ".o", ".up", ".down", ".proj", ".read")  # Muon's
 TABLES = ("tok_emb", ".table")
 
 
