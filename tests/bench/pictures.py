@@ -75,7 +75,8 @@ def byte_parts():
         else:
             small += 2 * math.prod(shape)
     left, count = s.artifact_budget_bytes - code - small, sum(weights.values())
-    names = {"mlp": "MLP", "attn": "attention", "table": "token table"}
+    names = {"mlp": "MLP", "attn": "attention", "table": "token table",
+             "mix": "MUDD"}
     parts = [(names.get(kind, kind), left * n / count / 1e6) for kind, n in weights.items()]
     parts = [(kind, mb) for kind, mb in parts if mb >= 0.01]  # gates: some kB
     parts += [("scales, gates, index", small / 1e6), ("the script, packed", code / 1e6)]
