@@ -458,7 +458,7 @@ ALIASES |= {name: {value: {}} for name, value in UNREAD.items()}
 
 # Variables of TTT on the weights: setting any of them implies TTT_LORA_RANK=0.
 _NAMES = [f.name.upper() for f in fields(Settings)]
-OF_CHUNKS = {*_NAMES[_NAMES.index("TTT_OPTIMIZER"):], "TTT_MOMENTUM", "TTT_GRAD_CLIP"}
+OF_WEIGHT_TTT = {*_NAMES[_NAMES.index("TTT_OPTIMIZER"):], "TTT_MOMENTUM", "TTT_GRAD_CLIP"}
 
 
 def described_settings():
@@ -640,7 +640,7 @@ def resolve_settings(environ, stored=None, world_size=1):
             values[target.lower()] = parse_value(target.lower(), text)
         except ValueError as problem:
             problems.append(f"{name}={text.strip()}: {problem}")
-    if OF_CHUNKS & {*environ, *texts} and "TTT_LORA_RANK" not in texts:
+    if OF_WEIGHT_TTT & {*environ, *texts} and "TTT_LORA_RANK" not in texts:
         values["ttt_lora_rank"] = 0
     for name, on in (("value_residual", "pair"), ("gated_attention", "head")):
         if values.get(name) == "1":  # its published value for "on"
@@ -1093,12 +1093,12 @@ class ByteTable:
         self.base = np.array([1 if sp.is_byte(i) else len(p[p.startswith("▁"):].encode())
                               for i, p in enumerate(pieces)], np.int64)
         self.base[self.boundary] = 0
-        self.side, self.source = self._side(s), "text"
-        if self.side is None:
+        self.byte_counts, self.source = self._counted(s), "text"
+        if self.byte_counts is None:
             self.source = "pieces"
             self._check_pieces(path, pieces)
 
-    def _side(self, s):
+    def _counted(self, s):
         """Bytes of every validation token, from the text, or None. Raises UserError."""
         paths = sorted(find_upward(s.data_path).glob("fineweb_val_bytes_*.bin"))
         if not paths:
@@ -1106,14 +1106,14 @@ class ByteTable:
         parts = [np.asarray(open_shard(p)) for p in paths]
         for path, part in zip(paths, parts):
             check_content(np.where(part, np.arange(len(part)), 0), path)  # a hole is zeros
-        side = np.concatenate(parts)
+        counts = np.concatenate(parts)
         tokens = sum(len(open_shard(p)) for p in shard_paths(s, "val"))
         text = manifest_of(s, "splits", "val", "utf8_bytes")
-        total = int(side.sum(dtype=np.int64))
-        if len(side) != tokens or text not in (None, total):
-            raise UserError(f"{paths[0]}: {len(side)} entries, {total} bytes in all, for {tokens} "
-                            f"tokens and {text} bytes of text: build the dataset again")
-        return side
+        total = int(counts.sum(dtype=np.int64))
+        if len(counts) != tokens or text not in (None, total):
+            raise UserError(f"{paths[0]}: {len(counts)} entries, {total} bytes in all, for "
+                            f"{tokens} tokens and {text} bytes of text: build the dataset again")
+        return counts
 
     def _check_pieces(self, path, pieces):
         pieces = [p for p, edge in zip(pieces, self.boundary) if not edge]
@@ -1150,8 +1150,8 @@ class ByteTable:
 
     def count(self, tokens, first=0):
         """Bytes of the targets tokens[1:]; `first`: index of the first in the validation set."""
-        if self.side is not None:
-            return int(self.side[first + 1: first + len(tokens)].sum(dtype=np.int64))
+        if self.byte_counts is not None:
+            return int(self.byte_counts[first + 1: first + len(tokens)].sum(dtype=np.int64))
         before, target = tokens[:-1], tokens[1:]
         spaces = np.count_nonzero(self.space[target] & ~self.boundary[before])
         return int(self.base[target].sum() + spaces)
@@ -1619,7 +1619,7 @@ class Attention(nn.Module):
         super().__init__()
         D, kv_dim = s.model_dim, s.num_kv_heads * s.head_dim
         self.heads, self.kv_heads, self.head_dim = s.num_heads, s.num_kv_heads, s.head_dim
-        self.attend, self.gate, self.coded = kernels.attend, s.gated_attention, s.attn_bits < 16
+        self.attend, self.gate, self.quantized = kernels.attend, s.gated_attention, s.attn_bits < 16
         self.key_offset = s.key_offset
         self.q, self.k, self.v, self.o = (matrix(rows, D) for rows in (D, kv_dim, kv_dim, D))
         if s.muon_head_pairs:
@@ -1646,7 +1646,7 @@ class Attention(nn.Module):
     def forward(self, u_BTD, block, first_v, rotary, xsa, value_embedding, fake_quant, band,
                 starts_BT):
         """Output [B,T,D], scaled for the block, and v [B,T,K,E] before the value residual."""
-        fake_quant = fake_quant and self.coded
+        fake_quant = fake_quant and self.quantized
         q, k, v, gate = self.project(u_BTD, fake_quant)
         unmixed_v = v if value_embedding is None else v + value_embedding.view_as(v)
         v = block.mix_value(unmixed_v, first_v)
@@ -1670,11 +1670,11 @@ class MLP(nn.Module):
 
     def __init__(self, s, kernels):
         super().__init__()
-        self.slope, self.kernels, self.coded = s.leaky_slope, kernels, s.mlp_bits < 16
+        self.slope, self.kernels, self.quantized = s.leaky_slope, kernels, s.mlp_bits < 16
         self.up, self.down = matrix(s.mlp_hidden, s.model_dim), matrix(s.model_dim, s.mlp_hidden)
 
     def forward(self, u_BTD, out_scale_D, fake_quant):
-        up, down = (weight_of(w, u_BTD.dtype, fake_quant and self.coded, scale)
+        up, down = (weight_of(w, u_BTD.dtype, fake_quant and self.quantized, scale)
                     for w, scale in ((self.up, None), (self.down, out_scale_D)))
         return self.kernels.now().mlp(u_BTD.flatten(0, 1), up, down, self.slope).view_as(u_BTD)
 
@@ -3409,7 +3409,7 @@ class Trainer:
         self.averages = WeightAverage(model, s)
         self.step, self.elapsed, self.step_ms = 0, 0.0, 0.0
         self.plan = s  # what schedules follow: their clock ends where calibration begins
-        self.seen = ""  # the last loss that was read from the device
+        self.last_loss = ""  # that was read from the device, for the progress line
         # Both stay on once set. Without LATE_PASSES there is one list: `late` is on from the start.
         self.fake_quant, self.late = False, not s.late_passes
 
@@ -3447,7 +3447,7 @@ class Trainer:
             self.step_ms = 0.9 * self.step_ms + 0.1 * (self.elapsed - before)
             self.check_and_log(loss, norm, scale)
             rt.progress("train", progress_of(self.plan, self.step, self.elapsed),
-                        f"step:{self.step} {self.seen} {self.step_ms:.0f}ms ")
+                        f"step:{self.step} {self.last_loss} {self.step_ms:.0f}ms ")
         if not self.step >= s.iterations > 0:
             rt.log(f"stopping_early: wallclock_cap train_time:{self.elapsed:.0f}ms "
                    f"step:{self.step}/{s.iterations}")
@@ -3504,7 +3504,7 @@ class Trainer:
         if not math.isfinite(losses[rank]) or not math.isfinite(norm):
             raise self.diverged(f"rank {rank}: train_loss {losses[rank]}, gradient norm {norm:g}")
         found = f"train_loss:{statistics.fmean(losses):.4f}"
-        self.seen = found if rt.device.type == "cpu" else f"{found} at {self.step}"
+        self.last_loss = found if rt.device.type == "cpu" else f"{found} at {self.step}"
         if logged:  # a terminal shows the progress line instead
             self.log(found, f" lr_scale:{scale:.4f}", not rt.terminal)
 

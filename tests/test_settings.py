@@ -64,7 +64,7 @@ def test_every_variable_reaches_its_field_alone():
         else:
             other = default + "x"
         row = PRESETS["demo"] if name == "preset" else {}
-        weights = {"ttt_lora_rank": 0} if name.upper() in train_gpt.OF_CHUNKS else {}
+        weights = {"ttt_lora_rank": 0} if name.upper() in train_gpt.OF_WEIGHT_TTT else {}
         expected = {**DEFAULTS, **row, name: other, **weights}, {name.upper()}
         assert resolved(**{name.upper(): other}) == expected, name
 
