@@ -247,7 +247,8 @@ assert jit(T.code_limit)(6) == 31
 import torch
 logits, targets = torch.randn(5, 9), torch.arange(5)
 if T.triton:  # interpreted
-    torch.testing.assert_close(T.SoftcapNLL.apply(logits, targets, 5.0), T.softcap_nll(logits, targets, 5.0))
+    torch.testing.assert_close(T.SoftcapNLL.apply(logits, targets, 5.0),
+                               T.softcap_nll(logits, targets, 5.0))
 assert jit(T.out_of_time).__code__.co_names == T.out_of_time.__code__.co_names
 try:
     T.code_limit("six")

@@ -123,7 +123,8 @@ def side_of(tmp_path, code):
 @pytest.mark.slow
 def test_a_log_that_lay_beside_the_script_is_not_the_runs_and_other_steps_are_told(tmp_path):
     (tmp_path / "train.txt").write_text("x val_loss:1.0 val_bpb:0.5\n")
-    side = side_of(tmp_path, "import os\nos.environ.get('NUM_ITERATIONS')\nassert open('train.txt')\n"
+    side = side_of(tmp_path, "import os\nos.environ.get('NUM_ITERATIONS')\n"
+                             "assert open('train.txt')\n"
                              "open('new.txt', 'w').write('step:3/3 val_loss:3.4 val_bpb:2.1 "
                              "train_time:9ms\\nfinal val_loss:3.4 val_bpb:2.0\\n')")
     duel.run(side)

@@ -459,10 +459,11 @@ def test_what_pack_makes_passes_its_check(runs, pack, tmp_path, capsys):
     place = runs()
     assert pack(place) == 0, capsys.readouterr()
     folder = tmp_path / "packed"
-    assert (folder / "train_gpt.py").read_bytes() == SOURCE.encode(), "from the log: no script lies there"
+    assert (folder / "train_gpt.py").read_bytes() == SOURCE.encode(), "from the log"
     for seed in LOSSES:
         logs = place / str(seed) / "logs"
-        for kept, made in ((f"train_seed{seed}.log", "run.txt"), (f"result_seed{seed}.json", "run.json")):
+        for kept, made in ((f"train_seed{seed}.log", "run.txt"),
+                           (f"result_seed{seed}.json", "run.json")):
             assert (folder / kept).read_bytes() == (logs / made).read_bytes()
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     facts = json.loads((folder / "submission.json").read_text())
