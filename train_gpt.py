@@ -3183,7 +3183,7 @@ class LoraTTT:
     Each stream has a learning rate. Step n multiplies it by exp(HYPER/√n) if the new gradient says
     that larger steps since the document began had been better, else divides it: the sign of a
     hypergradient (Baydin et al. 2018), summed over this stream and the streams before it, whose
-    tokens are all earlier. The hypergradient of the last step alone ends at half the best rate.
+    tokens are all earlier. The hypergradient of the last step alone ends far below the best rate.
     """
     BETA2, DECAY, HYPER = 0.999, 0.5, 0.3
 
