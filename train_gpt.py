@@ -273,8 +273,8 @@ class Settings:
     ttt_enabled: Flag = 1  # score-first test-time training
     # LoRA per document: −0.002 to −0.004 (#1530). Weights per chunk: −0.0021 to −0.0033 (#549).
     ttt_lora_rank: Count = 32
-        # rank of the adapters, reset at each document; 0: train the weights, chunk by chunk. It is
-        # 0 if TTT_OPTIMIZER or a setting after it is set and this is not
+        # rank of the adapters, reset at each document; 0: train the weights, chunk by chunk.
+        # TTT_OPTIMIZER and the settings below it imply 0, unless this is set too.
     ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
     ttt_batch_seqs: Positive = 256  # rows per TTT step, or streams of adapters, over all ranks
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices only
@@ -3409,7 +3409,7 @@ class Trainer:
         self.averages = WeightAverage(model, s)
         self.step, self.elapsed, self.step_ms = 0, 0.0, 0.0
         self.plan = s  # what schedules follow: their clock ends where calibration begins
-        self.last_loss = ""  # that was read from the device, for the progress line
+        self.last_loss = ""  # for the progress line; reading it from a GPU stalls it
         # Both stay on once set. Without LATE_PASSES there is one list: `late` is on from the start.
         self.fake_quant, self.late = False, not s.late_passes
 
@@ -3448,7 +3448,7 @@ class Trainer:
             self.check_and_log(loss, norm, scale)
             rt.progress("train", progress_of(self.plan, self.step, self.elapsed),
                         f"step:{self.step} {self.last_loss} {self.step_ms:.0f}ms ")
-        if not self.step >= s.iterations > 0:
+        if not (self.step >= s.iterations > 0):
             rt.log(f"stopping_early: wallclock_cap train_time:{self.elapsed:.0f}ms "
                    f"step:{self.step}/{s.iterations}")
         if not self.late:
@@ -3685,7 +3685,7 @@ def claim_places(s, rt, path, log_path):
 def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     """Train, average, quantize, write. Returns (facts of training, {stage: result})."""
     stream = TrainStream(s)
-    count = max(4128, (1 << 18) // len(stream.paths))  # tokens of a shard, fewer of many shards
+    count = max(4128, (1 << 18) // len(stream.paths))  # tokens to check in a shard
     for file, shard in zip(stream.paths, stream.shards):
         byte_table.check_text(shard[:count], file, scored=False)
     documents, repeated = contamination(stream, tokens)
