@@ -261,10 +261,8 @@ class Settings:
         # tokens scored per sliding window or per adapter step; 0: plain scoring only
     # To score each token once, windows with stride 64 read it 32 times, banded segments 1.5.
     eval_attention: Literal["banded", "window"] = "banded"
-        # window: windows with stride EVAL_STRIDE; banded: long segments in which a query sees the
-        # last EVAL_SEQ_LEN keys
-    eval_segment: Count = 0  # tokens scored per banded segment; 0: 2 × EVAL_SEQ_LEN
-    eval_prefix: Count = 0  # tokens of context before a banded segment; 0: EVAL_SEQ_LEN
+        # window: windows with stride EVAL_STRIDE; banded: segments of 2 × EVAL_SEQ_LEN tokens after
+        # half as many of context, in which a query sees the last EVAL_SEQ_LEN keys
     # −0.058 with 1 M weights, on 331,264 official targets; a strong model gains less.
     eval_match: Flag = 1
         # mix in guesses by the longest match in the text before, where windows overlap
@@ -305,8 +303,7 @@ class Settings:
     def scoring_shape(self):
         """(tokens read, tokens scored, keys a query sees or 0 for all) of a scoring window."""
         if self.eval_attention == "banded" and self.eval_stride:
-            segment = self.eval_segment or 2 * self.window
-            return (self.eval_prefix or self.window) + segment, segment, self.window
+            return 3 * self.window, 2 * self.window, self.window
         return self.window, self.eval_stride, 0
 
     @property
@@ -1402,19 +1399,26 @@ class Exclusive(torch.autograd.Function):
         return torch.stack(dy, 3).flatten(2, 3), dv, torch.stack(dgate, 3).flatten(2)
 
 
-# -- attention: attend(q, k, v, band, starts), causal. A query sees the last `band` keys (0: all);
-# with starts [B, T], true where a document starts, only those of its document.
+# -- attention, causal: attend(q, k, v, visible(x, band, starts)), x any tensor [B, T, ...]. A query
+# sees the last `band` keys (0: all); with starts [B, T], true where a document starts, only those
+# of its document. visible() runs once in a forward pass, attend() once in each block.
 
-def sdpa(q_BTHE, k_BTKE, v_BTKE, band=0, starts_BT=None):
+def visible_mask(x, band=0, starts_BT=None):
+    """True where a query sees a key, [T, T] or [B, 1, T, T]; None: plain causal attention."""
+    if not band and starts_BT is None:
+        return None
+    T = x.size(1)
+    position = torch.arange(T, device=x.device)
+    behind = position[:, None] - position  # how far each key lies behind each query
+    mask = (behind >= 0) & (behind < (band or T))
+    if starts_BT is None:
+        return mask
+    document = starts_BT.cumsum(1)
+    return (mask & (document[:, :, None] == document[:, None]))[:, None]
+
+
+def sdpa(q_BTHE, k_BTKE, v_BTKE, mask=None):
     """Causal attention of grouped heads by PyTorch."""
-    mask, T = None, q_BTHE.size(1)
-    if band or starts_BT is not None:
-        position = torch.arange(T, device=q_BTHE.device)
-        behind = position[:, None] - position  # how far each key lies behind each query
-        mask = (behind >= 0) & (behind < (band or T))
-        if starts_BT is not None:
-            document = starts_BT.cumsum(1)
-            mask = (mask & (document[:, :, None] == document[:, None]))[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2)
@@ -1440,38 +1444,47 @@ ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
 
 
 def attention_kernel(name, strict=False):
-    """attend() for `name`: a package's (None if missing), PyTorch's, or sdpa for any other name. If
-    a PyTorch kernel refuses an input, the next in `order` takes it; the last, MATH, stores all
-    attention scores. strict: without a mask there is no next one, with one MATH is left out."""
+    """(attend, visible) for `name`: a package's (None if missing), PyTorch's, or sdpa's for any
+    other name. If a PyTorch kernel refuses an input, the next in `order` takes it; the last, MATH,
+    stores all attention scores. strict: without a mask there is no next one, with one MATH is left
+    out."""
     kernel = ATTENTION.get(name)
     if kernel is None:
-        return sdpa
+        return sdpa, visible_mask
     if isinstance(kernel, str):
         try:
             module = importlib.import_module(kernel)
         except Exception:  # a broken package counts as missing
             return None
 
-        def attend(q, k, v, band=0, starts_BT=None):
+        def visible(x, band=0, starts_BT=None):
+            return band, None if starts_BT is None else cumulative_lengths(starts_BT)
+
+        def attend(q, k, v, band_and_borders=(0, None)):
+            (band, borders), T = band_and_borders, q.size(1)
             sides = {"window_size": (band - 1, 0)} if band else {}
-            if starts_BT is None:
+            if borders is None:
                 out = module.flash_attn_func(q, k, v, causal=True, **sides)
             else:
-                borders, T = cumulative_lengths(starts_BT), q.size(1)
                 out = module.flash_attn_varlen_func(
                     *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q=borders,
                     cu_seqlens_k=borders, max_seqlen_q=T, max_seqlen_k=T, causal=True, **sides)
             return (out[0] if isinstance(out, tuple) else out).view_as(q)
-        return attend
+        return attend, visible
     order = list(dict.fromkeys((kernel, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
                                 SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)))
 
-    def attend(q, k, v, band=0, starts_BT=None):
-        masked = band or starts_BT is not None
-        allowed = (order[:-1] if masked else order[:1]) if strict else order
+    def attend(q, k, v, mask=None):
+        allowed = order if not strict else order[:1] if mask is None else order[:-1]
         with sdpa_kernel(allowed, set_priority=True):
-            return sdpa(q, k, v, band, starts_BT)
-    return attend
+            return sdpa(q, k, v, mask)
+    return attend, visible_mask
+
+
+def attention_of(kernel):
+    """attend(q, k, v, band, starts) from a pair of attention_kernel; None from None."""
+    return kernel and (lambda q, k, v, band=0, starts_BT=None:
+                       kernel[0](q, k, v, kernel[1](q, band, starts_BT)))
 
 
 @dataclass(frozen=True)
@@ -1479,6 +1492,7 @@ class Kernels:
     """The functions a model computes with. `mlp` and `nll` are for compiled code; an eager
     forward, in which calibration observes each product, takes the plain functions."""
     attend: object = sdpa
+    visible: object = visible_mask
     mlp: object = leaky_square_mlp
     nll: object = softcap_nll
 
@@ -1530,9 +1544,9 @@ def choose_kernels(s, rt):
     gpu, N, D, R, V = rt.device.type == "cuda", 256, s.model_dim, s.mlp_hidden, s.vocab_size
     starts = torch.arange(N, device=rt.device)[None] % 100 == 50 if s.doc_attention else None
 
-    def as_used(attend):
-        windows = (0, 128) if s.scoring_shape[2] else (0,)
-        return attend and (lambda *qkv: torch.cat([attend(*qkv, w, starts) for w in windows]))
+    def as_used(kernel):
+        bands, attend = (0, 128) if s.scoring_shape[2] else (0,), attention_of(kernel)
+        return attend and (lambda *qkv: torch.cat([attend(*qkv, band, starts) for band in bands]))
 
     # For documents packages come first: PyTorch's kernels would read a mask [B, T, T].
     order = sorted(ATTENTION, key=lambda n: s.doc_attention and not isinstance(ATTENTION[n], str))
@@ -1541,7 +1555,7 @@ def choose_kernels(s, rt):
     by_triton = gpu and triton and rt.compile
     whole_tiles = R % MLP_TILE["BN"] == D % MLP_TILE["BK"] == 0
     parts = {
-        "attention": ("attention", "sdpa", attention, as_used(sdpa),
+        "attention": ("attention", "sdpa", attention, as_used((sdpa, visible_mask)),
                       random_inputs(rt, *((1, N, count, s.head_dim) for count in heads))),
         "mlp": ("kernels", "plain",
                 {"triton": LeakySquareMLP.apply} if by_triton and whole_tiles else {},
@@ -1563,7 +1577,7 @@ def choose_kernels(s, rt):
     if gpu and s.doc_attention and not isinstance(ATTENTION.get(names["attention"]), str):
         rt.log("attention:slow, DOC_ATTENTION=1 without FlashAttention reads a mask [B, T, T] in "
                "each pass: pip install flash-attn, or DOC_ATTENTION=0")
-    return names, Kernels(attention_kernel(names["attention"]), **{
+    return names, Kernels(*attention_kernel(names["attention"]), **{
         part: parts[part][2][name] for part, name in names.items() if name == "triton"})
 
 
@@ -1643,7 +1657,7 @@ class Attention(nn.Module):
                                      heads.size(2) - self.heads - 2 * self.kv_heads], dim=2)
         return q, k, v, gate.flatten(2)[..., : self.heads]
 
-    def forward(self, u_BTD, block, first_v, rotary, xsa, value_embedding, fake_quant, band,
+    def forward(self, u_BTD, block, first_v, rotary, xsa, value_embedding, fake_quant, visible,
                 starts_BT):
         """Output [B,T,D], scaled for the block, and v [B,T,K,E] before the value residual."""
         fake_quant = fake_quant and self.quantized
@@ -1653,7 +1667,7 @@ class Attention(nn.Module):
         q = rotate(scaled_rms_norm(q, self.q_gain), *rotary)
         offset = functools.partial(offset_keys, starts_BT=starts_BT) if self.key_offset else None
         k = rotate(rms_norm(k), *rotary, offset)
-        y = self.attend(q, k, v, band, starts_BT)
+        y = self.attend(q, k, v, visible)
         if self.gate == "head":
             gate = torch.sigmoid(gate + self.gate_bias.to(y.dtype))
         elif self.gate == "sparse":
@@ -1827,8 +1841,8 @@ class GPT(nn.Module):
         D = self.s.model_dim
         return [(D, D)] * 2 * len(self.passes[True]) + [(self.s.vocab_size, D)]
 
-    def raw_logits(self, tokens_BT, fake_quant=False, band=0, late=True, adapters=()):
-        """Next-token logits [B,T,V] before the softcap, compute type.
+    def raw_logits(self, tokens_BT, fake_quant=False, band=0, late=True, adapters=(), at_BN=None):
+        """Next-token logits [B,T,V] before the softcap, compute type; [B,N,V] at positions `at`.
 
         Position t sees tokens 0..t, or in each layer the last `band` keys. `late`: the passes
         are those after the switch to LATE_PASSES. `adapters`: for each of adapter_shapes a pair
@@ -1838,6 +1852,7 @@ class GPT(nn.Module):
         values = self.ve(tokens_BT, x.dtype) if self.ve is not None else {}
         first_v, skips, lane, middle, rotary = None, [], None, None, (self.cos, self.sin)
         starts = tokens_BT == BOS if self.s.doc_attention else None
+        visible = self.kernels.visible(tokens_BT, band, starts)
         for i, p in enumerate(self.passes[late]):
             middle = x if i == len(self.passes[late]) // 2 else middle
             if self.mixers and i == len(self.passes[late]) - 1:
@@ -1849,7 +1864,7 @@ class GPT(nn.Module):
                 x = self.joined_skip(x, skips.pop(), p.skip)
             z = block.mix(x, x0)
             a, v = block.attention(z, core, first_v, to_attention, rotary, p.xsa,
-                                   values.get(p.block), fake_quant, band, starts)
+                                   values.get(p.block), fake_quant, visible, starts)
             first_v = v if first_v is None else first_v
             if p.form == "lanes":
                 m = block.mlp(lane, core, fake_quant, to_mlp)
@@ -1862,19 +1877,22 @@ class GPT(nn.Module):
                 skips.append(x)
         x = x if lane is None else (x + lane) / 2
         x = rms_norm(self.mixers[1](x, x0, middle, mixed) if self.mixers else x)
+        if at_BN is not None:
+            x = x.gather(1, at_BN[..., None].expand(-1, -1, x.size(-1)))
         return adapted(linear(x, self.tok_emb), x, adapters[-1] if adapters else None)
 
-    def logits(self, tokens_BT, fake_quant=False, band=0, late=True, adapters=()):
-        """Next-token logits [B,T,V], fp32."""
-        raw = self.raw_logits(tokens_BT, fake_quant, band, late, adapters)
+    def logits(self, tokens_BT, fake_quant=False, band=0, late=True, adapters=(), at_BN=None):
+        """Next-token logits, fp32, in the shape of raw_logits."""
+        raw = self.raw_logits(tokens_BT, fake_quant, band, late, adapters, at_BN)
         return softcapped(raw, self.s.logit_softcap)
 
-    def forward(self, tokens_BT, targets_BT, fake_quant=False, band=0, late=True, adapters=()):
-        """nll of each target [B,T], nats, fp32. What changes during a run is an argument, so that
-        a compiler cannot fold it away."""
-        raw = self.raw_logits(tokens_BT, fake_quant, band, late, adapters).flatten(0, 1)
-        nll = self.kernels.now().nll(raw, targets_BT.flatten(), self.s.logit_softcap)
-        return nll.view_as(targets_BT)
+    def forward(self, tokens_BT, targets_BN, fake_quant=False, band=0, late=True, adapters=(),
+                at_BN=None):
+        """nll of each target, nats, fp32: of all positions, N = T, or of positions `at`. What
+        changes during a run is an argument, so that a compiler cannot fold it away."""
+        raw = self.raw_logits(tokens_BT, fake_quant, band, late, adapters, at_BN).flatten(0, 1)
+        nll = self.kernels.now().nll(raw, targets_BN.flatten(), self.s.logit_softcap)
+        return nll.view_as(targets_BN)
 
 
 # -- kinds of parameters: one table says how each parameter is initialized, trained and stored
@@ -2876,19 +2894,13 @@ class ScoreLedger:
                     loss_sum=loss_sum, sha256=hashlib.sha256(self.nll.tobytes()).hexdigest())
 
 
-# window_plan and stream_plan return (start, first, last), int64 arrays: window w reads the tokens
-# [start, start + length] and scores targets [first, last). Exactly one window scores each target.
+def window_plan(targets, length, stride, streams=1):
+    """(start, first, last), int64 arrays: window w reads the tokens [start, start + length) and
+    scores targets [first, last). Exactly one window scores each target.
 
-def window_plan(targets, length, stride):
-    """The plan from left to right: the first window scores all its targets, each later one the next
-    `stride`, the last one the rest."""
-    last = np.append(np.arange(length, targets, stride, dtype=np.int64), targets)
-    return last - length, np.concatenate(([0], last[:-1])), last
-
-
-def stream_plan(targets, length, stride, streams):
-    """The plan in streams, equal contiguous parts of the targets: window n·streams + i scores
-    the n-th `stride` of stream i. Windows beyond a stream's end score nothing."""
+    Streams are equal contiguous parts of the targets. Window n·streams + i scores the n-th `stride`
+    of stream i; windows beyond a stream's end score nothing.
+    """
     borders = np.arange(streams + 1) * targets // streams
     steps = -(-int(np.diff(borders).max()) // stride)
     begin = borders[:-1] + np.arange(steps)[:, None] * stride
@@ -2905,19 +2917,19 @@ def chunk_plan(first, chunk):
 class Scorer:
     """Scores the validation tokens in windows, split over ranks in batches of one fixed shape.
 
-    shape = (length, stride, band): a window reads `length` tokens and scores the last `stride` (the
-    first window: all). With a band, each query attends to the last `band` keys. `chunks` are the
+    shape = (length, stride, band): a window reads `length` tokens and scores the last `stride` that
+    the text has there. With a band, each query attends to the last `band` keys. `chunks` are the
     ranges of windows scored between two calls of adapt(): chunk_tokens targets, or with streams
-    (see stream_plan) one window of each stream.
+    (see window_plan) one window of each stream.
     """
 
     def __init__(self, model, tokens, shape, s, rt, chunk_tokens=1 << 22, streams=0):
         (length, stride, band), targets = shape, len(tokens) - 1
-        self.length, self.stride, self.rt, self.streams = min(length, targets), stride, rt, streams
+        self.length, self.stride = min(length, targets), min(stride, targets)
+        self.rt, self.streams = rt, streams
         self.model = functools.partial(model, band=band)
-        self.start, self.first, self.last = (
-            stream_plan(targets, self.length, stride, streams) if streams
-            else window_plan(targets, self.length, stride))
+        self.start, self.first, self.last = window_plan(
+            targets, self.length, self.stride, streams or 1)
         self.chunks = ([(n, n + streams) for n in range(0, len(self.first), streams)] if streams
                        else chunk_plan(self.first, chunk_tokens))
         self.tokens = tokens.astype(np.int64)
@@ -2929,9 +2941,16 @@ class Scorer:
     @torch.no_grad()
     def warm_up(self, vocab_size, **more):
         """Compile for the shape of a batch, on random tokens."""
-        rows = torch.randint(vocab_size, (self.batch, self.length + 1), device=self.rt.device)
-        self.model(rows[:, :-1], rows[:, 1:], **more)
+        rows, targets = (torch.randint(vocab_size, (self.batch, n), device=self.rt.device)
+                         for n in (self.length, self.stride))
+        self.nll(rows, targets, np.arange(self.stride)[None].repeat(self.batch, 0), **more)
         self.rt.synchronize()
+
+    def nll(self, rows, targets, at, **more):
+        """The model's nll of targets [B, stride] at positions `at` of the rows."""
+        if self.stride < self.length:  # else every position is asked
+            more["at_BN"] = torch.from_numpy(at).to(self.rt.device)
+        return self.model(rows, targets, **more)
 
     @torch.no_grad()
     def score(self, begin, end, tick=lambda windows: None, more_of=lambda windows: {}):
@@ -2943,12 +2962,14 @@ class Scorer:
         out = torch.zeros(int(fresh.sum()), device=self.rt.device)
         for b in range(low, high, self.batch):
             w = np.arange(b, b + self.batch).clip(max=high - 1)  # a short batch repeats a window
-            at = self.start[w, None] + np.arange(self.length + 1)
-            new = (at[:, :-1] >= self.first[w, None]) & (at[:, :-1] < self.last[w, None])
+            start, first, last = (x[w, None] for x in (self.start, self.first, self.last))
+            scored = (last - self.stride).clip(min=start) + np.arange(self.stride)
+            new = (scored >= first) & (scored < last)
             new[high - b:] = False
-            rows, new, w = (torch.from_numpy(x).to(self.rt.device)
-                            for x in (self.tokens[at], new, w - begin))
-            scores = self.model(rows[:, :-1], rows[:, 1:], **more_of(w))[new]
+            rows, targets, new, w = (torch.from_numpy(x).to(self.rt.device) for x in (
+                self.tokens[start + np.arange(self.length)], self.tokens[scored + 1], new,
+                w - begin))
+            scores = self.nll(rows, targets, scored - start, **more_of(w))[new]
             out[place: place + len(scores)] = scores
             place += len(scores)
             tick((min(b + self.batch, high) - low) * self.rt.world_size)
@@ -3234,9 +3255,9 @@ class LoraTTT:
         windows = torch.full((scorer.batch,), self.low, device=self.rt.device)
         with torch.no_grad():  # as in Scorer.score
             scorer.warm_up(self.s.vocab_size, **self.arguments(windows))
-        shape = self.high - self.low, self.length
-        rows = torch.randint(self.s.vocab_size, (shape[0], shape[1] + 1), device=self.rt.device)
-        self._backward(rows, torch.ones(shape, device=self.rt.device))
+        held = self.high - self.low
+        rows = torch.randint(self.s.vocab_size, (held, self.length + 1), device=self.rt.device)
+        self._backward(rows, torch.ones(held, scorer.stride, device=self.rt.device))
         self.params.grad = None
 
     def adapt(self, ledger, span, chunk, chunks, left=math.inf):
@@ -3252,8 +3273,8 @@ class LoraTTT:
             rows = torch.cat([ledger.rows_for_adapting(end - length, end, length)
                               for end in last.tolist()]).to(rt.device)
             new = torch.from_numpy(last - first).to(rt.device)[:, None]
-            new = torch.arange(length, 0, -1, device=rt.device) <= new
-            ends = new & (rows[:, 1:] == BOS)  # only targets after the last BOS are trained on
+            new = torch.arange(scorer.stride, 0, -1, device=rt.device) <= new
+            ends = new & (rows[:, -scorer.stride:] == BOS)  # after the last BOS they are trained on
             new &= ends.flip(1).cumsum(1).flip(1) == 0
             kept = ~ends.any(1, keepdim=True)
             with torch.no_grad():
@@ -3272,11 +3293,14 @@ class LoraTTT:
                    f"{self.late} time={time.perf_counter() - self.started:.1f}s")
 
     def _backward(self, rows, weights):
-        """Gradients of each stream's weighted nll, in batches of one shape."""
+        """Gradients of each stream's weighted nll of its last targets, in batches of one shape."""
+        stride = self.scorer.stride
+        at = torch.arange(self.length - stride, self.length, device=rows.device)
         for begin in range(0, len(rows), self.batch):
             stream = torch.arange(begin, begin + self.batch, device=rows.device)
             inside, stream = (stream < len(rows))[:, None], stream.clamp(max=len(rows) - 1)
-            nll = self.scorer.model(rows[stream, :-1], rows[stream, 1:],
+            nll = self.scorer.model(rows[stream, :-1], rows[stream, -stride:],
+                                    at_BN=at.expand(len(stream), -1),
                                     **self.arguments(stream + self.low))
             (nll * weights[stream] * inside).sum().backward()
 
@@ -3851,7 +3875,8 @@ def settings_of_artifact(path, environ, world_size=1):
     may change what fixes neither model nor training. Raises UserError."""
     stored, tensors, _ = read_artifact(path)
     for name, value in stored.items():
-        with explained(f"{path}: holds {name}={value}", "make it again", ArtifactError, ValueError):
+        with explained(f"{path}: holds {name}={value}", "score it with the script that made it",
+                       ArtifactError, ValueError):
             if name not in TYPES or name in TIED_TO_THE_RUN:  # such as OUT_DIR
                 raise ValueError("no artifact of this script has that")
             stored[name] = parse_value(name, value)

@@ -131,7 +131,7 @@ class Evaluation:
         self.turn_of, self.turn = np.full(targets, -1), -1    # of what is recorded; that runs
         self.records = []         # (first target, how many) of each record
         self.fresh = []           # targets at which a row began to be new
-        self.rows = {}            # (length, first place) → Rows of the turn that runs
+        self.rows = {}            # (length, first place, positions asked) → Rows of this turn
         self.distributions = {}   # target → log-probabilities [V], float64, when it was scored
         self.pending = {}         # the same in the turn that runs, before a row is recorded
         self.worst = 0.0          # nats between a score and −log p of its distribution
@@ -145,9 +145,9 @@ class Evaluation:
     def scored(self):
         return int((self.turn_of >= 0).sum())
 
-    def is_scored(self, first, length):
-        """Are all targets from `first` on recorded?"""
-        return bool((self.turn_of[first: first + length] >= 0).all())
+    def is_scored(self, targets):
+        """Are all of these targets recorded?"""
+        return bool((self.turn_of[targets] >= 0).all())
 
     def fault(self, check, sentence):
         self.faults.setdefault(check, sentence)
@@ -157,25 +157,25 @@ class Evaluation:
         before the last recorded one are context of others. So are those after it in a row at the
         very beginning, and a row at the very end, for a pass beyond it. What else the model gave
         stays the first score of its target."""
-        for (length, _), rows in self.rows.items():
+        for (length, _, positions), rows in self.rows.items():
             scores = list(rows.scores)
-            for at in rows.free:
-                recorded = self.turn_of[at: at + length]
-                wanted = np.isnan(self.given[at: at + length])
+            for place in rows.free:
+                at = place + np.array(positions)
+                recorded, wanted = self.turn_of[at], np.isnan(self.given[at])
                 now, score = np.flatnonzero(recorded == self.turn), scores[0]
                 if len(rows.free) > 1:  # which of the places was meant shows when it is recorded
                     new = now[wanted[now]]
                     score = next((x for x in scores
-                                  if np.array_equal(x[new], self.unmixed[at + new])), score)
+                                  if np.array_equal(x[new], self.unmixed[at[new]])), score)
                     scores = [x for x in scores if x is not score] or scores
                 if len(now):
                     wanted[: now[-1]] &= recorded[: now[-1]] >= 0
-                    if at == 0:  # the first rows cannot end where their new targets do
+                    if place == 0:  # the first rows cannot end where their new targets do
                         wanted[now[-1] + 1:] = False
-                    self.fresh.extend(at + now[wanted[now]][:1])
-                elif at + length == len(self.given):
+                    self.fresh.extend(at[now[wanted[now]][:1]])
+                elif place + length == len(self.given):
                     continue
-                self.given[at + np.flatnonzero(wanted)] = score[wanted]
+                self.given[at[wanted]] = score[wanted]
         self.distributions.update({t: log_p for t, log_p in self.pending.items()
                                    if self.turn_of[t] == self.turn})
         ended = (self.turn_of == self.turn) & ~np.isnan(self.recorded)
@@ -267,14 +267,17 @@ class Witness:
 
     # -- rows: which targets they hold is found by their content, whatever the script says
 
-    def starts_of(self, rows):
-        """For each row [T + 1] the places where the validation tokens read the same, ascending."""
+    def starts_of(self, rows, targets, positions):
+        """For each row [T] the places where the validation tokens read the same, ascending, and
+        have these targets [n] after these positions [n]."""
         width = rows.shape[1]
         if width not in self.index:
             index = self.index[width] = {}
-            for at in range(len(self.tokens) - width + 1):
+            for at in range(len(self.tokens) - width):
                 index.setdefault(hash(self.tokens[at: at + width].tobytes()), []).append(at)
-        return [self.index[width].get(hash(row.tobytes()), []) for row in rows]
+        return [[at for at in self.index[width].get(hash(row.tobytes()), ())
+                 if np.array_equal(self.tokens[at + asked + 1], following)]
+                for row, following, asked in zip(rows, targets, positions)]
 
     # -- the model
 
@@ -295,16 +298,19 @@ class Witness:
         return plain(*args, **kwargs)
 
     def watched(self, x, y, *args, **kwargs):
-        whole = torch.equal(x[:, 1:], y[:, :-1])
-        rows = torch.cat((x[:, :1], y), 1).cpu().numpy().astype(self.tokens.dtype)
-        starts = self.starts_of(rows) if whole else [[]] * len(rows)
-        if torch.is_grad_enabled():
-            self.training_pass(starts, rows.shape[1] - 1)
-            return self.original(x, y, *args, **kwargs)
-        self.turn_may_begin()
         call = inspect.signature(self.original).bind(x, y, *args, **kwargs)
         call.apply_defaults()
-        self.scoring_pass(starts, x, y, nll := self.original(x, y, *args, **kwargs), call)
+        positions = call.arguments.get("at_BN")  # of a row that are asked; None: all
+        positions = (np.arange(x.size(1))[None].repeat(len(x), 0) if positions is None
+                     else positions.cpu().numpy())
+        rows, targets = (z.cpu().numpy().astype(self.tokens.dtype) for z in (x, y))
+        starts = self.starts_of(rows, targets, positions)
+        if torch.is_grad_enabled():
+            self.training_pass(starts, x.size(1))
+            return self.original(x, y, *args, **kwargs)
+        self.turn_may_begin()
+        nll = self.original(x, y, *args, **kwargs)
+        self.scoring_pass(starts, positions, x, y, nll, call)
         return nll
 
     def training_pass(self, starts, length):
@@ -314,32 +320,32 @@ class Witness:
         for at in starts:
             if not at:
                 self.foreign = True  # as in a warm-up on random tokens: fine unless weights change
-            elif not any(now.is_scored(a, length) for a in at):
+            elif not any(now.is_scored(slice(a, a + length)) for a in at):
                 now.fault("update", f"trained on targets {at[0]} to {at[0] + length - 1}, "
                           f"not all of which are among the {now.scored} scored")
-            elif not any(now.is_scored(max(a - 1, 0), length) for a in at):
+            elif not any(now.is_scored(slice(max(a - 1, 0), a + length - 1)) for a in at):
                 now.fault("update", f"trained after target {at[0] - 1}, "
                           "which is an input there and not yet scored")
         if self.scoring:
             now.fault("update", "trained between the scoring and the recording of targets, "
                       f"when {now.scored} were scored")
 
-    def scoring_pass(self, starts, x, y, nll, call):
+    def scoring_pass(self, starts, positions, x, y, nll, call):
         """Keep scores of rows with targets not yet recorded, at chosen places distributions."""
-        now, length, chosen, asked = self.now, y.size(1), {}, {}
+        now, length, chosen, asked = self.now, x.size(1), {}, {}
         values = nll.detach().float().cpu().numpy()
         adapters = self.fingerprints(call.arguments.get("adapters"), len(y))
         for b, at in enumerate(starts):
-            free = [a for a in at if not now.is_scored(a, length)]
+            free = [a for a in at if not now.is_scored(a + positions[b])]
             if not free:
                 continue
-            key = length, at[0]
+            key = length, at[0], tuple(positions[b].tolist())
             rows = now.rows.setdefault(key, Rows(free))
             rows.scores.append(values[b])
             asked.setdefault(key, []).append(adapters[b])
             self.adapters_may_have_changed(adapters[b], free[0])
-            chosen.update({t: (b, t - a) for a in free for t in self.places
-                           if a <= t < a + length and t not in now.pending})
+            chosen.update({a + p: (b, i) for a in free for i, p in enumerate(key[2])
+                           if a + p in self.places and a + p not in now.pending})
         # a pass may repeat its own rows to fill a batch, with the adapters they have
         for key, each in asked.items():
             rows = now.rows[key]
@@ -351,8 +357,8 @@ class Witness:
             self.distributions(chosen, x, y, nll, call)
 
     def distributions(self, chosen, x, y, nll, call):
-        """Log-probabilities at chosen {target: (row, position)}, from logits that see no target;
-        and how far the scores are from −log p."""
+        """Log-probabilities at chosen {target: (row, index of its score)}, from logits that see no
+        target; and how far the scores are from −log p."""
         names = inspect.signature(self.plain_logits).parameters
         options = {k: v for k, v in list(call.arguments.items())[2:] if k in names}
         logits_BTV = self.plain_logits(x, **options)
@@ -688,6 +694,8 @@ def normalized(audit, base):
     of_row = [[x[b: b + 1] for x in pair] for pair in others.get("adapters") or ()]
     for part in torch.arange(V, device=device).split(max(1, (1 << 24) // (V * length))):
         rows, asked = x.expand(len(part), length), part[:, None].expand(len(part), length)
+        if others.get("at_BN") is not None:
+            others["at_BN"] = torch.arange(length, device=device).expand(len(part), length)
         if of_row:
             others["adapters"] = [[x.expand(len(part), *x.shape[1:]) for x in pair]
                                   for pair in of_row]

@@ -62,7 +62,7 @@ def run(corpus, artifact, tmp_path, capsys):
 # -- honest
 
 HONEST = {
-    "banded": dict(EVAL_ATTENTION="banded", EVAL_SEGMENT=64, TTT_CHUNK_TOKENS=128),
+    "banded": dict(EVAL_ATTENTION="banded", TTT_CHUNK_TOKENS=128),
     "adamw": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.001),
     "muon": dict(TTT_OPTIMIZER="muon", TTT_LR=0.005),
     "packed": dict(TTT_ENABLED=0, EVAL_STRIDE=0),
@@ -180,7 +180,7 @@ RECORDED = "        scoring.append((time.perf_counter() - before) / (end - begin
 LOOP_END = ("    rt.synchronize()\n    seconds = time.perf_counter() - started\n"
             "    if match:\n")
 NLL = """\
-        nll = self.kernels.now().nll(raw, targets_BT.flatten(), self.s.logit_softcap)
+        nll = self.kernels.now().nll(raw, targets_BN.flatten(), self.s.logit_softcap)
 """
 HEAD = "adapted(linear(x, self.tok_emb), x,"
 SHARPER = (HEAD, "getattr(self, 'sharpness', 1.0) * " + HEAD)
@@ -289,7 +289,7 @@ CHEATS = {
         "MatchModel(tokens, scorer", "MatchModel(np.roll(tokens, -1), scorer")),
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),
     "a bonus for the right token": (["2"], "−log p", (
-        NLL, "        right = F.one_hot(targets_BT.flatten(), raw.size(-1))\n"
+        NLL, "        right = F.one_hot(targets_BN.flatten(), raw.size(-1))\n"
         "        raw = raw + 0.1 * right\n" + NLL)),
     "the input shows the target": (["1"], "in int8 moves by", (
         "x = x0 = self.embed(tokens_BT)\n",

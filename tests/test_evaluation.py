@@ -13,7 +13,9 @@ from hypothesis import given, settings, strategies as st
 
 import train_gpt
 from conftest import environment, on_ranks
-from train_gpt import LedgerError, ScoreLedger, chunk_plan, stream_plan, sdpa, window_plan
+from train_gpt import LedgerError, ScoreLedger, chunk_plan, window_plan
+
+sdpa = train_gpt.attention_of(train_gpt.attention_kernel("sdpa"))
 
 
 # -- plans ----------------------------------------------------------------------------------------
@@ -30,13 +32,13 @@ def plans(draw):
 def test_every_target_is_in_one_window_and_every_window_in_one_chunk(plan, chunk):
     targets, length, stride = plan
     times = np.zeros(targets, int)
-    starts, firsts, _ = window_plan(*plan)
-    for w, (start, first) in enumerate(zip(starts.tolist(), firsts.tolist())):
-        assert 0 <= start <= first < start + length <= targets
-        assert w == 0 or first - start >= length - stride, "enough context before what is scored"
-        times[first: start + length] += 1
+    starts, firsts, lasts = window_plan(*plan)
+    for start, first, last in zip(starts.tolist(), firsts.tolist(), lasts.tolist()):
+        assert 0 <= start <= first < last <= start + length <= targets
+        assert first - start >= min(first, length - stride), "enough context before what is scored"
+        times[first:last] += 1
     assert (times == 1).all() and (np.diff(firsts) > 0).all()
-    assert len(starts) == 1 + math.ceil((targets - length) / stride)
+    assert len(starts) == math.ceil(targets / stride)
     chunks = chunk_plan(firsts, chunk)
     assert [w for begin, end in chunks for w in range(begin, end)] == list(range(len(firsts)))
     stretches = [{int(f) // chunk for f in firsts[begin:end]} for begin, end in chunks]
@@ -47,7 +49,7 @@ def test_every_target_is_in_one_window_and_every_window_in_one_chunk(plan, chunk
 @given(plans(), st.integers(1, 40))
 def test_every_target_is_in_one_pass_of_its_stream_and_streams_go_from_left_to_right(plan, streams):
     targets, length, stride = plan
-    start, first, last = (x.reshape(-1, streams) for x in stream_plan(*plan, streams))
+    start, first, last = (x.reshape(-1, streams) for x in window_plan(*plan, streams))
     assert (start >= 0).all() and (start <= first).all() and (start + length <= targets).all()
     assert ((first <= last) & (last - start <= length) & (last - first <= stride)).all()
     assert (first[1:] == last[:-1]).all() and (first[0, 1:] == last[-1, :-1]).all()
@@ -88,8 +90,9 @@ def test_every_target_gets_its_own_score_and_all_but_the_last_chunk_are_trained_
     rt, onlooker = train_gpt.Runtime(s), Onlooker(chunk_tokens=segment + chunk)
     rt.log = lambda line: None
 
-    def model(x, y, band=0):
-        assert band == 30 * banded and torch.equal(x + 1, y)
+    def model(x, y, band=0, at_BN=None):
+        assert band == 30 * banded and torch.equal((x if at_BN is None else x.gather(1, at_BN)) + 1, y)
+        assert y.size(1) == min(segment, targets), "no position is asked in vain"
         return y.float()
     tokens, plan = np.arange(targets + 1, dtype=np.uint16), (prefix + segment, segment, 30 * banded)
     table = SimpleNamespace(count=lambda tokens, first=0: len(tokens), source="")
@@ -101,7 +104,7 @@ def test_every_target_gets_its_own_score_and_all_but_the_last_chunk_are_trained_
     assert [first for first, *_ in onlooker.given] == [0, *ends[:-1]][:len(ends)]
     assert all(end < targets for end in ends)
     assert [c[2:] for c in onlooker.given] == [(i, count) for i in range(count - 1)]
-    assert result["tokens_read"] == length * (1 + math.ceil((targets - length) / segment))
+    assert result["tokens_read"] == length * math.ceil(targets / segment)
 
 
 # -- the ledger -----------------------------------------------------------------------------------
@@ -168,10 +171,10 @@ def world(tiny, rt=None, **variables):
                            byte_table=train_gpt.ByteTable(s))
 
 
-def run(w, tokens=None, adapter=None):
+def run(w, tokens=None, adapter=None, shape=None):
+    shape = shape or (w.s.ttt_shape if adapter else w.s.scoring_shape)
     return train_gpt.evaluate(w.model, w.tokens if tokens is None else tokens, w.byte_table, w.s,
-                              w.rt, "test", w.s.ttt_shape if adapter else w.s.scoring_shape,
-                              adapter)
+                              w.rt, "test", shape, adapter)
 
 
 def adapting(w):
@@ -215,50 +218,44 @@ def slow_adapter(w, clock, seconds):
     return adapter
 
 
-def windows_of(targets, length, stride, band=0):
-    """[(start, targets that count)]: the first window scores all of its targets, each later one
-    ends `stride` on, or at the end."""
-    length = min(length, targets)
-    out, done = [(0, list(range(length)))], length
-    while done < targets:
-        end = min(done + stride, targets)
-        out.append((end - length, list(range(done, end))))
-        done = end
-    return out
+def windows_of(targets, length, stride):
+    """[(start, targets that count)]: each window ends `stride` after the one before, the last one
+    at the end; it reads `length` tokens, at the beginning those that are there."""
+    ends = [min(first + stride, targets) for first in range(0, targets, stride)]
+    return [(max(end - length, 0), list(range(n * stride, end))) for n, end in enumerate(ends)]
 
 
 @torch.no_grad()
-def score_slowly(w, start, targets):
+def score_slowly(w, start, targets, length, band):
     """nll of these targets, by a forward over their window alone."""
-    length, _, band = w.s.scoring_shape
     row = torch.from_numpy(w.tokens[start: start + length + 1].astype(np.int64))
     logits = w.model.logits(row[None, :-1], band=band)[0].double()
     nll = torch.logsumexp(logits, 1) - logits.gather(1, row[1:, None])[:, 0]
     return {t: float(nll[t - start]) for t in targets}
 
 
-BANDED = dict(EVAL_ATTENTION="banded", EVAL_SEQ_LEN=16, EVAL_SEGMENT=40, EVAL_PREFIX=24)
-ONE_PASS = dict(EVAL_SEGMENT=5000, TTT_ENABLED=0)
-SCORING = {
-    "no overlap": dict(EVAL_STRIDE=32),
-    "long": dict(EVAL_SEQ_LEN=48, EVAL_STRIDE=20, EVAL_BATCH_SEQS=7),
-    "stride 1": dict(EVAL_STRIDE=1, EVAL_BATCH_SEQS=64, VAL_LIMIT_TOKENS=192), "banded": BANDED,
-    "short segments": dict(BANDED, EVAL_SEQ_LEN=32, EVAL_SEGMENT=7, EVAL_BATCH_SEQS=5,
-                           VAL_LIMIT_TOKENS=300),
-    "one pass": dict(BANDED, **ONE_PASS)}
+BANDED = dict(EVAL_ATTENTION="banded", EVAL_SEQ_LEN=16)
+ONE_PASS = dict(BANDED, EVAL_SEQ_LEN=400, TTT_ENABLED=0)
+SCORING = {  # settings and, if it is not theirs, the shape of a window
+    "no overlap": (dict(EVAL_STRIDE=32), None),
+    "long": (dict(EVAL_SEQ_LEN=48, EVAL_STRIDE=20, EVAL_BATCH_SEQS=7), None),
+    "stride 1": (dict(EVAL_STRIDE=1, EVAL_BATCH_SEQS=64, VAL_LIMIT_TOKENS=192), None),
+    "banded": (BANDED, None),
+    "short segments": (dict(BANDED, EVAL_BATCH_SEQS=5, VAL_LIMIT_TOKENS=300), (31, 7, 32)),
+    "one pass": (ONE_PASS, (9999, 9999, 16))}
 
 
-@pytest.mark.parametrize("variables", SCORING.values(), ids=SCORING)
-def test_scores_equal_one_forward_per_window_and_change_no_weight(tiny, variables):
+@pytest.mark.parametrize("variables, shape", SCORING.values(), ids=SCORING)
+def test_scores_equal_one_forward_per_window_and_change_no_weight(tiny, variables, shape):
     w = world(tiny, **variables)
-    before, (result, book) = weights(w), run(w)
-    slow = {}
-    for start, targets in windows_of(len(w.tokens) - 1, *w.s.scoring_shape):
-        slow.update(score_slowly(w, start, targets))
+    before, (result, book) = weights(w), run(w, shape=shape)
+    slow, (length, stride, band) = {}, shape or w.s.scoring_shape
+    for start, targets in windows_of(len(w.tokens) - 1, length, stride):
+        slow.update(score_slowly(w, start, targets, length, band))
     assert np.abs(book.nll - [slow[t] for t in range(len(book.nll))]).max() < 1e-5
     assert np.std(book.nll) > 0.1, "a model that says the same everywhere would prove nothing"
     assert result["targets"] == len(w.tokens) - 1 == len(book.nll)
-    assert np.array_equal(run(w)[1].nll, book.nll) and not changed(w, before)
+    assert np.array_equal(run(w, shape=shape)[1].nll, book.nll) and not changed(w, before)
 
 
 # -- banded attention -----------------------------------------------------------------------------
@@ -301,21 +298,20 @@ MIXES = {
 def test_a_token_reaches_as_far_as_the_bands_and_the_mixing_of_tokens(tiny, mixing, reach):
     """Each layer carries it window − 1 tokens on and one more by its keys, a hash of two tokens one
     more, the smear gate one. A prefix of that many tokens gives the scores of one pass."""
-    w = world(tiny, **BANDED | ONE_PASS | dict(EVAL_SEQ_LEN=4, EVAL_STRIDE=4), **mixing,
-              VAL_LIMIT_TOKENS=128)
-    base, far = run(w)[1].nll, []
+    w = world(tiny, **ONE_PASS, **mixing)
+    base, far = run(w, shape=(9999, 9999, 4))[1].nll, []
     for t in (20, 47, 70):
         flipped = w.tokens.copy()
         assert train_gpt.BOS not in flipped[t: t + 3], "it would stop the smear gate"
         flipped[t] = 4 + (int(flipped[t]) + 5) % 300
-        different = np.flatnonzero(run(w, flipped)[1].nll != base)
+        different = np.flatnonzero(run(w, flipped, shape=(9999, 9999, 4))[1].nll != base)
         assert different[0] == t - 1
         far.append(int(different[-1]) - t)
-    assert max(far) == w.s.num_layers * w.s.window + reach
-    one = run(world(tiny, **BANDED | ONE_PASS, **mixing))
+    assert max(far) == w.s.num_layers * 4 + reach
+    one = run(w, shape=(9999, 9999, 16))
     assert one[0]["tokens_read"] == one[0]["targets"], "one pass over everything"
     for prefix, equal in ((3 * 16 + reach, True), (8, False)):
-        segments = run(world(tiny, **BANDED | dict(EVAL_PREFIX=prefix), **mixing))
+        segments = run(w, shape=(prefix + 40, 40, 16))
         assert segments[0]["tokens_read"] > one[0]["targets"]
         difference = np.abs(segments[1].nll - one[1].nll).max()
         assert difference < 1e-5 if equal else difference > 1e-3
@@ -426,7 +422,7 @@ def test_guesses_are_mixed_in_by_what_they_were_worth_before(tiny, variables):
     if adapter:
         streams, shape = adapter.chunks(targets)["streams"], w.s.ttt_shape
         assert streams > 2
-        _, first, last = stream_plan(targets, *shape[:2], streams)
+        _, first, last = window_plan(targets, *shape[:2], streams)
         windows = [(n % streams, a, b, n // streams) for n, (a, b) in enumerate(zip(first, last))]
     else:
         windows = [(0, a, min(a + 512, targets), a) for a in range(0, targets, 512)]
@@ -513,7 +509,8 @@ def slow_optimizer(groups, s):
 def ttt_reference(w):
     """Score a chunk by a forward per window, then train on the rows whose targets it scored."""
     s, tokens, targets, nll, chunks = w.s, w.tokens, len(w.tokens) - 1, {}, {}
-    for start, scored in windows_of(targets, *s.scoring_shape):
+    length, stride, band = s.scoring_shape
+    for start, scored in windows_of(targets, length, stride):
         chunks.setdefault(scored[0] // s.ttt_chunk_tokens, []).append((start, scored))
     frozen = tuple(f"{part}.{i}." for part in ("blocks", "cores")
                    for i in range(s.ttt_freeze_blocks))
@@ -522,7 +519,7 @@ def ttt_reference(w):
     rates = {"up": s.ttt_fc_lr_mult, "down": s.ttt_proj_lr_mult}
     for c, windows in enumerate(chunks.values()):
         for start, scored in windows:
-            nll.update(score_slowly(w, start, scored))
+            nll.update(score_slowly(w, start, scored, length, band))
         if c + 1 == len(chunks):
             break
         low, high = windows[0][1][0], windows[-1][1][-1] + 1
@@ -557,9 +554,7 @@ TTT_CASES = {
     "muon": MUON,
     "no epochs": dict(TTT_EPOCHS=0), "one chunk": dict(TTT_CHUNK_TOKENS=5000),
     # Windows of 32 every 24 in chunks of 32: a chunk that scores 24 targets has no row.
-    "chunks without a row": dict(EVAL_STRIDE=24, TTT_CHUNK_TOKENS=32),
-    # 20 × 51 = 1,020 is inside the last window, which counts from 1,016 on: no window begins there.
-    "a stretch without a window": dict(EVAL_STRIDE=24, TTT_CHUNK_TOKENS=51, VAL_LIMIT_TOKENS=1024)}
+    "chunks without a row": dict(EVAL_STRIDE=24, TTT_CHUNK_TOKENS=32)}
 
 
 @pytest.mark.parametrize("variables", TTT_CASES.values(), ids=TTT_CASES)
@@ -781,7 +776,7 @@ def test_flipping_tokens_changes_no_earlier_score_bit_for_bit(tiny, variables):
 
 # -- the evaluations of an artifact ---------------------------------------------------------------
 
-@pytest.mark.parametrize("variables", [dict(), dict(BANDED, EVAL_SEQ_LEN=64)])
+@pytest.mark.parametrize("variables", [dict(), dict(BANDED, EVAL_SEQ_LEN=40)])
 def test_an_artifact_is_scored_plain_in_full_context_and_adapted(tiny, tmp_path, variables):
     """Each is evaluate() of its plan."""
     variables = dict(VAL_LIMIT_TOKENS=320, **variables)
@@ -791,7 +786,7 @@ def test_an_artifact_is_scored_plain_in_full_context_and_adapted(tiny, tmp_path,
     results, book = train_gpt.run_evaluations(w.model, w.model, path, w.s, w.rt, w.tokens,
                                               w.byte_table, None)
     label, (length, stride, band) = w.s.quant_label, w.s.scoring_shape
-    full, note = ("banded", f"segment:{stride} prefix:24") if band else ("sliding", "stride:8")
+    full, note = ("banded", f"segment:{stride} prefix:{length - stride}") if band else ("sliding", "stride:8")
     assert list(results) == [label, full, "ttt"]
     assert any(line.startswith(f"final_{label}_{full}") and f" {note} " in line for line in lines)
     fresh = world(tiny, **variables)
@@ -804,7 +799,7 @@ def test_an_artifact_is_scored_plain_in_full_context_and_adapted(tiny, tmp_path,
     rows = torch.from_numpy(w.tokens[None, :length + 1].astype(np.int64))
     with torch.no_grad():
         first = fresh.model(rows[:, :-1], rows[:, 1:], band=band)[0].numpy()
-    assert np.abs(book.nll[:length] - first).max() < 1e-5
+    assert np.abs(book.nll[:stride] - first[:stride]).max() < 1e-5
     assert np.abs(book.nll[-200:] - plain_book.nll[-200:]).max() > 1e-3
 
 
@@ -838,8 +833,8 @@ def test_a_plan_that_scores_a_target_twice_is_stopped(tiny, monkeypatch):
     """The published defect: tail windows that all end at N and score the last targets again."""
     honest = train_gpt.window_plan
 
-    def overlapping(targets, length, stride):
-        return [np.append(x, x[-1]) for x in honest(targets, length, stride)]
+    def overlapping(*plan):
+        return [np.append(x, x[-1]) for x in honest(*plan)]
     monkeypatch.setattr(train_gpt, "window_plan", overlapping)
     with pytest.raises(LedgerError):
         run(world(tiny, VAL_LIMIT_TOKENS=320))

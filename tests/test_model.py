@@ -11,10 +11,9 @@ from conftest import a_rank
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 import train_gpt
-from train_gpt import GPT, Settings, UserError, fake_quantize, init_weights, kind_of, sdpa
+from train_gpt import GPT, Settings, UserError, fake_quantize, init_weights, kind_of
 
-
-CPU = a_rank()
+CPU, sdpa = a_rank(), train_gpt.attention_of(train_gpt.attention_kernel("sdpa"))
 
 
 def randomized(s, seed=0, dtype=torch.float32):
@@ -566,6 +565,10 @@ def install(monkeypatch, module, function, attend):
     setattr(sys.modules[module], function, attend)
 
 
+def fa3():
+    return train_gpt.attention_of(train_gpt.attention_kernel("fa3"))
+
+
 def inputs_of(s):
     heads = s.num_heads, s.num_kv_heads, s.num_kv_heads
     return train_gpt.random_inputs(CPU, *((1, 256, count, s.head_dim) for count in heads))
@@ -574,7 +577,7 @@ def inputs_of(s):
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_flash_attention_is_rejected(tiny, monkeypatch, case):
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", WRONG[case])
-    assert train_gpt.why_unusable(train_gpt.attention_kernel("fa3"), sdpa, inputs_of(tiny()), CPU)
+    assert train_gpt.why_unusable(fa3(), sdpa, inputs_of(tiny()), CPU)
 
 
 @pytest.mark.parametrize("case", WRONG_IN_A_WINDOW)
@@ -597,8 +600,7 @@ def test_right_flash_attention_is_accepted(tiny, monkeypatch, result):
         assert causal is True and window_size[1] in (-1, 0)
         return result(sdpa(q, k, v, window_size[0] + 1))
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend)
-    fa3 = train_gpt.attention_kernel("fa3")
-    assert not train_gpt.why_unusable(fa3, sdpa, inputs_of(tiny()), CPU)
+    assert not train_gpt.why_unusable(fa3(), sdpa, inputs_of(tiny()), CPU)
 
 
 def varlen(q_NHE, k_NKE, v_NKE, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
@@ -622,10 +624,10 @@ def test_flash_attention_ends_at_documents_by_variable_lengths(tiny, monkeypatch
     starts = torch.zeros(3, 40, dtype=torch.bool)
     starts[0, 0] = starts[1, 9] = starts[2, 39] = True
     for window in (0, 7):
-        y = kernels.attend(q, k, v, window, starts)
+        y = kernels.attend(q, k, v, kernels.visible(q, window, starts))
         torch.testing.assert_close(y, sdpa(q, k, v, window, starts))
     many = torch.ones(3, 40, dtype=torch.bool)  # more than 64: joined inside of their rows
-    y = kernels.attend(q, k, v, 0, many)
+    y = kernels.attend(q, k, v, kernels.visible(q, 0, many))
     torch.testing.assert_close(y[0], sdpa(q, k, v, 0, many)[0])
     torch.testing.assert_close(y[2], sdpa(q, k, v)[2])
     whole = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, 256]))
@@ -657,14 +659,14 @@ def test_a_kernel_must_be_right_on_every_rank():
 
 def test_pytorchs_kernels_fall_back_on_others_unless_strict():
     q, k, v = (torch.randn(2, 24, heads, 8) for heads in (4, 2, 2))
-    attend = train_gpt.attention_kernel("cudnn")
+    attend, strict = (train_gpt.attention_of(train_gpt.attention_kernel("cudnn", strict))
+                      for strict in (False, True))
     for window in (0, 5):
         torch.testing.assert_close(attend(q, k, v, window), sdpa(q, k, v, window))
     with pytest.raises(RuntimeError):  # there is no such kernel here
-        train_gpt.attention_kernel("cudnn", strict=True)(q, k, v)
+        strict(q, k, v)
     starts = (torch.arange(24) % 7 == 3)[None]
-    for strict in (False, True):
-        y = train_gpt.attention_kernel("cudnn", strict)(q, k, v, 0, starts)
-        torch.testing.assert_close(y, sdpa(q, k, v, 0, starts))
+    for kernel in (attend, strict):
+        torch.testing.assert_close(kernel(q, k, v, 0, starts), sdpa(q, k, v, 0, starts))
 
 

@@ -25,7 +25,7 @@ import train_gpt as T  # noqa: E402
 def kernels(rt):
     """{name: function} of the kernels to try here; None where a package is missing."""
     names = [*T.ATTENTION, "sdpa"] if rt.device.type == "cuda" else ["flash", "sdpa"]
-    return {name: T.attention_kernel(name, strict=True) for name in names}
+    return {name: T.attention_of(T.attention_kernel(name, strict=True)) for name in names}
 
 
 def milliseconds(rt, work, repeats):
@@ -60,7 +60,7 @@ def line_of(name, attend, qkv, small, args, flops, rt):
     keys = min(args.window, 128)
     try:
         why = T.why_unusable(functools.partial(attend, band=keys),
-                             functools.partial(T.sdpa, band=keys), small, rt)
+                             functools.partial(kernels(rt)["sdpa"], band=keys), small, rt)
         forward, backward = measured(functools.partial(attend, band=args.window), qkv, rt,
                                      args.repeats)
     except Exception as problem:  # a kernel that does not run here is a line of the table

@@ -63,8 +63,7 @@ def opened(arguments, **changes):
 
 def plans(arguments, say):
     window = T.settings_of_artifact(arguments.artifact, {})[0].window
-    s, rt, model, table = opened(arguments, EVAL_ATTENTION="banded", EVAL_SEGMENT=str(8 * window),
-                                 EVAL_PREFIX=str(16 * window))
+    s, rt, model, table = opened(arguments, EVAL_SEQ_LEN=str(24 * window), EVAL_MATCH="0")
     tokens = T.load_validation(s)
     say(f"{len(tokens) - 1} validation targets, window {window}")
     say(f"{'plan':<44} {'bpb':>9} {'seconds':>8} {'tokens read':>12} {'tokens ÷':>9} {'time ÷':>7}")
@@ -74,7 +73,7 @@ def plans(arguments, say):
              for segment, prefix in ((2, 0), (2, 0.5), (2, 1), (2, 2), (8, 1), (8, 4), (8, 16))]
     first = None
     for name, plan in rows:
-        result = T.evaluate(model, tokens, table, s, rt, name, plan, kernels=model.kernels)[0]
+        result = T.evaluate(model, tokens, table, s, rt, name, plan)[0]
         first = first or result
         fewer, faster = (first[key] / result[key] for key in ("tokens_read", "seconds"))
         say(f"{name:<44} {result['val_bpb']:>9.5f} {result['seconds']:>8.1f} "
@@ -84,14 +83,14 @@ def plans(arguments, say):
 def adapted_score(arguments, changes, tokens, seconds):
     """(bpb before, bpb, seconds) of one variant from the artifact's weights, which scores and
     adapts within `seconds`."""
-    s, rt, model, table = opened(arguments, EVAL_ATTENTION="banded")
+    s, rt, model, table = opened(arguments, EVAL_ATTENTION="banded", EVAL_MATCH="0")
     if changes.get("ttt_params") == "tail":
         changes = dict(changes, ttt_freeze_blocks=s.num_layers - 2)
     s = replace(s, ttt_chunk_tokens=arguments.chunk, eval_wallclock_seconds=seconds, **changes)
     given = model, tokens, table, s, rt
-    before = T.evaluate(*given, "before", s.scoring_shape, kernels=model.kernels)[0]
+    before = T.evaluate(*given, "before", s.scoring_shape)[0]
     adapter, started = T.chosen_ttt(model, model, s, rt), time.perf_counter()
-    after = T.evaluate(*given, "ttt", s.ttt_shape, adapter, started, model.kernels)[0]
+    after = T.evaluate(*given, "ttt", s.ttt_shape, adapter, started)[0]
     return before["val_bpb"], after["val_bpb"], after["seconds"]
 
 

@@ -23,24 +23,24 @@ MEMORY = 0.80 * 3.35e12    # bytes/s
 LAUNCH = 6e-6              # s of the host for a kernel of a compiled graph
 LINKS = 350e9              # bytes/s of a sum over ranks
 UPDATE_PASSES = 25         # times that a step reads or writes all numbers of a stream's adapters
-# Of forward and backward for 48 × 2,048 tokens of the default with its late passes
-# (traffic_sm90.md); a forward pass is taken as a third. Gradients of weights are counted also where
-# adapters need none.
-LAUNCHES, BYTES = 508, 85.80e9 / (48 * 2048)
+# (launches, bytes a token) of a pass of the default with its late passes (traffic_sm90.md): of
+# scoring with adapters, of their gradients, of the gradients of weights.
+SCORING, ADAPTING, TRAINING = ((346, 28.78e9 / (32 * 2080)), (478, 49.81e9 / (122 * 544)),
+                               (508, 85.80e9 / (48 * 2048)))
 
 
-def seconds_of(s, tokens, passes, keys, backward):
-    """(seconds, GPU seconds) of one rank for `tokens` in so many passes, `keys` seen by a query."""
+def seconds_of(s, tokens, heads, passes, keys, kind):
+    """(seconds, GPU seconds) of one rank for `tokens` in so many passes, `keys` seen by a query;
+    `heads`: of how many of them logits are computed."""
     shapes, order = train_gpt.parameter_shapes(s), train_gpt.pass_list(s, late=True)
     core = sum(math.prod(shape) for name, shape in shapes.items()
                if name.startswith("cores.0.") and len(shape) == 2)
-    factor = 3 if backward else 1
-    products = 2 * (core * len(order) + s.vocab_size * s.model_dim) * tokens * factor
-    attention = 4 * keys * s.model_dim * len(order) * tokens * (3.5 if backward else 1)
-    work = (products / PRODUCTS + attention / ATTENTION
-            + BYTES * tokens * (1 if backward else 1 / 3) / MEMORY)
-    host = passes * LAUNCHES * LAUNCH * (1 if backward else 1 / 3)
-    return max(work, host), work
+    factor = {SCORING: 1, ADAPTING: 2, TRAINING: 3}[kind]
+    products = 2 * (core * len(order) * tokens + s.vocab_size * s.model_dim * heads) * factor
+    attention = 4 * keys * s.model_dim * len(order) * tokens * (1 if kind == SCORING else 3.5)
+    launches, size = kind
+    work = products / PRODUCTS + attention / ATTENTION + size * tokens / MEMORY
+    return max(work, passes * launches * LAUNCH), work
 
 
 def parts(s):
@@ -51,7 +51,7 @@ def parts(s):
 
     def scored(length, stride, keys):
         tokens = mine * length / stride
-        return tokens * RANKS, *seconds_of(s, tokens, tokens / (batch * length), keys, False)
+        return tokens * RANKS, *seconds_of(s, tokens, mine, tokens / (batch * length), keys, SCORING)
 
     yield "plain", *scored(s.window, s.window, s.window / 2)
     yield "full context", *scored(length, stride, band or s.window / 2)
@@ -62,7 +62,7 @@ def parts(s):
     if s.ttt_lora_rank:  # forward again, and the gradients of activations and adapters alone
         length = min(length, s.window // 4 + stride)
         tokens = mine * length / stride
-        busy, work = seconds_of(s, tokens, tokens / (batch * s.window), length / 2, True)
+        busy, work = seconds_of(s, tokens, mine, tokens / (batch * s.window), length / 2, ADAPTING)
         sites = [(s.model_dim, s.model_dim)] * 2 * len(train_gpt.pass_list(s, late=True))
         numbers = s.ttt_lora_rank * sum(map(sum, [*sites, (s.vocab_size, s.model_dim)]))
         # Of each stream's adapters and their state, once per step: each stream takes a step.
@@ -73,7 +73,8 @@ def parts(s):
     epochs = s.ttt_epochs if s.ttt_epochs >= 0 else 10
     steps = targets / chunk * epochs
     counts = sum(train_gpt.parameter_counts(s).values())
-    busy, work = seconds_of(s, mine * epochs, steps, s.train_seq_len / 2, True)
+    trained = mine * epochs
+    busy, work = seconds_of(s, trained, trained, steps, s.train_seq_len / 2, TRAINING)
     update = steps * (4 * counts / LINKS * 2 + 5 * 4 * counts / MEMORY)
     yield "adapting of TTT", targets * epochs, busy + update, work + update
 
@@ -85,8 +86,9 @@ def main():
                  f"{', '.join(map(str, TARGETS))} alone; choose such a preset")
     print(f"assumed: products {PRODUCTS / 1e12:.0f} TFLOP/s, attention {ATTENTION / 1e12:.0f}, "
           f"memory {MEMORY / 1e12:.2f} TB/s, {LAUNCH * 1e6:.0f} us a launch, links "
-          f"{LINKS / 1e9:.0f} GB/s; {LAUNCHES} launches and {BYTES / 1e3:.0f} kB a token forward "
-          "and backward, a third of it forward")
+          f"{LINKS / 1e9:.0f} GB/s; launches and kB a token: " + ", ".join(
+              f"{name} {launches} and {size / 1e3:.0f}" for name, (launches, size) in dict(
+                  scoring=SCORING, adapting=ADAPTING, training=TRAINING).items()))
     print("| part | tokens, millions | seconds | of it the GPU works |\n|---|---|---|---|")
     total = 0.0
     for name, tokens, seconds, work in parts(s):
