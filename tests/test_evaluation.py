@@ -577,7 +577,7 @@ def lora_reference(w, initial):
     streams, all moves since the document began go down the new gradients, else it falls."""
     s, tokens, targets = w.s, torch.from_numpy(w.tokens.astype(np.int64)), len(w.tokens) - 1
     length, stride, band = s.ttt_shape
-    reach = min(length, s.window // 4 + stride)  # of a row to train on
+    reach = min(length, s.window // 2 + stride)  # of a row to train on
     count = max(1, min(s.ttt_batch_seqs, targets // (16 * length)))
     ends = [targets * (n + 1) // count for n in range(count)]
     streams = [SimpleNamespace(at=begin, end=end, rate=s.ttt_lr, steps=0,

@@ -99,7 +99,7 @@ def test_a_file_with_foreign_line_ends_is_read():
     (dict(GPTQ_LITE=1), "quant_clip", "row"),
     (dict(VAL_BATCH_SIZE=65536), "eval_batch_seqs", 4),
     (dict(VAL_BATCH_SIZE=65536, EVAL_BATCH_SEQS=8), "eval_batch_seqs", 8),
-    (dict(TTT_PERLAYER_LR=0, TTT_LORA_RANK=32), "ttt_fc_lr_mult", 1.0)])
+    (dict(TTT_PERLAYER_LR=0, TTT_LORA_RANK=64), "ttt_fc_lr_mult", 1.0)])
 def test_published_names_stand_for_ours(environ, name, value):
     assert resolved(**environ)[0] == {**DEFAULTS, name: value}
 
@@ -126,7 +126,7 @@ def test_the_order_of_variables_decides_nothing():
 
 
 def test_a_published_name_that_nothing_reads_passes_at_its_published_value_alone():
-    assert resolved(TTT_LORA_RANK=32, **UNREAD)[0] == DEFAULTS, "some imply TTT_LORA_RANK=0"
+    assert resolved(TTT_LORA_RANK=64, **UNREAD)[0] == DEFAULTS, "some imply TTT_LORA_RANK=0"
     for line in problems(**dict.fromkeys(UNREAD, "7")):
         assert line.endswith("=7: nothing here reads it: unset it")
     published = dict(BETA1="0.9", ROPE_BASE="10000.0", GPTQ_RESERVE_SECONDS="0.0")

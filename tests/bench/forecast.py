@@ -60,7 +60,7 @@ def parts(s):
     length, stride, band = s.ttt_shape
     yield "scoring of TTT", *scored(length, stride, band or s.window / 2)
     if s.ttt_lora_rank:  # forward again, and the gradients of activations and adapters alone
-        length = min(length, s.window // 4 + stride)
+        length = min(length, s.window // 2 + stride)
         tokens = mine * length / stride
         busy, work = seconds_of(s, tokens, mine, tokens / (batch * s.window), length / 2, ADAPTING)
         sites = [(s.model_dim, s.model_dim)] * 2 * len(train_gpt.pass_list(s, late=True))
