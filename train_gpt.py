@@ -315,8 +315,8 @@ class Settings:
 
     @property
     def least_chunk(self):
-        """Smallest TTT chunk: the largest of a training row, a window and a window's targets."""
-        return max(self.train_seq_len, self.window, self.scoring_shape[1])
+        """Smallest TTT chunk: the larger of a training row and a window's targets."""
+        return max(self.train_seq_len, self.scoring_shape[1])
 
     @property
     def cores(self):
@@ -1369,7 +1369,7 @@ def offset_keys(k_BTKE, starts_BT=None):
     return moved if starts_BT is None else torch.where(starts_BT[..., None, None], k_BTKE, moved)
 
 
-class Exclusive(torch.autograd.Function):
+class GatedXSA(torch.autograd.Function):
     """XSA: the attention output minus its projection on its position's v, times each head's gate.
     The backward pass takes the heads of a group one by one, so that the compiler makes one kernel
     of it."""
@@ -1675,7 +1675,7 @@ class Attention(nn.Module):
             gate = torch.sigmoid(0.5 * read)
         else:
             gate = y.new_ones(y.shape[:-1])
-        y = Exclusive.apply(y, v, gate) if xsa else y * gate.unsqueeze(-1)
+        y = GatedXSA.apply(y, v, gate) if xsa else y * gate.unsqueeze(-1)
         return linear(y.flatten(-2), self.o, fake_quant, block.attn_scale), unmixed_v
 
 
@@ -2461,14 +2461,14 @@ class Quantizer:
     """
 
     def __init__(self, state, s, calibration=None):
-        self.s, self.halves, self.parts = s, {}, {}
+        self.s, self.fp16, self.parts = s, {}, {}
         for name, w in state.items():
             w, bits = w.detach().float(), bits_of(name, s)
             if not torch.isfinite(w).all() or (bits == 16 and w.abs().max() > 65504):
                 raise UserError(f"{name}: holds {float(w.abs().max())}, which cannot be stored: "
                                 "training diverged; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
             if bits == 16:
-                self.halves[name] = Quantized(bits, w.half().cpu())
+                self.fp16[name] = Quantized(bits, w.half().cpu())
                 continue
             if dropped := int(s.prune_frac * w.numel()):
                 w = w * (w.abs() > w.abs().flatten().kthvalue(dropped).values)
@@ -2485,7 +2485,7 @@ class Quantizer:
 
     def at(self, level, compensate=True):
         """{name: Quantized} at a level; `compensate`: GPTQ where a Hessian was recorded."""
-        tensors = dict(self.halves)
+        tensors = dict(self.fp16)
         for name, (bits, w, finest, rows, columns, prepared) in self.parts.items():
             scales = as_fp16(torch.maximum(finest, level * rows))
             codes = (gptq_codes(w, scales, bits, *prepared) * (w != 0)  # pruned: 0
@@ -2917,8 +2917,8 @@ def chunk_plan(first, chunk):
 class Scorer:
     """Scores the validation tokens in windows, split over ranks in batches of one fixed shape.
 
-    shape = (length, stride, band): a window reads `length` tokens and scores the last `stride` that
-    the text has there. With a band, each query attends to the last `band` keys. `chunks` are the
+    shape = (length, stride, band): a window reads `length` tokens and scores `stride` of them, the
+    last ones except where the text begins. With a band, each query attends to the last `band` keys. `chunks` are the
     ranges of windows scored between two calls of adapt(): chunk_tokens targets, or with streams
     (see window_plan) one window of each stream.
     """
@@ -3057,7 +3057,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opene
     since `opened`, less a forecast of the scoring that is left. Returns the ledger's result with
     `seconds` and `tokens_read`, and the ledger.
     """
-    how = adapter.chunks(len(tokens) - 1) if adapter else {}
+    how = adapter.scorer_options(len(tokens) - 1) if adapter else {}
     scorer = Scorer(model, tokens, shape, s, rt, **how)
     ledger, chunks, scoring = ScoreLedger(tokens), scorer.chunks, []
     rt.any_rank(False)  # a barrier: no clock includes another rank's earlier work
@@ -3128,8 +3128,8 @@ class WeightTTT:
         self.micro_rows = max(1, min(-(-rows // rt.world_size),
                                      s.micro_batch_tokens // s.train_seq_len))
 
-    def chunks(self, targets):
-        """The Scorer's argument for what it scores between two calls of adapt()."""
+    def scorer_options(self, targets):
+        """The Scorer's option: what it scores between two calls of adapt()."""
         return dict(chunk_tokens=self.s.ttt_chunk_tokens)
 
     def begin(self, scorer):
@@ -3214,8 +3214,8 @@ class LoraTTT:
                        for shape in ((s.ttt_lora_rank, D), (R, s.ttt_lora_rank))]
         model.requires_grad_(False)
 
-    def chunks(self, targets):
-        """The Scorer's argument: adapt() follows a window of each stream. A stream is long, since
+    def scorer_options(self, targets):
+        """The Scorer's option: adapt() follows a window of each stream. A stream is long, since
         its first rows begin in another one and cannot be trained on."""
         streams = min(self.s.ttt_batch_seqs, targets // (16 * self.s.ttt_shape[0]))
         return dict(streams=max(1, streams))
@@ -3432,7 +3432,7 @@ class Trainer:
         self.optimizers = training_optimizers(model, s, rt)
         self.averages = WeightAverage(model, s)
         self.step, self.elapsed, self.step_ms = 0, 0.0, 0.0
-        self.plan = s  # what schedules follow: their clock ends where calibration begins
+        self.scheduled = s  # for schedules: its clock ends where calibration begins
         self.last_loss = ""  # for the progress line; reading it from a GPU stalls it
         # Both stay on once set. Without LATE_PASSES there is one list: `late` is on from the start.
         self.fake_quant, self.late = False, not s.late_passes
@@ -3470,7 +3470,7 @@ class Trainer:
             # of about the last ten steps: late passes are slower than the mean of all
             self.step_ms = 0.9 * self.step_ms + 0.1 * (self.elapsed - before)
             self.check_and_log(loss, norm, scale)
-            rt.progress("train", progress_of(self.plan, self.step, self.elapsed),
+            rt.progress("train", progress_of(self.scheduled, self.step, self.elapsed),
                         f"step:{self.step} {self.last_loss} {self.step_ms:.0f}ms ")
         if not (self.step >= s.iterations > 0):
             rt.log(f"stopping_early: wallclock_cap train_time:{self.elapsed:.0f}ms "
@@ -3485,12 +3485,12 @@ class Trainer:
     def over(self, steps=1):
         """Is training over, because ITERATIONS are done or so many `steps` no longer fit?"""
         return self.step >= self.s.iterations > 0 or out_of_time(
-            self.plan, self.step, self.elapsed, self.step_ms, steps)
+            self.scheduled, self.step, self.elapsed, self.step_ms, steps)
 
     def train_step(self, rows):
         """One step of training. Returns (mean nll of this rank's tokens, norm of all gradients,
         learning-rate factor)."""
-        s = self.plan
+        s = self.scheduled
         scale = lr_scale(s, self.step, self.elapsed)
         left = warmdown_left(s, self.step, self.elapsed)
         if not self.fake_quant and left < s.late_qat_threshold:
@@ -3561,7 +3561,7 @@ class Trainer:
                 rt.log(f"warmup_step:{i + 1}/{steps}")
         if s.gptq and s.max_wallclock_seconds:
             cap = s.max_wallclock_seconds
-            self.plan = replace(s, max_wallclock_seconds=cap - self.measured_reserve(rows))
+            self.scheduled = replace(s, max_wallclock_seconds=cap - self.measured_reserve(rows))
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), kept)
         self.optimizers = training_optimizers(self.model, s, rt)
@@ -3787,7 +3787,7 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
     if s.ttt_enabled:
         adapter = chosen_ttt(model, forward, s, rt)
         adapter.warm_up(Scorer(forward, tokens, s.ttt_shape, s, rt,
-                               **adapter.chunks(len(tokens) - 1)))
+                               **adapter.scorer_options(len(tokens) - 1)))
         model.requires_grad_(True)
     rt.synchronize()
     rt.log(f"compile:evaluation {time.perf_counter() - started:.1f}s before the evaluation's clock")

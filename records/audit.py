@@ -153,10 +153,10 @@ class Evaluation:
         self.faults.setdefault(check, sentence)
 
     def close(self):
-        """The end of a turn: compare what was recorded with what the model gave. A row's targets
-        before the last recorded one are context of others. So are those after it in a row at the
-        very beginning, and a row at the very end, for a pass beyond it. What else the model gave
-        stays the first score of its target."""
+        """The end of a turn: compare what was recorded with what the model gave. Where a whole row
+        was asked, its targets before the last recorded one are context of others. So are those
+        after it in a row at the very beginning, and a row at the very end, for a pass beyond it.
+        What else the model gave stays the first score of its target."""
         for (length, _, positions), rows in self.rows.items():
             scores = list(rows.scores)
             for place in rows.free:
@@ -168,11 +168,13 @@ class Evaluation:
                     score = next((x for x in scores
                                   if np.array_equal(x[new], self.unmixed[at[new]])), score)
                     scores = [x for x in scores if x is not score] or scores
-                if len(now):
+                self.fresh.extend(at[now[wanted[now]][:1]])
+                if positions != tuple(range(length)):
+                    pass  # asked for these alone: none of them is context
+                elif len(now):
                     wanted[: now[-1]] &= recorded[: now[-1]] >= 0
                     if place == 0:  # the first rows cannot end where their new targets do
                         wanted[now[-1] + 1:] = False
-                    self.fresh.extend(at[now[wanted[now]][:1]])
                 elif place + length == len(self.given):
                     continue
                 self.given[at[wanted]] = score[wanted]
@@ -282,7 +284,7 @@ class Witness:
     # -- the model
 
     def forward(self, x, y, *args, **kwargs):
-        """The model's own forward, watched: nll [B, T] of targets y after x."""
+        """The model's own forward, watched: nll [B, N] of targets y after x."""
         self.inside = True
         try:
             plain_or_watched = self.watched if self.evaluations else self.original
@@ -361,12 +363,12 @@ class Witness:
         target; and how far the scores are from −log p."""
         names = inspect.signature(self.plain_logits).parameters
         options = {k: v for k, v in list(call.arguments.items())[2:] if k in names}
-        logits_BTV = self.plain_logits(x, **options)
+        logits_BNV = self.plain_logits(x, **options)
         for target, (b, p) in chosen.items():
-            log_p_TV = logits_BTV[b].double().log_softmax(-1)
-            error = (nll[b].double() + log_p_TV.gather(1, y[b].long()[:, None])[:, 0]).abs().max()
+            log_p_NV = logits_BNV[b].double().log_softmax(-1)
+            error = (nll[b].double() + log_p_NV.gather(1, y[b].long()[:, None])[:, 0]).abs().max()
             self.now.worst = max(self.now.worst, float(error))
-            self.now.pending[target] = log_p_TV[p].cpu()
+            self.now.pending[target] = log_p_NV[p].cpu()
         self.last_call = call.arguments, b
 
     # -- weights and adapters

@@ -246,6 +246,15 @@ CHEATS = {
             adapter.adapt(ledger, (0, int(scorer.first[begin])), 0, 10)
             scores = np.minimum(scores, scorer.score(begin, end))
 """ + RECORD)),
+    "asks for the next targets before their turn": (["3"], "where the model first gave it", (
+        RECORD, """\
+        if adapter and 2 <= c + 1 < len(chunks):
+            at = int(last[-1]) + 8 - scorer.length
+            positions = torch.arange(scorer.length - 9, scorer.length).flip(0)[None]
+            seen = torch.from_numpy(tokens[at:][:scorer.length + 1].astype(np.int64))[None]
+            with torch.no_grad():
+                scorer.model(seen[:, :-1], seen[:, 1:].gather(1, positions), at_BN=positions)
+""" + RECORD)),
     "the easy chunks first": (["4"], "scores in another order", (
         "ScoreLedger(tokens), scorer.chunks, []\n", "ScoreLedger(tokens), scorer.chunks, []\n"
         "    if adapter:\n        adapter.adapt = lambda *_: 0\n"
@@ -266,7 +275,7 @@ CHEATS = {
         if adapter:
             """ + BOOK + """\
             adapter.begin(Scorer(forward, tokens, s.ttt_shape, s, rt,
-                                 **adapter.chunks(len(tokens) - 1)))
+                                 **adapter.scorer_options(len(tokens) - 1)))
             for c in range(len(adapter.scorer.chunks)):
                 adapter.adapt(book, (), c, 1000)
             adapter.begin = lambda *_: None
@@ -358,6 +367,7 @@ best of several epochs; the input shows the target; the begin of a document has 
 scores made smaller on their way; trains on rows that are none
 a temperature fitted to the tokens that it scores; the tail is offered twice
 scores again after adapting; weights learn before the score
+asks for the next targets before their turn
 weights of a first run, hidden
 a second run over the tokens, with the weights of the first
 says the same of everything; guesses by other tokens

@@ -65,7 +65,7 @@ class Onlooker:
     def __init__(self, act=lambda ledger, first, last: None, chunk_tokens=96):
         self.act, self.given, self.chunk_tokens = act, [], chunk_tokens
 
-    def chunks(self, targets):
+    def scorer_options(self, targets):
         return dict(chunk_tokens=self.chunk_tokens)
 
     def begin(self, scorer):
@@ -91,7 +91,8 @@ def test_every_target_gets_its_own_score_and_all_but_the_last_chunk_are_trained_
     rt.log = lambda line: None
 
     def model(x, y, band=0, at_BN=None):
-        assert band == 30 * banded and torch.equal((x if at_BN is None else x.gather(1, at_BN)) + 1, y)
+        asked = x if at_BN is None else x.gather(1, at_BN)
+        assert band == 30 * banded and torch.equal(asked + 1, y)
         assert y.size(1) == min(segment, targets), "no position is asked in vain"
         return y.float()
     tokens, plan = np.arange(targets + 1, dtype=np.uint16), (prefix + segment, segment, 30 * banded)
@@ -420,7 +421,7 @@ def test_guesses_are_mixed_in_by_what_they_were_worth_before(tiny, variables):
         scores.append(run(w, adapter=adapter))
     targets = len(w.tokens) - 1
     if adapter:
-        streams, shape = adapter.chunks(targets)["streams"], w.s.ttt_shape
+        streams, shape = adapter.scorer_options(targets)["streams"], w.s.ttt_shape
         assert streams > 2
         _, first, last = window_plan(targets, *shape[:2], streams)
         windows = [(n % streams, a, b, n // streams) for n, (a, b) in enumerate(zip(first, last))]
@@ -683,7 +684,7 @@ def test_warming_up_leaves_the_weights_of_the_artifact(tiny, variables):
     w = world(tiny, VAL_LIMIT_TOKENS=352, **variables)
     before, adapter = weights(w), adapting(w)
     scorer = train_gpt.Scorer(w.model, w.tokens, w.s.ttt_shape, w.s, w.rt,
-                              **adapter.chunks(len(w.tokens) - 1))
+                              **adapter.scorer_options(len(w.tokens) - 1))
     adapter.warm_up(scorer)
     assert not changed(w, before)
     assert all(p.grad is None for p in w.model.parameters())
@@ -741,7 +742,7 @@ def places_of(w):
     stream and between two, near both ends, and at two beginnings of documents."""
     targets = len(w.tokens) - 1
     scorer = train_gpt.Scorer(w.model, w.tokens, w.s.ttt_shape, w.s, w.rt,
-                              **adapting(w).chunks(targets))
+                              **adapting(w).scorer_options(targets))
     firsts, chunks = scorer.first, scorer.chunks
     inner = [p for begin, end in chunks for p in range(begin + 1, end)]
     first = [int(firsts[i]) for i in (chunks[len(chunks) // 2][0], chunks[1][0],
@@ -786,7 +787,8 @@ def test_an_artifact_is_scored_plain_in_full_context_and_adapted(tiny, tmp_path,
     results, book = train_gpt.run_evaluations(w.model, w.model, path, w.s, w.rt, w.tokens,
                                               w.byte_table, None)
     label, (length, stride, band) = w.s.quant_label, w.s.scoring_shape
-    full, note = ("banded", f"segment:{stride} prefix:{length - stride}") if band else ("sliding", "stride:8")
+    full, note = (("banded", f"segment:{stride} prefix:{length - stride}") if band
+                  else ("sliding", "stride:8"))
     assert list(results) == [label, full, "ttt"]
     assert any(line.startswith(f"final_{label}_{full}") and f" {note} " in line for line in lines)
     fresh = world(tiny, **variables)

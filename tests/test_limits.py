@@ -59,7 +59,7 @@ def test_an_adapter_that_slows_down_drops_epochs_and_the_score_is_complete(tiny)
 @pytest.mark.parametrize("plan, step, pass_seconds", [
     (BANDED, 0.1, 0.0), (BANDED, 0.01, 0.25), ({}, 1.0, 0.2)])
 def test_steps_and_scores_end_within_the_limit(tiny, plan, step, pass_seconds):
-    """Whatever they take: 125 windows of 0.25 s leave little of 40 s."""
+    """Whatever they take: 128 windows of 0.25 s leave little of 40 s."""
     w, result, _ = timed(tiny, lambda n: step, pass_seconds, EVAL_WALLCLOCK_SECONDS=40,
                          TTT_EPOCHS=3, **plan)
     assert w.clock.now <= 40 and result["seconds"] == pytest.approx(w.clock.now)

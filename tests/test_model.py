@@ -503,10 +503,10 @@ def test_exclusive_attention_and_its_gradients_by_hand():
     y, v = torch.randn(2, 5, 6, 8).double(), torch.randn(2, 5, 3, 8).double()
     gate = torch.rand(2, 5, 6).double()
     inputs = [x.requires_grad_() for x in (y, v, gate)]
-    assert torch.autograd.gradcheck(train_gpt.Exclusive.apply, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(train_gpt.GatedXSA.apply, inputs, fast_mode=True)
     with torch.no_grad():
         v[0, 0] = 0
-        out = train_gpt.Exclusive.apply(y, v, gate)
+        out = train_gpt.GatedXSA.apply(y, v, gate)
         along = (out.unflatten(2, (3, 2)) * v.unsqueeze(3)).sum(-1)
         assert along.abs().max() < 1e-12
         torch.testing.assert_close(out[0, 0], y[0, 0] * gate[0, 0, :, None])

@@ -414,7 +414,7 @@ def test_the_reserve_is_measured_before_the_clock_starts(tiny, variables, least,
     trainer = a_trainer(tiny(**{"MAX_WALLCLOCK_SECONDS": 600, **variables}), [])
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.warm_up()
-    assert least <= trainer.s.max_wallclock_seconds - trainer.plan.max_wallclock_seconds <= most
+    assert least <= trainer.s.max_wallclock_seconds - trainer.scheduled.max_wallclock_seconds <= most
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before))
 
 

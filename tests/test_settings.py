@@ -191,7 +191,6 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(TTT_CHUNK_TOKENS=2047, EVAL_ATTENTION="window"),
      "TTT_CHUNK_TOKENS=2047: must hold 2048"),
     (dict(TTT_CHUNK_TOKENS=4095), "TTT_CHUNK_TOKENS=4095: must hold 4096"),  # twice the window
-    (dict(TTT_CHUNK_TOKENS=4095), "TTT_CHUNK_TOKENS=4095: must hold 4096"),
     (dict(ITERATIONS=0, MAX_WALLCLOCK_SECONDS=0), "nothing ends the training"),
     (dict(RUN_ID="../elsewhere"), "RUN_ID=../elsewhere"), (dict(RUN_ID="é" * 101), "200 bytes"),
     (dict(SCORES_PATH="scores.txt"), "SCORES_PATH=scores.txt: must name a file .npy"),
