@@ -2918,9 +2918,9 @@ class Scorer:
     """Scores the validation tokens in windows, split over ranks in batches of one fixed shape.
 
     shape = (length, stride, band): a window reads `length` tokens and scores `stride` of them, the
-    last ones except where the text begins. With a band, each query attends to the last `band` keys. `chunks` are the
-    ranges of windows scored between two calls of adapt(): chunk_tokens targets, or with streams
-    (see window_plan) one window of each stream.
+    last ones except where the text begins. With a band, each query attends to the last `band` keys.
+    `chunks` are the ranges of windows scored between two calls of adapt(): chunk_tokens targets, or
+    with streams (see window_plan) one window of each stream.
     """
 
     def __init__(self, model, tokens, shape, s, rt, chunk_tokens=1 << 22, streams=0):

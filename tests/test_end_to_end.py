@@ -15,6 +15,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import train_gpt
+from bench import evaluator
 from bench.fuzz import put_together, taken_apart
 from conftest import TINY, environment, left, on_ranks, run_main
 
@@ -395,6 +396,17 @@ def test_the_compiled_run_equals_the_eager_one(run_script, tmp_path):
     for kind in KINDS:
         assert runs[1].result["val_loss"][kind] == pytest.approx(runs[0].result["val_loss"][kind],
                                                                  abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["plans", "ttt", "match"])
+def test_the_bench_of_the_evaluator_scores_an_artifact(trained, corpus, monkeypatch, capsys, what):
+    monkeypatch.setattr(sys, "argv", [
+        "evaluator.py", what, str(trained.artifact), "--data", str(corpus.folder), "--tokenizer",
+        str(corpus.model), "--targets", "256", "--seconds", "1", "--chunk", "128"])
+    evaluator.main()
+    last = [float(x) for x in re.findall(r"\d\.\d{4,}", capsys.readouterr().out.splitlines()[-1])]
+    assert last and 0 < last[0] < 20
 
 
 # -- the budget

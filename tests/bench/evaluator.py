@@ -63,7 +63,8 @@ def opened(arguments, **changes):
 
 def plans(arguments, say):
     window = T.settings_of_artifact(arguments.artifact, {})[0].window
-    s, rt, model, table = opened(arguments, EVAL_SEQ_LEN=str(24 * window), EVAL_MATCH="0")
+    s, rt, model, table = opened(arguments, EVAL_SEQ_LEN=str(24 * window), EVAL_MATCH="0",
+                                 TTT_ENABLED="0")
     s = replace(s, eval_seq_len=window)  # the model has rotary tables for the longest plan
     tokens = T.load_validation(s)
     say(f"{len(tokens) - 1} validation targets, window {window}")

@@ -51,7 +51,8 @@ def parts(s):
 
     def scored(length, stride, keys):
         tokens = mine * length / stride
-        return tokens * RANKS, *seconds_of(s, tokens, mine, tokens / (batch * length), keys, SCORING)
+        passes = tokens / (batch * length)
+        return tokens * RANKS, *seconds_of(s, tokens, mine, passes, keys, SCORING)
 
     yield "plain", *scored(s.window, s.window, s.window / 2)
     yield "full context", *scored(length, stride, band or s.window / 2)
