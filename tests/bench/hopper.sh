@@ -55,5 +55,5 @@ run 110 steps "${FULL[@]}" ITERATIONS=$STEPS TRAIN_LOG_EVERY=10 GPTQ=0 TTT_ENABL
 mkdir -p "$OUT/targets"  # training text: validation has too little of it to time an evaluation
 ln -sf "$PWD/data/datasets/$NAME/fineweb_train_000000.bin" "$OUT/targets/fineweb_val_000000.bin"
 part 90 evaluation "${DATA[@]}" DATA_PATH="$OUT/targets" RUN_ID=evaluation OUT_DIR="$OUT/evaluation" EVAL_ONLY="$OUT/steps/final_model.ptz" \
-    VAL_LIMIT_TOKENS=$TARGETS TTT_ENABLED=1 "$PYTHON" train_gpt.py
+    VAL_LIMIT_TOKENS=$TARGETS TTT_ENABLED=1 EVAL_STRIDE=32 "$PYTHON" train_gpt.py  # `steps` had neither
 run 60 warm_start "${FULL[@]}" ITERATIONS=2 GPTQ=0 TTT_ENABLED=0 EVAL_STRIDE=0 VAL_LIMIT_TOKENS=16384
