@@ -3274,8 +3274,8 @@ class LoraTTT:
                               for end in last.tolist()]).to(rt.device)
             new = torch.from_numpy(last - first).to(rt.device)[:, None]
             new = torch.arange(scorer.stride, 0, -1, device=rt.device) <= new
-            ends = new & (rows[:, -scorer.stride:] == BOS)  # after the last BOS they are trained on
-            new &= ends.flip(1).cumsum(1).flip(1) == 0
+            ends = new & (rows[:, -scorer.stride:] == BOS)
+            new &= ends.flip(1).cumsum(1).flip(1) == 0  # what follows the last BOS is trained on
             kept = ~ends.any(1, keepdim=True)
             with torch.no_grad():
                 self.params.copy_(torch.where(kept, self.params, self.initial))
