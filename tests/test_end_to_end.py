@@ -5,6 +5,8 @@ import functools
 import hashlib
 import os
 import re
+import shutil
+import subprocess
 import sys
 import time
 from dataclasses import fields
@@ -17,7 +19,7 @@ from torch._dynamo.testing import CompileCounter
 import train_gpt
 from bench import evaluator
 from bench.fuzz import put_together, taken_apart
-from conftest import TINY, environment, left, on_ranks, run_main
+from conftest import SCRIPT, TINY, clean_environ, environment, left, on_ranks, run_main
 
 # A run in which everything happens: validation on the way, SWA, EMA, late fake quantization.
 EVERYTHING = dict(ITERATIONS=10, WARMDOWN_ITERS=8, VAL_LOSS_EVERY=4, SWA_ENABLED=1, SWA_EVERY=1,
@@ -407,6 +409,23 @@ def test_the_bench_of_the_evaluator_scores_an_artifact(trained, corpus, monkeypa
     evaluator.main()
     last = [float(x) for x in re.findall(r"\d\.\d{4,}", capsys.readouterr().out.splitlines()[-1])]
     assert last and 0 < last[0] < 20
+
+
+@pytest.mark.slow
+def test_every_part_of_the_first_run_on_a_hopper_runs_small_on_a_cpu(tmp_path):
+    """But for attention of windows at full size, which is stopped by its time, as meant."""
+    for part in ("train_gpt.py", "data", "tests/bench"):
+        source, target = SCRIPT.parent / part, tmp_path / part
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("datasets", "results"))
+        else:
+            shutil.copy(source, target)
+    environ = {**clean_environ(), "PYTHON": sys.executable, "LIMIT": "400"}
+    done = subprocess.run(["bash", tmp_path / "tests/bench/hopper.sh", tmp_path / "logs"],
+                          env=environ, capture_output=True, text=True)
+    ends = dict(re.findall(r"^(\w+): (done|ended with status \d+) at", done.stdout, re.M))
+    assert ends.pop("attention_banded") and set(ends.values()) == {"done"}, done.stdout[-3000:]
+    assert len(ends) == 6
 
 
 # -- the budget
