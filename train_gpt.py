@@ -261,8 +261,8 @@ class Settings:
         # tokens scored per sliding window or per adapter step; 0: plain scoring only
     # To score each token once, windows with stride 64 read it 32 times, banded segments 1.5.
     eval_attention: Literal["banded", "window"] = "banded"
-        # window: windows with stride EVAL_STRIDE; banded: segments of 2 × EVAL_SEQ_LEN tokens after
-        # half as many of context, in which a query sees the last EVAL_SEQ_LEN keys
+        # window: windows with stride EVAL_STRIDE; banded: segments of 2 × EVAL_SEQ_LEN tokens, each
+        # after EVAL_SEQ_LEN tokens of context; a query sees the last EVAL_SEQ_LEN keys
     # −0.058 with 1 M weights, on 331,264 official targets; a strong model gains less.
     eval_match: Flag = 1
         # mix in guesses by the longest match in the text before, where windows overlap
