@@ -52,7 +52,7 @@ from typing import Annotated, Literal
 
 LAUNCHED = time.perf_counter()  # before torch is imported, which takes seconds
 # OpenMP reads GOMP_SPINCOUNT when torch is imported. By default a waiting thread spins: on busy
-# cores, two threads did 3 demo steps without this limit and 38 with it in the same time.
+# cores, two threads are twelve times faster with this limit.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
@@ -68,7 +68,7 @@ try:  # optional packages; a broken one counts as missing
     import triton
     import triton.language as tl
 except Exception:
-    triton = tl = sys.modules["triton"] = None  # PyTorch's import fails, too
+    triton = tl = sys.modules["triton"] = None  # PyTorch must not import a broken one, either
 try:
     import zstandard
 except Exception:
@@ -119,9 +119,10 @@ def block_list(text, count):
 class Settings:
     """Every setting, resolved and checked; each is read from the variable of its name in capitals.
 
-    Types hold choices or bounds, comments the help text. The defaults are the model of record
-    #1855 (#: a pull request of the challenge), with changes that measured better. A figure such as
-    −0.002 is a published change in bits per byte; with "4 × 128" (blocks × width), measured here.
+    The type holds the choices or bounds; the comment is the help text. The defaults are the model
+    of record #1855 (#: a pull request of the challenge), with changes that measured better. A
+    figure such as −0.002 is a change in bits per byte: published, or measured by us where the
+    model is small, such as 4 × 128 (blocks × width).
     """
     # == Run
     preset: str = ""  # row of the preset table to start from
@@ -163,16 +164,16 @@ class Settings:
     rope_dims: Count = 16  # channels of a head that rotate (16: −0.0023 with LN_SCALE); 0: all
     rope_ntk_reference: Count = 0  # tokens; longer rows raise the rotary base; 0: off
     # −0.043 at 400 steps of 4 × 128, one seed; not in the records.
-    key_offset: Flag = 1  # a key's channels from ROPE_DIMS on come from the token before
+    key_offset: Flag = 1  # take a key's channels that do not rotate from the token before
     ln_scale: Flag = 1  # norm outputs of block i × 1/√(i+1)
-    xsa_last_n: Count = 11  # last blocks that use exclusive self-attention: −0.0017; 0: off
+    xsa_last_n: Count = 11  # last weight sets with exclusive self-attention: −0.0017; 0: off
     # −0.015 and −0.016 at 600 steps of 4 × 128 with rows of 1,024 tokens, two seeds.
     doc_attention: Flag = 1  # attention and the key offset end where a document begins (#1530)
     # Depth recurrence (#1394, #1493): late in training, blocks run in another order.
     late_passes: str = "auto"
         # blocks and ranges of blocks, in the order they run; auto: 0-5,3-5,3-5,6-10 for 11
         # blocks, scaled to NUM_LAYERS; empty: the order stays
-    late_passes_from: Fraction = 0.35  # of the clock or of ITERATIONS, whichever is reached first
+    late_passes_from: Fraction = 0.35  # fraction of the run (clock or ITERATIONS) at the switch
     parallel: Literal["0", "one", "lanes"] = "lanes"
         # blocks from PARALLEL_FROM on: one: attention and MLP read the same input (#1493); lanes:
         # two residual streams with learned routing (#1529)
@@ -180,7 +181,9 @@ class Settings:
     unet_skips: Literal["0", "1", "gated"] = "gated"
         # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
     # −0.005 to −0.018 at 600 steps of 4 × 128, three seeds; speedrun #81: 65 of 1,480 steps.
-    mudd: Flag = 1  # mix earlier outputs, by token, into the last block's input and the output
+    mudd: Flag = 1
+        # mix earlier outputs, by token, into the last block's input and the output; with lanes,
+        # into its attention's input
     # Value 1 mixes across documents, a known mistake; bos closes the gate at document starts.
     smear_gate: Literal["0", "1", "bos", "embed"] = "embed"
         # mix in the previous token; bos: not at BOS; embed: as bos, before the norm (#1667)
@@ -219,10 +222,10 @@ class Settings:
     max_wallclock_seconds: Amount = 600.0  # training clock; 0: ITERATIONS alone decides
     warmup_steps: Count = 20  # on random tokens before the clock; then weights are restored
     warmdown_iters: Count = 3500  # steps of linear decay of the learning rate, see WARMDOWN_FRAC
-    warmdown_frac: Fraction = 0.85  # fraction of the run, used instead; 0: WARMDOWN_ITERS
-    lr_floor: Fraction = 0.1  # last lr over the full lr
+    warmdown_frac: Fraction = 0.85  # the decay as a fraction of the run; 0: use WARMDOWN_ITERS
+    lr_floor: Fraction = 0.1  # final learning rate over the peak
     ema_enabled: Flag = 1  # average the weights exponentially (−0.0006)
-    ema_decay: Decay = 0.0  # per step; 0: 0.6 × EMA over 1/21 of the run + 0.4 × last weights
+    ema_decay: Decay = 0.0  # per step; 0: 0.6 × EMA over 1/21 of the run so far + 0.4 × last
     swa_enabled: Flag = 0  # average snapshots late in the warmdown; with EMA: the mean of both
     swa_every: Positive = 50  # steps between snapshots
     late_qat_threshold: Amount = 0.0
@@ -231,7 +234,7 @@ class Settings:
     train_log_every: Positive = 500  # steps between log lines after step 10
 
     # == Quantizer and artifact
-    attn_bits: Bits = 8  # code range of attention matrices, not their stored size; 16: fp16
+    attn_bits: Bits = 8  # of a code of attention matrices; fewer are stored; 16: fp16
     mlp_bits: Bits = 8  # of MLP matrices
     embed_bits: Bits = 8  # of token and value embedding tables
     bigram_bits: Bits = 8  # of the bigram table
@@ -263,11 +266,11 @@ class Settings:
     eval_attention: Literal["banded", "window"] = "banded"
         # window: windows with stride EVAL_STRIDE; banded: segments of 2 × EVAL_SEQ_LEN tokens, each
         # after EVAL_SEQ_LEN tokens of context; a query sees the last EVAL_SEQ_LEN keys
-    # −0.058 with 1 M weights, on 331,264 official targets; a strong model gains less.
+    # −0.069 in the demo; a strong model gains less.
     eval_match: Flag = 1
         # mix in guesses by the longest match in the text before, where windows overlap
     eval_wallclock_seconds: Amount = 600.0  # since opening the artifact; caps TTT; 0: no limit
-    eval_batch_seqs: Positive = 32  # windows per rank and batch
+    eval_batch_seqs: Positive = 32  # EVAL_SEQ_LEN × this: tokens of a rank's scoring batch
     ttt_enabled: Flag = 1  # score-first test-time training
     # LoRA per document: −0.002 to −0.004 (#1530). Weights per chunk: −0.0021 to −0.0033 (#549).
     ttt_lora_rank: Count = 64
@@ -295,23 +298,23 @@ class Settings:
         return int(self.mlp_mult * self.model_dim)
 
     @property
-    def window(self):
-        """Tokens of a scoring window."""
+    def context(self):
+        """Tokens that a query may see in scoring."""
         return self.eval_seq_len or self.train_seq_len
 
     @property
     def scoring_shape(self):
         """(tokens read, tokens scored, keys a query sees or 0 for all) of a scoring window."""
         if self.eval_attention == "banded" and self.eval_stride:
-            return 3 * self.window, 2 * self.window, self.window
-        return self.window, self.eval_stride, 0
+            return 3 * self.context, 2 * self.context, self.context
+        return self.context, self.eval_stride, 0
 
     @property
     def ttt_shape(self):
         """The scoring_shape of TTT; adapters score EVAL_STRIDE targets at a time."""
         if not self.ttt_lora_rank or not self.scoring_shape[2]:
             return self.scoring_shape
-        return self.window + self.eval_stride, self.eval_stride, self.window
+        return self.context + self.eval_stride, self.eval_stride, self.context
 
     @property
     def least_chunk(self):
@@ -345,83 +348,76 @@ class Settings:
 
 BOS = 1  # begins every document, with every tokenizer of the challenge and of data/
 
-# The best settings for a vocabulary of 1,024 pieces and 27 M weights, with this quantizer.
-_SP1024 = dict(
+PRESETS = {}  # a row holds what differs from the defaults, or from the row it begins with
+# Our settings for a vocabulary of 1,024 pieces and 27 M weights, with this quantizer.
+PRESETS["sp1024"] = dict(
     data_path="./data/datasets/fineweb10B_sp1024", vocab_size=1024,
     tokenizer_path="./data/tokenizers/fineweb_1024_bpe.model", mlp_mult=3.0, qk_gain_init=4.0,
     rope_ntk_reference=1024, late_passes="", parallel="0", unet_skips="1", smear_gate="bos",
     bigram_vocab_size=2048, ve_layers="9,10", gated_attention="head", matrix_lr=0.025,
     scalar_lr=0.025, tied_embed_lr=0.035, muon_wd=0.04, adam_wd=0.04, embed_wd=-1.0,
     muon_momentum=0.99, beta2=0.95, warmdown_frac=0.0, late_qat_threshold=0.15)
-# Common base of the earlier records (#414); records/README.md lists our differences.
-_PR414 = dict(
-    _SP1024, train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, key_offset=0,
+# For two CPU cores: short rows and small steps. Such rows seldom hold two documents.
+PRESETS["laptop"] = dict(
+    PRESETS["sp1024"], doc_attention=0, train_seq_len=256, train_batch_tokens=4096,
+    micro_batch_tokens=4096, model_dim=128, num_heads=4, num_kv_heads=2, rope_ntk_reference=0,
+    bigram_dim=64, ve_dim=64, warmup_steps=2, warmdown_iters=1000, muon_momentum=0.95,
+    muon_momentum_warmup_steps=300, val_loss_every=0, train_log_every=50,
+    max_wallclock_seconds=900.0)
+PRESETS["demo"] = dict(
+    PRESETS["laptop"], data_path="./data/datasets/demo", run_id="demo",
+    tokenizer_path="./data/tokenizers/demo_1024_bpe.model", train_batch_tokens=2048, num_layers=3,
+    xsa_last_n=3, ve_layers="1,2", bigram_vocab_size=8192, max_wallclock_seconds=170.0,
+    warmdown_iters=800, muon_momentum_warmup_steps=100)
+# The base of the earlier records; records/README.md lists our differences.
+PRESETS["pr414"] = dict(
+    PRESETS["sp1024"], train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, key_offset=0,
     doc_attention=0, xsa_last_n=4, smear_gate="1", value_residual="0", gated_attention="0",
     muon_coefficients="classic", lr_floor=0.0, ema_decay=0.997, swa_enabled=1, quant_fit="scale",
     quant_clip="row", codec="lzma", gptq=0, attn_bits=6, mlp_bits=6, proj_bits=16,
     eval_attention="window", eval_stride=64, eval_match=0, ttt_enabled=0, muon_row_norm=0,
     muon_head_pairs=0, mudd=0, ttt_lora_rank=0, ttt_lr=0.002, ttt_chunk_tokens=32768)
-_PR549 = dict(_PR414, leaky_slope=0.5, bigram_vocab_size=1536, proj_optimizer="adamw",
-              ttt_enabled=1)
-# For two CPU cores: short rows and small steps. Such rows seldom hold two documents.
-_SMALL = dict(
-    _SP1024, doc_attention=0, train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096,
-    model_dim=128, num_heads=4, num_kv_heads=2, rope_ntk_reference=0, bigram_dim=64, ve_dim=64,
-    warmup_steps=2, warmdown_iters=1000, muon_momentum=0.95, muon_momentum_warmup_steps=300,
-    val_loss_every=0, train_log_every=50)
-# The record line, newest first: each row lists what differs from the newer record above it.
-# Here #1855 has no CaseOps and no low-rank correction of its weights.
-_PR1855 = dict(
+PRESETS["pr549"] = dict(PRESETS["pr414"], leaky_slope=0.5, bigram_vocab_size=1536,
+                        proj_optimizer="adamw", ttt_enabled=1)
+PRESETS["pr1092"] = dict(PRESETS["pr549"], leaky_slope=0.75, bigram_vocab_size=2048, xsa_last_n=11,
+                         max_wallclock_seconds=580.0, ttt_lr=0.03)
+PRESETS["pr657"] = dict(PRESETS["pr414"], leaky_slope=0.5, value_residual="sigmoid")
+PRESETS["pr490"] = dict(
+    PRESETS["pr414"], leaky_slope=0.5, value_residual="pair", gated_attention="head", xsa_last_n=0,
+    rope_dims=0, ln_scale=0, ve_layers="", bigram_vocab_size=4096, swa_enabled=0, iterations=9000,
+    warmdown_iters=1200, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
+    muon_momentum_warmup_steps=500, late_qat_threshold=0.0, gptq=1, prune_frac=0.02,
+    val_loss_every=1000, train_log_every=200, ttt_enabled=1, ttt_optimizer="adamw",
+    ttt_params="tail", ttt_freeze_blocks=9, ttt_lr=1e-4, ttt_chunk_tokens=131072)
+PRESETS["pr537"] = dict(
+    PRESETS["pr414"], leaky_slope=0.5, unique_layers=10, seed=42, iterations=5200,
+    warmdown_iters=3000, adam_wd=0.01, ema_enabled=0, late_qat_threshold=0.1, mlp_bits=5,
+    bigram_bits=6, proj_bits=6, fp16_keep_name_patterns="tok_emb,cores.2.attn.k", quant_clip="max",
+    prune_frac=0.03, codec="zstd", val_loss_every=500, train_log_every=100, ttt_enabled=1,
+    ttt_epochs=30, ttt_freeze_blocks=2, ttt_proj_lr_mult=3.0, ttt_fc_lr_mult=0.5,
+    ttt_intra_cosine=1)
+# The record line, newest first: each row lists what differs from the newer record above it. Here
+# #1855 lacks CaseOps, the low-rank correction of its weights and the global phases of its TTT.
+PRESETS["pr1855"] = dict(
     key_offset=0, mudd=0, value_residual="0", muon_head_pairs=0, ema_decay=0.9965,
     quant_fit="scale", quant_clip="std", attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=16,
     mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0, gptq_act_order=1,
     gptq_batches=2, eval_attention="window", eval_stride=48, eval_match=0, ttt_lora_rank=80,
     ttt_lr=1.8e-4)
-_PR1493 = dict(
-    _PR1855, doc_attention=0, parallel="one", parallel_from=7, smear_gate="0",
+PRESETS["pr1493"] = dict(
+    PRESETS["pr1855"], doc_attention=0, parallel="one", parallel_from=7, smear_gate="0",
     gated_attention="0", muon_coefficients="classic", qk_gain_init=5.25, matrix_lr=0.022,
     muon_momentum=0.99, beta2=0.95, warmdown_frac=0.72, lr_floor=0.0, mlp_clip_sigmas=12.85,
     attn_clip_sigmas=12.85, embed_bits=8, embed_clip_sigmas=20.0, gptq_batches=8, eval_stride=64,
     ttt_lora_rank=0, ttt_lr=0.005, ttt_chunk_tokens=32768)
-_PR1394 = dict(
-    _PR1493, late_passes="0-5,4-5,4-5,6-10", late_passes_from=0.5, parallel="0", qk_gain_init=4.0,
-    matrix_lr=0.02, muon_wd=0.085, ema_decay=0.997, warmdown_frac=0.667, ttt_enabled=0)
-_PR1218 = dict(
-    _PR1394, data_path="./data/datasets/fineweb10B_sp4096", vocab_size=4096,
+PRESETS["pr1394"] = dict(
+    PRESETS["pr1493"], late_passes="0-5,4-5,4-5,6-10", late_passes_from=0.5, parallel="0",
+    qk_gain_init=4.0, matrix_lr=0.02, muon_wd=0.085, ema_decay=0.997, warmdown_frac=0.667,
+    ttt_enabled=0)
+PRESETS["pr1218"] = dict(
+    PRESETS["pr1394"], data_path="./data/datasets/fineweb10B_sp4096", vocab_size=4096,
     tokenizer_path="./data/tokenizers/fineweb_4096_bpe.model", ve_layers="9,10", late_passes="",
     muon_row_norm=0, quant_clip="row", quant_step_floor=0.03226)
-PRESETS = {  # a row holds only what differs from the defaults, or from the row it begins with
-    "demo": dict(
-        _SMALL, data_path="./data/datasets/demo", run_id="demo",
-        tokenizer_path="./data/tokenizers/demo_1024_bpe.model", train_batch_tokens=2048,
-        num_layers=3, xsa_last_n=3, ve_layers="1,2", bigram_vocab_size=8192,
-        max_wallclock_seconds=170.0, warmdown_iters=800, muon_momentum_warmup_steps=100),
-    "laptop": dict(_SMALL, max_wallclock_seconds=900.0),
-    "sp1024": _SP1024,
-    "pr414": _PR414,
-    "pr549": _PR549,
-    "pr1092": dict(_PR549, leaky_slope=0.75, bigram_vocab_size=2048, xsa_last_n=11,
-                   max_wallclock_seconds=580.0, ttt_lr=0.03),
-    "pr657": dict(_PR414, leaky_slope=0.5, value_residual="sigmoid"),
-    "pr490": dict(
-        _PR414, leaky_slope=0.5, value_residual="pair", gated_attention="head", xsa_last_n=0,
-        rope_dims=0, ln_scale=0, ve_layers="", bigram_vocab_size=4096, swa_enabled=0,
-        iterations=9000, warmdown_iters=1200, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-        muon_momentum_warmup_steps=500, late_qat_threshold=0.0, gptq=1, prune_frac=0.02,
-        val_loss_every=1000, train_log_every=200, ttt_enabled=1, ttt_optimizer="adamw",
-        ttt_params="tail", ttt_freeze_blocks=9, ttt_lr=1e-4, ttt_chunk_tokens=131072),
-    "pr1218": _PR1218,
-    "pr1394": _PR1394,
-    "pr1493": _PR1493,
-    "pr1855": _PR1855,
-    "pr537": dict(
-        _PR414, leaky_slope=0.5, unique_layers=10, seed=42, iterations=5200, warmdown_iters=3000,
-        adam_wd=0.01, ema_enabled=0, late_qat_threshold=0.1, mlp_bits=5, bigram_bits=6,
-        proj_bits=6, fp16_keep_name_patterns="tok_emb,cores.2.attn.k", quant_clip="max",
-        prune_frac=0.03, codec="zstd", val_loss_every=500, train_log_every=100, ttt_enabled=1,
-        ttt_epochs=30, ttt_freeze_blocks=2, ttt_proj_lr_mult=3.0, ttt_fc_lr_mult=0.5,
-        ttt_intra_cosine=1),
-}
 
 # Published name → our name, or {value: our settings}. Where two aliases set the same setting, the
 # value 0 wins. Our own name always wins over an alias.
@@ -485,7 +481,7 @@ def type_text(name):
     if typing.get_origin(declared) is Literal:
         return "one of " + ", ".join(str(c) or "(empty)" for c in declared.__args__)
     low, high = declared.__metadata__
-    return f"{low} to {high}" if isinstance(low, int) else f"{low:g} to {high:g}"
+    return f"{low:g} to {high:g}" if high < 1e18 else f"at least {low:g}"
 
 
 def plain_text(text):
@@ -567,8 +563,8 @@ def rules(s, world_size):
          f"{rows} rows on {world_size} ranks; start a number of processes that divides the rows"),
         (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN",
          "must hold a row; raise it"),
-        (s.scoring_shape[2] or s.eval_stride <= s.window, "EVAL_STRIDE",
-         f"exceeds the scoring window of {s.window} tokens; lower it"),
+        (s.scoring_shape[2] or s.eval_stride <= s.context, "EVAL_STRIDE",
+         f"exceeds the scoring window of {s.context} tokens; lower it"),
         (not s.ttt_enabled or s.eval_stride, "TTT_ENABLED EVAL_STRIDE",
          "TTT scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
         (not s.ttt_enabled or s.ttt_lora_rank or s.ttt_chunk_tokens == 0
@@ -606,7 +602,7 @@ def translated(environ):
     problems = list(near_misses(environ))
     for name in (n for n in ALIASES if n in environ):
         text, meaning = plain_text(environ[name]), ALIASES[name]
-        text = text.removesuffix(".0")  # published commands write 10000 and 10000.0
+        text = re.sub(r"(?<=\d)\.0$", "", text)  # published commands write 10000 and 10000.0
         try:
             stands_for = (meaning(text) if callable(meaning) else meaning[text]
                           if isinstance(meaning, dict) else {meaning: text})
@@ -740,19 +736,23 @@ class Runtime:
         """Start sum_(x)."""
         return self._started(x, dist.all_reduce, x)
 
+    # torch 2.13 has these names and warns of the older ones.
+    REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
     def reduce_scatter(self, x):
         """Start a sum over ranks of x [n·W, ...]; each rank gets its n rows."""
         mine = x.tensor_split(self.world_size)[self.rank]
         if self.device.type == "cpu":  # gloo had no reduce-scatter until torch 2.13
             return self._started(mine, dist.all_reduce, x)
         out = torch.empty_like(mine) if self.world_size > 1 else mine
-        return self._started(out, dist.reduce_scatter_tensor, out, x)
+        return self._started(out, Runtime.REDUCE_SCATTER, out, x)
 
     def all_gather(self, x):
         """Start to gather every rank's x [n, ...] as [n·W, ...]."""
         x = x.contiguous()
         out = x.new_empty(x.size(0) * self.world_size, *x.shape[1:]) if self.world_size > 1 else x
-        return self._started(out, dist.all_gather_into_tensor, out, x)
+        return self._started(out, Runtime.ALL_GATHER, out, x)
 
     def _started(self, out, collective, *tensors):
         work = collective(*tensors, async_op=True) if self.world_size > 1 else None
@@ -770,14 +770,15 @@ class Runtime:
     # -- signals and device
 
     def on_signal(self, number=0, frame=None):
-        """End the run. While training, only note the first signal: the run ends after the step."""
+        """End the run. While training or packing, only note the first signal: the run ends after
+        the step, with its state saved, or after packing."""
         if not self.training or self.signal:
             raise KeyboardInterrupt("interrupted; the same command with RESUME=auto goes on from "
                                     "what is saved")
         self.signal = number
 
     def training_is_over(self):
-        """A signal noted on any rank ends the run now; a later signal ends it at once."""
+        """Raise KeyboardInterrupt if any rank noted a signal; a later signal raises it at once."""
         self.training = False
         if self.any_rank(self.signal):
             self.on_signal()
@@ -856,8 +857,8 @@ def printed(line, stream, end="\n"):
 
 
 class StepClock:
-    """Milliseconds of training on rank 0: all ranks use the same learning rate and stop at the
-    same step. `interrupted`: a rank has noted a signal."""
+    """The training clock. All ranks read rank 0's, so they use the same learning rate and stop at
+    the same step. `interrupted`: a rank has noted a signal."""
 
     def __init__(self, rt, spent_ms=0.0):
         self.rt, self.events, self.interrupted = rt, [], False
@@ -1027,7 +1028,8 @@ def batches_of(stream, rt, rows_per_step, step=0, ahead=4):
 
 
 def load_validation(s):
-    """Validation tokens, uint16 [⌊(N−1)/T⌋·T + 1], N those on disk. Raises UserError."""
+    """Validation tokens, uint16 [⌊(N−1)/T⌋·T + 1], N those on disk, at most VAL_LIMIT_TOKENS + 1.
+    Raises UserError."""
     paths = shard_paths(s, "val")
     parts = [np.asarray(open_shard(p)) for p in paths]
     for path, part in zip(paths, parts):
@@ -1036,7 +1038,7 @@ def load_validation(s):
     tokens = np.concatenate(parts)
     if s.val_limit_tokens:
         tokens = tokens[: s.val_limit_tokens + 1]
-    need = -(-s.window // s.train_seq_len) * s.train_seq_len
+    need = -(-s.context // s.train_seq_len) * s.train_seq_len
     if len(tokens) <= need:
         raise UserError(f"{paths[0].parent}: {len(tokens)} validation tokens, a row needs {need} + "
                         "1; shorten TRAIN_SEQ_LEN and EVAL_SEQ_LEN, raise VAL_LIMIT_TOKENS, or "
@@ -1145,10 +1147,10 @@ class ByteTable:
                                 f"or the shard is damaged: of {total} tokens {same} are what this "
                                 f"tokenizer makes of the text that they decode to; {GET_DATA}")
 
-    def count(self, tokens, first=0):
-        """Bytes of the targets tokens[1:]; `first`: index of the first in the validation set."""
+    def count(self, tokens):
+        """Bytes of the targets tokens[1:], where tokens are the first of the validation set."""
         if self.byte_counts is not None:
-            return int(self.byte_counts[first + 1: first + len(tokens)].sum(dtype=np.int64))
+            return int(self.byte_counts[1: len(tokens)].sum(dtype=np.int64))
         before, target = tokens[:-1], tokens[1:]
         spaces = np.count_nonzero(self.space[target] & ~self.boundary[before])
         return int(self.base[target].sum() + spaces)
@@ -1168,7 +1170,7 @@ def rms_norm(x):
 
 def scaled_rms_norm(x_BTHE, gain_H):
     """gain·rms_norm(x). The gain multiplies the reciprocal norm, not the result: its gradient is
-    then a sum over [N, H] numbers, not over [N, H, E]."""
+    then a sum of B·T·H numbers, not of B·T·H·E."""
     x32 = x_BTHE.to(torch.promote_types(x_BTHE.dtype, torch.float32))
     factor = gain_H * (x32.square().mean(-1) + torch.finfo(torch.float32).eps).rsqrt()
     return (x32 * factor.unsqueeze(-1)).to(x_BTHE.dtype)
@@ -1178,9 +1180,9 @@ def code_limit(bits):
     return 2 ** (bits - 1) - 1
 
 
-def fake_quantize(w_RC, bits=6):
-    """w rounded to `bits`, one scale per row, from its maximum; straight-through gradient."""
-    limit = code_limit(bits)
+def fake_quantize(w_RC):
+    """w rounded to int6, one scale per row, from its maximum; straight-through gradient."""
+    limit = code_limit(6)
     w32 = w_RC.detach().float()
     scale = (w32.abs().amax(dim=1, keepdim=True) / limit).clamp_min(torch.finfo(torch.float32).tiny)
     rounded = (w32 / scale).round().clamp(-limit, limit) * scale
@@ -1357,7 +1359,7 @@ def rotate(x_BTHE, cos, sin, change=None):
     half, T = cos.size(-1), x_BTHE.size(1)
     cos, sin = (t[:T, None].to(x_BTHE.dtype) for t in (cos, sin))
     x1, x2, rest = x_BTHE.split([half, half, x_BTHE.size(-1) - 2 * half], dim=-1)
-    rest = rest if change is None else change(rest)  # torch 2.11 cannot trace a partial's truth
+    rest = rest if change is None else change(rest)  # 2.11 cannot compile `if` of a partial
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
@@ -1395,7 +1397,7 @@ class GatedXSA(torch.autograd.Function):
             d_along = (d * v).sum(-1, keepdim=True) / v_square
             dy.append(d - d_along * v)
             dv = dv - y_along * d - d_along * (rest - y_along * v)
-        dv = dv.as_strided(dv.shape, dv.stride())  # the compiler stores it and computes it once
+        dv = dv.as_strided(dv.shape, dv.stride())  # not fused: else each reader recomputes it
         return torch.stack(dy, 3).flatten(2, 3), dv, torch.stack(dgate, 3).flatten(2)
 
 
@@ -1425,10 +1427,10 @@ def sdpa(q_BTHE, k_BTKE, v_BTKE, mask=None):
 
 
 def cumulative_lengths(starts_BT):
-    """Where rows and documents start in the flat batch [B·T], padded with B·T to a fixed length,
-    int32, for variable-length kernels. It has room for a document in 256 tokens, at least for 64:
-    further ones are joined, within their rows. Text of FineWeb has one in 800. FlashAttention 3
-    starts blocks of threads for each, also for empty ones: room for many takes time.
+    """Where rows and documents start in the flat batch [B·T], int32, for variable-length kernels,
+    padded with B·T to a fixed length: the rows and max(64, B·T/256) documents. If a batch has more,
+    the last of them are joined within their rows. FineWeb has a document in 800 tokens.
+    FlashAttention 3 starts blocks of threads even for the padding: more room takes time.
     """
     B, T = starts_BT.shape
     position = torch.arange(B * T, device=starts_BT.device)
@@ -1446,8 +1448,8 @@ ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
 def attention_kernel(name, strict=False):
     """(attend, visible) for `name`: a package's (None if missing), PyTorch's, or sdpa's for any
     other name. If a PyTorch kernel refuses an input, the next in `order` takes it; the last, MATH,
-    stores all attention scores. strict: without a mask there is no next one, with one MATH is left
-    out."""
+    stores all attention scores. strict, to test a kernel: without a mask no other may take the
+    input; with a mask, all but MATH."""
     kernel = ATTENTION.get(name)
     if kernel is None:
         return sdpa, visible_mask
@@ -1545,7 +1547,7 @@ def choose_kernels(s, rt):
     starts = torch.arange(N, device=rt.device)[None] % 100 == 50 if s.doc_attention else None
 
     def as_used(kernel):
-        bands, attend = (0, 128) if s.scoring_shape[2] else (0,), attention_of(kernel)
+        attend, bands = attention_of(kernel), [0, 128] if s.scoring_shape[2] else [0]
         return attend and (lambda *qkv: torch.cat([attend(*qkv, band, starts) for band in bands]))
 
     # For documents packages come first: PyTorch's kernels would read a mask [B, T, T].
@@ -1603,10 +1605,11 @@ def pass_list(s, late=False):
     half, passes = len(order) // 2, []
     first_parallel = s.parallel_from or round(8 * s.num_layers / 11)
     for position, block in enumerate(order):
-        core, row, skips = block % s.cores, position - half, s.unet_skips != "0"
-        parallel = block >= first_parallel and (row >= 0 or s.parallel == "one")
+        core, skips, late_half = block % s.cores, s.unet_skips != "0", position >= half
+        parallel = block >= first_parallel and (late_half or s.parallel == "one")
         passes.append(Pass(
-            block, core, push=skips and row < 0, skip=row if skips and 0 <= row < half else None,
+            block, core, push=skips and not late_half,
+            skip=position - half if skips and half <= position < 2 * half else None,
             xsa=core >= s.cores - s.xsa_last_n, form=s.parallel if parallel else "0"))
     return passes
 
@@ -1807,7 +1810,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():  # gradient: mean over a core's blocks, as in #537
             if name.startswith("cores.") and (uses := core_uses(name, s)) > 1:
                 p.register_hook(lambda grad, uses=uses: grad / uses)
-        longest = max(s.train_seq_len, s.window, s.scoring_shape[0], s.ttt_shape[0])
+        longest = max(s.train_seq_len, s.context, s.scoring_shape[0], s.ttt_shape[0])
         for name, table in zip(("cos", "sin"), rotary_tables(s, longest)):
             self.register_buffer(name, table, persistent=False)
 
@@ -1815,17 +1818,17 @@ class GPT(nn.Module):
         """Normalized sum of token and bigram embeddings [B,T,D]. The smear gate mixes in the token
         before; "embed": before the bigram embedding and the norm, else after."""
         e = F.embedding(tokens_BT, self.tok_emb).to(self.dtype)
-        inside = (tokens_BT != BOS).unsqueeze(-1)  # not the first token of a document
+        not_bos = (tokens_BT != BOS).unsqueeze(-1)
         if self.s.smear_gate == "embed":
             w, strength = self.smear.to(e.dtype).split([len(self.smear) - 1, 1])
             gate = strength * torch.sigmoid(F.linear(e[..., : len(w)], w[None]))
-            e = e + gate * inside * F.pad(e[:, :-1], (0, 0, 1, 0))
+            e = e + gate * not_bos * F.pad(e[:, :-1], (0, 0, 1, 0))
         e = e if self.bigram is None else e + self.bigram(tokens_BT, self.dtype)
         x = rms_norm(e)
         if self.s.smear_gate not in ("1", "bos"):
             return x
         gate = torch.sigmoid(self.smear).to(x.dtype)
-        gate = gate * inside if self.s.smear_gate == "bos" else gate
+        gate = gate * not_bos if self.s.smear_gate == "bos" else gate
         return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
 
     def joined_skip(self, x_BTD, skip_BTD, row):
@@ -1854,7 +1857,8 @@ class GPT(nn.Module):
         starts = tokens_BT == BOS if self.s.doc_attention else None
         visible = self.kernels.visible(tokens_BT, band, starts)
         for i, p in enumerate(self.passes[late]):
-            middle = x if i == len(self.passes[late]) // 2 else middle
+            if i == len(self.passes[late]) // 2:
+                middle = x
             if self.mixers and i == len(self.passes[late]) - 1:
                 x = mixed = self.mixers[0](x, x0, middle, x)
             block, core = self.blocks[p.block], self.cores[p.core]
@@ -1916,19 +1920,19 @@ class Kind:
 _MATRIX, _TABLE = ("muon", "matrix_lr", "muon_wd"), ("adamw", "tied_embed_lr", "embed_wd")
 _SCALAR = ("adamw", "scalar_lr", "adam_wd")
 _ATTN, _MLP = ("attn_bits", "attn_clip_sigmas"), ("mlp_bits", "mlp_clip_sigmas")
-_EMBED, _SMALL_BITS = ("embed_bits", "embed_clip_sigmas"), ("proj_bits", "attn_clip_sigmas")
+_EMBED, _PROJ = ("embed_bits", "embed_clip_sigmas"), ("proj_bits", "attn_clip_sigmas")
 KINDS = (
     Kind("attn", r"cores\.\d+\.attn\.[qkv]", "orthogonal", *_MATRIX, *_ATTN, True),
     Kind("attn", r"cores\.\d+\.attn\.o", 0.0, *_MATRIX, *_ATTN, True),
     Kind("mlp", r"cores\.\d+\.mlp\.up", "orthogonal", *_MATRIX, *_MLP, True, "ttt_fc_lr_mult"),
     Kind("mlp", r"cores\.\d+\.mlp\.down", 0.0, *_MATRIX, *_MLP, True, "ttt_proj_lr_mult"),
     Kind("proj", r"(bigram|ve)\.proj", "orthogonal", "proj_optimizer", *_MATRIX[1:],
-         *_SMALL_BITS, False),
-    Kind("mix", r"mixers\.\d\.read", "orthogonal", *_MATRIX, *_SMALL_BITS, False),
+         *_PROJ, False),
+    Kind("mix", r"mixers\.\d\.read", "orthogonal", *_MATRIX, *_PROJ, False),
     Kind("table", "tok_emb", 0.005, *_TABLE, *_EMBED, True),  # is the head
     Kind("table", r"ve\.table", 0.01, *_TABLE, *_EMBED, False),
     Kind("hashed", r"bigram\.table", 0.0, *_TABLE, "bigram_bits", "embed_clip_sigmas", False),
-    Kind("gate", r"cores\.\d+\.attn\.gate_weight", None, *_SCALAR, *_SMALL_BITS, False),
+    Kind("gate", r"cores\.\d+\.attn\.gate_weight", None, *_SCALAR, *_PROJ, False),
     Kind("control", r"cores\.\d+\.attn\.(q_gain|gate_bias)|mixers\.\d\.(write|bias)"
          r"|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|value_residual)"
          r"|smear|skip_weights|skip_gates|lanes|(bigram|ve)\.scale|ve\.block_scales",
@@ -1943,11 +1947,6 @@ def kind_of(name):
     if len(rows) != 1:
         raise LookupError(f"{name}: {len(rows)} rows of KINDS match; a parameter needs one")
     return rows[0]
-
-
-def setting_or(s, name, default=None):
-    """The setting of that name, else `name`; "": `default`."""
-    return getattr(s, name, name) if name else default
 
 
 @torch.no_grad()
@@ -2184,7 +2183,7 @@ def training_optimizers(model, s, rt):
         row = kind_of(name)
         decay = getattr(s, row.decay)
         decay = s.adam_wd if decay < 0 else decay
-        key = setting_or(s, row.optimizer), getattr(s, row.lr), decay
+        key = getattr(s, row.optimizer, row.optimizer), getattr(s, row.lr), decay
         groups.setdefault(key, []).append(p)
     return Optimizers([OPTIMIZERS[optimizer](params, lr, decay, s, rt)
                        for (optimizer, lr, decay), params in groups.items()],
@@ -2295,14 +2294,21 @@ class WeightAverage:
 # its finest scale (clip / largest code) and level × tolerance. Codes are rounded weights / scales,
 # stored in about their entropy given row and column. `pack` finds the lowest level that fits.
 
+def diverged(what, s):
+    return UserError(f"{what}; training diverged: lower MATRIX_LR={s.matrix_lr}, SCALAR_LR="
+                     f"{s.scalar_lr} or TIED_EMBED_LR={s.tied_embed_lr}; earlier checkpoints are "
+                     "kept")
+
+
 def bits_of(name, s):
     """Bits of a parameter in the artifact: its kind's, unless its name is kept as fp16."""
     keep = filter(None, map(str.strip, s.fp16_keep_name_patterns.split(",")))
-    return 16 if any(part in name for part in keep) else setting_or(s, kind_of(name).bits, 16)
+    bits = kind_of(name).bits
+    return getattr(s, bits) if bits and not any(part in name for part in keep) else 16
 
 
 def as_fp16(x):
-    """x rounded to fp16, clamped to its maximum, in fp32."""
+    """x rounded to fp16, at most 65504; returned as fp32."""
     return x.clamp(max=65504.0).half().float()
 
 
@@ -2334,11 +2340,11 @@ def finest_scales(w_RC, bits, s, deviations=0.0):
 
 def tolerances(row_energy, column_energy):
     """Tolerances of rows [R] and factors of columns [C]. g: the mean squared gradient of a row or
-    column (see Calibration); ḡ: its mean. Row: ḡ^(−1/2) · (g/ḡ)^(−1/4); column: (g/ḡ)^(−1/4), each
-    of these powers over its geometric mean.
+    column (see Calibration); ḡ: its mean; r = (g/ḡ)^(−1/4), divided by its geometric mean. A column
+    has the factor r, a row the tolerance r·ḡ^(−1/2).
 
-    (g/ḡ)^(−1/2) would make the cost of errors equal everywhere; −1/4 had the lowest loss on a
-    model of 2 M weights. Values are powers of 2^(1/4): few distinct ones are cheap in the file.
+    The power −1/2 of g/ḡ would make the cost of errors equal everywhere; −1/4 had the lowest loss
+    on a model of 2 M weights. Values are powers of 2^(1/4): few distinct ones are cheap to store.
     """
     mean = row_energy.mean().clamp_min(1e-30)  # the columns have the same
     quarters = [-(energy / mean + 1e-3).log2() for energy in (row_energy, column_energy)]
@@ -2350,13 +2356,14 @@ def tolerances(row_energy, column_energy):
 def compensation(hessian_CC, s):
     """(order of the columns, their factors fp32 [C, C]) for gptq_codes; hessian: Σ xxᵀ of inputs.
 
-    With H = VVᵀ, V upper triangular, errors e cost |eV|²: the best shift of column j for errors
-    before it is Σ e_i V_ij / V_jj (LDLQ, Chee et al. 2023; the codes are those of GPTQ).
+    With H = VVᵀ, V upper triangular (Cholesky of the reversed matrix), errors e cost |eV|²: the
+    best shift of column j for errors before it is Σ e_i V_ij / V_jj (LDLQ, Chee et al. 2023; the
+    codes are those of GPTQ).
     """
     ranked = s.gptq_act_order * hessian_CC.diagonal()  # all 0: the order stays
     order = ranked.argsort(descending=True, stable=True)
     hessian = hessian_CC.double()[order][:, order]
-    diagonal, damp = hessian.diagonal(), 0.01 * hessian.diagonal().mean()
+    diagonal, damp = hessian.diagonal(), 0.01 * hessian.diagonal().mean()  # a view, and a number
     diagonal += diagonal == 0  # inputs that are always 0
     while True:
         diagonal += damp
@@ -2386,8 +2393,7 @@ def gptq_codes(w_RC, scales_R, bits, order, factor_CC, block=64):
 
 class HessianRecorder(torch.overrides.TorchFunctionMode):
     """Σ xxᵀ over the inputs x of each calibrated matrix while the model runs eagerly inside this
-    context. It follows matrices through casts, scales and concatenations: training's forward
-    serves as it is."""
+    context. It follows each weight through .to(), mul and cat, so the forward needs no hooks."""
 
     def __init__(self, model):
         super().__init__()
@@ -2411,8 +2417,8 @@ class HessianRecorder(torch.overrides.TorchFunctionMode):
 @dataclass
 class Calibration:
     """Statistics of training tokens. hessians: Σ xxᵀ [C, C] over the inputs x of each matrix.
-    energies: mean squared gradients of rows [R] and columns [C] of each matrix and table, a
-    factored empirical Fisher information: the cost of an error there."""
+    energies: squared gradients of micro-batches, summed, each the mean over a row [R] or a column
+    [C] of a matrix or table: a factored empirical Fisher information, the cost of an error."""
     hessians: dict
     energies: dict
 
@@ -2465,8 +2471,7 @@ class Quantizer:
         for name, w in state.items():
             w, bits = w.detach().float(), bits_of(name, s)
             if not torch.isfinite(w).all() or (bits == 16 and w.abs().max() > 65504):
-                raise UserError(f"{name}: holds {float(w.abs().max())}, which cannot be stored: "
-                                "training diverged; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
+                raise diverged(f"{name} holds {float(w.abs().max())}: cannot be stored", s)
             if bits == 16:
                 self.fp16[name] = Quantized(bits, w.half().cpu())
                 continue
@@ -2520,7 +2525,7 @@ def error_report(state, tensors):
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
 # Bounds on what a file may claim to hold, before anything is allocated. Parsed JSON takes twenty
 # times the memory.
-INDEX_MOST_BYTES, MOST_WEIGHTS_PER_BYTE = 1 << 20, 64
+MOST_INDEX_BYTES, MOST_PER_BYTE = 1 << 20, 64
 # Codes are noise to a match finder: a shallow search without literal context packs smaller, in a
 # third of the time.
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORMAL,
@@ -2533,7 +2538,8 @@ TIED_TO_THE_RUN = {"data_path", "tokenizer_path", "val_limit_tokens"} | {
 # Settings that decide what training and quantization make: a run that goes on, or EVAL_ONLY, must
 # have the same.
 OF_TRAINING = [name for name, (section, _) in DESCRIBED.items() if section != "Evaluation"
-               and name not in TIED_TO_THE_RUN | {"micro_batch_tokens", "train_log_every"}]
+               and name not in TIED_TO_THE_RUN | {"micro_batch_tokens", "train_log_every",
+                                                  "val_loss_every", "warmup_steps"}]
 
 
 class ArtifactError(UserError):
@@ -2706,8 +2712,8 @@ def open_artifact(content):
     header, start = json.loads(content[start: start + header_bytes]), start + header_bytes
     index_bytes, side_bytes, squeezed_bytes = (
         int(header[k]) for k in ("index_bytes", "side_bytes", "squeezed_bytes"))
-    if not (0 <= index_bytes <= min(side_bytes, INDEX_MOST_BYTES)
-            and side_bytes <= MOST_WEIGHTS_PER_BYTE * len(content)):
+    if not (0 <= index_bytes <= min(side_bytes, MOST_INDEX_BYTES)
+            and side_bytes <= MOST_PER_BYTE * len(content)):
         raise ValueError(f"header {header}")
     side = unsqueeze(content[start: start + squeezed_bytes], side_bytes)
     codes = memoryview(content)[start + squeezed_bytes: -32]
@@ -2721,7 +2727,7 @@ def decode_artifact(content, path="the artifact"):
         described = [(str(name), int(bits), tuple(map(int, shape)))
                      for name, bits, shape in index["tensors"]]
         weights = sum(math.prod(shape) + sum(shape) for *_, shape in described)
-        if (weights > MOST_WEIGHTS_PER_BYTE * len(content)
+        if (weights > MOST_PER_BYTE * len(content)
                 or len({name for name, *_ in described}) < len(described)
                 or any(bits not in Bits.__args__ or min(shape, default=0) < 0
                        or (bits < 16 and len(shape) != 2) for _, bits, shape in described)):
@@ -2763,12 +2769,14 @@ def read_artifact(path, sha256=""):
 
 
 def fitted(encoded, budget_bytes, coded, level, start):
-    """(content, level): the largest content found that fits the budget, else the coarsest. First it
-    tries `level`; if level 0 fits, it is done. Then come at most 29 guesses in start · 2^±24, until
-    at most 0.1 % of the budget is unused or the level is known to 0.001 octaves. Doubling the level
-    saves at most one bit for each of `coded` codes, so the first move is 8·Δbytes/coded octaves.
-    While the guesses stay on one side of the budget, each doubles that factor."""
-    guess, best, pace, fits = math.log2(start), None, 0.0, None
+    """(content, level) of the lowest level found whose content fits the budget; of the coarsest
+    level if none fits.
+
+    The first of at most 30 trials is `level`; if level 0 fits, that is all. Then log₂(level) is
+    searched in log₂(start) ± 24, until at most 0.1 % of the budget is free or the level is known
+    to 0.001 octaves. Doubling the level saves at most one bit for each of `coded` codes, so the
+    first move is 8·Δbytes/coded octaves. After two trials on one side the factor doubles."""
+    guess, best, octaves_per_byte, fits = math.log2(start), None, 0.0, None
     low, high = guess - 24, guess + 24
     for _ in range(30):
         content, before = encoded(level), fits
@@ -2782,8 +2790,8 @@ def fitted(encoded, budget_bytes, coded, level, start):
             low = guess
         if high - low < 0.001:
             break
-        pace = 2 * pace if fits == before else 8 / max(coded, 1)
-        guess -= pace * (left - 0.0005 * budget_bytes)  # to the middle of the 0.1 %
+        octaves_per_byte = 2 * octaves_per_byte if fits == before else 8 / max(coded, 1)
+        guess -= octaves_per_byte * (left - 0.0005 * budget_bytes)  # to the middle of the 0.1 %
         guess = guess if low < guess < high else (low + high) / 2
         level = 2.0 ** guess
     return best or (encoded(2.0 ** high), 2.0 ** high)
@@ -2824,7 +2832,7 @@ def check_shapes(expected, tensors, path):
 
 def load_quantized(model, tensors, path):
     """Give `model` the artifact's weights: every parameter, no other name, no other shape."""
-    check_shapes({name: tuple(p.shape) for name, p in model.named_parameters()}, tensors, path)
+    check_shapes(parameter_shapes(model.s), tensors, path)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(tensors[name].weights())
@@ -2934,7 +2942,7 @@ class Scorer:
                        else chunk_plan(self.first, chunk_tokens))
         self.tokens = tokens.astype(np.int64)
         most = max(-(-(end - begin) // rt.world_size) for begin, end in self.chunks)
-        batches = -(-most // -(-s.eval_batch_seqs * s.window // self.length))
+        batches = -(-most // -(-s.eval_batch_seqs * s.context // self.length))
         self.batch = -(-most // batches)
         self.tokens_read = 0
 
@@ -2978,46 +2986,48 @@ class Scorer:
 
 
 def longest_matches(tokens, device):
-    """(guess, kind) of each target, int64 [N], from the tokens before it alone.
+    """(two guesses, int64 [2, N]; kind, int64 [N]) of each target, from the tokens before it alone.
 
-    Of the last 16, 8 and 4 tokens the longest run that occurred before decides. The guess is the
-    token that followed it the last time; kind is 0 without such a run, else 1 to 9: by length, and
-    by what followed it the time before: nothing known, the same token, another one. Runs of 2n
-    tokens are numbered by sorting pairs of runs of n (prefix doubling, Manber & Myers 1990).
+    Of the last 16, 8, 4, 2 and 1 tokens the longest run that occurred before decides. The guesses
+    are the tokens that followed it the last time and the time before; the second is -1 if unknown
+    or the same. kind is 0 without such a run, else 1 to 15: three for each length, as the second
+    is unknown, the same, another one. Runs of 2n tokens are numbered by sorting pairs of runs of n
+    (prefix doubling, Manber & Myers 1990).
     """
     x = torch.from_numpy(tokens.astype(np.int64)).to(device)
-    number, (guess, kind) = x[:-1], x.new_zeros(2, len(x) - 1)
-    for n in (1, 2, 4, 8):
+    number, kind = x[:-1], x.new_zeros(len(x) - 1)
+    guesses = x.new_full((2, len(kind)), -1)
+    for level, n in enumerate((0, 1, 2, 4, 8)):
         incomplete = -1 - torch.arange(n, device=device)  # at the beginning; equal to no other
-        before = torch.cat((incomplete, number[:-n]))[: len(number)]
+        before = torch.cat((incomplete, number))[: len(number)] if n else number
         pairs, order = (before << 32 | number).sort(stable=True)
         same = F.pad(pairs[1:] == pairs[:-1], (1, 0))
         number = torch.empty_like(order).scatter_(0, order, (~same).cumsum(0))
         last = torch.empty_like(order).scatter_(0, order, torch.where(same, order.roll(1), -1))
-        if n > 1:
-            found, following, earlier = last >= 0, x[last + 1], last[last]
-            known = torch.where(earlier < 0, 0, 1 + (x[earlier + 1] != following).long())
-            guess = torch.where(found, following, guess)
-            kind = torch.where(found, 1 + known + 3 * (n.bit_length() - 2), kind)
-    return guess, kind
+        first, second = x[last + 1], torch.where(last[last] < 0, -1, x[last[last] + 1])
+        known = torch.where(second < 0, 0, 1 + (second != first).long())
+        second = torch.where(second == first, -1, second)
+        kind = torch.where(last < 0, kind, 1 + 3 * level + known)
+        guesses = torch.where(last < 0, guesses, torch.stack((first, second)))
+    return guesses, kind
 
 
 class MatchModel:
-    """Mixes guesses of longest_matches into the model's distribution p: (1 − w)·p + w on the guess,
-    a full distribution, fixed before the target is seen (the match model of PAQ, Mahoney 2005; for
-    language models Grave et al. 2017).
+    """Mixes guesses of longest_matches into the model's distribution p: (1 − w₁ − w₂)·p, plus w₁ on
+    the first guess and w₂ on the second. It is a full distribution, fixed before the target is seen
+    (the match model of PAQ, Mahoney 2005; for language models Grave et al. 2017).
 
-    Each kind of match has a weight w, the mean credit of its guesses so far. The credit of a guess
-    is the posterior probability that the guess, not p, made the token; the prior is one guess of
-    credit 0.1. A stream learns from its own scores and those of the streams before it, and guesses
-    from the text before. So one pass over the streams in order could give the same scores.
+    Each kind of match has its weights, the mean credits of its guesses so far. The credit of a
+    guess is the posterior probability that it, not p, made the token; the prior is one match of
+    credits 0.1. This is causal: a stream uses only earlier text, its own scores and those of the
+    streams before it. One pass over the streams in order would give the same scores.
     """
     ROUND = 512  # targets between two updates of the weights, without streams
 
     def __init__(self, tokens, streams, device):
-        guess, kind = (x.cpu().numpy() for x in longest_matches(tokens, device))
-        self.kind, self.hit = kind.astype(np.uint8), guess == tokens[1:]
-        self.credit, self.seen = np.full((streams, 10), 0.1), np.ones((streams, 10))
+        guesses, kind = (x.cpu().numpy() for x in longest_matches(tokens, device))
+        self.kind, self.hits = kind.astype(np.uint8), (guesses == tokens[1:]).T
+        self.credit, self.seen = np.full((streams, 16, 2), 0.1), np.ones((streams, 16, 1))
         self.credit[:, 0], self.gained = 0, 0.0
 
     def mixed(self, first, last, nll):
@@ -3027,21 +3037,21 @@ class MatchModel:
             first = np.arange(first[0], last[-1], self.ROUND)
             last = np.append(first[1:], last[-1])
             parts = np.split(nll, first[1:] - first[0])
-            return np.concatenate([self._round(first[n: n + 1], last[n: n + 1], part)
+            return np.concatenate([self._mix(first[n: n + 1], last[n: n + 1], part)
                                    for n, part in enumerate(parts)])
-        return self._round(first, last, nll)
+        return self._mix(first, last, nll)
 
-    def _round(self, first, last, nll):
+    def _mix(self, first, last, nll):
         """Mix a range of each stream with the weights so far; then learn from it."""
         counts = last - first
         stream = np.repeat(np.arange(len(counts)), counts)
         targets = np.arange(len(nll)) + (first - np.cumsum(counts) + counts)[stream]
         kind = self.kind[targets]
-        weight = (self.credit / self.seen)[stream, kind]
-        with np.errstate(divide="ignore"):  # log 0: no match, or a wrong guess
-            guessed = np.log(weight * self.hit[targets])
-        mixed = -np.logaddexp(np.log1p(-weight) - nll, guessed)
-        for total, new in ((self.credit, np.exp(guessed + mixed)), (self.seen, 1.0)):
+        weights = (self.credit / self.seen)[stream, kind]
+        guessed = weights * self.hits[targets]
+        with np.errstate(divide="ignore"):  # log 0: no match, or wrong guesses
+            mixed = -np.logaddexp(np.log1p(-weights.sum(1)) - nll, np.log(guessed.sum(1)))
+        for total, new in ((self.credit, guessed * np.exp(mixed)[:, None]), (self.seen, 1.0)):
             sums = np.zeros_like(total)
             np.add.at(sums, (stream, kind), new)
             total += sums.cumsum(0)
@@ -3073,8 +3083,6 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opene
         scores = scorer.score(begin, end, lambda n: rt.progress(label, (begin + n) / windows),
                               getattr(adapter, "arguments", lambda windows: {}))
         first, last = scorer.first[begin:end], scorer.last[begin:end]
-        if len(scores) != (last - first).sum():
-            raise LedgerError(f"{len(scores)} scores for {(last - first).sum()} targets")
         if match and np.isfinite(scores).all():  # the ledger refuses others
             scores = match.mixed(first, last, scores)
         for begun, part in zip(first.tolist(), np.split(scores, np.cumsum(last - first)[:-1])):
@@ -3105,7 +3113,7 @@ def ttt_factor(name, s):
     if not wanted or (s.ttt_optimizer == "muon"
                       and row.optimizer not in ("muon", "proj_optimizer")):
         return 0.0
-    return setting_or(s, row.ttt_lr, 1.0)
+    return getattr(s, row.ttt_lr) if row.ttt_lr else 1.0
 
 
 class WeightTTT:
@@ -3147,10 +3155,10 @@ class WeightTTT:
 
     def adapt(self, ledger, span, chunk, chunks, left=math.inf):
         """Train on `span`, the targets [first, last) just scored, chunk number `chunk` of `chunks`.
-
-        At most TTT_EPOCHS epochs; -1: at most 10, and 1 before a step was timed. Fewer if this
-        chunk's part of the seconds `left` is too short; but 1 if it fits into `left`, else none.
         A step uses rows of all ranks.
+
+        Epochs: TTT_EPOCHS; -1: 10, but 1 before a step was timed. At most as many as fit into this
+        chunk's part of the seconds `left`, or 1 if that fits into `left`, else none.
         """
         s, rows = self.s, ledger.rows_for_adapting(*span, self.s.train_seq_len)
         batches = rows.split(s.ttt_batch_seqs) if len(rows) else ()
@@ -3197,19 +3205,19 @@ class LoraTTT:
 
     The targets are split into streams, scored side by side, EVAL_STRIDE targets at a time. A stream
     has a pair (A, B) for each of adapter_shapes, B zero at first. After each stride a pair takes
-    one step of AdamW without momentum on their mean nll, with half the window as context: a
-    quarter gained 0.0003 to 0.0027 less, the whole is no better. A smaller stride gains more. Where
+    one step of AdamW without momentum on their mean nll. It sees half of the scoring context: a
+    quarter gained 0.0003 to 0.0027 bpb less, the whole no more. A smaller stride gains more. Where
     a document ends, the pair is reset.
 
-    Each stream has a learning rate. Step n multiplies it by exp(HYPER/√n) if the new gradient says
-    that larger steps since the document began had been better, else divides it: the sign of a
-    hypergradient (Baydin et al. 2018), summed over this stream and the streams before it, whose
-    tokens are all earlier. The hypergradient of the last step alone ends far below the best rate.
+    Each stream has a learning rate. Let h = ⟨gradient, pairs − initial pairs⟩, summed over this
+    stream and the streams before it, whose tokens are all earlier. If h < 0, larger steps since the
+    document began had been better: step n multiplies the rate by exp(HYPER/√n), else divides it (a
+    hypergradient's sign, Baydin et al. 2018). With the last step alone in h, rates end far too low.
     """
     BETA2, DECAY, HYPER = 0.999, 0.5, 0.3
 
     def __init__(self, model, s, rt):
-        self.s, self.rt, self.step_seconds, self.late = s, rt, [], 0
+        self.s, self.rt, self.step_seconds, self.skipped = s, rt, [], 0
         self.shapes = [shape for R, D in model.adapter_shapes()
                        for shape in ((s.ttt_lora_rank, D), (R, s.ttt_lora_rank))]
         model.requires_grad_(False)
@@ -3225,7 +3233,7 @@ class LoraTTT:
         rank without a stream still holds one row, to compile with."""
         self.scorer, self.started = scorer, time.perf_counter()
         self.low, self.high = self.rt.part(scorer.streams)
-        self.length = min(scorer.length, self.s.window // 2 + scorer.stride)  # of a row to train on
+        self.length = min(scorer.length, self.s.context // 2 + scorer.stride)  # of training rows
         generator, parts = torch.Generator().manual_seed(self.s.seed), []
         for a, b in zip(self.shapes[::2], self.shapes[1::2]):
             uniform = 2 * torch.rand(a, generator=generator) - 1
@@ -3268,8 +3276,8 @@ class LoraTTT:
         first, last, length = scorer.first[mine], scorer.last[mine], self.length
         late = left < (statistics.median(self.step_seconds[-9:]) if self.step_seconds else 0)
         late, scored = rt.from_rank0(late), (chunk + 1) * scorer.stride > length
-        self.late += late
-        if scored and len(last):  # else the rows hold targets of another stream, not scored yet
+        self.skipped += late
+        if scored and len(last):  # early rows would reach back into a stream that is not scored yet
             rows = torch.cat([ledger.rows_for_adapting(end - length, end, length)
                               for end in last.tolist()]).to(rt.device)
             new = torch.from_numpy(last - first).to(rt.device)[:, None]
@@ -3284,13 +3292,13 @@ class LoraTTT:
             if not late:
                 self._backward(rows, new / new.sum(1, keepdim=True).clamp(min=1))
         if scored and not late:
-            self._step(new.any(1, keepdim=True) if len(last) else self.steps > 0)
+            self._step(new.any(1, keepdim=True) if len(last) else torch.zeros_like(self.steps))
             rt.synchronize()
             self.step_seconds.append(time.perf_counter() - started)
         if chunk % max(1, chunks // 10) == 0 or chunk + 2 == chunks:
             rt.log(f"  ttt_lora [{chunk + 1}/{chunks}] streams={scorer.streams} val_loss="
                    f"{ledger.total / ledger.scored:.6f} lr={self.lr.median():.2e} late="
-                   f"{self.late} time={time.perf_counter() - self.started:.1f}s")
+                   f"{self.skipped} time={time.perf_counter() - self.started:.1f}s")
 
     def _backward(self, rows, weights):
         """Gradients of each stream's weighted nll of its last targets, in batches of one shape."""
@@ -3310,8 +3318,8 @@ class LoraTTT:
         p, uphill, mine = self.params, torch.zeros_like(self.lr), slice(self.low, self.high)
         grad = torch.zeros_like(p) if p.grad is None else p.grad  # None: a rank without a stream
         uphill[mine] = (grad * (p - self.initial)).sum(1)[: self.high - self.low]
-        pace = self.HYPER / math.sqrt(len(self.step_seconds) + 1)
-        self.lr *= torch.exp(-pace * self.rt.sum_(uphill).cumsum(0).sign())
+        by = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # a time for each earlier step
+        self.lr *= torch.exp(-by * self.rt.sum_(uphill).cumsum(0).sign())
         self.steps += active_n1
         self.squares.lerp_(grad.square(), (1 - self.BETA2) * active_n1)
         correction = 1 - self.BETA2 ** self.steps.clamp(min=1)
@@ -3351,7 +3359,7 @@ class Checkpoints:
                      averages=trainer.averages.state(), optimizers=trainer.optimizers.state(),
                      model=[p.detach() for p in trainer.model.parameters()])
         if not all(torch.isfinite(p).all() for p in state["model"]):
-            raise trainer.diverged("weights")
+            raise diverged(f"step {trainer.step}: weights are not finite", trainer.s)
         path, problem = self.folder / f"step_{trainer.step:07d}.pt", ""
         if self.rt.rank == 0 and path not in self.kept:
             buffer = io.BytesIO()
@@ -3427,7 +3435,8 @@ class Trainer:
         mine, most = self.rows_per_step // rt.world_size, s.micro_batch_tokens // s.train_seq_len
         # Rows of a micro-batch: the most that MICRO_BATCH_TOKENS holds, in equal parts.
         self.micro_rows = max(n for n in range(1, min(mine, most) + 1) if mine % n == 0)
-        # At most 8: calibration squares the summed gradient of a micro-batch.
+        # Calibration squares the summed gradient of a micro-batch: in more than 8 rows, gradients
+        # of single rows would average out.
         self.calibration_rows = min(self.micro_rows, 8)
         self.optimizers = training_optimizers(model, s, rt)
         self.averages = WeightAverage(model, s)
@@ -3442,8 +3451,8 @@ class Trainer:
     def train(self, batches, validate):
         """Train until ITERATIONS or the clock; then give the model its averaged weights.
 
-        `validate()` scores the model as it is; its time is not counted, that of checkpoints is.
-        Raises KeyboardInterrupt after a signal, with the state saved.
+        `validate()` scores the model as it is. Its time does not count as training time; that of
+        writing checkpoints does. Raises KeyboardInterrupt after a signal, with the state saved.
         """
         s, rt, saved_at, clock = self.s, self.rt, self.elapsed, StepClock(self.rt, self.elapsed)
         rt.log(f"startup:{time.perf_counter() - LAUNCHED:.1f}s from launch to the first step")
@@ -3526,27 +3535,23 @@ class Trainer:
         losses = rt.all_gather(loss.view(1))().tolist()
         rank = next((n for n, x in enumerate(losses) if not math.isfinite(x)), rt.rank)
         if not math.isfinite(losses[rank]) or not math.isfinite(norm):
-            raise self.diverged(f"rank {rank}: train_loss {losses[rank]}, gradient norm {norm:g}")
-        found = f"train_loss:{statistics.fmean(losses):.4f}"
-        self.last_loss = found if rt.device.type == "cpu" else f"{found} at {self.step}"
+            raise diverged(f"step {self.step}, rank {rank}: train_loss {losses[rank]}, gradient "
+                           f"norm {norm:g}: not finite", self.s)
+        loss_text = f"train_loss:{statistics.fmean(losses):.4f}"
+        self.last_loss = loss_text if rt.device.type == "cpu" else f"{loss_text} at {self.step}"
         if logged:  # a terminal shows the progress line instead
-            self.log(found, f" lr_scale:{scale:.4f}", not rt.terminal)
+            self.log(loss_text, f" lr_scale:{scale:.4f}", not rt.terminal)
 
-    def log(self, found, more="", console=True):
-        self.rt.log(f"step:{self.step}/{self.s.iterations} {found} train_time:{self.elapsed:.0f}ms "
-                    f"step_avg:{self.elapsed / max(self.step, 1):.2f}ms{more}", console)
-
-    def diverged(self, what):
-        s = self.s
-        return UserError(f"step {self.step}, {what}: not finite, training diverged; lower "
-                         f"MATRIX_LR={s.matrix_lr}, SCALAR_LR={s.scalar_lr} or TIED_EMBED_LR="
-                         f"{s.tied_embed_lr}; earlier checkpoints are kept")
+    def log(self, loss_text, more="", console=True):
+        self.rt.log(f"step:{self.step}/{self.s.iterations} {loss_text} train_time:"
+                    f"{self.elapsed:.0f}ms step_avg:{self.elapsed / max(self.step, 1):.2f}ms{more}",
+                    console)
 
     # -- before the clock, and at its end
 
     def warm_up(self):
-        """Run every compiled variant on random tokens, then restore weights and optimizers: no
-        compilation is timed. Sets the time to keep for calibration."""
+        """Run every compiled variant on random tokens, unless WARMUP_STEPS=0; then restore weights
+        and optimizers. No compilation is timed. Sets the time to keep for calibration."""
         s, rt = self.s, self.rt
         kept = [p.detach().clone() for p in self.model.parameters()]
         rows = torch.randint(  # of the type of batches_of: compiled code depends on strides
@@ -3583,8 +3588,8 @@ class Trainer:
         return min(1.25 * seconds, 0.1 * self.s.max_wallclock_seconds)
 
     def calibration(self, batches):
-        """Calibration inside the clock, on the next training rows. It stops before a micro-batch
-        that would end after the clock: at the longest time so far, and as much for sums."""
+        """Calibration inside the clock, on the next training rows. It stops when twice the longest
+        micro-batch no longer fits: one for the next, one for the sums over ranks."""
         s, began, clock = self.s, self.elapsed, StepClock(self.rt, self.elapsed)
         self.rt.log("gptq_calibration:start")
 
@@ -3722,7 +3727,7 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
 
     def plain(label, late=True):
         scored = functools.partial(forward, late=late)
-        return evaluate(scored, tokens, byte_table, s, rt, label, (s.window, s.window, 0))[0]
+        return evaluate(scored, tokens, byte_table, s, rt, label, (s.context, s.context, 0))[0]
 
     rt.training = True
     trainer = Trainer(model, forward, s, rt, checkpoints)
@@ -3781,7 +3786,7 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
     """Compile what the evaluations run, on random tokens, before the artifact is opened."""
     if not rt.compile:
         return
-    started, shapes = time.perf_counter(), [(s.window, s.window, 0)]
+    started, shapes = time.perf_counter(), [(s.context, s.context, 0)]
     for shape in shapes + [s.scoring_shape] * bool(s.scoring_shape[1]):
         Scorer(forward, tokens, shape, s, rt).warm_up(s.vocab_size)
     if s.ttt_enabled:
@@ -3812,7 +3817,7 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha
         return ledger
 
     load_quantized(model, read_artifact(path, sha256)[1], path)
-    ledger = timed(label, f"final_{label}_roundtrip", (s.window, s.window, 0))
+    ledger = timed(label, f"final_{label}_roundtrip", (s.context, s.context, 0))
     length, stride, band = shape
     if band:
         ledger = timed("banded", f"final_{label}_banded", shape,
@@ -3840,6 +3845,8 @@ def report(s, rt, path, trained, results, ledger, eval_seconds):
                           "validation set")
     if s.val_limit_tokens:
         violations.append(f"VAL_LIMIT_TOKENS={s.val_limit_tokens}: not the whole validation set")
+    if s.eval_only:
+        violations.append("EVAL_ONLY: the training was another run's, not checked here")
     result = dict(
         preset=s.preset, settings=vars(s), seed=s.seed, world_size=rt.world_size,
         device=device_name(rt), versions=versions(rt),
@@ -3951,7 +3958,7 @@ def main(argv, environ):
         with explained(f"TORCHINDUCTOR_CACHE_DIR={environ.get('TORCHINDUCTOR_CACHE_DIR', '')}: "
                        "PyTorch's compiler cannot make its cache",
                        "set it to a folder that can be written"):
-            torch._dynamo.config.cache_size_limit = 64
+            torch._dynamo.config.cache_size_limit = 64  # imports it, which makes the folder
         rt = Runtime(s, ranks)
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # under nohup

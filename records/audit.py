@@ -80,7 +80,7 @@ def load_script(path):
 def shapes_of(s):
     """(tokens read, targets scored, keys of each layer) of a pass of scoring and of one of
     adapting. The first scripts have sliding windows alone."""
-    scoring = getattr(s, "scoring_shape", (s.window, s.eval_stride, 0))
+    scoring = getattr(s, "scoring_shape", (s.context, s.eval_stride, 0))
     return scoring, getattr(s, "ttt_shape", scoring)
 
 
@@ -91,7 +91,7 @@ def settings_for(script, path, environ, targets):
     environ = {**environ, **dict.fromkeys({"COMPILE", "EVAL_WALLCLOCK_SECONDS"} & known, "0")}
     s, explicit = script.settings_of_artifact(path, environ)
     scoring, adapting = shapes_of(s)
-    row = max(s.train_seq_len, s.window, scoring[1])
+    row = max(s.train_seq_len, s.context, scoring[1])
     chunk = s.ttt_chunk_tokens  # 0: by the length of the validation set
     if targets and targets < 4 * row:
         raise DataError(f"--targets {targets}: too few, four chunks of a row need {4 * row}")
@@ -192,23 +192,24 @@ class Evaluation:
 
 
 class Guesses:
-    """The script's match model again, in plain words: a guess for each target from the text before
-    it, and weights that a stream learns from itself and the streams before it."""
-    RUNS = 4, 8, 16
+    """The script's match model again, in plain words: two guesses for each target from the text
+    before it, and weights that a stream learns from itself and the streams before it."""
+    RUNS = 1, 2, 4, 8, 16
 
     def __init__(self, tokens, streams):
         tokens, followed, self.found, self.learned = tokens.tolist(), {}, [], {}
         self.streams = streams
         for i, following in enumerate(tokens[1:]):
-            guess = kind = 0
-            for level, n in enumerate(self.RUNS):
-                past = followed.setdefault(tuple(tokens[i + 1 - n: i + 1]), []) if i + 1 >= n else 0
-                if past:
-                    guess = past[-1]
-                    kind = 1 + 3 * level + (len(past) > 1) * (1 + (past[-2:-1] != [guess]))
-            for n in self.RUNS[: sum(i + 1 >= n for n in self.RUNS)]:
-                followed[tuple(tokens[i + 1 - n: i + 1])].append(following)
-            self.found.append((kind, guess == following))
+            kind, hits = 0, [False, False]
+            runs = [tuple(tokens[i + 1 - n: i + 1]) for n in self.RUNS if i + 1 >= n]
+            for level, run in enumerate(runs):
+                if past := followed.get(run):
+                    again = past[-2:-1] == past[-1:]
+                    kind = 1 + 3 * level + (len(past) > 1) * (2 - again)
+                    hits = [past[-1] == following, past[-2:-1] == [following] and not again]
+            for run in runs:
+                followed.setdefault(run, []).append(following)
+            self.found.append((kind, hits))
 
     def mixed(self, first, last, nll):
         """The nll of these ranges of targets after mixing: one of each stream; or one range in all,
@@ -223,16 +224,18 @@ class Guesses:
     def round(self, ranges, scores):
         out, learned = [], []
         for stream, (a, b) in enumerate(ranges):
-            for kind, hit in self.found[a:b]:
-                past = [self.learned.get((of, kind), (0.0, 0)) for of in range(stream + 1)]
-                weight = (0.1 + sum(c for c, _ in past)) / (1 + sum(n for _, n in past))
-                weight *= kind > 0
-                said = math.log(weight) if weight * hit else -math.inf
-                out.append(-float(np.logaddexp(math.log1p(-weight) - next(scores), said)))
-                learned.append(((stream, kind), weight * hit / math.exp(-out[-1])))
-        for key, credit in learned:
-            total, count = self.learned.get(key, (0.0, 0))
-            self.learned[key] = total + credit, count + 1
+            for kind, hits in self.found[a:b]:
+                past = [self.learned.get((of, kind), (0.0, 0.0, 0)) for of in range(stream + 1)]
+                *credits, count = (sum(x) for x in zip(*past))
+                weights = [(kind > 0) * (0.1 + credit) / (1 + count) for credit in credits]
+                right = [weight * hit for weight, hit in zip(weights, hits)]
+                said = math.log(sum(right)) if sum(right) else -math.inf
+                rest = math.log1p(-sum(weights)) - next(scores)
+                out.append(-float(np.logaddexp(rest, said)))
+                learned.append(((stream, kind), [x / math.exp(-out[-1]) for x in right]))
+        for key, credits in learned:
+            so_far = self.learned.get(key, (0.0, 0.0, 0))
+            self.learned[key] = tuple(x + y for x, y in zip(so_far, (*credits, 1)))
         return out
 
 

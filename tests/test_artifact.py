@@ -489,7 +489,7 @@ def test_codes_that_cost_no_bits_are_not_taken_without_bound():
     n, shape = torch.ones(1200), (1200, 1200)
     zeros = Quantized(6, torch.zeros(shape, dtype=torch.int8), n, n)
     content = encode_artifact({"a": zeros}, Settings())
-    assert train_gpt.MOST_WEIGHTS_PER_BYTE * len(content) < 1200 * 1200
+    assert train_gpt.MOST_PER_BYTE * len(content) < 1200 * 1200
     refused(content, 1 << 20)
 
 
@@ -499,7 +499,7 @@ def test_an_index_made_of_a_million_lists_is_refused_unread():
     entries = b"".join(b"[%d]," % rng.getrandbits(40) for _ in range(1 << 17))
     index = b'{"settings":{},"note":"","distinct":0,"tensors":[' + entries + b"[]]}"
     content = put_together(index)
-    assert len(index) > train_gpt.INDEX_MOST_BYTES and 30 * len(content) > len(index)
+    assert len(index) > train_gpt.MOST_INDEX_BYTES and 30 * len(content) > len(index)
     refused(content, 2 * len(index) + (1 << 20))
 
 

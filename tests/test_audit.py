@@ -289,11 +289,12 @@ CHEATS = {
                 begin, end, more_of=lambda passes: adapter.arguments(passes.flip(0))))
 """ + RECORD)),
     "a guess knows its target": (["2"], "away from what the text before it gives", (
-        "guess == tokens[1:]\n", "guess == guess\n")),
+        "(guesses == tokens[1:]).T\n", "(guesses == guesses).T\n")),
     "weights learn before the score": (["2"], "away from what the text before it gives", (
-        "        weight = (self.credit / self.seen)[stream, kind]\n",
-        "        np.add.at(self.credit, (stream, kind), self.hit[targets])\n"
-        "        weight = np.minimum(self.credit / self.seen, 0.9)[stream, kind] * (kind > 0)\n")),
+        "        weights = (self.credit / self.seen)[stream, kind]\n",
+        "        np.add.at(self.credit, (stream, kind), self.hits[targets])\n"
+        "        weights = np.minimum(self.credit / self.seen, 0.4)[stream, kind]\n"
+        "        weights *= (kind > 0)[:, None]\n")),
     "guesses by other tokens": (["2"], "away from what the text before it gives", (
         "MatchModel(tokens, scorer", "MatchModel(np.roll(tokens, -1), scorer")),
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),

@@ -96,7 +96,7 @@ def test_every_target_gets_its_own_score_and_all_but_the_last_chunk_are_trained_
         assert y.size(1) == min(segment, targets), "no position is asked in vain"
         return y.float()
     tokens, plan = np.arange(targets + 1, dtype=np.uint16), (prefix + segment, segment, 30 * banded)
-    table = SimpleNamespace(count=lambda tokens, first=0: len(tokens), source="")
+    table = SimpleNamespace(count=len, source="")
     result, book = train_gpt.evaluate(model, tokens, table, s, rt, "test", plan, onlooker)
     assert (book.nll == tokens[1:]).all()
     length = min(prefix + segment, targets)
@@ -370,18 +370,18 @@ def test_scores_do_not_depend_on_the_ranks(tiny, corpus, tmp_path):
 # -- the match model ------------------------------------------------------------------------------
 
 def matches_slowly(tokens):
-    """(guess, kind) of each target by a dictionary of all runs of 4, 8 and 16 tokens so far."""
+    """((first, second) guess, kind) of each target by a dictionary of all runs so far."""
     followed, found = {}, []
     for i in range(len(tokens) - 1):
-        guess = kind = 0
-        for level, n in enumerate((4, 8, 16)):
-            if past := followed.get(tuple(tokens[i + 1 - n: i + 1])) if i + 1 >= n else None:
-                guess = past[-1]
-                kind = 1 + 3 * level + (0 if len(past) < 2 else 1 if past[-2] == guess else 2)
-        found.append((guess, kind))
-        for n in (4, 8, 16):
-            if i + 1 >= n:
-                followed.setdefault(tuple(tokens[i + 1 - n: i + 1]), []).append(tokens[i + 1])
+        guesses, kind, runs = (-1, -1), 0, [n for n in (1, 2, 4, 8, 16) if i + 1 >= n]
+        for level, n in enumerate(runs):
+            if past := followed.get(tuple(tokens[i + 1 - n: i + 1])):
+                first, second = past[-1], past[-2] if len(past) > 1 else -1
+                kind = 1 + 3 * level + (0 if second < 0 else 1 if second == first else 2)
+                guesses = first, -1 if second == first else second
+        found.append((guesses, kind))
+        for n in runs:
+            followed.setdefault(tuple(tokens[i + 1 - n: i + 1]), []).append(tokens[i + 1])
     return found
 
 
@@ -389,8 +389,9 @@ def matches_slowly(tokens):
 @given(st.integers(1, 400), st.sampled_from([2, 3, 8, 65536]), st.integers(0, 99))
 def test_matches_equal_a_search_through_the_text_before(length, vocabulary, seed):
     tokens = np.random.default_rng(seed).integers(0, vocabulary, length).astype(np.uint16)
-    found = zip(*(x.tolist() for x in train_gpt.longest_matches(tokens, "cpu")))
-    assert list(found) == matches_slowly(tokens.tolist())
+    guesses, kind = train_gpt.longest_matches(tokens, "cpu")
+    found = [(tuple(pair), kind) for pair, kind in zip(guesses.T.tolist(), kind.tolist())]
+    assert found == matches_slowly(tokens.tolist())
 
 
 def mixed_slowly(w, nll, windows):
@@ -399,12 +400,13 @@ def mixed_slowly(w, nll, windows):
     found, learned, out = matches_slowly(w.tokens.tolist()), [], np.full(len(nll), np.nan)
     for stream, first, last, now in windows:
         for t in range(first, last):
-            guess, kind = found[t]
+            guesses, kind = found[t]
             past = [c for k, c, of, then in learned if k == kind and of <= stream and then < now]
-            weight = (0.1 + sum(past)) / (1 + len(past)) if kind else 0
-            mine = weight * (guess == w.tokens[t + 1])
-            out[t] = -math.log((1 - weight) * math.exp(-nll[t]) + mine)
-            learned.append((kind, mine / math.exp(-out[t]), stream, now))
+            weights = [(0.1 + sum(credits)) / (1 + len(past)) if kind else 0
+                       for credits in (list(zip(*past)) or [(), ()])]
+            mine = [w_ * (guess == w.tokens[t + 1]) for w_, guess in zip(weights, guesses)]
+            out[t] = -math.log((1 - sum(weights)) * math.exp(-nll[t]) + sum(mine))
+            learned.append((kind, [m / math.exp(-out[t]) for m in mine], stream, now))
     return out
 
 
@@ -436,7 +438,7 @@ def test_guesses_are_mixed_in_by_what_they_were_worth_before(tiny, variables):
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_guess_does_not_hide_a_score_that_is_not_finite(tiny, bad):
     w = world(tiny, EVAL_MATCH=1, VAL_LIMIT_TOKENS=320)
-    model, guessed = w.model, np.flatnonzero(train_gpt.MatchModel(w.tokens, 1, "cpu").hit)[-1]
+    model, guessed = w.model, np.flatnonzero(train_gpt.MatchModel(w.tokens, 1, "cpu").hits.any(1))[-1]
 
     def broken(x, y, **kwargs):
         return model(x, y, **kwargs).masked_fill(y == int(w.tokens[guessed + 1]), bad)
@@ -578,7 +580,7 @@ def lora_reference(w, initial):
     streams, all moves since the document began go down the new gradients, else it falls."""
     s, tokens, targets = w.s, torch.from_numpy(w.tokens.astype(np.int64)), len(w.tokens) - 1
     length, stride, band = s.ttt_shape
-    reach = min(length, s.window // 2 + stride)  # of a row to train on
+    reach = min(length, s.context // 2 + stride)  # of a row to train on
     count = max(1, min(s.ttt_batch_seqs, targets // (16 * length)))
     ends = [targets * (n + 1) // count for n in range(count)]
     streams = [SimpleNamespace(at=begin, end=end, rate=s.ttt_lr, steps=0,
@@ -794,7 +796,7 @@ def test_an_artifact_is_scored_plain_in_full_context_and_adapted(tiny, tmp_path,
     fresh = world(tiny, **variables)
     train_gpt.load_quantized(fresh.model, train_gpt.read_artifact(path)[1], path)
     windows = train_gpt.evaluate(fresh.model, w.tokens, w.byte_table, w.s, w.rt, "",
-                                 (w.s.window, w.s.window, 0))[0]
+                                 (w.s.context, w.s.context, 0))[0]
     plain, plain_book = run(fresh)
     hashes = [results[kind]["sha256"] for kind in (label, full)]
     assert hashes == [windows["sha256"], plain["sha256"]]

@@ -464,11 +464,10 @@ def test_no_parameter_is_left_without_a_value(tiny):
 # -- fake quantization
 
 @hypothesis_settings(deadline=None, database=None, max_examples=60)
-@given(st.sampled_from([4, 5, 6, 7, 8]), st.integers(1, 5), st.integers(1, 9),
-       st.integers(0, 10**6), st.floats(-30, 10))
-def test_fake_quantize_rounds_each_row_to_its_own_steps(bits, rows, columns, seed, exponent):
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 10**6), st.floats(-30, 10))
+def test_fake_quantize_rounds_each_row_to_its_own_steps(rows, columns, seed, exponent):
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2 ** exponent
-    out, most = fake_quantize(w, bits), 2 ** (bits - 1) - 1
+    out, most = fake_quantize(w), 31
     for row, quantized in zip(w.double(), out.double()):
         step = row.abs().max() / most
         codes = quantized / step

@@ -184,12 +184,11 @@ def test_clip_by_deviations_is_so_many_root_mean_squares(tiny, bits, name, setti
 
 def test_fake_quantization_in_training_is_the_rounding_of_the_file(tiny):
     """The row-maximum clip of the artifact, but for the fp16 rounding of its steps."""
-    for bits in ALL_BITS:
-        w = gaussian(6, 80)
-        stored, faked = quantized(tiny, w, ATTN_BITS=bits), train_gpt.fake_quantize(w, bits)
-        codes = faked / (w.abs().amax(1, keepdim=True) / limit_of(bits))
-        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
-        assert (codes.round() != stored.codes).float().mean() < 0.01
+    w = gaussian(6, 80)
+    stored, faked = quantized(tiny, w, ATTN_BITS=6), train_gpt.fake_quantize(w)
+    codes = faked / (w.abs().amax(1, keepdim=True) / limit_of(6))
+    torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
+    assert (codes.round() != stored.codes).float().mean() < 0.01
 
 
 # -- what a calibration says

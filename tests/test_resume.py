@@ -221,7 +221,7 @@ def test_settings_that_change_weights_are_refused_by_name_and_others_may_differ(
         assert part in refused.stderr
     assert not refused.content and {p: p.read_bytes() for p in stopped.iterdir()} == before
     done = job(RESUME="auto", TRAIN_LOG_EVERY=1, MICRO_BATCH_TOKENS=192, EVAL_BATCH_SEQS=4,
-               TTT_LR=0.1, SCORES_PATH=tmp_path / "scores.npy")
+               TTT_LR=0.1, VAL_LOSS_EVERY=5, WARMUP_STEPS=2, SCORES_PATH=tmp_path / "scores.npy")
     assert done.returncode == 0 and "resume:step 4 " in done.stdout
 
 

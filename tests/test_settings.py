@@ -91,6 +91,7 @@ def test_a_file_with_foreign_line_ends_is_read():
     (dict(VRL_ENABLED=1, VALUE_RESIDUAL="pair"), "value_residual", "pair"),
     (dict(GA_ENABLED=1), "gated_attention", "head"),
     (dict(WEIGHT_DECAY=0.125), "muon_wd", 0.125),
+    (dict(WEIGHT_DECAY=".0"), "muon_wd", 0.0),
     (dict(WEIGHT_DECAY=0.125, MUON_WD=0.25), "muon_wd", 0.25),
     (dict(QAT_ENABLED=1), "late_qat_threshold", 2.0),
     (dict(QAT_THRESHOLD=0.1, LATE_QAT=1), "late_qat_threshold", 0.1),  # as one published command

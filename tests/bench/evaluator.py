@@ -62,7 +62,7 @@ def opened(arguments, **changes):
 
 
 def plans(arguments, say):
-    window = T.settings_of_artifact(arguments.artifact, {})[0].window
+    window = T.settings_of_artifact(arguments.artifact, {})[0].context
     s, rt, model, table = opened(arguments, EVAL_SEQ_LEN=str(24 * window), EVAL_MATCH="0",
                                  TTT_ENABLED="0")
     s = replace(s, eval_seq_len=window)  # the model has rotary tables for the longest plan
@@ -129,7 +129,7 @@ def match(arguments, say):
         guesses = T.MatchModel(tokens[before - count:], 1, rt.device)
         mixed = guesses.mixed(scorer.first + count, scorer.last + count, nll)
         found = guesses.kind[count:] > 0
-        say(f"{count:>13,} {found.mean():>8.1%} {guesses.hit[count:][found].mean():>7.1%} "
+        say(f"{count:>13,} {found.mean():>8.1%} {guesses.hits[count:][found].any(1).mean():>7.1%} "
             f"{to_bits(mixed.sum(), size):>9.5f} {to_bits((nll - mixed).sum(), size):>8.5f} "
             f"{time.perf_counter() - started:>8.1f}")
 

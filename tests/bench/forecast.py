@@ -46,7 +46,7 @@ def seconds_of(s, tokens, heads, passes, keys, kind):
 def parts(s):
     """(name, tokens over all ranks, seconds, GPU seconds) of each part."""
     targets, (length, stride, band) = TARGETS[s.vocab_size], s.scoring_shape
-    batch = max(1, s.eval_batch_seqs * s.window // length)
+    batch = max(1, s.eval_batch_seqs * s.context // length)
     mine = targets / RANKS
 
     def scored(length, stride, keys):
@@ -54,16 +54,16 @@ def parts(s):
         passes = tokens / (batch * length)
         return tokens * RANKS, *seconds_of(s, tokens, mine, passes, keys, SCORING)
 
-    yield "plain", *scored(s.window, s.window, s.window / 2)
-    yield "full context", *scored(length, stride, band or s.window / 2)
+    yield "plain", *scored(s.context, s.context, s.context / 2)
+    yield "full context", *scored(length, stride, band or s.context / 2)
     if not s.ttt_enabled:
         return
     length, stride, band = s.ttt_shape
-    yield "scoring of TTT", *scored(length, stride, band or s.window / 2)
+    yield "scoring of TTT", *scored(length, stride, band or s.context / 2)
     if s.ttt_lora_rank:  # forward again, and the gradients of activations and adapters alone
-        length = min(length, s.window // 2 + stride)
+        length = min(length, s.context // 2 + stride)
         tokens = mine * length / stride
-        busy, work = seconds_of(s, tokens, mine, tokens / (batch * s.window), length / 2, ADAPTING)
+        busy, work = seconds_of(s, tokens, mine, tokens / (batch * s.context), length / 2, ADAPTING)
         sites = [(s.model_dim, s.model_dim)] * 2 * len(train_gpt.pass_list(s, late=True))
         numbers = s.ttt_lora_rank * sum(map(sum, [*sites, (s.vocab_size, s.model_dim)]))
         # Of each stream's adapters and their state, once per step: each stream takes a step.
