@@ -133,7 +133,7 @@ class Settings:
     attention: Literal["auto", "fa3", "cudnn", "flash", "fa2", "fa4", "sdpa"] = "auto"
         # kernel; auto: the first that is correct here; sdpa: PyTorch's choice
     kernels: Literal["auto", "plain", "triton"] = "auto"
-        # of MLP and loss; auto: triton in a compiled model on a GPU, if correct
+        # of the MLP; auto: triton in a compiled model on a GPU, if correct
     out_dir: str = "."  # folder of the artifact, checkpoints/ and logs/
     eval_only: str = ""  # score this artifact with the settings stored in it, train nothing
     scores_path: str = ""  # file.npy: nll (nats, float32) of each target in the last evaluation
@@ -173,7 +173,7 @@ class Settings:
     late_passes: str = "auto"
         # blocks and ranges of blocks, in the order they run; auto: 0-5,3-5,3-5,6-10 for 11
         # blocks, scaled to NUM_LAYERS; empty: the order stays
-    late_passes_from: Fraction = 0.35  # fraction of the run (clock or ITERATIONS) at the switch
+    late_passes_from: Fraction = 0.35  # of the clock or of ITERATIONS, whichever comes first
     parallel: Literal["0", "one", "lanes"] = "lanes"
         # blocks from PARALLEL_FROM on: one: attention and MLP read the same input (#1493); lanes:
         # two residual streams with learned routing (#1529)
@@ -270,7 +270,7 @@ class Settings:
     eval_match: Flag = 1
         # mix in guesses by the longest match in the text before, where windows overlap
     eval_wallclock_seconds: Amount = 600.0  # since opening the artifact; caps TTT; 0: no limit
-    eval_batch_seqs: Positive = 32  # EVAL_SEQ_LEN × this: tokens of a rank's scoring batch
+    eval_batch_seqs: Positive = 32  # a rank scores about this many contexts of tokens at once
     ttt_enabled: Flag = 1  # score-first test-time training
     # LoRA per document: −0.002 to −0.004 (#1530). Weights per chunk: −0.0021 to −0.0033 (#549).
     ttt_lora_rank: Count = 64
@@ -481,7 +481,7 @@ def type_text(name):
     if typing.get_origin(declared) is Literal:
         return "one of " + ", ".join(str(c) or "(empty)" for c in declared.__args__)
     low, high = declared.__metadata__
-    return f"{low:g} to {high:g}" if high < 1e18 else f"at least {low:g}"
+    return f"{low} to {high}" if isinstance(low, int) else f"{low:g} to {high:g}"
 
 
 def plain_text(text):
@@ -665,7 +665,8 @@ def help_text():
     for spec in fields(Settings):
         section, text = DESCRIBED[spec.name]
         lines += [] if section in lines else ["", section]
-        lines.append(f"  {spec.name.upper()}={spec.default}  {text} [{type_text(spec.name)}]")
+        bounds = re.sub(rf"(.+) to ({2**62}|1e\+18)", r"at least \1", type_text(spec.name))
+        lines.append(f"  {spec.name.upper()}={spec.default}  {text} [{bounds}]")
     return "\n".join(lines)
 
 
@@ -734,28 +735,29 @@ class Runtime:
 
     def sum_later(self, x):
         """Start sum_(x)."""
-        return self._started(x, dist.all_reduce, x)
+        return self._started(x, "all_reduce", x)
 
     # torch 2.13 has these names and warns of the older ones.
-    REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-    ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    SINGLE = hasattr(dist, "reduce_scatter_single")
+    REDUCE_SCATTER = "reduce_scatter_single" if SINGLE else "reduce_scatter_tensor"
+    ALL_GATHER = "all_gather_single" if SINGLE else "all_gather_into_tensor"
 
     def reduce_scatter(self, x):
         """Start a sum over ranks of x [n·W, ...]; each rank gets its n rows."""
         mine = x.tensor_split(self.world_size)[self.rank]
         if self.device.type == "cpu":  # gloo had no reduce-scatter until torch 2.13
-            return self._started(mine, dist.all_reduce, x)
+            return self._started(mine, "all_reduce", x)
         out = torch.empty_like(mine) if self.world_size > 1 else mine
-        return self._started(out, Runtime.REDUCE_SCATTER, out, x)
+        return self._started(out, self.REDUCE_SCATTER, out, x)
 
     def all_gather(self, x):
         """Start to gather every rank's x [n, ...] as [n·W, ...]."""
         x = x.contiguous()
         out = x.new_empty(x.size(0) * self.world_size, *x.shape[1:]) if self.world_size > 1 else x
-        return self._started(out, Runtime.ALL_GATHER, out, x)
+        return self._started(out, self.ALL_GATHER, out, x)
 
     def _started(self, out, collective, *tensors):
-        work = collective(*tensors, async_op=True) if self.world_size > 1 else None
+        work = getattr(dist, collective)(*tensors, async_op=True) if self.world_size > 1 else None
 
         def wait(held=tensors):  # keeps the inputs alive
             if work:
@@ -783,18 +785,13 @@ class Runtime:
         if self.any_rank(self.signal):
             self.on_signal()
 
-    def probe_compiler(self, s):
-        """Turn torch.compile off if it fails here. Raises UserError with COMPILE=1."""
-        why = ""
+    def probe_compiler(self):
+        """Raise UserError if torch.compile fails here, before anything is trained."""
         try:
             self.compiled(lambda x: x * 2 + 1)(torch.ones(8, device=self.device))
         except Exception as problem:  # a missing compiler, a full cache folder, a broken triton
-            why = f": {in_a_line(problem)}"
-        if self.any_rank(why):
-            if s.compile == "1":
-                raise UserError(f"COMPILE=1 does not work here{why}; COMPILE=0 goes on without")
-            self.compile = False
-            self.log(f"compile:off, it does not work here{why}")
+            raise UserError(f"torch.compile does not work here: {in_a_line(problem)}; mend it, or "
+                            "set COMPILE=0, which is several times slower on a GPU") from problem
 
     def compiled(self, function, **options):
         """The function under torch.compile, where this run compiles."""
@@ -1201,7 +1198,7 @@ def linear(x, w_RC, fake_quant=False, scale_R=None):
     return F.linear(x, weight_of(w_RC, x.dtype, fake_quant, scale_R))
 
 
-def adapted(y_BTR, u_BTD, pair):
+def adapted(y_BTR, u_BTD, pair=None):
     """y + B·A·u, LoRA with pair (A [B,r,D], B [B,R,r]) per row; without one, y."""
     if not pair:
         return y_BTR
@@ -1214,20 +1211,9 @@ def leaky_square_mlp(u_ND, up_RD, down_DR, slope):
     return F.linear(F.leaky_relu(F.linear(u_ND, up_RD), slope).square(), down_DR)
 
 
-def softcapped(logits, softcap):
-    """softcap·tanh(logits/softcap), fp32; softcap 0 leaves them as they are."""
-    return softcap * torch.tanh(logits.float() / softcap) if softcap else logits.float()
-
-
-def softcap_nll(logits_NV, targets_N, softcap):
-    """nll of each target [N], nats, fp32, of softcapped logits."""
-    return F.cross_entropy(softcapped(logits_NV, softcap), targets_N, reduction="none")
-
-
-# leaky_square_mlp and softcap_nll as Triton kernels, for compiled models on a GPU. The MLP kernel
-# fuses the activation into the first matrix product, and its derivative into the backward product:
-# a quarter less memory traffic in the MLP. The loss kernel holds the fp32 logits of one row at a
-# time.
+# leaky_square_mlp as a Triton kernel, for compiled models on a GPU. It fuses the activation into the
+# first matrix product, and its derivative into the backward product: a quarter less memory traffic
+# in the MLP. The compiler fuses the loss as well as a kernel by hand would: same bytes and launches.
 jit = triton.jit if triton else lambda kernel: kernel
 MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
@@ -1292,54 +1278,6 @@ class LeakySquareMLP(torch.autograd.Function):
         dh = LeakySquareMLP.product(dy, down, h, torch.empty_like(h), ctx.slope, True)
         dup = dh.mT @ u
         return dh @ up, dup, ddown, None
-
-
-@jit
-def softcap_nll_kernel(logits, targets, per_row, out, SOFTCAP: tl.constexpr,
-                       BACKWARD: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Forward: nll into per_row. Backward: out = d nll/d logits · per_row (nll's gradient)."""
-    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    z = tl.load(logits + row * V + i, mask=i < V, other=0.0).to(tl.float32)
-    if SOFTCAP != 0:
-        tanh = 2 * tl.sigmoid(2 * z / SOFTCAP) - 1
-        z = SOFTCAP * tanh
-    z = tl.where(i < V, z, float("-inf"))
-    z -= tl.max(z, 0)
-    exps, hit = tl.exp(z), i == tl.load(targets + row)
-    total = tl.sum(exps, 0)
-    if BACKWARD:
-        grad = (exps / total - tl.where(hit, 1.0, 0.0)) * tl.load(per_row + row)
-        if SOFTCAP != 0:
-            grad *= 1 - tanh * tanh
-        tl.store(out + row * V + i, grad.to(out.dtype.element_ty), mask=i < V)
-    else:
-        tl.store(per_row + row, tl.log(total) - tl.sum(tl.where(hit, z, 0.0), 0))
-
-
-class SoftcapNLL(torch.autograd.Function):
-    """softcap_nll by kernel."""
-
-    @staticmethod
-    def by_row(logits, targets, per_row, out, softcap, backward):
-        N, V = logits.shape
-        softcap_nll_kernel[(N,)](logits, targets, per_row, out, softcap, backward, V,
-                                 1 << (V - 1).bit_length(), num_warps=4)
-
-    @staticmethod
-    def forward(ctx, logits_NV, targets_N, softcap):
-        logits, targets = logits_NV.contiguous(), targets_N.contiguous()
-        nll = logits.new_empty(len(logits), dtype=torch.float32)
-        SoftcapNLL.by_row(logits, targets, nll, logits, softcap, False)
-        ctx.save_for_backward(logits, targets)
-        ctx.softcap = softcap
-        return nll
-
-    @staticmethod
-    def backward(ctx, grad):
-        logits, targets = ctx.saved_tensors
-        out = torch.empty_like(logits)
-        SoftcapNLL.by_row(logits, targets, grad.contiguous(), out, ctx.softcap, True)
-        return out, None, None
 
 
 def rotary_tables(s, length):
@@ -1491,12 +1429,11 @@ def attention_of(kernel):
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions a model computes with. `mlp` and `nll` are for compiled code; an eager
-    forward, in which calibration observes each product, takes the plain functions."""
+    """The functions a model computes with. `mlp` is for compiled code; an eager forward, in which
+    calibration observes each product, takes the plain function."""
     attend: object = sdpa
     visible: object = visible_mask
     mlp: object = leaky_square_mlp
-    nll: object = softcap_nll
 
     def now(self):
         return self if torch.compiler.is_compiling() else PLAIN
@@ -1543,7 +1480,7 @@ def choose_kernels(s, rt):
     """({part: name}, Kernels): for each part the kernel that is set, or the first that is correct
     here. Attention is tried on whole rows and, if scoring is banded, in windows. Raises UserError
     if a kernel that is set is not correct."""
-    gpu, N, D, R, V = rt.device.type == "cuda", 256, s.model_dim, s.mlp_hidden, s.vocab_size
+    gpu, N, D, R = rt.device.type == "cuda", 256, s.model_dim, s.mlp_hidden
     starts = torch.arange(N, device=rt.device)[None] % 100 == 50 if s.doc_attention else None
 
     def as_used(kernel):
@@ -1554,17 +1491,13 @@ def choose_kernels(s, rt):
     order = sorted(ATTENTION, key=lambda n: s.doc_attention and not isinstance(ATTENTION[n], str))
     attention = {n: as_used(attention_kernel(n, strict=True)) for n in order if gpu}
     heads = s.num_heads, s.num_kv_heads, s.num_kv_heads
-    by_triton = gpu and triton and rt.compile
-    whole_tiles = R % MLP_TILE["BN"] == D % MLP_TILE["BK"] == 0
+    by_triton = (gpu and triton and rt.compile
+                 and R % MLP_TILE["BN"] == D % MLP_TILE["BK"] == 0)  # whole tiles
     parts = {
         "attention": ("attention", "sdpa", attention, as_used((sdpa, visible_mask)),
                       random_inputs(rt, *((1, N, count, s.head_dim) for count in heads))),
-        "mlp": ("kernels", "plain",
-                {"triton": LeakySquareMLP.apply} if by_triton and whole_tiles else {},
-                leaky_square_mlp, [*random_inputs(rt, (N, D), (R, D), (D, R)), s.leaky_slope]),
-        "nll": ("kernels", "plain", {"triton": SoftcapNLL.apply} if by_triton else {}, softcap_nll,
-                [*random_inputs(rt, (N, V)), torch.randint(V, (N,), device=rt.device),
-                 s.logit_softcap])}
+        "mlp": ("kernels", "plain", {"triton": LeakySquareMLP.apply} if by_triton else {},
+                leaky_square_mlp, [*random_inputs(rt, (N, D), (R, D), (D, R)), s.leaky_slope])}
     names = {}
     for part, (setting, plain, candidates, reference, inputs) in parts.items():
         asked = getattr(s, setting)
@@ -1579,8 +1512,8 @@ def choose_kernels(s, rt):
     if gpu and s.doc_attention and not isinstance(ATTENTION.get(names["attention"]), str):
         rt.log("attention:slow, DOC_ATTENTION=1 without FlashAttention reads a mask [B, T, T] in "
                "each pass: pip install flash-attn, or DOC_ATTENTION=0")
-    return names, Kernels(*attention_kernel(names["attention"]), **{
-        part: parts[part][2][name] for part, name in names.items() if name == "triton"})
+    mlp = LeakySquareMLP.apply if names["mlp"] == "triton" else leaky_square_mlp
+    return names, Kernels(*attention_kernel(names["attention"]), mlp)
 
 
 @dataclass(frozen=True)
@@ -1839,13 +1772,13 @@ class GPT(nn.Module):
         return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(self.skip_gates[row]).to(x_BTD.dtype))
 
     def adapter_shapes(self):
-        """(outputs R, inputs D) of each adapter of `raw_logits`: of attention and MLP of every
+        """(outputs R, inputs D) of each adapter of `logits`: of attention and MLP of every
         pass, then of the logits."""
         D = self.s.model_dim
         return [(D, D)] * 2 * len(self.passes[True]) + [(self.s.vocab_size, D)]
 
-    def raw_logits(self, tokens_BT, fake_quant=False, band=0, late=True, adapters=(), at_BN=None):
-        """Next-token logits [B,T,V] before the softcap, compute type; [B,N,V] at positions `at`.
+    def logits(self, tokens_BT, fake_quant=False, band=0, late=True, adapters=(), at_BN=None):
+        """Next-token logits [B,T,V] after the softcap, fp32; [B,N,V] at positions `at`.
 
         Position t sees tokens 0..t, or in each layer the last `band` keys. `late`: the passes
         are those after the switch to LATE_PASSES. `adapters`: for each of adapter_shapes a pair
@@ -1883,20 +1816,15 @@ class GPT(nn.Module):
         x = rms_norm(self.mixers[1](x, x0, middle, mixed) if self.mixers else x)
         if at_BN is not None:
             x = x.gather(1, at_BN[..., None].expand(-1, -1, x.size(-1)))
-        return adapted(linear(x, self.tok_emb), x, adapters[-1] if adapters else None)
-
-    def logits(self, tokens_BT, fake_quant=False, band=0, late=True, adapters=(), at_BN=None):
-        """Next-token logits, fp32, in the shape of raw_logits."""
-        raw = self.raw_logits(tokens_BT, fake_quant, band, late, adapters, at_BN)
-        return softcapped(raw, self.s.logit_softcap)
+        cap, raw = self.s.logit_softcap, adapted(linear(x, self.tok_emb), x, *adapters[-1:])
+        return cap * torch.tanh(raw.float() / cap) if cap else raw.float()
 
     def forward(self, tokens_BT, targets_BN, fake_quant=False, band=0, late=True, adapters=(),
                 at_BN=None):
         """nll of each target, nats, fp32: of all positions, N = T, or of positions `at`. What
         changes during a run is an argument, so that a compiler cannot fold it away."""
-        raw = self.raw_logits(tokens_BT, fake_quant, band, late, adapters, at_BN).flatten(0, 1)
-        nll = self.kernels.now().nll(raw, targets_BN.flatten(), self.s.logit_softcap)
-        return nll.view_as(targets_BN)
+        logits = self.logits(tokens_BT, fake_quant, band, late, adapters, at_BN).flatten(0, 1)
+        return F.cross_entropy(logits, targets_BN.flatten(), reduction="none").view_as(targets_BN)
 
 
 # -- kinds of parameters: one table says how each parameter is initialized, trained and stored
@@ -2499,23 +2427,6 @@ class Quantizer:
         return tensors
 
 
-def error_report(state, tensors):
-    """A line for each kind: order-0 entropy of the codes, mean scale, relative error of weights."""
-    kinds = {}
-    for name, t in tensors.items():
-        if t.bits < 16:
-            w, count = state[name].detach().float().cpu(), t.codes.numel()
-            p = torch.bincount(t.codes.flatten().int() + 128).double() / count
-            sums = (count, -count * torch.xlogy(p, p).sum() / math.log(2), count * t.scales.mean(),
-                    (w - t.weights()).square().sum(), w.square().sum())
-            kind = kind_of(name).kind
-            kinds[kind] = kinds.get(kind, 0) + np.array(sums, float)
-    for kind, (count, bits, scales, error, total) in kinds.items():
-        yield (f"quantized {kind} weights:{count:.0f} bits_per_code:{bits / count:.3f} "
-               f"mean_scale:{scales / count:.5f} "
-               f"weight_error:{math.sqrt(error / max(total, 1e-30)):.5f}")
-
-
 # ---- 10. Artifact: codes → bytes → file, and back; data only, nothing in it is executed ---------
 #
 # magic | header length, u32 | header, JSON | side, lzma | codes | SHA-256 of all before. "side" is
@@ -2531,14 +2442,14 @@ MOST_INDEX_BYTES, MOST_PER_BYTE = 1 << 20, 64
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORMAL,
                      mf=lzma.MF_BT4, nice_len=64, depth=1, dict_size=1 << 16)]
 # Settings that are not stored: where files are and how this machine computes.
-TIED_TO_THE_RUN = {"data_path", "tokenizer_path", "val_limit_tokens"} | {
+NOT_STORED = {"data_path", "tokenizer_path", "val_limit_tokens"} | {
     name for name, (section, _) in DESCRIBED.items() if section == "Run" and name != "seed"}
 
 
 # Settings that decide what training and quantization make: a run that goes on, or EVAL_ONLY, must
 # have the same.
 OF_TRAINING = [name for name, (section, _) in DESCRIBED.items() if section != "Evaluation"
-               and name not in TIED_TO_THE_RUN | {"micro_batch_tokens", "train_log_every",
+               and name not in NOT_STORED | {"micro_batch_tokens", "train_log_every",
                                                   "val_loss_every", "warmup_steps"}]
 
 
@@ -2685,7 +2596,7 @@ def encode_artifact(tensors, s, note=""):
     distinct, refs = np.unique(np.frombuffer(b"".join(factors), np.uint16), return_inverse=True)
     halves = [tensors[n].codes.numpy().tobytes() for n in order if tensors[n].bits == 16]
     halves = np.frombuffer(b"".join(halves), np.uint16)
-    stored = {f.name: getattr(s, f.name) for f in fields(s) if f.name not in TIED_TO_THE_RUN}
+    stored = {f.name: getattr(s, f.name) for f in fields(s) if f.name not in NOT_STORED}
     described = [[n, tensors[n].bits, tuple(tensors[n].codes.shape)] for n in order]
     index = compact_json(settings=stored, note=note, tensors=described, distinct=len(distinct))
     # low bytes, then high bytes: these are alike and compress better together
@@ -2832,7 +2743,7 @@ def check_shapes(expected, tensors, path):
 
 def load_quantized(model, tensors, path):
     """Give `model` the artifact's weights: every parameter, no other name, no other shape."""
-    check_shapes(parameter_shapes(model.s), tensors, path)
+    check_shapes({name: tuple(p.shape) for name, p in model.named_parameters()}, tensors, path)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(tensors[name].weights())
@@ -3027,8 +2938,9 @@ class MatchModel:
     def __init__(self, tokens, streams, device):
         guesses, kind = (x.cpu().numpy() for x in longest_matches(tokens, device))
         self.kind, self.hits = kind.astype(np.uint8), (guesses == tokens[1:]).T
-        self.credit, self.seen = np.full((streams, 16, 2), 0.1), np.ones((streams, 16, 1))
-        self.credit[:, 0], self.gained = 0, 0.0
+        self.credit, self.seen = np.zeros((streams, 16, 2)), np.ones((streams, 16, 1))
+        self.credit[:, 1:, 0] = self.credit[:, 3::3, 1] = 0.1  # kinds 3, 6, ... have a second guess
+        self.gained = 0.0
 
     def mixed(self, first, last, nll):
         """The nll of targets after mixing; range n, [first[n], last[n]), is of stream n. With one
@@ -3048,10 +2960,11 @@ class MatchModel:
         targets = np.arange(len(nll)) + (first - np.cumsum(counts) + counts)[stream]
         kind = self.kind[targets]
         weights = (self.credit / self.seen)[stream, kind]
-        guessed = weights * self.hits[targets]
-        with np.errstate(divide="ignore"):  # log 0: no match, or wrong guesses
-            mixed = -np.logaddexp(np.log1p(-weights.sum(1)) - nll, np.log(guessed.sum(1)))
-        for total, new in ((self.credit, guessed * np.exp(mixed)[:, None]), (self.seen, 1.0)):
+        with np.errstate(divide="ignore"):  # log 0: no match, or a wrong guess
+            guessed = np.log(weights * self.hits[targets])
+        mixed = -np.logaddexp(np.log1p(-weights.sum(1)) - nll, guessed.max(1))  # one is right
+        credits = np.exp(guessed + mixed[:, None])
+        for total, new in ((self.credit, credits), (self.seen, 1.0)):
             sums = np.zeros_like(total)
             np.add.at(sums, (stream, kind), new)
             total += sums.cumsum(0)
@@ -3211,8 +3124,8 @@ class LoraTTT:
 
     Each stream has a learning rate. Let h = ⟨gradient, pairs − initial pairs⟩, summed over this
     stream and the streams before it, whose tokens are all earlier. If h < 0, larger steps since the
-    document began had been better: step n multiplies the rate by exp(HYPER/√n), else divides it (a
-    hypergradient's sign, Baydin et al. 2018). With the last step alone in h, rates end far too low.
+    document began had been better: step n multiplies the rate by exp(HYPER/√n); if h > 0, it divides
+    (a hypergradient's sign, Baydin et al. 2018). With the last step alone in h, rates end too low.
     """
     BETA2, DECAY, HYPER = 0.999, 0.5, 0.3
 
@@ -3764,11 +3677,9 @@ def write_artifact(state, s, rt, calibration, path):
     if rt.rank == 0:
         try:
             content = pack(state, s, s.artifact_budget_bytes - len(SHIPPED), rt.log, calibration)
-            tensors = decode_artifact(content)[1]  # what cannot be read is not written
+            decode_artifact(content)  # what cannot be read is not written
             facts = facts_of(content)
             write_whole(path, content)
-            for line in error_report(state, tensors):
-                rt.log(line)
         except UserError as error:
             problem = str(error)
             if facts:
@@ -3884,7 +3795,7 @@ def settings_of_artifact(path, environ, world_size=1):
     for name, value in stored.items():
         with explained(f"{path}: holds {name}={value}", "score it with the script that made it",
                        ArtifactError, ValueError):
-            if name not in TYPES or name in TIED_TO_THE_RUN:  # such as OUT_DIR
+            if name not in TYPES or name in NOT_STORED:  # such as OUT_DIR
                 raise ValueError("no artifact of this script has that")
             stored[name] = parse_value(name, value)
     s, explicit = resolve_settings(environ, stored, world_size)
@@ -3916,7 +3827,7 @@ def run_job(s, rt, explicit):
     log_start(s, rt, explicit)
     log_shape(s, rt.log)
     if rt.compile:
-        rt.probe_compiler(s)
+        rt.probe_compiler()
     model, names = build_model(s, rt)
     rt.log(" ".join(f"{part}:{name}" for part, name in names.items())
            + f" validation_targets:{len(tokens) - 1} bytes_from:{byte_table.source}")

@@ -80,7 +80,8 @@ def load_script(path):
 def shapes_of(s):
     """(tokens read, targets scored, keys of each layer) of a pass of scoring and of one of
     adapting. The first scripts have sliding windows alone."""
-    scoring = getattr(s, "scoring_shape", (s.context, s.eval_stride, 0))
+    context = s.eval_seq_len or s.train_seq_len
+    scoring = getattr(s, "scoring_shape", (context, s.eval_stride, 0))
     return scoring, getattr(s, "ttt_shape", scoring)
 
 
@@ -91,7 +92,7 @@ def settings_for(script, path, environ, targets):
     environ = {**environ, **dict.fromkeys({"COMPILE", "EVAL_WALLCLOCK_SECONDS"} & known, "0")}
     s, explicit = script.settings_of_artifact(path, environ)
     scoring, adapting = shapes_of(s)
-    row = max(s.train_seq_len, s.context, scoring[1])
+    row = max(s.train_seq_len, s.eval_seq_len, scoring[1])
     chunk = s.ttt_chunk_tokens  # 0: by the length of the validation set
     if targets and targets < 4 * row:
         raise DataError(f"--targets {targets}: too few, four chunks of a row need {4 * row}")
@@ -194,7 +195,7 @@ class Evaluation:
 class Guesses:
     """The script's match model again, in plain words: two guesses for each target from the text
     before it, and weights that a stream learns from itself and the streams before it."""
-    RUNS = 1, 2, 4, 8, 16
+    RUNS, SECOND = (1, 2, 4, 8, 16), (3, 6, 9, 12, 15)  # kinds with a second guess
 
     def __init__(self, tokens, streams):
         tokens, followed, self.found, self.learned = tokens.tolist(), {}, [], {}
@@ -227,12 +228,14 @@ class Guesses:
             for kind, hits in self.found[a:b]:
                 past = [self.learned.get((of, kind), (0.0, 0.0, 0)) for of in range(stream + 1)]
                 *credits, count = (sum(x) for x in zip(*past))
-                weights = [(kind > 0) * (0.1 + credit) / (1 + count) for credit in credits]
+                prior = 0.1 * (kind > 0), 0.1 * (kind in self.SECOND)
+                weights = [(first + credit) / (1 + count) for first, credit in zip(prior, credits)]
                 right = [weight * hit for weight, hit in zip(weights, hits)]
                 said = math.log(sum(right)) if sum(right) else -math.inf
                 rest = math.log1p(-sum(weights)) - next(scores)
                 out.append(-float(np.logaddexp(rest, said)))
-                learned.append(((stream, kind), [x / math.exp(-out[-1]) for x in right]))
+                learned.append(((stream, kind),
+                                [math.exp(math.log(x) + out[-1]) if x else 0.0 for x in right]))
         for key, credits in learned:
             so_far = self.learned.get(key, (0.0, 0.0, 0))
             self.learned[key] = tuple(x + y for x, y in zip(so_far, (*credits, 1)))
@@ -690,8 +693,8 @@ def normalized(audit, base):
     if mixing:
         error = max(e.mixing_error for e in mixing.values())
         yield (NORMALIZED, base.faults("mixed"), f"{' and '.join(mixing)} mix in guesses by the "
-               f"text before each target, (1 − w)·p + w on the guess, within {error:.1g} nats of "
-               "a recount of guesses and weights")
+               f"text before each target, (1 − w₁ − w₂)·p + w₁ or w₂ on the right guess, within "
+               f"{error:.1g} nats of a recount of guesses and weights")
     V, length, device = audit.s.vocab_size, min(32, len(audit.tokens) - 1), audit.rt.device
     x = torch.from_numpy(audit.tokens[:length].astype(np.int64)).to(device)
     total, (arguments, b) = torch.zeros(length, dtype=torch.float64, device=device), base.last_call

@@ -182,7 +182,7 @@ def test_decode_gives_back_what_encode_was_given(codec, tensors, note, seed, slo
     assert {n: raw(t) for n, t in back.items()} == {n: raw(t) for n, t in tensors.items()}
     assert back_note == note and encode_artifact(tensors, s, note) == content
     assert stored == {f.name: getattr(s, f.name) for f in fields(s)
-                      if f.name not in train_gpt.TIED_TO_THE_RUN}
+                      if f.name not in train_gpt.NOT_STORED}
     assert not {"out_dir", "run_id", "device", "eval_only", "scores_path"} & stored.keys()
 
 

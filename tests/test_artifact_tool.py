@@ -157,9 +157,9 @@ def test_a_minified_script_runs_and_scores_as_the_readable_one(both, small, corp
     assert done.result["code_sha256"] == hashlib.sha256(small.content).hexdigest()
     assert module.help_text() == train_gpt.help_text()
     if module.triton:  # interpreted
-        logits, targets = torch.randn(5, 9), torch.arange(5)
-        torch.testing.assert_close(module.SoftcapNLL.apply(logits, targets, 5.0),
-                                   module.softcap_nll(logits, targets, 5.0))
+        u, up, down = (torch.randn(shape) / 8 for shape in ((5, 64), (256, 64), (64, 256)))
+        torch.testing.assert_close(module.LeakySquareMLP.apply(u, up, down, 0.5),
+                                   module.leaky_square_mlp(u, up, down, 0.5))
 
 
 MANY = b'''"""Module."""
@@ -245,10 +245,10 @@ def jit(function):  # what Triton's decorator does: the function's source is par
 
 assert jit(T.code_limit)(6) == 31
 import torch
-logits, targets = torch.randn(5, 9), torch.arange(5)
+u, up, down = (torch.randn(shape) / 8 for shape in ((5, 64), (256, 64), (64, 256)))
 if T.triton:  # interpreted
-    torch.testing.assert_close(T.SoftcapNLL.apply(logits, targets, 5.0),
-                               T.softcap_nll(logits, targets, 5.0))
+    torch.testing.assert_close(T.LeakySquareMLP.apply(u, up, down, 0.5),
+                               T.leaky_square_mlp(u, up, down, 0.5))
 assert jit(T.out_of_time).__code__.co_names == T.out_of_time.__code__.co_names
 try:
     T.code_limit("six")

@@ -402,8 +402,9 @@ def mixed_slowly(w, nll, windows):
         for t in range(first, last):
             guesses, kind = found[t]
             past = [c for k, c, of, then in learned if k == kind and of <= stream and then < now]
-            weights = [(0.1 + sum(credits)) / (1 + len(past)) if kind else 0
-                       for credits in (list(zip(*past)) or [(), ()])]
+            prior = 0.1 * (guesses[0] >= 0), 0.1 * (guesses[1] >= 0)
+            weights = [(begin + sum(credits)) / (1 + len(past))
+                       for begin, credits in zip(prior, list(zip(*past)) or [(), ()])]
             mine = [w_ * (guess == w.tokens[t + 1]) for w_, guess in zip(weights, guesses)]
             out[t] = -math.log((1 - sum(weights)) * math.exp(-nll[t]) + sum(mine))
             learned.append((kind, [m / math.exp(-out[t]) for m in mine], stream, now))
@@ -458,17 +459,30 @@ def test_finding_guesses_is_inside_of_the_clock(tiny, monkeypatch):
 
 
 def test_mixed_scores_are_of_a_full_distribution():
-    """Each token in the place of the last one: the probabilities of all of them sum to one."""
-    rng, vocabulary = np.random.default_rng(0), 30
-    text = rng.integers(0, 3, 300)
-    p, total = rng.dirichlet(np.ones(vocabulary)), 0.0
-    for token in range(vocabulary):
-        tokens = np.append(text, token).astype(np.uint16)
-        match = train_gpt.MatchModel(tokens, 1, "cpu")
-        match.mixed(np.array([0]), np.array([299]), np.full(299, 1.1))
-        last = match.mixed(np.array([299]), np.array([300]), -np.log(p[[token]]))
-        total += math.exp(-last[0])
-    assert match.kind[-1] and total == pytest.approx(1, abs=1e-12)
+    """Each token in the place of the last one: the probabilities of all of them sum to one, with
+    each kind of match."""
+    vocabulary, kinds = 30, set()
+    for seed in range(60):
+        rng, total = np.random.default_rng(seed), 0.0
+        text = rng.integers(0, rng.choice([2, 3, 29]), rng.integers(2, 100))
+        p, n = rng.dirichlet(np.ones(vocabulary)), len(text) - 1
+        for token in range(vocabulary):
+            tokens = np.append(text, token).astype(np.uint16)
+            match = train_gpt.MatchModel(tokens, 1, "cpu")
+            match.mixed(np.array([0]), np.array([n]), np.full(n, 1.1))
+            last = match.mixed(np.array([n]), np.array([n + 1]), -np.log(p[[token]]))
+            total += math.exp(-last[0])
+        kinds.add(int(match.kind[-1]))
+        assert total == pytest.approx(1, abs=1e-12)
+    assert {kind % 3 for kind in kinds} == {0, 1, 2} and len(kinds) > 8
+
+
+def test_a_very_bad_score_harms_no_later_one():
+    tokens = np.arange(40, dtype=np.uint16) % 4
+    match = train_gpt.MatchModel(tokens, 1, "cpu")
+    bad = match.mixed(np.array([0]), np.array([20]), np.where(np.arange(20) == 3, 1000.0, 1.0))
+    later = match.mixed(np.array([20]), np.array([39]), np.ones(19))
+    assert bad[3] >= 1000 and np.isfinite(bad).all() and np.isfinite(later).all()
 
 
 # -- test-time training ---------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from conftest import ROOT, a_rank, clean_environ, environment
 from hypothesis import example, given, settings as hypothesis_settings, strategies as st
 
 import train_gpt
-from train_gpt import LeakySquareMLP, SoftcapNLL, UserError, leaky_square_mlp, softcap_nll
+from train_gpt import LeakySquareMLP, UserError, leaky_square_mlp
 
 pytest.importorskip("triton")
-triton_mlp, triton_nll = LeakySquareMLP.apply, SoftcapNLL.apply
+triton_mlp = LeakySquareMLP.apply
 # Small: an interpreter takes time for each.
 SMALL_TILES = [dict(BM=16, BN=32, BK=16, GROUP=8), dict(BM=32, BN=16, BK=32, GROUP=2)]
 
@@ -57,32 +57,6 @@ def test_the_mlp_kernel_is_the_plain_mlp(rows, tile, slope, half, seed):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=small)
 
 
-@hypothesis_settings(max_examples=25)
-@given(rows=st.integers(1, 9), vocabulary=st.sampled_from([2, 3, 64, 100, 1024]),
-       softcap=st.sampled_from([0.0, 5.0, 30.0]),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16]), size=st.sampled_from([1, 40]),
-       seed=st.integers(0, 99))
-def test_the_loss_kernel_is_the_plain_loss(rows, vocabulary, softcap, dtype, size, seed):
-    """Vocabularies that are no power of two, logits far beyond the cap, gradients by row."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = (size * torch.randn(rows, vocabulary, generator=generator)).to(dtype)
-    targets = torch.randint(vocabulary, (rows,), generator=generator)
-    mine = weighted(triton_nll, [logits, targets], softcap)
-    assert mine[0].dtype == torch.float32 and mine[1].dtype == dtype
-
-    def by_definition(z, t, cap):
-        z = cap * torch.tanh(z / cap) if cap else z
-        return -torch.log_softmax(z, -1)[torch.arange(len(z)), t]
-    exact = in_float64(by_definition, [logits, targets], softcap)
-    torch.testing.assert_close(mine[0].double(), exact[0], rtol=1e-5, atol=2e-5)
-    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-    # fp32 has no slope where the cap saturates
-    small = 1e-7 + tolerance * float(exact[1].abs().max())
-    torch.testing.assert_close(mine[1].double(), exact[1], rtol=tolerance, atol=small)
-    plain = weighted(softcap_nll, [logits.float(), targets], softcap)
-    torch.testing.assert_close(plain[0].double(), exact[0], rtol=1e-5, atol=2e-5)
-
-
 def test_inputs_of_any_layout_are_taken():
     """Slices and transposes, as a model may hand them in."""
     u = torch.randn(20, 40)[:, 4:36]
@@ -90,10 +64,6 @@ def test_inputs_of_any_layout_are_taken():
     for a, b in zip(weighted(triton_mlp, [u, up, down], 0.5),
                     in_float64(leaky_square_mlp, [u, up, down], 0.5), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
-    logits, targets = torch.randn(7, 60)[:, 3:53], torch.randint(50, (14,))[::2]
-    for a, b in zip(weighted(triton_nll, [logits, targets], 5.0),
-                    in_float64(softcap_nll, [logits, targets], 5.0)):
-        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
 
 
 FOR_A_HOPPER = f"""
@@ -116,11 +86,6 @@ for backward in (False, True):
     pointers = dict.fromkeys(("a", "b", "h", "out"), "bf16")
     print("mlp", backward, shared(T.leaky_square_kernel, pointers, dict(rows="i32"), dict(
           SLOPE=0.5, BACKWARD=backward, N=1536, K=512, **tile), warps, stages))
-for softcap in (0.0, 30.0):
-    for backward in (False, True):
-        pointers = dict(logits="bf16", targets="i64", per_row="fp32", out="bf16")
-        print("nll", softcap, backward, shared(T.softcap_nll_kernel, pointers, dict(), dict(
-              SOFTCAP=softcap, BACKWARD=backward, V=1024, BLOCK=1024), 4, 3))
 """
 
 
@@ -133,11 +98,11 @@ def printed_by(script, environ):
     return done.stdout.splitlines()
 
 
-def test_every_kernel_compiles_for_a_hopper():
+def test_the_kernel_compiles_for_a_hopper():
     """Triton's compiler needs no GPU and refuses what its interpreter accepts. A tile fits into the
     memory of a block."""
     lines = [line.split() for line in printed_by(FOR_A_HOPPER, clean_environ())]
-    assert len(lines) == 6 and all(int(line[-1]) <= 227 * 1024 for line in lines)
+    assert len(lines) == 2 and all(int(line[-1]) <= 227 * 1024 for line in lines)
 
 
 COMPILED = f"""
@@ -172,9 +137,8 @@ def nodes(function, *inputs):
 T.MLP_TILE = dict(T.MLP_TILE, BM=16, BN=32, BK=32)
 s = T.resolve_settings(dict(os.environ))[0]
 tokens, wanted = torch.randint(s.vocab_size, (3, 33)), dict()
-triton_kernels = T.Kernels(mlp=T.LeakySquareMLP.apply, nll=T.SoftcapNLL.apply)
-for name, kernels in dict(triton=triton_kernels, plain=T.PLAIN).items():
-    wanted[name] = nodes(T.GPT(s, torch.bfloat16, kernels), tokens[:, :-1], tokens[:, 1:])
+kernels = T.Kernels(mlp=T.LeakySquareMLP.apply)
+wanted["model"] = nodes(T.GPT(s, torch.bfloat16, kernels), tokens[:, :-1], tokens[:, 1:])
 for frozen in ([], [1], [1, 2]):
     x = [torch.randn(shape, requires_grad=i not in frozen)
          for i, shape in enumerate([(16, 32), (64, 32), (32, 64)])]
@@ -185,29 +149,22 @@ print(json.dumps(wanted))
 
 @pytest.mark.slow
 def test_compilers_see_whole_graphs_and_make_only_what_is_needed(corpus):
-    """Kernels break no graph. fp32 logits of a whole batch never exist with the loss kernel; the
-    plain loss shows that the test would see them. Test-time training freezes matrices: no products
-    for their gradients."""
+    """The kernel breaks no graph. Test-time training freezes matrices: no products for their
+    gradients."""
     environ = environment(corpus, MLP_MULT=2, NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS="",
                           SMEAR_GATE=0, BIGRAM_VOCAB_SIZE=0)
     found = json.loads(printed_by(COMPILED, environ)[-1])
 
     def count(graph, word):
         return sum(word in name for name, *_ in graph)
-    for name, fp32 in (("triton", False), ("plain", True)):
-        logits = {kind for graph in found[name]
-                  for _, shape, kind in graph if shape in ([96, 320], [3, 32, 320])}
-        assert len(found[name]) == 2 and "torch.bfloat16" in logits
-        assert ("torch.float32" in logits) == fp32
-    # a block, the loss
-    assert [count(graph, "triton_kernel_wrapper") for graph in found["triton"]] == [2, 2]
+    assert [count(graph, "triton_kernel_wrapper") for graph in found["model"]] == [1, 1]
     assert [count(found[f"without {n}"][1], "mm.") for n in range(3)] == [3, 2, 1]
 
 
 def test_a_model_computes_with_kernels_what_it_does_without(tiny, monkeypatch):
     """The same loss and gradients; an eager pass takes the plain functions, for calibration."""
     s = tiny(MLP_MULT=2, NUM_LAYERS=2, XSA_LAST_N=2, VE_LAYERS="1")
-    kernels = train_gpt.Kernels(mlp=triton_mlp, nll=triton_nll)
+    kernels = train_gpt.Kernels(mlp=triton_mlp)
     assert kernels.now() is train_gpt.PLAIN
     model = train_gpt.GPT(s, torch.float32, kernels)
     train_gpt.init_weights(model, s)
@@ -231,24 +188,24 @@ def gpu():
     return a_rank("cuda", dtype=torch.float32, compile=True)
 
 
-PLAIN_NAMES = dict(attention="sdpa", mlp="plain", nll="plain")
+PLAIN_NAMES = dict(attention="sdpa", mlp="plain")
 SDPA = dict(ATTENTION="sdpa")
 
 
 def test_right_kernels_are_taken_and_wrong_ones_named(tiny, gpu, monkeypatch):
     s = tiny(MLP_MULT=2, KERNELS="triton", **SDPA)
     names, kernels = train_gpt.choose_kernels(s, gpu)
-    assert names == dict(attention="sdpa", mlp="triton", nll="triton")
+    assert names == dict(attention="sdpa", mlp="triton")
     assert [line.split(",")[0] for line in gpu.lines] == ["attention:slow"] * s.doc_attention
     gpu.lines.clear()
-    assert kernels == train_gpt.Kernels(mlp=triton_mlp, nll=triton_nll)
+    assert kernels == train_gpt.Kernels(mlp=triton_mlp)
     plain = PLAIN_NAMES, train_gpt.PLAIN
     assert train_gpt.choose_kernels(tiny(MLP_MULT=2, KERNELS="plain", **SDPA), gpu) == plain
     monkeypatch.setattr(train_gpt, "why_unusable", lambda *_: "gives another result")
     assert train_gpt.choose_kernels(tiny(MLP_MULT=2, **SDPA), gpu) == plain
-    said = [f"{part}: not triton: gives another result" for part in ("mlp", "nll")]
-    assert sorted(line for line in gpu.lines if "slow" not in line) == said
-    with pytest.raises(UserError, match="KERNELS=triton: not installed, or its (mlp|nll) not r"):
+    said = ["mlp: not triton: gives another result"]
+    assert [line for line in gpu.lines if "slow" not in line] == said
+    with pytest.raises(UserError, match="KERNELS=triton: not installed, or its mlp not right"):
         train_gpt.choose_kernels(s, gpu)
 
 
@@ -263,7 +220,7 @@ def test_a_width_that_fills_no_tile_keeps_the_plain_mlp(tiny, gpu, monkeypatch):
     """The kernel reads whole tiles of columns; 40 hidden units are none of these."""
     monkeypatch.setattr(train_gpt, "why_unusable", lambda *_: "")
     names, kernels = train_gpt.choose_kernels(tiny(MLP_MULT=1.25, **SDPA), gpu)
-    assert names == PLAIN_NAMES | dict(nll="triton") and kernels.mlp is leaky_square_mlp
+    assert names == PLAIN_NAMES and kernels.mlp is leaky_square_mlp
     with pytest.raises(train_gpt.UserError, match="KERNELS=triton: .* the MLP's width of"):
         train_gpt.choose_kernels(tiny(MLP_MULT=1.25, KERNELS="triton", **SDPA), gpu)
 

@@ -415,24 +415,3 @@ def test_the_reserve_is_measured_before_the_clock_starts(tiny, variables, least,
     trainer.warm_up()
     assert least <= trainer.s.max_wallclock_seconds - trainer.scheduled.max_wallclock_seconds <= most
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before))
-
-
-def test_the_report_says_what_every_kind_got(tiny):
-    """Order-0 entropy of the tensors' codes, mean step, relative error: computed here again."""
-    state = {n: heavy(6, 50, i) for i, n in enumerate((MATRIX, "cores.1.attn.k", "tok_emb"))}
-    tensors = Quantizer({**state, "skip_weights": heavy(2, 3)}, tiny(ATTN_BITS=5)).at(0.1)
-    entropies = {}
-    for name, t in list(tensors.items())[1:]:
-        counts = np.unique(t.codes.numpy(), return_counts=True)[1]
-        entropies[name] = -(counts * np.log2(counts / 300)).sum() / 300
-    lines = list(train_gpt.error_report(state, tensors))
-    for line, kind, names in zip(lines, ("attn", "table"), ([*state][:2], [*state][2:]),
-                                 strict=True):
-        w, back = (torch.cat(x) for x in ([state[n] for n in names],
-                                          [tensors[n].weights() for n in names]))
-        expected = (300 * len(names), np.mean([entropies[n] for n in names]),
-                    np.mean([float(tensors[n].scales.mean()) for n in names]),
-                    float((w - back).norm() / w.norm()))
-        found = re.fullmatch(rf"quantized {kind} weights:(\d+) bits_per_code:(.*) mean_scale:(.*) "
-                             "weight_error:(.*)", line).groups()
-        assert [float(x) for x in found] == pytest.approx(expected, abs=6e-4)
