@@ -419,8 +419,8 @@ PRESETS["pr1218"] = dict(
     tokenizer_path="./data/tokenizers/fineweb_4096_bpe.model", ve_layers="9,10", late_passes="",
     muon_row_norm=0, quant_clip="row", quant_step_floor=0.03226)
 
-# Published name → our name, or {value: our settings}. Where two aliases set the same setting, the
-# value 0 wins. Our own name always wins over an alias.
+# Published name → our name, or {value: our settings}, or a function of the text. Where two aliases
+# set the same setting, the value 0 wins. Our own name always wins over an alias.
 _VRL = {"0": {"VALUE_RESIDUAL": "0"}, "1": {"VALUE_RESIDUAL": "sigmoid"}}
 ALIASES = {
     "VRL_ENABLED": _VRL, "VRL": _VRL, "GA_ENABLED": "GATED_ATTENTION", "WEIGHT_DECAY": "MUON_WD",
@@ -662,9 +662,11 @@ def help_text():
     """Every setting by section: default, choices or bounds, meaning."""
     lines = [__doc__.strip(), "", f"Presets: {', '.join(PRESETS)}. Explicit variables win over "
              "PRESET=<name>, which wins over the defaults."]
+    previous = ""
     for spec in fields(Settings):
         section, text = DESCRIBED[spec.name]
-        lines += [] if section in lines else ["", section]
+        lines += ["", section] if section != previous else []
+        previous = section
         bounds = re.sub(rf"(.+) to ({2**62}|1e\+18)", r"at least \1", type_text(spec.name))
         lines.append(f"  {spec.name.upper()}={spec.default}  {text} [{bounds}]")
     return "\n".join(lines)
@@ -1429,17 +1431,10 @@ def attention_of(kernel):
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions a model computes with. `mlp` is for compiled code; an eager forward, in which
-    calibration observes each product, takes the plain function."""
+    """The functions a model computes with."""
     attend: object = sdpa
     visible: object = visible_mask
     mlp: object = leaky_square_mlp
-
-    def now(self):
-        return self if torch.compiler.is_compiling() else PLAIN
-
-
-PLAIN = Kernels()
 
 
 def why_unusable(function, reference, inputs, rt):
@@ -1626,7 +1621,9 @@ class MLP(nn.Module):
     def forward(self, u_BTD, out_scale_D, fake_quant):
         up, down = (weight_of(w, u_BTD.dtype, fake_quant and self.quantized, scale)
                     for w, scale in ((self.up, None), (self.down, out_scale_D)))
-        return self.kernels.now().mlp(u_BTD.flatten(0, 1), up, down, self.slope).view_as(u_BTD)
+        # An eager pass, in which calibration observes each product, takes the plain function.
+        mlp = self.kernels.mlp if torch.compiler.is_compiling() else leaky_square_mlp
+        return mlp(u_BTD.flatten(0, 1), up, down, self.slope).view_as(u_BTD)
 
 
 class Block(nn.Module):
@@ -1719,7 +1716,7 @@ class Mixer(nn.Module):
 class GPT(nn.Module):
     """The model. One forward serves training, scoring, fake quantization and TTT."""
 
-    def __init__(self, s, dtype=torch.float32, kernels=PLAIN):
+    def __init__(self, s, dtype=torch.float32, kernels=Kernels()):
         super().__init__()
         self.s, self.dtype, self.kernels = s, dtype, kernels
         self.passes = {late: pass_list(s, late) for late in (False, True)}
@@ -2459,9 +2456,9 @@ class ArtifactError(UserError):
 
 # rANS (Duda 2013): a state below 2³² holds what was coded; a code of frequency f/2¹⁵ adds
 # 15 − log₂ f bits; 16 bits at a time move to the file. 512 interleaved states vectorize in numpy.
-# Frequencies are counted by context: the magnitude of the code's row plus that of its column,
-# in quarter octaves. Rows and columns of trained weights differ so much that this takes 5 % less
-# than the order-0 entropy of the tensors. 48 contexts span 12 octaves; 8-bit codes need fewer.
+# Frequencies are counted by context: 4·log₂ of the magnitude of the code's row plus that of its
+# column. Rows and columns of trained weights differ so much that this takes 5 % less than the
+# order-0 entropy of the tensors. 48 contexts span a factor of 2¹²; 8-bit codes need fewer.
 RANS_STATES, RANS_BITS, CONTEXTS, SYMBOLS = 512, 15, 48, 256
 
 

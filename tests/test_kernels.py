@@ -164,9 +164,12 @@ def test_compilers_see_whole_graphs_and_make_only_what_is_needed(corpus):
 def test_a_model_computes_with_kernels_what_it_does_without(tiny, monkeypatch):
     """The same loss and gradients; an eager pass takes the plain functions, for calibration."""
     s = tiny(MLP_MULT=2, NUM_LAYERS=2, XSA_LAST_N=2, VE_LAYERS="1")
-    kernels = train_gpt.Kernels(mlp=triton_mlp)
-    assert kernels.now() is train_gpt.PLAIN
-    model = train_gpt.GPT(s, torch.float32, kernels)
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return triton_mlp(*arguments)
+    model = train_gpt.GPT(s, torch.float32, train_gpt.Kernels(mlp=counted))
     train_gpt.init_weights(model, s)
     with torch.no_grad():
         for p in model.parameters():
@@ -177,9 +180,11 @@ def test_a_model_computes_with_kernels_what_it_does_without(tiny, monkeypatch):
         nll = model(tokens[:, :-1], tokens[:, 1:])
         return [nll.detach(), *torch.autograd.grad(nll.sum(), list(model.parameters()))]
     plain = outcome()
-    monkeypatch.setattr(train_gpt.Kernels, "now", lambda self: self)
+    assert not calls
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for a, b in zip(outcome(), plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max() + 1e-6))
+    assert len(calls) == 2
 
 
 @pytest.fixture
@@ -199,7 +204,7 @@ def test_right_kernels_are_taken_and_wrong_ones_named(tiny, gpu, monkeypatch):
     assert [line.split(",")[0] for line in gpu.lines] == ["attention:slow"] * s.doc_attention
     gpu.lines.clear()
     assert kernels == train_gpt.Kernels(mlp=triton_mlp)
-    plain = PLAIN_NAMES, train_gpt.PLAIN
+    plain = PLAIN_NAMES, train_gpt.Kernels()
     assert train_gpt.choose_kernels(tiny(MLP_MULT=2, KERNELS="plain", **SDPA), gpu) == plain
     monkeypatch.setattr(train_gpt, "why_unusable", lambda *_: "gives another result")
     assert train_gpt.choose_kernels(tiny(MLP_MULT=2, **SDPA), gpu) == plain
@@ -230,4 +235,4 @@ def test_nothing_is_tried_without_a_gpu(tiny):
     s = tiny(COMPILE=1)
     rt = train_gpt.Runtime(s)
     rt.log = lambda line: pytest.fail(line)
-    assert train_gpt.choose_kernels(s, rt) == (PLAIN_NAMES, train_gpt.PLAIN)
+    assert train_gpt.choose_kernels(s, rt) == (PLAIN_NAMES, train_gpt.Kernels())
