@@ -3554,13 +3554,15 @@ def log_start(s, rt, explicit):
 
 
 def log_shape(s, log):
-    """Parameters by kind, and what a step holds."""
+    """Parameters by kind, what a step holds, what adapts at test time."""
     counts = parameter_counts(s)
     log("parameters: " + " ".join(f"{kind}:{n}" for kind, n in counts.items()))
     log(f"model_params:{sum(counts.values())}")
     log(f"XSA:last_{s.xsa_last_n} active_layers:{[p.block for p in pass_list(s) if p.xsa]}")
     log(f"tokens_per_step:{s.train_batch_tokens} rows:{s.train_batch_tokens // s.train_seq_len} "
         f"row_tokens:{s.train_seq_len}")
+    ttt = f"adapters of rank {s.ttt_lora_rank}" if s.ttt_lora_rank else f"weights, {s.ttt_optimizer}"
+    log(f"TTT:{ttt if s.ttt_enabled else 'off'}")
 
 
 def dry_run(s, world_size):

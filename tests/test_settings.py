@@ -335,6 +335,16 @@ def test_dry_run_needs_no_data_and_leaves_nothing(tmp_path, monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("environ, said", [
+    (dict(), "adapters of rank 64"), (dict(TTT_CHUNK_TOKENS="65536"), "weights, sgd"),
+    (dict(TTT_CHUNK_TOKENS="65536", TTT_LORA_RANK="8"), "adapters of rank 8"),
+    (dict(PRESET="pr490"), "weights, adamw"), (dict(TTT_ENABLED="0"), "off")])
+def test_dry_run_says_what_adapts(environ, said, capsys):
+    """A setting of weights implies no adapters: nobody should find that out from the score."""
+    assert train_gpt.main(["--dry-run"], environ) == 0
+    assert f"TTT:{said}" in capsys.readouterr().out.splitlines()
+
+
 def test_import_has_no_side_effects(tmp_path):
     check = """if True:
         import os, random, sys, threading, signal

@@ -41,7 +41,9 @@ def environment(preset, arguments):
         SWA_EVERY=max(1, round(s.swa_every * share)),
         MUON_MOMENTUM_WARMUP_STEPS=round(s.muon_momentum_warmup_steps * share),
         EMA_DECAY=round(s.ema_decay ** (1 / share), 6),  # 0 follows the run as it is
-        TTT_CHUNK_TOKENS=s.ttt_chunk_tokens // 8, ROPE_DIMS=4 if s.rope_dims else 0,
+        TTT_CHUNK_TOKENS=s.ttt_chunk_tokens // 8,
+        TTT_LORA_RANK=s.ttt_lora_rank,  # else the line above would imply 0
+        ROPE_DIMS=4 if s.rope_dims else 0,
         ROPE_NTK_REFERENCE=s.rope_ntk_reference // 8)
     return {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
 
