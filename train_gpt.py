@@ -1213,9 +1213,9 @@ def leaky_square_mlp(u_ND, up_RD, down_DR, slope):
     return F.linear(F.leaky_relu(F.linear(u_ND, up_RD), slope).square(), down_DR)
 
 
-# leaky_square_mlp as a Triton kernel, for compiled models on a GPU. It fuses the activation into the
-# first matrix product, and its derivative into the backward product: a quarter less memory traffic
-# in the MLP. The compiler fuses the loss as well as a kernel by hand would: same bytes and launches.
+# leaky_square_mlp as a Triton kernel, for compiled models on a GPU. It fuses the activation into
+# the first matrix product, and its derivative into the backward product: a quarter less memory
+# traffic in the MLP. The loss needs no kernel: the compiler's moves as few bytes.
 jit = triton.jit if triton else lambda kernel: kernel
 MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
@@ -3121,8 +3121,9 @@ class LoraTTT:
 
     Each stream has a learning rate. Let h = ⟨gradient, pairs − initial pairs⟩, summed over this
     stream and the streams before it, whose tokens are all earlier. If h < 0, larger steps since the
-    document began had been better: step n multiplies the rate by exp(HYPER/√n); if h > 0, it divides
-    (a hypergradient's sign, Baydin et al. 2018). With the last step alone in h, rates end too low.
+    document began had been better: step n multiplies the rate by exp(HYPER/√n). If h > 0, it
+    divides (a hypergradient's sign, Baydin et al. 2018). With the last step alone in h, rates end
+    far too low.
     """
     BETA2, DECAY, HYPER = 0.999, 0.5, 0.3
 
@@ -3561,8 +3562,8 @@ def log_shape(s, log):
     log(f"XSA:last_{s.xsa_last_n} active_layers:{[p.block for p in pass_list(s) if p.xsa]}")
     log(f"tokens_per_step:{s.train_batch_tokens} rows:{s.train_batch_tokens // s.train_seq_len} "
         f"row_tokens:{s.train_seq_len}")
-    ttt = f"adapters of rank {s.ttt_lora_rank}" if s.ttt_lora_rank else f"weights, {s.ttt_optimizer}"
-    log(f"TTT:{ttt if s.ttt_enabled else 'off'}")
+    rank, weights = f"adapters of rank {s.ttt_lora_rank}", f"weights, {s.ttt_optimizer}"
+    log("TTT:" + ("off" if not s.ttt_enabled else rank if s.ttt_lora_rank else weights))
 
 
 def dry_run(s, world_size):
