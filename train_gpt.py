@@ -173,7 +173,7 @@ class Settings:
     late_passes: str = "auto"
         # blocks and ranges of blocks, in the order they run; auto: 0-5,3-5,3-5,6-10 for 11
         # blocks, scaled to NUM_LAYERS; empty: the order stays
-    late_passes_from: Fraction = 0.35  # of the clock or of ITERATIONS, whichever comes first
+    late_passes_from: Fraction = 0.35  # switch at this fraction of clock or ITERATIONS, the earlier
     parallel: Literal["0", "one", "lanes"] = "lanes"
         # blocks from PARALLEL_FROM on: one: attention and MLP read the same input (#1493); lanes:
         # two residual streams with learned routing (#1529)
@@ -234,7 +234,7 @@ class Settings:
     train_log_every: Positive = 500  # steps between log lines after step 10
 
     # == Quantizer and artifact
-    attn_bits: Bits = 8  # of a code of attention matrices; fewer are stored; 16: fp16
+    attn_bits: Bits = 8  # of codes of attention matrices, before entropy coding; 16: fp16
     mlp_bits: Bits = 8  # of MLP matrices
     embed_bits: Bits = 8  # of token and value embedding tables
     bigram_bits: Bits = 8  # of the bigram table
@@ -2447,7 +2447,7 @@ NOT_STORED = {"data_path", "tokenizer_path", "val_limit_tokens"} | {
 # have the same.
 OF_TRAINING = [name for name, (section, _) in DESCRIBED.items() if section != "Evaluation"
                and name not in NOT_STORED | {"micro_batch_tokens", "train_log_every",
-                                                  "val_loss_every", "warmup_steps"}]
+                                             "val_loss_every", "warmup_steps"}]
 
 
 class ArtifactError(UserError):
@@ -3229,8 +3229,8 @@ class LoraTTT:
         p, uphill, mine = self.params, torch.zeros_like(self.lr), slice(self.low, self.high)
         grad = torch.zeros_like(p) if p.grad is None else p.grad  # None: a rank without a stream
         uphill[mine] = (grad * (p - self.initial)).sum(1)[: self.high - self.low]
-        by = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # a time for each earlier step
-        self.lr *= torch.exp(-by * self.rt.sum_(uphill).cumsum(0).sign())
+        change = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # a time for each earlier step
+        self.lr *= torch.exp(-change * self.rt.sum_(uphill).cumsum(0).sign())
         self.steps += active_n1
         self.squares.lerp_(grad.square(), (1 - self.BETA2) * active_n1)
         correction = 1 - self.BETA2 ** self.steps.clamp(min=1)

@@ -478,11 +478,14 @@ def test_mixed_scores_are_of_a_full_distribution():
 
 
 def test_a_very_bad_score_harms_no_later_one():
-    tokens = np.arange(40, dtype=np.uint16) % 4
+    """A wrong guess where the model is sure of another token."""
+    tokens = np.random.default_rng(0).integers(0, 3, 201).astype(np.uint16)
     match = train_gpt.MatchModel(tokens, 1, "cpu")
-    bad = match.mixed(np.array([0]), np.array([20]), np.where(np.arange(20) == 3, 1000.0, 1.0))
-    later = match.mixed(np.array([20]), np.array([39]), np.ones(19))
-    assert bad[3] >= 1000 and np.isfinite(bad).all() and np.isfinite(later).all()
+    wrong = np.flatnonzero((match.kind[:100] > 0) & ~match.hits[:100].any(1))[-1]
+    bad = match.mixed(np.array([0]), np.array([100]),
+                      np.where(np.arange(100) == wrong, 1000.0, 1.0))
+    later = match.mixed(np.array([100]), np.array([200]), np.ones(100))
+    assert bad[wrong] >= 1000 and np.isfinite(bad).all() and np.isfinite(later).all()
 
 
 # -- test-time training ---------------------------------------------------------------------------
