@@ -230,6 +230,9 @@ class Settings:
     swa_every: Positive = 50  # steps between snapshots
     late_qat_threshold: Amount = 0.0
         # int6 fake quantization once this fraction of the warmdown is left; 0: never, > 1: always
+    segment_schedule: str = ""
+        # 1024:0.1,2048:0.7: up to a tenth of the run attention ends every 1,024 tokens of a row,
+        # up to 0.7 every 2,048 (#2014); needs DOC_ATTENTION=1; empty: it ends at documents alone
     val_loss_every: Count = 4000  # steps between validations; 0: only after the last step
     train_log_every: Positive = 500  # steps between log lines after step 10
 
@@ -338,6 +341,13 @@ class Settings:
         if self.late_passes == "auto":
             return [*range(after), *2 * [*range(first, after)], *range(after, end)]
         return block_list(self.late_passes, end) if self.late_passes else list(range(end))
+
+    @property
+    def segments(self):
+        """[(tokens, fraction of the run up to which they hold)], or None if invalid."""
+        pairs = re.findall(r"(\d{1,9}):(0?\.\d+)", self.segment_schedule)
+        valid = ",".join(map(":".join, pairs)) == self.segment_schedule.replace(" ", "")
+        return [(int(tokens), float(until)) for tokens, until in pairs] if valid else None
 
     @property
     def quant_label(self):
@@ -554,6 +564,11 @@ def rules(s, world_size):
          "0 first and each at least once; auto fits NUM_LAYERS; empty: off"),
         (not s.late_passes or s.late_passes_from < 1, "LATE_PASSES_FROM LATE_PASSES",
          "the late passes would be scored and never trained; lower the first, or empty the second"),
+        (s.segments is not None and all(tokens for tokens, _ in s.segments)
+         and sorted(s.segments, key=lambda part: part[1]) == s.segments, "SEGMENT_SCHEDULE",
+         "must be tokens:fraction, commas between, fractions below 1 and ascending; empty: off"),
+        (not s.segment_schedule or s.doc_attention, "SEGMENT_SCHEDULE DOC_ATTENTION",
+         "segments end attention as documents do: set DOC_ATTENTION=1, or empty the first"),
         (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks), "VE_LAYERS",
          f"must be different blocks of 0..{last}, commas between; or empty"),
         (s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "must be 0 or at least 2"),
@@ -1774,17 +1789,21 @@ class GPT(nn.Module):
         D = self.s.model_dim
         return [(D, D)] * 2 * len(self.passes[True]) + [(self.s.vocab_size, D)]
 
-    def logits(self, tokens_BT, fake_quant=False, band=0, late=True, adapters=(), at_BN=None):
+    def logits(self, tokens_BT, fake_quant=False, band=0, late=True, adapters=(), at_BN=None,
+               segment=None):
         """Next-token logits [B,T,V] after the softcap, fp32; [B,N,V] at positions `at`.
 
         Position t sees tokens 0..t, or in each layer the last `band` keys. `late`: the passes
         are those after the switch to LATE_PASSES. `adapters`: for each of adapter_shapes a pair
-        (A [B,r,D], B [B,R,r]); B·A·u is added to the output for input u.
+        (A [B,r,D], B [B,R,r]); B·A·u is added to the output for input u. `segment`: attention ends
+        every so many tokens (a tensor: a number would be compiled in).
         """
         x = x0 = self.embed(tokens_BT)
         values = self.ve(tokens_BT, x.dtype) if self.ve is not None else {}
         first_v, skips, lane, middle, rotary = None, [], None, None, (self.cos, self.sin)
         starts = tokens_BT == BOS if self.s.doc_attention else None
+        if segment is not None:
+            starts |= torch.arange(tokens_BT.size(1), device=tokens_BT.device) % segment == 0
         visible = self.kernels.visible(tokens_BT, band, starts)
         for i, p in enumerate(self.passes[late]):
             if i == len(self.passes[late]) // 2:
@@ -1817,11 +1836,12 @@ class GPT(nn.Module):
         return cap * torch.tanh(raw.float() / cap) if cap else raw.float()
 
     def forward(self, tokens_BT, targets_BN, fake_quant=False, band=0, late=True, adapters=(),
-                at_BN=None):
+                at_BN=None, segment=None):
         """nll of each target, nats, fp32: of all positions, N = T, or of positions `at`. What
         changes during a run is an argument, so that a compiler cannot fold it away."""
-        logits = self.logits(tokens_BT, fake_quant, band, late, adapters, at_BN).flatten(0, 1)
-        return F.cross_entropy(logits, targets_BN.flatten(), reduction="none").view_as(targets_BN)
+        logits = self.logits(tokens_BT, fake_quant, band, late, adapters, at_BN, segment)
+        nll = F.cross_entropy(logits.flatten(0, 1), targets_BN.flatten(), reduction="none")
+        return nll.view_as(targets_BN)
 
 
 # -- kinds of parameters: one table says how each parameter is initialized, trained and stored
@@ -2149,6 +2169,12 @@ def muon_momentum(s, step):
     """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
     warm = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
     return (1 - warm) * s.muon_momentum_warmup_start + warm * s.muon_momentum
+
+
+def segment_tokens(s, step, elapsed_ms):
+    """Tokens of a segment now, by SEGMENT_SCHEDULE; those of a row after its end."""
+    done = progress_of(s, step, elapsed_ms)
+    return next((tokens for tokens, until in s.segments if done < until), s.train_seq_len)
 
 
 def out_of_time(s, step, elapsed_ms, step_ms=0.0, steps=1):
@@ -3356,6 +3382,9 @@ class Trainer:
         self.last_loss = ""  # for the progress line; reading it from a GPU stalls it
         # Both stay on once set. Without LATE_PASSES there is one list: `late` is on from the start.
         self.fake_quant, self.late = False, not s.late_passes
+        # The tensor is an argument of the compiled model; without a schedule there is none.
+        self.segment_tokens = s.train_seq_len
+        self.segment = torch.tensor(self.segment_tokens, device=rt.device) if s.segments else None
 
     # -- the loop
 
@@ -3419,6 +3448,10 @@ class Trainer:
         if not self.late and progress_of(s, self.step, self.elapsed) >= s.late_passes_from:
             self.late = True
             self.rt.log(f"late_passes:enabled step:{self.step} order:{s.late_order}")
+        tokens = segment_tokens(s, self.step, self.elapsed)
+        if tokens != self.segment_tokens:
+            self.segment_tokens, _ = tokens, self.segment.fill_(tokens)
+            self.rt.log(f"segments:{tokens} tokens step:{self.step}")
         loss, norm = self.optimize(rows, scale, muon_momentum(s, self.step), self.fake_quant,
                                    self.late)
         self.step += 1
@@ -3432,7 +3465,8 @@ class Trainer:
         loss = torch.zeros((), device=self.rt.device)
         for micro in rows.split(self.micro_rows):
             x, y = micro[:, :-1].long(), micro[:, 1:].long()
-            nll = self.forward(x, y, fake_quant, late=late).sum() / self.s.train_batch_tokens
+            nll = self.forward(x, y, fake_quant, late=late, segment=self.segment)
+            nll = nll.sum() / self.s.train_batch_tokens
             nll.backward()
             loss += nll.detach()
         return loss * self.rt.world_size, self.optimizers.step(scale, momentum)

@@ -23,7 +23,7 @@ from conftest import SCRIPT, TINY, clean_environ, environment, left, on_ranks, r
 
 # A run in which everything happens: validation on the way, SWA, EMA, late fake quantization.
 EVERYTHING = dict(ITERATIONS=10, WARMDOWN_ITERS=8, VAL_LOSS_EVERY=4, SWA_ENABLED=1, SWA_EVERY=1,
-                  LATE_QAT_THRESHOLD=0.5)
+                  LATE_QAT_THRESHOLD=0.5, SEGMENT_SCHEDULE="8:0.2,16:0.6")
 PLAIN = dict(TTT_ENABLED=0, EVAL_STRIDE=0)  # no scores but those of the whole rows
 EXACT = 1e-5  # "to 1e-5 when everything is fp32"
 KINDS = ["float", "int8", "banded", "ttt"]
@@ -90,6 +90,7 @@ LOG_LINES = [  # those that other programs read, and those of parts that a setti
     r"model_params:\d+", r"step:1/10 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms.*",
     rf"step:4/10 {LOSS} train_time:\d+ms .*", rf"step:10/10 {LOSS} train_time:\d+ms .*",
     r"late_qat:enabled step:\d+ scale:0\.\d{4}", r"swa:start step:\d+",
+    r"segments:8 tokens step:0", r"segments:16 tokens step:2", r"segments:32 tokens step:6",
     r"ema:applying EMA and SWA weights", r"gptq_calibration:done matrices:\d+ time:\d+ms",
     rf"final_int8_roundtrip {LOSS} eval_time:\d+ms", rf"legal_ttt {LOSS} eval_time:\d+ms",
     r"Serialized model int8\+rans: \d+ bytes", r"Code size: \d+ bytes",
@@ -232,12 +233,12 @@ def test_an_artifact_with_bad_settings_is_refused_before_a_model_is_built(
 
 def test_what_an_earlier_version_did_not_store_must_be_said(trained, corpus, tmp_path, capsys):
     """A preset must not decide it: the model would be another one."""
-    (tmp_path / "in.ptz").write_bytes(forged(trained, without="doc_attention"))
+    (tmp_path / "in.ptz").write_bytes(forged(trained, without="key_offset"))
     variables = eval_only(corpus, tmp_path / "in.ptz", tmp_path / "out", PRESET="pr1855",
                           VAL_LIMIT_TOKENS=64)
     assert train_gpt.main([], variables) == 2
-    assert "stored no DOC_ATTENTION: set each" in capsys.readouterr().err
-    assert train_gpt.main([], {**variables, "DOC_ATTENTION": "0"}) == 0
+    assert "stored no KEY_OFFSET: set each" in capsys.readouterr().err
+    assert train_gpt.main([], {**variables, "KEY_OFFSET": "0"}) == 0
 
 
 def test_only_the_file_that_was_written_is_scored(trained, run_script, monkeypatch, tmp_path):
@@ -388,7 +389,8 @@ def test_the_compiled_run_equals_the_eager_one(run_script, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"import sys\nsys.path[:0] = {sys.path}\nimport test_end_to_end as tests\n"
                       "sys.exit(tests.main_with_exact_losses({}))\n")
-    few = dict(STEPS_25, ITERATIONS=12, WARMDOWN_ITERS=8, LATE_QAT_THRESHOLD=0.6, WARMUP_STEPS=1)
+    few = dict(STEPS_25, ITERATIONS=12, WARMDOWN_ITERS=8, LATE_QAT_THRESHOLD=0.6, WARMUP_STEPS=1,
+               SEGMENT_SCHEDULE="8:0.5")
     runs = [succeeded(run_script(script=script, COMPILE=c, OUT_DIR=tmp_path / c, **few))
             for c in ("0", "1")]
     assert re.search(r"^compile:variants 2 graph_breaks 0 graphs_", runs[1].log, re.M)

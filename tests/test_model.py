@@ -275,6 +275,17 @@ def test_with_doc_attention_a_document_is_scored_as_if_alone(tiny, window):
         assert torch.allclose(together, torch.cat(alone, 1), rtol=1e-5, atol=1e-5) == bool(on)
 
 
+def test_a_segment_is_scored_as_if_alone(tiny):
+    """Documents inside it still end attention."""
+    s = tiny(DOC_ATTENTION=1, BIGRAM_VOCAB_SIZE=0, SMEAR_GATE="0")
+    model, rows = randomized(s), random_rows(s, length=24)
+    rows[:, 10] = train_gpt.BOS
+    together = model(rows[:, :-1], rows[:, 1:], segment=torch.tensor(9))
+    alone = [model(part[:, :-1], part[:, 1:])
+             for part in (rows[:, a: b + 1] for a, b in ((0, 9), (9, 18), (18, 24)))]
+    assert torch.allclose(together, torch.cat(alone, 1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("variables",
                          [dict(MLP_BITS=5), dict(ATTN_BITS=16, NUM_LAYERS=4, UNIQUE_LAYERS=3)])
 def test_fake_quant_equals_the_reference_of_rounded_weights(tiny, float64, variables):

@@ -107,6 +107,14 @@ def test_warmdown_of_a_share_of_the_run():
     assert train_gpt.lr_scale(s, 10, 7500.0) == 0.5, "the nearer end counts"
 
 
+def test_segments_hold_up_to_their_part_of_the_run():
+    s = replace(PUBLISHED, segment_schedule="16:0.1,64:.7", iterations=100,
+                max_wallclock_seconds=10.0)
+    found = [train_gpt.segment_tokens(s, step, 0.0) for step in range(100)]
+    assert found == [16] * 10 + [64] * 60 + [s.train_seq_len] * 30
+    assert train_gpt.segment_tokens(s, 10, 7000.0) == s.train_seq_len, "the nearer end counts"
+
+
 def test_a_slow_step_is_foreseen():
     """After the switch to more passes a step takes longer than the mean so far."""
     s = replace(PUBLISHED, max_wallclock_seconds=10.0)
