@@ -1667,17 +1667,17 @@ class Block(nn.Module):
         m = self.resid_mix.to(x_BTD.dtype)
         return m[0] * x_BTD + m[1] * x0_BTD
 
-    def attention(self, z_BTD, core, first_v, adapter, *context):
+    def attention(self, z_BTD, core, first_v, pair, *context):
         """attn_scale ⊙ Attn(u) + LoRA(u), u = input_scale · rms_norm(z); and v before the value
         residual. context: the other arguments of Attention.forward."""
         u = self.input_scale * rms_norm(z_BTD)
         a, v = core.attn(u, self, first_v, *context)
-        return adapted(a, u, adapter), v
+        return adapted(a, u, pair), v
 
-    def mlp(self, y_BTD, core, fake_quant, adapter):
+    def mlp(self, y_BTD, core, fake_quant, pair):
         """mlp_scale ⊙ MLP(u) + LoRA(u), u = input_scale · rms_norm(y)."""
         u = self.input_scale * rms_norm(y_BTD)
-        return adapted(core.mlp(u, self.mlp_scale, fake_quant), u, adapter)
+        return adapted(core.mlp(u, self.mlp_scale, fake_quant), u, pair)
 
 
 class BigramEmbedding(nn.Module):
@@ -1840,8 +1840,8 @@ class GPT(nn.Module):
         """nll of each target, nats, fp32: of all positions, N = T, or of positions `at`. What
         changes during a run is an argument, so that a compiler cannot fold it away."""
         logits = self.logits(tokens_BT, fake_quant, band, late, adapters, at_BN, segment)
-        nll = F.cross_entropy(logits.flatten(0, 1), targets_BN.flatten(), reduction="none")
-        return nll.view_as(targets_BN)
+        logits = logits.flatten(0, 1)
+        return F.cross_entropy(logits, targets_BN.flatten(), reduction="none").view_as(targets_BN)
 
 
 # -- kinds of parameters: one table says how each parameter is initialized, trained and stored
@@ -2995,39 +2995,39 @@ class MatchModel:
         return mixed
 
 
-def evaluate(model, tokens, byte_table, s, rt, label, shape, adapter=None, opened=None):
-    """Score every target of `tokens` once, in windows of this shape (see Scorer); an adapter (a
-    WeightTTT or LoraTTT) trains after each chunk but the last.
+def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=None):
+    """Score every target of `tokens` once, in windows of this shape (see Scorer); ttt, a
+    WeightTTT or LoraTTT, trains after each chunk but the last.
 
-    The adapter gets the seconds that remain for it: 98 % of EVAL_WALLCLOCK_SECONDS, less the time
+    It gets the seconds that remain for it: 98 % of EVAL_WALLCLOCK_SECONDS, less the time
     since `opened`, less a forecast of the scoring that is left. Returns the ledger's result with
     `seconds` and `tokens_read`, and the ledger.
     """
-    how = adapter.scorer_options(len(tokens) - 1) if adapter else {}
+    how = ttt.scorer_options(len(tokens) - 1) if ttt else {}
     scorer = Scorer(model, tokens, shape, s, rt, **how)
     ledger, chunks, scoring = ScoreLedger(tokens), scorer.chunks, []
     rt.any_rank(False)  # a barrier: no clock includes another rank's earlier work
     started = time.perf_counter()
     match = (MatchModel(tokens, scorer.streams or 1, rt.device)
              if s.eval_match and shape[1] < shape[0] else None)
-    if adapter:
-        adapter.begin(scorer)
+    if ttt:
+        ttt.begin(scorer)
     limit = 0.98 * s.eval_wallclock_seconds or math.inf  # 2 % for errors of the forecast
     deadline, windows = (opened or started) + limit, len(scorer.first)
     for c, (begin, end) in enumerate(chunks):
         before = time.perf_counter()
         scores = scorer.score(begin, end, lambda n: rt.progress(label, (begin + n) / windows),
-                              getattr(adapter, "arguments", lambda windows: {}))
+                              getattr(ttt, "arguments", lambda windows: {}))
         first, last = scorer.first[begin:end], scorer.last[begin:end]
         if match and np.isfinite(scores).all():  # the ledger refuses others
             scores = match.mixed(first, last, scores)
         for begun, part in zip(first.tolist(), np.split(scores, np.cumsum(last - first)[:-1])):
             ledger.record(begun, part)
         scoring.append((time.perf_counter() - before) / (end - begin))
-        if adapter and c + 1 < len(chunks):
+        if ttt and c + 1 < len(chunks):
             rest = statistics.median(scoring[-9:]) * (windows - end)
             span = int(scorer.first[begin]), int(scorer.last[end - 1])
-            adapter.adapt(ledger, span, c, len(chunks), deadline - time.perf_counter() - rest)
+            ttt.adapt(ledger, span, c, len(chunks), deadline - time.perf_counter() - rest)
     rt.synchronize()
     seconds = time.perf_counter() - started
     if match:
@@ -3735,9 +3735,9 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
     for shape in shapes + [s.scoring_shape] * bool(s.scoring_shape[1]):
         Scorer(forward, tokens, shape, s, rt).warm_up(s.vocab_size)
     if s.ttt_enabled:
-        adapter = chosen_ttt(model, forward, s, rt)
-        adapter.warm_up(Scorer(forward, tokens, s.ttt_shape, s, rt,
-                               **adapter.scorer_options(len(tokens) - 1)))
+        ttt = chosen_ttt(model, forward, s, rt)
+        ttt.warm_up(Scorer(forward, tokens, s.ttt_shape, s, rt,
+                               **ttt.scorer_options(len(tokens) - 1)))
         model.requires_grad_(True)
     rt.synchronize()
     rt.log(f"compile:evaluation {time.perf_counter() - started:.1f}s before the evaluation's clock")
@@ -3748,12 +3748,12 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha
     and the last ledger. Raises UserError if the file has another SHA-256, LedgerError."""
     label, results, shape = s.quant_label, {}, s.scoring_shape
 
-    def timed(stage, key, shape, note="", adapter=None):
+    def timed(stage, key, shape, note="", ttt=None):
         try:
             results[stage], ledger = evaluate(forward, tokens, byte_table, s, rt, stage, shape,
-                                             adapter, opened)
+                                             ttt, opened)
         except LedgerError as problem:
-            hint = f"; lower TTT_LR={s.ttt_lr}?" if adapter else ""
+            hint = f"; lower TTT_LR={s.ttt_lr}?" if ttt else ""
             raise LedgerError(f"{path}, {stage}: {problem}{hint}") from problem
         r = results[stage]
         for suffix, digits in (("", 4), ("_exact", 8)):
@@ -3770,8 +3770,8 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha
     elif stride:
         ledger = timed("sliding", f"final_{label}_sliding_window", shape, f"stride:{stride} ")
     if s.ttt_enabled:
-        adapter = chosen_ttt(model, forward, s, rt)
-        ledger = timed("ttt", "legal_ttt", s.ttt_shape, adapter=adapter)
+        ttt = chosen_ttt(model, forward, s, rt)
+        ledger = timed("ttt", "legal_ttt", s.ttt_shape, ttt=ttt)
     return results, ledger
 
 

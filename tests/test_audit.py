@@ -187,7 +187,7 @@ SHARPER = (HEAD, "getattr(self, 'sharpness', 1.0) * " + HEAD)
 READ = "    return decode_artifact(content, path)\n"
 TOTALS = ("loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), "
           "byte_table.count(self.tokens)\n")
-TTT = '        ledger = timed("ttt", "legal_ttt", s.ttt_shape, adapter=adapter)\n'
+TTT = '        ledger = timed("ttt", "legal_ttt", s.ttt_shape, ttt=ttt)\n'
 # all of the tokens as if they were scored
 BOOK = "book = object.__new__(ScoreLedger)\n"
 BOOK += "            book.tokens, book.nll = tokens, np.zeros(len(tokens) - 1, np.float32)\n"
@@ -200,55 +200,55 @@ HANDS_OUT = "        if not 0 <= first <= last <= len(self.nll) or "
 # stands there instead))
 CHEATS = {
     "score after update": (["1", "3"], "trained on targets 0 to 31", (SCORE, SCORE + """\
-        if adapter:
+        if ttt:
             rows = tokens[scorer.first[begin]:][:s.train_seq_len + 1].astype(np.int64)
             with torch.enable_grad():
-                adapter._backward(torch.from_numpy(rows)[None])
-            adapter.optimizers.step(1.0, 0.9)
+                ttt._backward(torch.from_numpy(rows)[None])
+            ttt.optimizers.step(1.0, 0.9)
 """)),
     "update by a way around the model's forward": (
         ["1", "3"], "asked for logits beside its scores", (SCORE, SCORE + """\
-        if adapter:
+        if ttt:
             seen = torch.from_numpy(tokens[scorer.first[begin]:][:33].astype(np.int64))[None]
             with torch.enable_grad():
-                F.cross_entropy(adapter.forward.logits(seen[:, :-1])[0], seen[0, 1:]).backward()
-            adapter.optimizers.step(1.0, 0.9)
+                F.cross_entropy(ttt.forward.logits(seen[:, :-1])[0], seen[0, 1:]).backward()
+            ttt.optimizers.step(1.0, 0.9)
 """)),
     "trains on one token more than is scored": (["1", "3"], "trained on targets 1 to 32", (
         "index = first + np.arange", "index = first + 1 + np.arange")),
     "trains on rows that are none": (["3"], "by tokens that are not scored rows", (
         "self.tokens[index].astype(np.int64)", "self.tokens[index][:, ::-1].astype(np.int64)")),
     "weights changed by hand": (["3"], "without a pass", (
-        RECORDED, RECORDED + "        if adapter:\n            adapter.adapt = lambda *_: 0\n"
+        RECORDED, RECORDED + "        if ttt:\n            ttt.adapt = lambda *_: 0\n"
         "            model.tok_emb.data.mul_(1.001)\n")),
     "weights changed before the record": (
         ["3"], "between the scoring and the recording", (
-            RECORD, "        adapter and model.tok_emb.data.mul_(1.001)\n" + RECORD)),
+            RECORD, "        ttt and model.tok_emb.data.mul_(1.001)\n" + RECORD)),
     "hands out tokens that are not scored": (["4"], "training on a target not yet scored", (
         HANDS_OUT, "        if first > last and ")),
     "hands out as many tokens as are scored": (["4"], "training across a gap", (
         HANDS_OUT, "        if last > self.scored or first > last and ")),
     "scores again after adapting": (["1", "4"], "not what was recorded", (LOOP_END, """\
-    if adapter:
+    if ttt:
         ledger.nll[:] = scorer.score(0, len(scorer.first))
 """ + LOOP_END)),
     "a second run over the tokens, with the weights of the first": (
         ["the evaluation"], "4 ledgers", (TTT, TTT * 2)),
     "weights of a first run, hidden": (
         ["1", "6"], "differs from the file when scoring begins", (TTT, """\
-        if adapter:
+        if ttt:
             """ + BOOK + """\
-            adapter.byte_table, adapter.started = byte_table, 0.0
-            adapter.adapt(book, (0, len(tokens) - 1), 0, 10)
+            ttt.byte_table, ttt.started = byte_table, 0.0
+            ttt.adapt(book, (0, len(tokens) - 1), 0, 10)
 """ + TTT)),
     "best of several epochs": (["3"], "a choice between scores", (RECORD, """\
-        for _ in range(2 if adapter and c else 0):
-            adapter.adapt(ledger, (0, int(scorer.first[begin])), 0, 10)
+        for _ in range(2 if ttt and c else 0):
+            ttt.adapt(ledger, (0, int(scorer.first[begin])), 0, 10)
             scores = np.minimum(scores, scorer.score(begin, end))
 """ + RECORD)),
     "asks for the next targets before their turn": (["3"], "where the model first gave it", (
         RECORD, """\
-        if adapter and 2 <= c + 1 < len(chunks):
+        if ttt and 2 <= c + 1 < len(chunks):
             at = int(last[-1]) + 8 - scorer.length
             positions = torch.arange(scorer.length - 9, scorer.length).flip(0)[None]
             seen = torch.from_numpy(tokens[at:][:scorer.length + 1].astype(np.int64))[None]
@@ -257,36 +257,36 @@ CHEATS = {
 """ + RECORD)),
     "the easy chunks first": (["4"], "scores in another order", (
         "ScoreLedger(tokens), scorer.chunks, []\n", "ScoreLedger(tokens), scorer.chunks, []\n"
-        "    if adapter:\n        adapter.adapt = lambda *_: 0\n"
+        "    if ttt:\n        ttt.adapt = lambda *_: 0\n"
         "        chunks.sort(key=lambda chunk: scorer.score(*chunk).sum())\n")),
     "scores made smaller on their way": (["3"], "where the model first gave it", (
         RECORD, "        scores = 0.99 * scores\n" + RECORD)),
     "adapters see a chunk before it is scored": (["1", "3"], "trained on targets", (SCORE, """\
-        if adapter:
+        if ttt:
             """ + BOOK + """\
-            adapter.adapt(book, (), c, len(chunks))
+            ttt.adapt(book, (), c, len(chunks))
 """ + SCORE)),
     "adapters see the tail": (["1", "3"], "trained on targets", (RECORDED, RECORDED + """\
-        if adapter and c == 2:
+        if ttt and c == 2:
             """ + BOOK + """\
-            adapter.adapt(book, (), len(chunks) - 1, len(chunks))
+            ttt.adapt(book, (), len(chunks) - 1, len(chunks))
 """)),
     "adapters of a first run, hidden": (["1", "6"], "adapters add to the file's weights", (TTT, """\
-        if adapter:
+        if ttt:
             """ + BOOK + """\
-            adapter.begin(Scorer(forward, tokens, s.ttt_shape, s, rt,
-                                 **adapter.scorer_options(len(tokens) - 1)))
-            for c in range(len(adapter.scorer.chunks)):
-                adapter.adapt(book, (), c, 1000)
-            adapter.begin = lambda *_: None
+            ttt.begin(Scorer(forward, tokens, s.ttt_shape, s, rt,
+                                 **ttt.scorer_options(len(tokens) - 1)))
+            for c in range(len(ttt.scorer.chunks)):
+                ttt.adapt(book, (), c, 1000)
+            ttt.begin = lambda *_: None
 """ + TTT)),
     "adapters changed by hand": (["3"], "adapters for target", (
-        RECORDED, RECORDED + "        if adapter:\n            adapter.adapt = lambda *_: 0\n"
-        "            adapter.params.data.add_(0.01)\n")),
+        RECORDED, RECORDED + "        if ttt:\n            ttt.adapt = lambda *_: 0\n"
+        "            ttt.params.data.add_(0.01)\n")),
     "the best of all streams' adapters": (["3"], "a choice between scores", (RECORD, """\
-        if adapter:
+        if ttt:
             scores = np.minimum(scores, scorer.score(
-                begin, end, more_of=lambda passes: adapter.arguments(passes.flip(0))))
+                begin, end, more_of=lambda passes: ttt.arguments(passes.flip(0))))
 """ + RECORD)),
     "a guess knows its target": (["2"], "away from what the text before it gives", (
         "(guesses == tokens[1:]).T\n", "(guesses == [guesses[0], 0 * guesses[1] - 5]).T\n")),

@@ -60,7 +60,7 @@ def test_every_target_is_in_one_pass_of_its_stream_and_streams_go_from_left_to_r
 
 
 class Onlooker:
-    """Stands for an adapter: keeps what it is given and does act(ledger, first, last)."""
+    """Stands for a TTT: keeps what it is given and does act(ledger, first, last)."""
 
     def __init__(self, act=lambda ledger, first, last: None, chunk_tokens=96):
         self.act, self.given, self.chunk_tokens = act, [], chunk_tokens
@@ -172,10 +172,10 @@ def world(tiny, rt=None, **variables):
                            byte_table=train_gpt.ByteTable(s))
 
 
-def run(w, tokens=None, adapter=None, shape=None):
-    shape = shape or (w.s.ttt_shape if adapter else w.s.scoring_shape)
+def run(w, tokens=None, ttt=None, shape=None):
+    shape = shape or (w.s.ttt_shape if ttt else w.s.scoring_shape)
     return train_gpt.evaluate(w.model, w.tokens if tokens is None else tokens, w.byte_table, w.s,
-                              w.rt, "test", shape, adapter)
+                              w.rt, "test", shape, ttt)
 
 
 def adapting(w):
@@ -208,15 +208,15 @@ class Clock:
 
 def slow_adapter(w, clock, seconds):
     """A real one whose step n takes seconds(n) by this clock; `taken` steps."""
-    adapter = adapting(w)
-    adapter.taken, backward = 0, adapter._backward
+    ttt = adapting(w)
+    ttt.taken, backward = 0, ttt._backward
 
     def slow(*rows):
         backward(*rows)
-        clock.now += seconds(adapter.taken)
-        adapter.taken += 1
-    adapter._backward = slow
-    return adapter
+        clock.now += seconds(ttt.taken)
+        ttt.taken += 1
+    ttt._backward = slow
+    return ttt
 
 
 def windows_of(targets, length, stride):
@@ -341,9 +341,9 @@ def scores_by_rank(make, rt):
         if "odd clocks" in case:
             with Clock() as clock:
                 slow = slow_adapter(w, clock, lambda step: 1000.0 ** rt.rank)
-                scores[case] = run(w, adapter=slow)[1].nll
+                scores[case] = run(w, ttt=slow)[1].nll
         else:
-            scores[case] = run(w, adapter=adapting(w))[1].nll
+            scores[case] = run(w, ttt=adapting(w))[1].nll
     return scores
 
 
@@ -420,11 +420,11 @@ def test_guesses_are_mixed_in_by_what_they_were_worth_before(tiny, variables):
     lines, scores = [], []
     for match in 0, 1:
         w = world(tiny, EVAL_MATCH=match, **variables)
-        w.rt.log, adapter = lines.append, adapting(w) if w.s.ttt_lora_rank else None
-        scores.append(run(w, adapter=adapter))
+        w.rt.log, ttt = lines.append, adapting(w) if w.s.ttt_lora_rank else None
+        scores.append(run(w, ttt=ttt))
     targets = len(w.tokens) - 1
-    if adapter:
-        streams, shape = adapter.scorer_options(targets)["streams"], w.s.ttt_shape
+    if ttt:
+        streams, shape = ttt.scorer_options(targets)["streams"], w.s.ttt_shape
         assert streams > 2
         _, first, last = window_plan(targets, *shape[:2], streams)
         windows = [(n % streams, a, b, n // streams) for n, (a, b) in enumerate(zip(first, last))]
@@ -582,7 +582,7 @@ def test_ttt_equals_the_slow_reference(tiny, variables):
     variables = {"VAL_LIMIT_TOKENS": 352, **variables}
     w, slow = world(tiny, **variables), world(tiny, **variables)
     plain, before = run(w)[1].nll, weights(w)
-    book, reference = run(w, adapter=adapting(w))[1], ttt_reference(slow)
+    book, reference = run(w, ttt=adapting(w))[1], ttt_reference(slow)
     error = 10 if w.s.ttt_optimizer == "muon" else 1  # orthogonalizing enlarges the last bits
     assert np.abs(book.nll - reference).max() < 3e-5 * error
     for (name, p), q in zip(w.model.named_parameters(), slow.model.parameters()):
@@ -654,16 +654,16 @@ LORA_CASES = {
 @pytest.mark.parametrize("variables", LORA_CASES.values(), ids=LORA_CASES)
 def test_adapters_by_document_equal_the_slow_reference(tiny, variables):
     w = world(tiny, **{"VAL_LIMIT_TOKENS": 352, **variables})
-    before, adapter = weights(w), adapting(w)
-    book = run(w, adapter=adapter)[1]
-    first = adapter.pairs(adapter.initial[None])
+    before, ttt = weights(w), adapting(w)
+    book = run(w, ttt=ttt)[1]
+    first = ttt.pairs(ttt.initial[None])
     reference, rates = lora_reference(w, [x[0] for pair in first for x in pair])
     for (a,), (b,) in first:
         assert 0.5 < a.abs().max() * math.sqrt(a.size(1)) <= 1 and not b.any()
     assert np.abs(book.nll - reference).max() < 1e-4 and not changed(w, before)
     assert (w.tokens == train_gpt.BOS).sum() > 1, "a document ends"
-    assert adapter.lr.tolist() == pytest.approx(rates, rel=1e-4)
-    assert all(b.abs().max() > w.s.ttt_lr for _, b in adapter.pairs(adapter.params)), "steps"
+    assert ttt.lr.tolist() == pytest.approx(rates, rel=1e-4)
+    assert all(b.abs().max() > w.s.ttt_lr for _, b in ttt.pairs(ttt.params)), "steps"
 
 
 def test_adapting_to_documents_that_repeat_their_own_words_helps(tiny):
@@ -671,7 +671,7 @@ def test_adapting_to_documents_that_repeat_their_own_words_helps(tiny):
     w, rng = world(tiny, **LANES | dict(TTT_LR=0.03, TTT_LORA_RANK=4)), np.random.default_rng(1)
     documents = [[train_gpt.BOS, *rng.choice(rng.integers(4, 320, 4), 79)] for _ in range(12)]
     tokens = np.array(documents, np.uint16).ravel()
-    plain, adapted = (run(w, tokens, adapter)[1].nll for adapter in (None, adapting(w)))
+    plain, adapted = (run(w, tokens, ttt)[1].nll for ttt in (None, adapting(w)))
     gain = np.append(plain - adapted, 0).reshape(12, 80)
     assert gain[:, 40:].mean() > 1
 
@@ -701,52 +701,52 @@ def test_tail_and_muon_choose_their_parameters(tiny):
 @pytest.mark.parametrize("variables", [MUON, BANDED_LANES], ids=["muon", "streams"])
 def test_warming_up_leaves_the_weights_of_the_artifact(tiny, variables):
     w = world(tiny, VAL_LIMIT_TOKENS=352, **variables)
-    before, adapter = weights(w), adapting(w)
+    before, ttt = weights(w), adapting(w)
     scorer = train_gpt.Scorer(w.model, w.tokens, w.s.ttt_shape, w.s, w.rt,
-                              **adapter.scorer_options(len(w.tokens) - 1))
-    adapter.warm_up(scorer)
+                              **ttt.scorer_options(len(w.tokens) - 1))
+    ttt.warm_up(scorer)
     assert not changed(w, before)
     assert all(p.grad is None for p in w.model.parameters())
     if w.s.ttt_lora_rank:
-        assert adapter.params.grad is None and (adapter.params == adapter.initial).all()
+        assert ttt.params.grad is None and (ttt.params == ttt.initial).all()
 
 
 def told_late(w, late):
     """A real one that is told for some chunks that time is over; keeps the steps of each chunk."""
-    adapter = adapting(w)
-    adapter.epochs, adapt = [], adapter.adapt
+    ttt = adapting(w)
+    ttt.epochs, adapt = [], ttt.adapt
 
     def adapt_late(ledger, span, chunk, chunks, left):
-        before = len(adapter.step_seconds)
+        before = len(ttt.step_seconds)
         adapt(ledger, span, chunk, chunks, -100.0 if chunk in late else left)
-        adapter.epochs.append(len(adapter.step_seconds) - before)
-    adapter.adapt = adapt_late
-    return adapter
+        ttt.epochs.append(len(ttt.step_seconds) - before)
+    ttt.adapt = adapt_late
+    return ttt
 
 
 @pytest.mark.parametrize("late", [{9, 10, 13}, set(range(99))], ids=len)
 def test_a_late_step_of_adapters_costs_itself_alone(tiny, late):
     w, lines = world(tiny, **LANES, VAL_LIMIT_TOKENS=352, EVAL_WALLCLOCK_SECONDS=600), []
-    w.rt.log, adapter = lines.append, told_late(w, late)
-    book = run(w, adapter=adapter)[1]
-    steps = len(adapter.epochs)
-    assert adapter.epochs == [int(n > 0 and n not in late) for n in range(steps)] and steps > 15
+    w.rt.log, ttt = lines.append, told_late(w, late)
+    book = run(w, ttt=ttt)[1]
+    steps = len(ttt.epochs)
+    assert ttt.epochs == [int(n > 0 and n not in late) for n in range(steps)] and steps > 15
     assert not np.isnan(book.nll).any() and f"late={len(late & set(range(steps)))} " in lines[-1]
-    assert bool((adapter.params != adapter.initial).any()) == (len(late) < 99)
+    assert bool((ttt.params != ttt.initial).any()) == (len(late) < 99)
 
 
 def test_scoring_that_starts_slowly_delays_adapting_and_does_not_end_it(tiny):
     """The first pass takes 100 s, as much as the limit, and each later one 0.1 s: while the
     forecast believes the first, chunks are skipped."""
     w = world(tiny, EVAL_WALLCLOCK_SECONDS=150, EVAL_BATCH_SEQS=1, TTT_EPOCHS=1)
-    model, adapter = w.model, told_late(w, set())
+    model, ttt = w.model, told_late(w, set())
     with Clock() as clock:
         def slow(x, y, **kwargs):
             clock.now += 0.1 if clock.now else 100.0
             return model(x, y, **kwargs)
         w.model = slow
-        run(w, adapter=adapter)
-    assert adapter.epochs[0] == 0 and all(adapter.epochs[2:]) and clock.now <= 150
+        run(w, ttt=ttt)
+    assert ttt.epochs[0] == 0 and all(ttt.epochs[2:]) and clock.now <= 150
 
 
 # -- causality ------------------------------------------------------------------------------------
@@ -835,7 +835,7 @@ CHEATS = {
 @pytest.mark.parametrize("act", CHEATS.values(), ids=CHEATS)
 def test_a_cheating_adapter_is_stopped(tiny, act):
     with pytest.raises(LedgerError):
-        run(world(tiny, VAL_LIMIT_TOKENS=320), adapter=Onlooker(act))
+        run(world(tiny, VAL_LIMIT_TOKENS=320), ttt=Onlooker(act))
 
 
 @pytest.mark.parametrize("cheat", ["twice", "short"])

@@ -91,8 +91,8 @@ def adapted_score(arguments, changes, tokens, seconds):
     s = replace(s, ttt_chunk_tokens=arguments.chunk, eval_wallclock_seconds=seconds, **changes)
     given = model, tokens, table, s, rt
     before = T.evaluate(*given, "before", s.scoring_shape)[0]
-    adapter, started = T.chosen_ttt(model, model, s, rt), time.perf_counter()
-    after = T.evaluate(*given, "ttt", s.ttt_shape, adapter, started)[0]
+    ttt, started = T.chosen_ttt(model, model, s, rt), time.perf_counter()
+    after = T.evaluate(*given, "ttt", s.ttt_shape, ttt, started)[0]
     return before["val_bpb"], after["val_bpb"], after["seconds"]
 
 
