@@ -3136,6 +3136,22 @@ class WeightTTT:
             (nll.sum() / batch[:, 1:].numel()).backward()
 
 
+# Of adapters, [n, P], a row a stream. On a GPU each is one kernel once compiled: P is 3 M.
+
+def adapter_uphill(p_NP, initial_P, grad_NP):
+    """⟨gradient, adapters − initial adapters⟩ of each stream."""
+    return (grad_NP * (p_NP - initial_P)).sum(1)
+
+
+def adapter_descent(p_NP, grad_NP, squares_NP, steps_N1, rates_N1, active_N1):
+    """One step of AdamW without momentum, in place; β₂ 0.999, decay 0.5. Rows that are not active
+    have the rate 0 and keep their squares."""
+    squares_NP.lerp_(grad_NP.square(), 0.001 * active_N1)
+    correction = 1 - 0.999 ** steps_N1.clamp(min=1)
+    direction = grad_NP / ((squares_NP / correction).sqrt() + 1e-10) + 0.5 * p_NP
+    p_NP.sub_(rates_N1 * direction)
+
+
 class LoraTTT:
     """Test-time training by low-rank adapters that follow the documents (#1530).
 
@@ -3151,12 +3167,13 @@ class LoraTTT:
     divides (a hypergradient's sign, Baydin et al. 2018). With the last step alone in h, rates end
     far too low.
     """
-    BETA2, DECAY, HYPER = 0.999, 0.5, 0.3
+    HYPER = 0.3
 
     def __init__(self, model, s, rt):
         self.s, self.rt, self.step_seconds, self.skipped = s, rt, [], 0
         self.shapes = [shape for R, D in model.adapter_shapes()
                        for shape in ((s.ttt_lora_rank, D), (R, s.ttt_lora_rank))]
+        self.uphill, self.descend = rt.compiled(adapter_uphill), rt.compiled(adapter_descent)
         model.requires_grad_(False)
 
     def scorer_options(self, targets):
@@ -3195,7 +3212,8 @@ class LoraTTT:
         return dict(adapters=self.pairs(self.params[windows - self.low]))
 
     def warm_up(self, scorer):
-        """Compile for the one shape of a batch, on random tokens; no adapter changes."""
+        """Compile for the one shape of a batch, on random tokens; no adapter changes, but rates do:
+        adapt with another LoraTTT."""
         self.begin(scorer)
         windows = torch.full((scorer.batch,), self.low, device=self.rt.device)
         with torch.no_grad():  # as in Scorer.score
@@ -3203,7 +3221,7 @@ class LoraTTT:
         held = self.high - self.low
         rows = torch.randint(self.s.vocab_size, (held, self.length + 1), device=self.rt.device)
         self._backward(rows, torch.ones(held, scorer.stride, device=self.rt.device))
-        self.params.grad = None
+        self._step(self.steps < 0)  # no stream is active
 
     def adapt(self, ledger, span, chunk, chunks, left=math.inf):
         """Reset the adapters of streams where a document ended, then take a step of every stream on
@@ -3216,20 +3234,19 @@ class LoraTTT:
         self.skipped += late
         if scored and len(last):  # early rows would reach back into a stream that is not scored yet
             rows = torch.cat([ledger.rows_for_adapting(end - length, end, length)
-                              for end in last.tolist()]).to(rt.device)
-            new = torch.from_numpy(last - first).to(rt.device)[:, None]
-            new = torch.arange(scorer.stride, 0, -1, device=rt.device) <= new
+                              for end in last.tolist()])
+            new = torch.arange(scorer.stride, 0, -1) <= torch.from_numpy(last - first)[:, None]
             ends = new & (rows[:, -scorer.stride:] == BOS)
             new &= ends.flip(1).cumsum(1).flip(1) == 0  # what follows the last BOS is trained on
-            kept = ~ends.any(1, keepdim=True)
+            ended = ends.any(1)
             with torch.no_grad():
-                self.params.copy_(torch.where(kept, self.params, self.initial))
-                self.squares *= kept
-                self.steps *= kept
+                self.params[ended] = self.initial
+                self.squares[ended], self.steps[ended] = 0, 0
+            rows, new = rows.to(rt.device), new.to(rt.device)
             if not late:
                 self._backward(rows, new / new.sum(1, keepdim=True).clamp(min=1))
         if scored and not late:
-            self._step(new.any(1, keepdim=True) if len(last) else torch.zeros_like(self.steps))
+            self._step(new.any(1, keepdim=True) if len(last) else self.steps < 0)
             rt.synchronize()
             self.step_seconds.append(time.perf_counter() - started)
         if chunk % max(1, chunks // 10) == 0 or chunk + 2 == chunks:
@@ -3252,18 +3269,15 @@ class LoraTTT:
     @torch.no_grad()
     def _step(self, active_n1):
         """Update the rates of all streams; then one step of AdamW for the `active` streams."""
-        p, uphill, mine = self.params, torch.zeros_like(self.lr), slice(self.low, self.high)
-        grad = torch.zeros_like(p) if p.grad is None else p.grad  # None: a rank without a stream
-        uphill[mine] = (grad * (p - self.initial)).sum(1)[: self.high - self.low]
+        p, mine, uphill = self.params.detach(), slice(self.low, self.high), 0 * self.lr
+        grad = torch.zeros_like(p) if self.params.grad is None else self.params.grad
+        uphill[mine] = self.uphill(p, self.initial, grad)[: self.high - self.low]
         change = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # a time for each earlier step
         self.lr *= torch.exp(-change * self.rt.sum_(uphill).cumsum(0).sign())
         self.steps += active_n1
-        self.squares.lerp_(grad.square(), (1 - self.BETA2) * active_n1)
-        correction = 1 - self.BETA2 ** self.steps.clamp(min=1)
-        direction = grad / ((self.squares / correction).sqrt() + 1e-10) + self.DECAY * p
-        rates = self.lr[mine, None] if self.low < self.high else 0.0
-        p.sub_(rates * direction * active_n1)
-        p.grad = None
+        rates = F.pad(self.lr[mine], (0, len(p) - self.high + self.low))[:, None] * active_n1
+        self.descend(p, grad, self.squares, self.steps, rates, active_n1)
+        self.params.grad = None
 
 
 def chosen_ttt(model, forward, s, rt):
