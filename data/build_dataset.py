@@ -71,6 +71,10 @@ TOKENIZER_LINE_BYTES = 4_000         # SentencePiece skips lines longer than 4,1
 BATCH_CHARS = 500_000                # text sent to a worker at once
 DEMO_VAL_FRACTION = 0.045
 MAX_COUNT = 65_535                   # bytes of one token: side files are uint16
+# --fold-case: a word begins with a capital, is all capitals, a capital follows, the next character
+# stands for itself.
+TITLE, UPPER, CAPITAL, LITERAL = CASE_MARKS = "\ue001\ue002\ue003\ue004"
+SPACE = r"[ \t\r\n]"
 # What normalization and the vocabulary lose of the validation text, one number per document.
 LOSSES = ("changed_documents", "white_space_bytes", "dropped_characters_bytes",
           "rewritten_characters_bytes", "unknown_tokens")
@@ -89,6 +93,7 @@ class Settings:
     seed: int = 1337
     workers: int = 1
     force: bool = False
+    fold_case: bool = False            # write capitals as marks
 
     @property
     def target(self) -> Path:
@@ -294,18 +299,62 @@ def val_key_limit(settings: Settings, train) -> int:
 
 
 # ---------------------------------------------------------------------------------------------
+# Case (CaseOps, pull request #1729 of the challenge)
+# ---------------------------------------------------------------------------------------------
+
+def fold_case(text: str) -> str:
+    """The text with a-z for A-Z and CASE_MARKS: "in The NASA" is "in" TITLE " the" UPPER " nasa".
+
+    #1729 has the mark behind the white space, which costs a second token: "the" and " the" are
+    different pieces.
+    """
+    def folded(match) -> str:
+        space, word = match.groups()  # all letters around a capital
+        if len(word) > 1 and word.isupper():
+            return UPPER + space + word.lower()
+        rest = re.sub("[A-Z]", lambda capital: CAPITAL + capital[0].lower(), word[1:])
+        return TITLE * word[0].isupper() + space + word[0].lower() + rest
+    text = re.sub(f"[{CASE_MARKS}]", rf"{LITERAL}\g<0>", text)
+    return re.sub(rf"({SPACE}*)(?<![A-Za-z])([a-z]*[A-Z][A-Za-z]*)", folded, text)
+
+
+def unfold_case(text: str) -> str:
+    """The inverse of fold_case; marks where it puts none are dropped."""
+    def unfolded(match) -> str:
+        literal, mark, space, word = match.groups()
+        if mark is None:
+            return literal
+        capitals = len(word) if mark == UPPER else 1
+        return space + word[:capitals].upper() + word[capitals:]
+    return re.sub(rf"{LITERAL}(.?)|([{CASE_MARKS}])({SPACE}*)([a-z]*)", unfolded, text,
+                  flags=re.DOTALL)
+
+
+def mark_bytes(text: str) -> np.ndarray:
+    """For each UTF-8 byte of a folded text: is it one of a mark?"""
+    marks = re.finditer(f"{LITERAL}.|[{CASE_MARKS}]", text, flags=re.DOTALL)
+    begins = np.cumsum([0, *(len(character.encode()) for character in text)])
+    flags = np.zeros(begins[-1], bool)
+    for mark in marks:
+        flags[begins[mark.start()]:begins[mark.start() + 1]] = True
+    return flags
+
+
+# ---------------------------------------------------------------------------------------------
 # Tokenizer
 # ---------------------------------------------------------------------------------------------
 
 def train_tokenizer(settings: Settings, train, key_limit: int) -> bytes:
     """A SentencePiece BPE model of training documents only (a sample of at most 100 MB)."""
     model = io.BytesIO()
-    lines = tokenizer_lines(sample_documents(train, settings.seed, key_limit))
+    texts = sample_documents(train, settings.seed, key_limit)
+    lines = tokenizer_lines(map(fold_case, texts) if settings.fold_case else texts)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines, model_writer=model, model_type="bpe", byte_fallback=True,
             vocab_size=settings.vocab_size, split_digits=True, add_dummy_prefix=False,
             normalization_rule_name="nmt_nfkc", num_threads=1, minloglevel=2,
+            user_defined_symbols=list(CASE_MARKS) if settings.fold_case else [],
             pad_id=PAD_ID, bos_id=BOS_ID, eos_id=EOS_ID, unk_id=UNK_ID)
     except (RuntimeError, ValueError) as error:
         reason = str(error).split(") ]")[-1].split("] ")[-1].strip() or str(error)
@@ -401,12 +450,12 @@ class Encoded:
     lost: tuple[int, ...] = ()
 
 
-def encode_batch(tokenizer_path: Path, seed: int, key_limit: int, texts: list[str]):
+def encode_batch(tokenizer_path: Path, seed: int, key_limit: int, folds: bool, texts: list[str]):
     """The texts that have tokens, encoded; those with a key below `key_limit` for validation."""
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer, read = load_tokenizer(tokenizer_path), fold_case if folds else str
     for_val = [text_key(text, seed) < key_limit for text in texts]
-    plain = iter(tokenizer.encode([text for text, val in zip(texts, for_val) if not val]))
-    made = (encode_for_val(tokenizer, text) if val
+    plain = iter(tokenizer.encode([read(text) for text, val in zip(texts, for_val) if not val]))
+    made = (encode_for_val(tokenizer, text, folds) if val
             else Encoded(_with_bos(next(plain)), len(text.encode()), False)
             for text, val in zip(texts, for_val))
     return [document for document in made if len(document.tokens) > 2]
@@ -416,11 +465,15 @@ def _with_bos(ids: list[int]) -> bytes:
     return np.array([BOS_ID, *ids], dtype="<u2").tobytes()
 
 
-def encode_for_val(tokenizer, text: str) -> Encoded:
-    """A validation document with the bytes of text behind each token."""
+def encode_for_val(tokenizer, text: str, folds: bool = False) -> Encoded:
+    """A validation document with the bytes of text behind each token; marks have none."""
+    raw, text = text.encode(), fold_case(text) if folds else text
     found = tokenizer.encode(text, return_type="offset_mapping", return_bytes=True)
-    raw, ids = text.encode(), found["ids"]
-    counts = token_bytes(tokenizer, ids, [end for _, end in found["offsets"]], len(raw))
+    ids, length = found["ids"], len(text.encode())
+    counts = token_bytes(tokenizer, ids, [end for _, end in found["offsets"]], length)
+    if folds:
+        marks = np.append(0, np.cumsum(mark_bytes(text)))
+        counts = (counts - np.diff(marks[np.cumsum([0, *counts])])).tolist()
     if counts and max(counts) > MAX_COUNT:
         where = sum(counts[:counts.index(max(counts))])
         raise DataError(f"validation document {text[:40]!r}: {max(counts)} bytes of text fall to "
@@ -613,7 +666,12 @@ def build(settings: Settings, train, val=None, source: dict | None = None, finis
         folder.mkdir()
         path = settings.tokenizer or Path(temporary) / "tokenizer.model"
         if settings.tokenizer:
-            load_tokenizer(path)  # complain before the passes over the text
+            tokenizer = load_tokenizer(path)  # complain before the passes over the text
+            unknown = [mark for mark in CASE_MARKS * settings.fold_case
+                       if tokenizer.piece_to_id(mark) == tokenizer.unk_id()]
+            if unknown:
+                raise DataError(f"--fold-case: {path} has no piece for the mark {unknown[0]!r}: "
+                                "leave out --tokenizer to train one that has, or --fold-case")
         key_limit = val_key_limit(settings, train)
         if not settings.tokenizer:
             path.write_bytes(train_tokenizer(settings, train, key_limit))
@@ -637,7 +695,8 @@ def encode_splits(settings: Settings, train, val, tokenizer_path: Path, key_limi
                                     (train, "encoding", key_limit)):
         if documents is None:
             continue
-        work = functools.partial(encode_batch, tokenizer_path, settings.seed, limit)
+        work = functools.partial(encode_batch, tokenizer_path, settings.seed, limit,
+                                 settings.fold_case)
         for encoded in parallel_map(work, batches(documents.read(label)), settings.workers):
             for document in encoded:
                 (val_spool if document.for_val else train_spool).add(document)
@@ -677,7 +736,8 @@ def make_manifest(settings: Settings, tokenizer_path: Path, splits: dict, source
                       "vocab_size": load_tokenizer(tokenizer_path).vocab_size()},
         "splits": splits,
         "settings": {"val_fraction": settings.val_fraction, "val_docs": settings.val_docs,
-                     "shard_tokens": settings.shard_tokens, "seed": settings.seed, **source},
+                     "shard_tokens": settings.shard_tokens, "seed": settings.seed,
+                     "fold_case": settings.fold_case, **source},
         "versions": {"sentencepiece": sentencepiece.__version__},
     }
 
@@ -686,12 +746,13 @@ def make_manifest(settings: Settings, tokenizer_path: Path, splits: dict, source
 # Demo and report
 # ---------------------------------------------------------------------------------------------
 
-def decoded_documents(folder: Path, split: str, tokenizer) -> list[str]:
+def decoded_documents(folder: Path, split: str, tokenizer, folds: bool = False) -> list[str]:
     """The texts of a split as its tokens decode: what a model is scored on."""
     paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     tokens = np.concatenate([read_shard(path) for path in paths])
     documents = np.split(tokens, np.flatnonzero(tokens == BOS_ID))[1:]
-    return tokenizer.decode([document[1:].tolist() for document in documents])
+    texts = tokenizer.decode([document[1:].tolist() for document in documents])
+    return list(map(unfold_case, texts)) if folds else texts
 
 
 def normal_lines(text: str) -> str:
@@ -710,8 +771,9 @@ def build_demo(settings: Settings, max_modules: int | None = None) -> dict:
                   for side in demo_corpus.split(texts, settings.seed, DEMO_VAL_FRACTION))
 
     def xz_figure(folder: Path, tokenizer) -> dict:
-        return demo_corpus.xz_comparison(*(decoded_documents(folder, split, tokenizer)
-                                           for split in ("train", "val")))
+        return demo_corpus.xz_comparison(*(
+            decoded_documents(folder, split, tokenizer, settings.fold_case)
+            for split in ("train", "val")))
 
     python = ".".join(map(str, sys.version_info[:3]))
     return build(settings, train, val, {"corpus": f"documentation in CPython {python}"}, xz_figure)
@@ -790,13 +852,15 @@ def sample(result_path: Path, manifest_path: Path, tokens: int = 200, heat: floa
     except (T.UserError, LookupError) as problem:  # another run's file, another version's
         return f"No sample: {problem}"
     torch.set_num_threads(1)  # passes are short: more threads would wait for each other
-    dice, text = torch.Generator().manual_seed(s.seed), [BOS_ID, *tokenizer.encode(PROMPT)]
+    folds = manifest.get("settings", {}).get("fold_case")
+    read, write = (fold_case, unfold_case) if folds else (str, str)
+    dice, text = torch.Generator().manual_seed(s.seed), [BOS_ID, *tokenizer.encode(read(PROMPT))]
     with torch.inference_mode():
         for _ in range(tokens):
             logits = model.logits(torch.tensor([text[-s.train_seq_len:]]))[0, -1] / heat
             logits[BOS_ID] = -torch.inf  # one document
             text.append(int(torch.multinomial(logits.softmax(-1), 1, generator=dice)))
-    lines = textwrap.wrap(tokenizer.decode(text), 96)
+    lines = textwrap.wrap(write(tokenizer.decode(text)), 96)
     return "\n".join([f"The packed model goes on after \"{PROMPT}\" (temperature {heat}):",
                       *(f"  {line}" for line in lines)])
 
@@ -848,6 +912,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--doc-separator", metavar="LINE",
         help="plain text: a line equal to this ends a document ('' is every blank line). Default: "
              f"it ends at the first blank line after {MIN_DOCUMENT_CHARS} characters or the file's")
+    add("--fold-case", action="store_true",
+        help="write capitals as marks before lower letters (CaseOps, #1729): The and the become "
+             "one piece; bytes are still those of the text")
     add("--shard-tokens", type=int, default=Settings.shard_tokens,
         help="tokens per shard (default %(default)s)")
     add("--seed", type=int, default=Settings.seed,
@@ -888,7 +955,7 @@ def settings_from(o: argparse.Namespace) -> Settings:
         raise DataError("; ".join(problems))
     fraction = o.val_fraction if o.demo or own_split else 0.05
     return Settings(name, o.out_root, o.tokenizer, o.vocab_size, fraction, o.val_docs,
-                    o.shard_tokens, o.seed, o.workers, o.force)
+                    o.shard_tokens, o.seed, o.workers, o.force, o.fold_case)
 
 
 def build_from_files(settings: Settings, options: argparse.Namespace) -> dict:

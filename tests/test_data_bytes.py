@@ -59,12 +59,14 @@ def tokenizers(tmp_path_factory):
     """kind -> (path, tokenizer), trained on first use."""
     folder, made = tmp_path_factory.mktemp("tokenizers"), {}
 
-    def get(kind: str):
-        if kind not in made:
+    def get(kind: str, marked=False):
+        if (kind, marked) not in made:
             rng, model = np.random.default_rng(0), io.BytesIO()
             lines = ["  " * int(rng.integers(3)) + " ".join(rng.choice(WORDS, 20)) + "    of the"
                      for _ in range(300)]
             options = {**PLAIN, **KINDS[kind]}
+            if marked:
+                options["user_defined_symbols"] = list(build_dataset.CASE_MARKS)
             lone_space = options.pop("lone_space", True)
             sentencepiece.SentencePieceTrainer.train(**{
                 "sentence_iterator": iter(lines), "model_writer": model, "vocab_size": 380,
@@ -76,18 +78,18 @@ def tokenizers(tmp_path_factory):
                 assert content.count(b"\x0a\x03\xe2\x96\x81") == 1
                 content = content.replace(b"\x0a\x03\xe2\x96\x81", b"\x0a\x03\x01\x01\x01")
             path.write_bytes(content)
-            made[kind] = path, build_dataset.load_tokenizer(path)
-        return made[kind]
+            made[kind, marked] = path, build_dataset.load_tokenizer(path)
+        return made[kind, marked]
 
     return get
 
 
-def counted(tokenizer, text: str) -> tuple[list[int], list[int]]:
+def counted(tokenizer, text: str, folds=False) -> tuple[list[int], list[int]]:
     """(tokens, bytes of each) of a document, without BOS."""
-    made = build_dataset.encode_for_val(tokenizer, text)
+    made = build_dataset.encode_for_val(tokenizer, text, folds)
     tokens, counts = (np.frombuffer(data, "<u2").tolist() for data in (made.tokens, made.counts))
     assert (tokens[0], counts[0]) == (BOS_ID, 0) and len(tokens) == len(counts)
-    assert tokens[1:] == tokenizer.encode(text)
+    assert tokens[1:] == tokenizer.encode(build_dataset.fold_case(text) if folds else text)
     return tokens[1:], counts[1:]
 
 
@@ -97,6 +99,39 @@ def test_bytes_of_a_document_are_those_of_its_text(tokenizers, kind):
     for text in CLEAN + UNCLEAN:
         tokens, counts = counted(tokenizer, text)
         assert sum(counts) == len(text.encode()) or not tokens, text
+
+
+CASES = [*CLEAN, *UNCLEAN, "The NASA's iPhone, A café  In\nÉcole ABc", "a\ue001B \ue004",
+         " Of  THE\tRiver"]
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(st.text(st.sampled_from("abAB \n\té北." + build_dataset.CASE_MARKS), max_size=12))
+def test_folded_case_comes_back(text):
+    folded = build_dataset.fold_case(text)
+    assert build_dataset.unfold_case(folded) == text and not re.search("[A-Z]", folded)
+
+
+def test_a_mark_stands_before_the_space_and_leaves_the_word_its_piece():
+    title, upper, capital, literal = build_dataset.CASE_MARKS
+    for text, expected in (
+            ("in The NASA", f"in{title} the{upper} nasa"), ("A b", f"{title}a b"),
+            ("iPhone éX", f"i{capital}phone é{title}x"), (title, literal + title)):
+        assert build_dataset.fold_case(text) == expected
+
+
+@pytest.mark.parametrize("kind", ["prefix", "space behind", "dummy", "spaces", "unknown"])
+def test_with_folded_case_bytes_are_those_of_the_text_and_marks_have_none(tokenizers, kind):
+    """Also where a tokenizer knows no marks, and spells them in bytes or as unknown."""
+    for marked in (False, True):
+        _, tokenizer = tokenizers(kind, marked)
+        marks = {tokenizer.piece_to_id(mark) for mark in build_dataset.CASE_MARKS} if marked else ()
+        for text in CASES:
+            tokens, counts = counted(tokenizer, text, folds=True)
+            assert sum(counts) == len(text.encode()) or not tokens, text
+            assert min(counts, default=0) >= 0
+            if "\ue001" not in text:
+                assert not any(n for t, n in zip(tokens, counts) if t in marks), text
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "no lone" not in kind])

@@ -31,6 +31,7 @@ import build_dataset
 import cached_challenge_fineweb as cached
 import demo_corpus
 import shards
+import train_gpt
 from shards import BOS_ID, DataError
 
 FAST = settings(max_examples=40, deadline=None, database=None,
@@ -679,6 +680,35 @@ def test_plain_text_is_cut_where_help_says(tmp_path, separator, expected):
     assert list(build_dataset.FileDocuments([path], separator=separator).read("x")) == expected
 
 
+def test_with_folded_case_the_script_counts_the_bytes_of_the_text(tmp_path):
+    """Training and validation come back, the split is that of the plain text, and the script takes
+    tokens, tokenizer and side files."""
+    texts = [text.title() for text in sentences(60)]
+    source = write_jsonl(tmp_path / "t.jsonl", texts)
+    options = ("--out-root", tmp_path, "--vocab-size", 330, "--val-docs", 20)
+    run_builder(source, *options, "--fold-case")
+    run_builder(source, *options, "--name", "plain")
+    found = {name: [texts_of(tmp_path / f"datasets/{name}", split,
+                             tmp_path / f"tokenizers/{name}_330_bpe.model")
+                    for split in ("train", "val")] for name in ("t", "plain")}
+    back = [list(map(build_dataset.unfold_case, side)) for side in found["t"]]
+    assert back == found["plain"] and back != found["t"]
+    s = train_gpt.replace(train_gpt.Settings(), data_path=str(tmp_path / "datasets/t"),
+                          tokenizer_path=str(tmp_path / "tokenizers/t_330_bpe.model"),
+                          vocab_size=330, train_seq_len=32)
+    table, (path,) = train_gpt.ByteTable(s), train_gpt.shard_paths(s, "val")
+    tokens = np.asarray(train_gpt.open_shard(path))
+    table.check_text(tokens, path)
+    assert (table.source, table.count(tokens)) == (
+        "text", sum(len(t.encode()) for t in texts if folded(t) in set(map(folded, back[1]))))
+
+
+def test_folded_case_needs_a_tokenizer_with_marks(tmp_path, tokenizer_path):
+    with pytest.raises(DataError, match="small.model has no piece for the mark"):
+        run_builder(write_jsonl(tmp_path / "t.jsonl", sentences(9)), "--out-root", tmp_path,
+                    "--tokenizer", tokenizer_path, "--fold-case")
+
+
 def test_documents_are_read_lazily(tokenizer_path):
     """The pool must not read far ahead of what is consumed, or a corpus would end up in memory."""
     taken = []
@@ -767,10 +797,15 @@ def test_training_loses_the_paragraphs_that_validation_has():
             == [f"{copy}\n\nNote.", "Note."])
 
 
-def test_small_demo(tmp_path):
-    manifest = build_dataset.build_demo(build_dataset.Settings("demo", tmp_path), max_modules=40)
+@pytest.mark.parametrize("folds", [False, True])
+def test_small_demo(tmp_path, folds):
+    manifest = build_dataset.build_demo(
+        build_dataset.Settings("demo", tmp_path, fold_case=folds), max_modules=40)
     folder, tokenizer_path = tmp_path / "datasets/demo", tmp_path / "tokenizers/demo_1024_bpe.model"
     train, val = (texts_of(folder, split, tokenizer_path) for split in ("train", "val"))
+    assert folds != any(re.search("[A-Z]", text) for text in train + val)
+    if folds:
+        train, val = (list(map(build_dataset.unfold_case, texts)) for texts in (train, val))
     train_text, val_text = "\n".join(train).encode(), "\n".join(val).encode()
 
     def xz(data: bytes) -> int:
