@@ -83,13 +83,18 @@ class UserError(Exception):
     """An error that the user can fix; the message names the setting or file, its value, the fix."""
 
 
+def in_a_line(problem):
+    """Type and first line of an exception; PyTorch's fill a page."""
+    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:160]}"
+
+
 @contextlib.contextmanager
 def explained(what, way_out, error=UserError, kinds=OSError):
     """Turn exceptions of `kinds` into `error`, with a message: what failed, why, what to do."""
     try:
         yield
     except kinds as problem:
-        reason = getattr(problem, "strerror", None) or problem
+        reason = getattr(problem, "strerror", None) or in_a_line(problem)
         raise error(f"{what}: {reason}; {way_out}") from problem
 
 
@@ -102,6 +107,7 @@ Positive = Annotated[int, 1, 2**62]
 Amount = Annotated[float, 0.0, 1e18]
 Fraction = Annotated[float, 0.0, 1.0]
 Decay = Annotated[float, 0.0, 0.999999]
+Sigmas = Annotated[float, 0.01, 1e6]
 
 
 def block_list(text, count):
@@ -119,11 +125,10 @@ def block_list(text, count):
 class Settings:
     """Every setting, resolved and checked; each is read from the variable of its name in capitals.
 
-    The type holds the choices or bounds; the comment is the help text. The defaults are the model
-    of record #1855 (#: a pull request of the challenge), with changes that measured better. A
+    The annotation gives the choices or bounds, the comment is the help text. The defaults are the
+    model of record #1855 (#: a pull request of the challenge), with changes that measured better. A
     figure such as −0.002 is a change in bits per byte: published, or measured by us where the
-    model is small, such as 4 × 128 (blocks × width).
-    """
+    model is small, such as 4 × 128 (blocks × width)."""
     # == Run
     preset: str = ""  # row of the preset table to start from
     run_id: str = ""  # names logs/<RUN_ID>.txt and .json; empty: a fresh uuid4
@@ -164,7 +169,7 @@ class Settings:
     rope_dims: Count = 16  # channels of a head that rotate (16: −0.0023 with LN_SCALE); 0: all
     rope_ntk_reference: Count = 0  # tokens; longer rows raise the rotary base; 0: off
     # −0.043 at 400 steps of 4 × 128, one seed; not in the records.
-    key_offset: Flag = 1  # take a key's channels that do not rotate from the token before
+    key_offset: Flag = 1  # a key's channels without RoPE come from the token before
     ln_scale: Flag = 1  # norm outputs of block i × 1/√(i+1)
     xsa_last_n: Count = 11  # last weight sets with exclusive self-attention: −0.0017; 0: off
     # −0.015 and −0.016 at 600 steps of 4 × 128 with rows of 1,024 tokens, two seeds.
@@ -249,9 +254,9 @@ class Settings:
     quant_clip: Literal["max", "row", "std"] = "max"
         # a row's clip; max: maximum; row: searched quantile; std: root mean square ×
         # *_CLIP_SIGMAS (SDClip, #1394)
-    attn_clip_sigmas: Amount = 12.85  # QUANT_CLIP=std: of attention, gates and projections
-    mlp_clip_sigmas: Amount = 12.85  # QUANT_CLIP=std: of the MLP
-    embed_clip_sigmas: Amount = 20.0  # QUANT_CLIP=std: of embedding tables
+    attn_clip_sigmas: Sigmas = 12.85  # QUANT_CLIP=std: of attention, gates and projections
+    mlp_clip_sigmas: Sigmas = 12.85  # QUANT_CLIP=std: of the MLP
+    embed_clip_sigmas: Sigmas = 20.0  # QUANT_CLIP=std: of embedding tables
     quant_step_floor: Amount = 0.0  # minimum of finest scales below 8 bits; #1218: 0.03226 (1/31)
     prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # fraction of weights set to 0, smallest first
     gptq: Flag = 1  # calibrate: GPTQ codes; with QUANT_FIT=level also scales by error cost
@@ -264,8 +269,9 @@ class Settings:
     eval_seq_len: Count = 0  # tokens of a scoring window; 0: TRAIN_SEQ_LEN
     # LoRA TTT, 64 → 32: −0.003 (4 × 128) and −0.008 (demo) in less than twice the time.
     eval_stride: Count = 32
-        # tokens scored per sliding window or per adapter step; 0: plain scoring only
-    # To score each token once, windows with stride 64 read it 32 times, banded segments 1.5.
+        # tokens scored per sliding window or, with EVAL_ATTENTION=banded, per step of the adapters;
+        # 0: plain scoring only
+    # Tokens read for each that is scored: 32 in windows of stride 64, 1.5 in banded segments.
     eval_attention: Literal["banded", "window"] = "banded"
         # window: windows with stride EVAL_STRIDE; banded: segments of 2 × EVAL_SEQ_LEN tokens, each
         # after EVAL_SEQ_LEN tokens of context; a query sees the last EVAL_SEQ_LEN keys
@@ -273,7 +279,7 @@ class Settings:
     eval_match: Flag = 1
         # mix in guesses by the longest match in the text before, where windows overlap
     eval_wallclock_seconds: Amount = 600.0  # since opening the artifact; caps TTT; 0: no limit
-    eval_batch_seqs: Positive = 32  # a rank scores about this many contexts of tokens at once
+    eval_batch_seqs: Positive = 32  # a rank scores about so many times EVAL_SEQ_LEN tokens at once
     ttt_enabled: Flag = 1  # score-first test-time training
     # LoRA per document: −0.002 to −0.004 (#1530). Weights per chunk: −0.0021 to −0.0033 (#549).
     ttt_lora_rank: Count = 64
@@ -289,7 +295,8 @@ class Settings:
     ttt_fc_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's up matrices
     ttt_epochs: Annotated[int, -1, 1000] = 3  # over each chunk; -1: up to 10, as time allows
     ttt_chunk_tokens: Annotated[int, 0, 2**31] = 0
-        # scored between adaptations; 0: a 64th of the validation set, at most 32768
+        # scored between adaptations; 0: a 64th of the validation set, at most 32768, at least what
+        # a training row and a scoring window hold
     ttt_freeze_blocks: Count = 0  # first blocks that are not adapted
 
     @property
@@ -345,7 +352,7 @@ class Settings:
     @property
     def segments(self):
         """[(tokens, fraction of the run up to which they hold)], or None if invalid."""
-        pairs = re.findall(r"(\d{1,9}):(0?\.\d+)", self.segment_schedule)
+        pairs = re.findall(r"([0-9]{1,9}):(0?\.[0-9]+)", self.segment_schedule)
         valid = ",".join(map(":".join, pairs)) == self.segment_schedule.replace(" ", "")
         return [(int(tokens), float(until)) for tokens, until in pairs] if valid else None
 
@@ -430,7 +437,7 @@ PRESETS["pr1218"] = dict(
     muon_row_norm=0, quant_clip="row", quant_step_floor=0.03226)
 
 # Published name → our name, or {value: our settings}, or a function of the text. Where two aliases
-# set the same setting, the value 0 wins. Our own name always wins over an alias.
+# set the same setting, one that is 0 wins, else the first. Our own name always wins over an alias.
 _VRL = {"0": {"VALUE_RESIDUAL": "0"}, "1": {"VALUE_RESIDUAL": "sigmoid"}}
 ALIASES = {
     "VRL_ENABLED": _VRL, "VRL": _VRL, "GA_ENABLED": "GATED_ATTENTION", "WEIGHT_DECAY": "MUON_WD",
@@ -524,9 +531,8 @@ def parse_value(name, text):
 def near_misses(environ):
     """Problems with unknown variables that look like a misspelt setting.
 
-    Other programs have short names, names without an underscore, names of paths and names like
-    RUN_ID: MODEL_DIR or DEVICES must not end a run.
-    """
+    Not reported, since other programs use them: short names, names without an underscore, names of
+    paths (MODEL_DIR) and names like those of the sections Run and Data."""
     ours = [n.upper() for n, (section, _) in DESCRIBED.items()
             if section not in ("Run", "Data") or n.count("_") > 1]
     ours += [n for n in ALIASES if "_" in n and n not in UNREAD]
@@ -547,7 +553,7 @@ def near_misses(environ):
 def rules(s, world_size):
     """Rules: (condition that must hold, settings it concerns, message where it fails)."""
     T, rows = s.train_seq_len, s.train_batch_tokens // s.train_seq_len
-    last = s.num_layers - 1
+    last, ends = s.num_layers - 1, [until for _, until in s.segments or ()]
     return [
         (s.model_dim % s.num_heads == 0, "MODEL_DIM NUM_HEADS", "must be a multiple of NUM_HEADS"),
         (s.num_heads % s.num_kv_heads == 0, "NUM_HEADS NUM_KV_HEADS",
@@ -564,9 +570,11 @@ def rules(s, world_size):
          "0 first and each at least once; auto fits NUM_LAYERS; empty: off"),
         (not s.late_passes or s.late_passes_from < 1, "LATE_PASSES_FROM LATE_PASSES",
          "the late passes would be scored and never trained; lower the first, or empty the second"),
-        (s.segments is not None and all(tokens for tokens, _ in s.segments)
-         and sorted(s.segments, key=lambda part: part[1]) == s.segments, "SEGMENT_SCHEDULE",
-         "must be tokens:fraction, commas between, fractions below 1 and ascending; empty: off"),
+        (s.segments is not None and sorted({0.0, *ends}) == [0.0, *ends], "SEGMENT_SCHEDULE",
+         "must be tokens:fraction, commas between, fractions between 0 and 1, ascending; or empty"),
+        (all((512 if T > 512 else 1) <= tokens < T for tokens, _ in s.segments or ()),
+         "SEGMENT_SCHEDULE TRAIN_SEQ_LEN", "segments must be shorter than a row, and have at least "
+         "512 tokens in rows of more than 512"),
         (not s.segment_schedule or s.doc_attention, "SEGMENT_SCHEDULE DOC_ATTENTION",
          "segments end attention as documents do: set DOC_ATTENTION=1, or empty the first"),
         (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks), "VE_LAYERS",
@@ -599,18 +607,6 @@ def rules(s, world_size):
     ]
 
 
-def contradictions(s, world_size):
-    """Problems with combinations of settings, ranks and packages that are each fine alone."""
-    problems = [f"{', '.join(f'{n}={getattr(s, n.lower())}' for n in names.split())}: {message}"
-                for holds, names, message in rules(s, world_size) if not holds]
-    if not problems and s.ttt_enabled and not s.ttt_lora_rank and not any(
-            ttt_factor(name, s) for name in parameter_shapes(s)):
-        problems.append(
-            f"TTT_PARAMS={s.ttt_params}, TTT_OPTIMIZER={s.ttt_optimizer}, TTT_FREEZE_BLOCKS="
-            f"{s.ttt_freeze_blocks} leave nothing to adapt: change one, or set TTT_ENABLED=0")
-    return problems
-
-
 def translated(environ):
     """({setting in capitals: (variable, text)}, problems) of the variables that are set."""
     texts = {name: (name, environ[name]) for name in _NAMES if name in environ}
@@ -636,8 +632,7 @@ def resolve_settings(environ, stored=None, world_size=1):
     """(Settings, names set explicitly) from the environment.
 
     An explicit variable wins over `stored` (of an artifact), which wins over PRESET and defaults.
-    Raises UserError that lists every problem at once.
-    """
+    Raises UserError that lists every problem at once."""
     texts, problems = translated(environ)
     preset = environ.get("PRESET", "").strip()
     if preset and preset not in PRESETS:
@@ -653,13 +648,19 @@ def resolve_settings(environ, stored=None, world_size=1):
     for name, on in (("value_residual", "pair"), ("gated_attention", "head")):
         if values.get(name) == "1":  # its published value for "on"
             values[name] = on
-    resolved = Settings(**values)
-    problems += contradictions(resolved, world_size)
+    s = Settings(**values)
+    broken = [f"{', '.join(f'{n}={getattr(s, n.lower())}' for n in names.split())}: {message}"
+              for holds, names, message in rules(s, world_size) if not holds]
+    if not broken and s.ttt_enabled and not s.ttt_lora_rank and not any(
+            ttt_factor(name, s) for name in parameter_shapes(s)):
+        broken = [f"TTT_PARAMS={s.ttt_params}, TTT_OPTIMIZER={s.ttt_optimizer}, TTT_FREEZE_BLOCKS="
+                  f"{s.ttt_freeze_blocks} leave nothing to adapt: change one, or set TTT_ENABLED=0"]
+    problems += broken
     if problems:
         plural = "s" if len(problems) > 1 else ""
         raise UserError(f"{len(problems)} bad setting{plural} (python {SCRIPT.name} --help lists "
                         "all):\n" + "\n".join(f"  {p}" for p in problems))
-    return resolved, set(texts)
+    return s, set(texts)
 
 
 def launched_ranks(environ):
@@ -730,14 +731,12 @@ class Runtime:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    # -- collectives; with one rank they return their input. sum_later, reduce_scatter, all_gather
-    # start one and return a function that waits for its result; many can be in flight.
+    # -- collectives; with one rank nothing is sent. sum_later, reduce_scatter and all_gather only
+    # start: they return a function that waits for the result, so that many can be in flight.
 
     def sum_(self, x):
         """Sum of `x` over ranks, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(x)
-        return x
+        return self.sum_later(x)()
 
     def from_rank0(self, value):
         """Rank 0's value, of any type, on every rank; through the host, without GPU work."""
@@ -792,23 +791,15 @@ class Runtime:
         """End the run. While training or packing, only note the first signal: the run ends after
         the step, with its state saved, or after packing."""
         if not self.training or self.signal:
-            raise KeyboardInterrupt("interrupted; the same command with RESUME=auto goes on from "
-                                    "what is saved")
+            raise KeyboardInterrupt("interrupted; if a checkpoint or an artifact is saved, the "
+                                    "same command with RESUME=auto goes on from it")
         self.signal = number
-
-    def training_is_over(self):
-        """Raise KeyboardInterrupt if any rank noted a signal; a later signal raises it at once."""
-        self.training = False
-        if self.any_rank(self.signal):
-            self.on_signal()
 
     def probe_compiler(self):
         """Raise UserError if torch.compile fails here, before anything is trained."""
-        try:
+        with explained("torch.compile does not work here", "mend it, or set COMPILE=0, which is "
+                       "several times slower on a GPU", kinds=Exception):
             self.compiled(lambda x: x * 2 + 1)(torch.ones(8, device=self.device))
-        except Exception as problem:  # a missing compiler, a full cache folder, a broken triton
-            raise UserError(f"torch.compile does not work here: {in_a_line(problem)}; mend it, or "
-                            "set COMPILE=0, which is several times slower on a GPU") from problem
 
     def compiled(self, function, **options):
         """The function under torch.compile, where this run compiles."""
@@ -822,7 +813,7 @@ class Runtime:
 
     def progress(self, label, fraction, found=""):
         """Print the progress of a long phase, outside the log: on a terminal one line, rewritten
-        every half second; else a line every ten seconds."""
+        every half second, elsewhere a new line every ten seconds."""
         now = time.perf_counter()
         if label != self.phase[0]:
             self.phase = label, now, now
@@ -847,11 +838,6 @@ class Runtime:
             self.log(f"{path}: no more lines are written ({problem.strerror}); the run goes on")
         if console and self.console:
             self.console = printed(line, sys.stdout)
-
-
-def in_a_line(problem):
-    """Type and first line of an exception; PyTorch's fill a page."""
-    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:160]}"
 
 
 def printed(line, stream, end="\n"):
@@ -944,7 +930,7 @@ def shard_paths(s, split):
 
 
 def check_content(tokens, path, every=1):
-    """Raise UserError for a hole, 1,024 equal tokens; reads every `every`-th such span."""
+    """Raise UserError if an aligned span of 1,024 tokens is constant; checks one of `every`."""
     spans = tokens[: len(tokens) // 1024 * 1024].reshape(-1, 1024)[::every]
     holes = np.flatnonzero((spans == spans[:, :1]).all(1))
     if len(holes):
@@ -982,8 +968,7 @@ class TrainStream:
     """Training rows as a function of (seed, position) alone: the same order for every world size.
 
     Row r of a shard is its tokens [r·T, r·T + T]. An epoch visits the shards, and the rows of each
-    shard, both shuffled or both in order. Shards are memory-mapped, not copied.
-    """
+    shard, both shuffled or both in order. Shards are memory-mapped, not copied."""
 
     def __init__(self, s):
         self.s, self.paths = s, shard_paths(s, "train")
@@ -1015,7 +1000,8 @@ class TrainStream:
         k = int(np.searchsorted(ends, index, side="right"))
         shard = int(shards[k])
         row = int(self.order(epoch, shard)[index - (ends[k] - self.row_counts[shard])])
-        self.order(epoch, int(shards[(k + 1) % len(shards)]))  # the kernel reads the next one ahead
+        if k + 1 < len(shards):
+            self.order(epoch, int(shards[k + 1]))  # the kernel reads the next one ahead
         tokens = self.shards[shard][row * self.s.train_seq_len:][: self.s.train_seq_len + 1]
         check_tokens(tokens, self.s.vocab_size, self.paths[shard])
         return tokens
@@ -1065,10 +1051,8 @@ def load_validation(s):
 def manifest_of(s, *keys):
     """The value under these nested keys of the data folder's manifest.json, or None."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        found = json.loads((find_upward(s.data_path) / "manifest.json").read_bytes())
-        for key in keys:
-            found = found[key]
-        return found
+        manifest = json.loads((find_upward(s.data_path) / "manifest.json").read_bytes())
+        return functools.reduce(lambda found, key: found[key], keys, manifest)
     return None
 
 
@@ -1078,8 +1062,7 @@ class ByteTable:
 
     That rule: a piece counts its bytes without the leading "▁", plus one for that "▁" unless the
     token before is a boundary (control, unknown or unused). Byte pieces count 1, boundaries 0. A
-    tokenizer whose pieces it miscounts is refused.
-    """
+    tokenizer whose pieces it miscounts is refused."""
 
     def __init__(self, s):
         path = self.path = find_upward(s.tokenizer_path)
@@ -1158,8 +1141,8 @@ class ByteTable:
             total = sum(map(len, documents))
             if same < 0.5 * total:
                 raise UserError(f"{path} and TOKENIZER_PATH={self.path} do not belong together, "
-                                f"or the shard is damaged: of {total} tokens {same} are what this "
-                                f"tokenizer makes of the text that they decode to; {GET_DATA}")
+                                f"or the shard is damaged: {same} of {total} tokens come back "
+                                f"when they are decoded and encoded again; {GET_DATA}")
 
     def count(self, tokens):
         """Bytes of the targets tokens[1:], where tokens are the first of the validation set."""
@@ -1230,7 +1213,7 @@ def leaky_square_mlp(u_ND, up_RD, down_DR, slope):
 
 # leaky_square_mlp as a Triton kernel, for compiled models on a GPU. It fuses the activation into
 # the first matrix product, and its derivative into the backward product: a quarter less memory
-# traffic in the MLP. The loss needs no kernel: the compiler's moves as few bytes.
+# traffic in the MLP. The loss needs no such kernel: the compiler's own moves as few bytes.
 jit = triton.jit if triton else lambda kernel: kernel
 MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
@@ -1291,7 +1274,7 @@ class LeakySquareMLP(torch.autograd.Function):
     def backward(ctx, dy):
         u, up, down, h, activated = ctx.saved_tensors
         dy = dy.contiguous()
-        ddown = dy.mT @ activated  # the order that fuses best; unused gradients are dropped
+        ddown = dy.mT @ activated  # products in the order that fuses best; unused ones are dropped
         dh = LeakySquareMLP.product(dy, down, h, torch.empty_like(h), ctx.slope, True)
         dup = dh.mT @ u
         return dh @ up, dup, ddown, None
@@ -1314,7 +1297,7 @@ def rotate(x_BTHE, cos, sin, change=None):
     half, T = cos.size(-1), x_BTHE.size(1)
     cos, sin = (t[:T, None].to(x_BTHE.dtype) for t in (cos, sin))
     x1, x2, rest = x_BTHE.split([half, half, x_BTHE.size(-1) - 2 * half], dim=-1)
-    rest = rest if change is None else change(rest)  # 2.11 cannot compile `if` of a partial
+    rest = rest if change is None else change(rest)  # torch 2.11 cannot compile `if change`
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
@@ -1352,7 +1335,7 @@ class GatedXSA(torch.autograd.Function):
             d_along = (d * v).sum(-1, keepdim=True) / v_square
             dy.append(d - d_along * v)
             dv = dv - y_along * d - d_along * (rest - y_along * v)
-        dv = dv.as_strided(dv.shape, dv.stride())  # not fused: else each reader recomputes it
+        dv = dv.as_strided(dv.shape, dv.stride())  # ends fusion: else each reader recomputes dv
         return torch.stack(dy, 3).flatten(2, 3), dv, torch.stack(dgate, 3).flatten(2)
 
 
@@ -1384,9 +1367,9 @@ def sdpa(q_BTHE, k_BTKE, v_BTKE, mask=None):
 def cumulative_lengths(starts_BT):
     """Where rows and documents start in the flat batch [B·T], int32, for variable-length kernels,
     padded with B·T to a fixed length: the rows and max(64, B·T/256) documents. If a batch has more,
-    the last of them are joined within their rows. FineWeb has a document in 800 tokens.
-    FlashAttention 3 starts blocks of threads even for the padding: more room takes time.
-    """
+    the last of them are joined within their rows. FineWeb has a document in 800 tokens; segments
+    have 512 or more.
+    FlashAttention 3 starts thread blocks for the padding too: a longer one takes time."""
     B, T = starts_BT.shape
     position = torch.arange(B * T, device=starts_BT.device)
     documents = torch.where(starts_BT.flatten(), position, B * T).sort().values
@@ -1532,18 +1515,17 @@ class Pass:
     block: int
     core: int
     push: bool        # keep the output as a skip
-    skip: int | None  # the last kept output × this row of skip_weights joins the input
+    skip: int | None  # row of skip_weights for the last kept output, which is added to the input
     xsa: bool
     form: str         # how attention and MLP join the residual stream: "0", "one" or "lanes"
 
 
 def pass_list(s, late=False):
-    """The passes in the order they run, before or after the switch to LATE_PASSES. No other code
-    computes this order.
+    """The passes in the order they run, before or after the switch to LATE_PASSES; the only code
+    that decides this order.
 
     The first half keeps its outputs, the second half takes them, last in first out. XSA is counted
-    over cores, as in #537. Lanes begin in the second half.
-    """
+    over cores, as in #537. Lanes begin in the second half."""
     order = s.late_order if late else list(range(s.num_layers))
     half, passes = len(order) // 2, []
     first_parallel = s.parallel_from or round(8 * s.num_layers / 11)
@@ -1595,7 +1577,7 @@ class Attention(nn.Module):
         """q [B,T,H,E], k and v [B,T,K,E] and the logits of a "head" gate [B,T,H] (else empty), by
         one product: it reads u once, forward and backward."""
         weights = [fake_quantize(w) if fake_quant else w for w in (self.q, self.k, self.v)]
-        if self.gate == "head":  # padded to whole heads: one kernel then joins all gradients
+        if self.gate == "head":  # padded to whole heads: one kernel then concatenates all gradients
             padding = self.gate_weight.new_zeros(-self.heads % self.head_dim, u_BTD.size(-1))
             weights += [self.gate_weight, padding]
         heads = linear(u_BTD, torch.cat(weights)).unflatten(-1, (-1, self.head_dim))
@@ -1658,14 +1640,9 @@ class Block(nn.Module):
         (σ(λ), 1 − σ(λ)) (VRL, #657). Block 0 has none, so it must run first."""
         if self.value_residual is None:
             return v
-        p = self.value_residual.expand(*v.shape[:3], -1)  # one reduction for both gradients
+        p = self.value_residual.expand(*v.shape[:3], -1)  # so one kernel reduces both gradients
         a, *b = p.to(v.dtype).split(1, dim=-1)
         return a * first_v + b[0] * v if b else torch.lerp(v, first_v, a.sigmoid())
-
-    def mix(self, x_BTD, x0_BTD):
-        """m₀⊙x + m₁⊙x₀."""
-        m = self.resid_mix.to(x_BTD.dtype)
-        return m[0] * x_BTD + m[1] * x0_BTD
 
     def attention(self, z_BTD, core, first_v, pair, *context):
         """attn_scale ⊙ Attn(u) + LoRA(u), u = input_scale · rms_norm(z); and v before the value
@@ -1796,14 +1773,14 @@ class GPT(nn.Module):
         Position t sees tokens 0..t, or in each layer the last `band` keys. `late`: the passes
         are those after the switch to LATE_PASSES. `adapters`: for each of adapter_shapes a pair
         (A [B,r,D], B [B,R,r]); B·A·u is added to the output for input u. `segment`: attention ends
-        every so many tokens (a tensor: a number would be compiled in).
-        """
+        every so many tokens (a tensor: a number would be compiled in)."""
         x = x0 = self.embed(tokens_BT)
         values = self.ve(tokens_BT, x.dtype) if self.ve is not None else {}
         first_v, skips, lane, middle, rotary = None, [], None, None, (self.cos, self.sin)
         starts = tokens_BT == BOS if self.s.doc_attention else None
         if segment is not None:
-            starts |= torch.arange(tokens_BT.size(1), device=tokens_BT.device) % segment == 0
+            position = torch.arange(tokens_BT.size(1), device=tokens_BT.device)
+            starts |= (position % segment == 0) & (position > 0)
         visible = self.kernels.visible(tokens_BT, band, starts)
         for i, p in enumerate(self.passes[late]):
             if i == len(self.passes[late]) // 2:
@@ -1815,7 +1792,8 @@ class GPT(nn.Module):
             lane = x if p.form == "lanes" and lane is None else lane
             if p.skip is not None:
                 x = self.joined_skip(x, skips.pop(), p.skip)
-            z = block.mix(x, x0)
+            mix = block.resid_mix.to(x.dtype)
+            z = mix[0] * x + mix[1] * x0
             a, v = block.attention(z, core, first_v, to_attention, rotary, p.xsa,
                                    values.get(p.block), fake_quant, visible, starts)
             first_v = v if first_v is None else first_v
@@ -1874,7 +1852,7 @@ KINDS = (
     Kind("proj", r"(bigram|ve)\.proj", "orthogonal", "proj_optimizer", *_MATRIX[1:],
          *_PROJ, False),
     Kind("mix", r"mixers\.\d\.read", "orthogonal", *_MATRIX, *_PROJ, False),
-    Kind("table", "tok_emb", 0.005, *_TABLE, *_EMBED, True),  # is the head
+    Kind("table", "tok_emb", 0.005, *_TABLE, *_EMBED, True),  # also the output head
     Kind("table", r"ve\.table", 0.01, *_TABLE, *_EMBED, False),
     Kind("hashed", r"bigram\.table", 0.0, *_TABLE, "bigram_bits", "embed_clip_sigmas", False),
     Kind("gate", r"cores\.\d+\.attn\.gate_weight", None, *_SCALAR, *_PROJ, False),
@@ -1964,8 +1942,7 @@ class Muon:
 
     Matrices of one shape form a stack, padded to a multiple of the world size; a parameter with an
     attribute `part_rows` counts as several matrices of so many rows. Each rank sums the gradients
-    of its part of a stack, updates its momentum, sends the directions.
-    """
+    of its part of a stack, updates its momentum, sends the directions."""
     sharded = True
 
     def __init__(self, params, lr, decay, s, rt):
@@ -1998,7 +1975,7 @@ class Muon:
 
     @torch.no_grad()
     def update(self, lr_scale, momentum):
-        """Start the step; `finish` waits for the new directions."""
+        """Update the momenta and start to gather the directions, which `finish` applies."""
         self.step_size = self.lr * lr_scale
         self.pending = []
         for grads, buffer in zip(self.grads, self.momenta):
@@ -2030,16 +2007,22 @@ class Muon:
             momentum.copy_(padded.tensor_split(self.rt.world_size)[self.rt.rank])
 
 
+TTT_MOMENTUM = 0.9  # of SGD, and of Muon at test time
+
+
 class TorchGroup:
-    """A group of parameters under an optimizer of torch, which every rank runs in full."""
+    """A group of parameters under AdamW or SGD of torch, which every rank runs in full."""
     sharded = False
 
-    def __init__(self, optimizer, params, lr, rt):
-        self.optimizer, self.params, self.lr, self.rt = optimizer, params, lr, rt
+    def __init__(self, params, lr, decay, s, rt, sgd=False):
+        self.params, self.lr, self.rt = params, lr, rt
+        self.optimizer = (
+            torch.optim.SGD(params, lr, momentum=TTT_MOMENTUM, weight_decay=decay) if sgd else
+            torch.optim.AdamW(params, lr, (0.9, s.beta2), weight_decay=decay, fused=True))
+        self.state, self.load = self.optimizer.state_dict, self.optimizer.load_state_dict
 
     def reduce(self):
-        grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                 for p in self.params]
+        grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.params]
         self.pending = self.rt.sum_later(torch.cat(grads))
 
     def gradients(self):
@@ -2056,28 +2039,8 @@ class TorchGroup:
     def finish(self):
         """The step was complete in `update`."""
 
-    def state(self):
-        return self.optimizer.state_dict()
 
-    def load(self, state):
-        self.optimizer.load_state_dict(state)
-
-
-def adamw(params, lr, decay, s, rt):
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, s.beta2), eps=1e-8,
-                                  weight_decay=decay, fused=True)
-    return TorchGroup(optimizer, params, lr, rt)
-
-
-TTT_MOMENTUM = 0.9  # of SGD, and of Muon at test time
-
-
-def sgd(params, lr, decay, s, rt):
-    optimizer = torch.optim.SGD(params, lr=lr, momentum=TTT_MOMENTUM, weight_decay=decay)
-    return TorchGroup(optimizer, params, lr, rt)
-
-
-OPTIMIZERS = {"muon": Muon, "adamw": adamw, "sgd": sgd}
+OPTIMIZERS = {"muon": Muon, "adamw": TorchGroup, "sgd": functools.partial(TorchGroup, sgd=True)}
 
 
 class Optimizers:
@@ -2100,8 +2063,7 @@ class Optimizers:
     def step(self, lr_scale, momentum):
         """Sum over ranks, clip, update, drop the gradients; returns the global norm (a tensor).
 
-        All sums are in flight at once; AdamW computes during Muon's all-gather.
-        """
+        All sums are in flight at once; AdamW computes during Muon's all-gather."""
         for group in self.groups:
             group.reduce()
         grads = [group.gradients() for group in self.groups]
@@ -2147,8 +2109,7 @@ def warmdown_left(s, step, elapsed_ms):
     """1, then a linear decay to 0 over the last WARMDOWN_FRAC of the run or WARMDOWN_ITERS steps.
 
     The end is ITERATIONS or the cap of the clock, whichever is nearer at the pace so far. A
-    warmdown longer than the run spans the run.
-    """
+    warmdown longer than the run spans the run."""
     if s.warmdown_frac:
         return min(1.0, max(0.0, 1 - progress_of(s, step, elapsed_ms)) / s.warmdown_frac)
     left = [1.0]
@@ -2187,9 +2148,6 @@ def out_of_time(s, step, elapsed_ms, step_ms=0.0, steps=1):
 
 # ---- 8. Weight averaging ------------------------------------------------------------------------
 
-SWA_START = 0.2  # warmdown left at the first snapshot
-
-
 class WeightAverage:
     """EMA and SWA of the parameters, fp32.
 
@@ -2197,8 +2155,7 @@ class WeightAverage:
     average gets a fraction 21/(n + 20) of the newest weights at update n, so that it reaches back
     over 1/21 of the run whatever its length, as 0.997 does for the 7,000 steps of its tuning.
     Without SWA the model then gets 0.6 of it and 0.4 of the last weights, since an average lags
-    behind (nanogpt speedrun, track 3; −0.0012 to −0.0019 at 400 steps of 4 × 128, six runs).
-    """
+    behind (nanogpt speedrun, track 3; −0.0012 to −0.0019 at 400 steps of 4 × 128, six runs)."""
 
     def __init__(self, model, s):
         self.s, self.params = s, list(model.parameters())
@@ -2209,12 +2166,12 @@ class WeightAverage:
     def update(self, step, left):
         """After optimizer step number `step` (from 1), with `left` of the warmdown. True at SWA's
         first snapshot."""
-        params = [p.detach() for p in self.params]
+        params = self.params
         if self.ema:
             self.updates += 1
             n, d = self.updates, self.s.ema_decay
             torch._foreach_lerp_(self.ema, params, (1 - d) / (1 - d ** n) if d else 21 / (n + 20))
-        if self.s.swa_enabled and left < SWA_START and step % self.s.swa_every == 0:
+        if self.s.swa_enabled and left < 0.2 and step % self.s.swa_every == 0:
             self.swa = self.swa or [torch.zeros_like(p) for p in params]
             self.snapshots += 1
             torch._foreach_lerp_(self.swa, params, 1 / self.snapshots)
@@ -2273,8 +2230,7 @@ def finest_scales(w_RC, bits, s, deviations=0.0):
     """Finest scale of each row [R], fp16: its clip over the largest code.
 
     max: the maximum; row: the quantile of |w| with the least squared error (GPTQ-lite); std: a
-    multiple of the root mean square (SDClip, #1394).
-    """
+    multiple of the root mean square (SDClip, #1394)."""
     if s.quant_clip == "std":
         clips = deviations * w_RC.square().mean(1).sqrt()[None]
     elif s.quant_clip == "max":
@@ -2291,13 +2247,13 @@ def finest_scales(w_RC, bits, s, deviations=0.0):
 
 def tolerances(row_energy, column_energy):
     """Tolerances of rows [R] and factors of columns [C]. g: the mean squared gradient of a row or
-    column (see Calibration); ḡ: its mean; r = (g/ḡ)^(−1/4), divided by its geometric mean. A column
-    has the factor r, a row the tolerance r·ḡ^(−1/2).
+    column (see Calibration); ḡ: its mean; r = (g/ḡ + 0.001)^(−1/4) over its geometric mean. The
+    factor of a column is r, the tolerance of a row r·ḡ^(−1/2).
 
     The power −1/2 of g/ḡ would make the cost of errors equal everywhere; −1/4 had the lowest loss
     on a model of 2 M weights. Values are powers of 2^(1/4): few distinct ones are cheap to store.
     """
-    mean = row_energy.mean().clamp_min(1e-30)  # the columns have the same
+    mean = row_energy.mean().clamp_min(1e-30)  # also that of the columns
     quarters = [-(energy / mean + 1e-3).log2() for energy in (row_energy, column_energy)]
     rows, columns = (x - x.mean() for x in quarters)
     rows = torch.exp2((rows - 2 * mean.log2()).round() / 4)
@@ -2309,19 +2265,18 @@ def compensation(hessian_CC, s):
 
     With H = VVᵀ, V upper triangular (Cholesky of the reversed matrix), errors e cost |eV|²: the
     best shift of column j for errors before it is Σ e_i V_ij / V_jj (LDLQ, Chee et al. 2023; the
-    codes are those of GPTQ).
-    """
+    codes are those of GPTQ)."""
     ranked = s.gptq_act_order * hessian_CC.diagonal()  # all 0: the order stays
     order = ranked.argsort(descending=True, stable=True)
     hessian = hessian_CC.double()[order][:, order]
-    diagonal, damp = hessian.diagonal(), 0.01 * hessian.diagonal().mean()  # a view, and a number
+    diagonal, damp = hessian.diagonal(), 0.01 * hessian.diagonal().mean()  # diagonal is a view
     diagonal += diagonal == 0  # inputs that are always 0
     while True:
         diagonal += damp
         try:
             factor = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1).mT  # Vᵀ
             return order, (factor / factor.diagonal()[:, None]).float()
-        except torch.linalg.LinAlgError:  # few calibration rows: damp more, compensate less
+        except torch.linalg.LinAlgError:  # not positive definite: few calibration rows
             damp *= 10
             if not torch.isfinite(damp):
                 raise
@@ -2338,7 +2293,7 @@ def gptq_codes(w_RC, scales_R, bits, order, factor_CC, block=64):
         for j, column in enumerate(shifted, begin):
             wanted = column + factor_CC[j, begin:j] @ w_CR[begin:j]
             codes[j] = wanted.round().clamp(-limit, limit)
-            w_CR[j] -= codes[j]  # from here on the error
+            w_CR[j] -= codes[j]  # it now holds the errors of column j
     return codes[order.argsort()].T
 
 
@@ -2390,8 +2345,12 @@ def calibrate(model, batches_of_rows, rt):
     missing = [name for name, _ in model.named_parameters()
                if kind_of(name).calibrated and name not in recorder.sums]
     assert not missing, f"no Hessian for {missing}"
-    return Calibration({name: rt.sum_(total) for name, total in recorder.sums.items()},
-                       {name: tuple(rt.sum_(e) for e in pair) for name, pair in energies.items()})
+    found = Calibration({name: rt.sum_(total) for name, total in recorder.sums.items()},
+                        {name: tuple(rt.sum_(e) for e in pair) for name, pair in energies.items()})
+    sums = [*found.hessians.values(), *itertools.chain(*found.energies.values())]
+    if not all(torch.isfinite(x).all() for x in sums):
+        raise diverged("calibration: activations or gradients are not finite", model.s)
+    return found
 
 
 @dataclass
@@ -2414,8 +2373,7 @@ class Quantizer:
 
     scale of a row = max(finest scale, level × tolerance). QUANT_FIT=level: tolerances are 1, or
     those of tolerances() where there is a Calibration; scale: they are the finest scales.
-    Raises UserError where a weight is not finite or too large for fp16.
-    """
+    Raises UserError where a weight is not finite or too large for fp16."""
 
     def __init__(self, state, s, calibration=None):
         self.s, self.fp16, self.parts = s, {}, {}
@@ -2572,10 +2530,6 @@ def unsqueeze(data, size, shapes=()):
     return reader.decompress(data, max_length=size + 1)
 
 
-def zstd(symbols, matrices):
-    return zstandard.ZstdCompressor(level=22).compress(symbols)
-
-
 def unzstd(data, size, shapes):
     if not zstandard:
         raise ValueError("its codec is zstd: pip install zstandard")
@@ -2601,7 +2555,8 @@ def unrans(data, size, shapes):
     return rans_decode(data[4 + length:], contexts_of(magnitudes), frequency)
 
 
-CODECS = {"rans": (rans, unrans), "lzma": (squeeze, unsqueeze), "zstd": (zstd, unzstd)}
+CODECS = {"rans": (rans, unrans), "lzma": (squeeze, unsqueeze), "zstd": (
+    lambda symbols, matrices: zstandard.ZstdCompressor(level=22).compress(symbols), unzstd)}
 
 
 def compact_json(**values):
@@ -2611,8 +2566,7 @@ def compact_json(**values):
 def encode_artifact(tensors, s, note=""):
     """The file's bytes from {name: Quantized}; `note` says how the scales were fitted.
 
-    Scales and column factors are stored as indices into the table of their distinct values.
-    """
+    Scales and column factors are stored as indices into the table of their distinct values."""
     order = sorted(tensors, key=lambda name: tensors[name].bits)
     coded = [tensors[name] for name in order if tensors[name].bits < 16]
     factors = [x.half().numpy().tobytes() for t in coded for x in (t.scales, t.columns)]
@@ -2622,7 +2576,7 @@ def encode_artifact(tensors, s, note=""):
     stored = {f.name: getattr(s, f.name) for f in fields(s) if f.name not in NOT_STORED}
     described = [[n, tensors[n].bits, tuple(tensors[n].codes.shape)] for n in order]
     index = compact_json(settings=stored, note=note, tensors=described, distinct=len(distinct))
-    # low bytes, then high bytes: these are alike and compress better together
+    # all low bytes, then all high bytes: high bytes are alike, so they compress better together
     side = index + b"".join(values.astype("<u2").view(np.uint8).reshape(-1, 2).T.tobytes()
                             for values in (distinct, refs, halves))
     squeezed, matrices = squeeze(side), [t.codes.numpy() for t in coded]
@@ -2656,7 +2610,8 @@ def open_artifact(content):
 
 def decode_artifact(content, path="the artifact"):
     """(stored settings, {name: Quantized}, note) from a file's bytes. Raises ArtifactError."""
-    try:
+    with explained(f"{path}: not an artifact of this script, or damaged or cut short",
+                   "make or fetch it again", ArtifactError, Exception):  # whatever bad bytes raise
         header, index, side, codes = open_artifact(content)
         described = [(str(name), int(bits), tuple(map(int, shape)))
                      for name, bits, shape in index["tensors"]]
@@ -2686,9 +2641,6 @@ def decode_artifact(content, path="the artifact"):
             if bits < 16 and (parts[0].short().abs() > code_limit(bits)).any():
                 raise ValueError(f"{name}: a code beyond its {bits} bits")
         return dict(index["settings"]), tensors, str(index["note"])
-    except Exception as problem:  # whatever a hostile file makes json, lzma, zstd or numpy raise
-        raise ArtifactError(f"{path}: not an artifact of this script, or damaged or cut short "
-                            f"({problem!r}); make or fetch it again") from problem
 
 
 def read_artifact(path, sha256=""):
@@ -2706,10 +2658,10 @@ def fitted(encoded, budget_bytes, coded, level, start):
     """(content, level) of the lowest level found whose content fits the budget; of the coarsest
     level if none fits.
 
-    The first of at most 30 trials is `level`; if level 0 fits, that is all. Then log₂(level) is
-    searched in log₂(start) ± 24, until at most 0.1 % of the budget is free or the level is known
+    The first of at most 30 trials is `level`; if it is 0 and fits, it is returned. Then log₂(level)
+    is searched in log₂(start) ± 24, until at most 0.1 % of the budget is free or the level is known
     to 0.001 octaves. Doubling the level saves at most one bit for each of `coded` codes, so the
-    first move is 8·Δbytes/coded octaves. After two trials on one side the factor doubles."""
+    first move is 8·Δbytes/coded octaves. If two trials in turn fit or fail, moves double."""
     guess, best, octaves_per_byte, fits = math.log2(start), None, 0.0, None
     low, high = guess - 24, guess + 24
     for _ in range(30):
@@ -2725,7 +2677,7 @@ def fitted(encoded, budget_bytes, coded, level, start):
         if high - low < 0.001:
             break
         octaves_per_byte = 2 * octaves_per_byte if fits == before else 8 / max(coded, 1)
-        guess -= octaves_per_byte * (left - 0.0005 * budget_bytes)  # to the middle of the 0.1 %
+        guess -= octaves_per_byte * (left - 0.0005 * budget_bytes)  # aim at 0.05 % free
         guess = guess if low < guess < high else (low + high) / 2
         level = 2.0 ** guess
     return best or (encoded(2.0 ** high), 2.0 ** high)
@@ -2738,8 +2690,9 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
     coded = sum(w.numel() for _, w, *_ in quantizer.parts.values())
     coarsening = [float((finest / rows).nanmedian())  # the level that coarsens half of the rows
                   for _, _, finest, rows, *_ in quantizer.parts.values()]
-    start = max(statistics.median(coarsening or [1.0]), 2.0 ** -24)
-    # Plain rounding first: GPTQ is slow. If the codes of GPTQ do not fit, the rounded ones stay.
+    coarsening = [level for level in coarsening if level > 0] or [1.0]  # nan: all weights are 0
+    start = max(statistics.median(coarsening), 2.0 ** -24)
+    # Plain rounding first: GPTQ is slow. If the codes of GPTQ do not fit, keep the rounded ones.
     for compensate in (False, True) if calibration else (False,):
         found, near = fitted(
             lambda x: encode_artifact(quantizer.at(x, compensate), s, f"{s.quant_fit} {x:.6g}"),
@@ -2841,8 +2794,7 @@ def window_plan(targets, length, stride, streams=1):
     scores targets [first, last). Exactly one window scores each target.
 
     Streams are equal contiguous parts of the targets. Window n·streams + i scores the n-th `stride`
-    of stream i; windows beyond a stream's end score nothing.
-    """
+    of stream i; windows beyond a stream's end score nothing."""
     borders = np.arange(streams + 1) * targets // streams
     steps = -(-int(np.diff(borders).max()) // stride)
     begin = borders[:-1] + np.arange(steps)[:, None] * stride
@@ -2862,8 +2814,7 @@ class Scorer:
     shape = (length, stride, band): a window reads `length` tokens and scores `stride` of them, the
     last ones except where the text begins. With a band, each query attends to the last `band` keys.
     `chunks` are the ranges of windows scored between two calls of adapt(): chunk_tokens targets, or
-    with streams (see window_plan) one window of each stream.
-    """
+    with streams (see window_plan) one window of each stream."""
 
     def __init__(self, model, tokens, shape, s, rt, chunk_tokens=1 << 22, streams=0):
         (length, stride, band), targets = shape, len(tokens) - 1
@@ -2926,8 +2877,7 @@ def longest_matches(tokens, device):
     are the tokens that followed it the last time and the time before; the second is -1 if unknown
     or the same. kind is 0 without such a run, else 1 to 15: three for each length, as the second
     is unknown, the same, another one. Runs of 2n tokens are numbered by sorting pairs of runs of n
-    (prefix doubling, Manber & Myers 1990).
-    """
+    (prefix doubling, Manber & Myers 1990)."""
     x = torch.from_numpy(tokens.astype(np.int64)).to(device)
     number, kind = x[:-1], x.new_zeros(len(x) - 1)
     guesses = x.new_full((2, len(kind)), -1)
@@ -2954,8 +2904,7 @@ class MatchModel:
     Each kind of match has its weights, the mean credits of its guesses so far. The credit of a
     guess is the posterior probability that it, not p, made the token; the prior is one match of
     credits 0.1. This is causal: a stream uses only earlier text, its own scores and those of the
-    streams before it. One pass over the streams in order would give the same scores.
-    """
+    streams before it. One pass over the streams in order would give the same scores."""
     ROUND = 512  # targets between two updates of the weights, without streams
 
     def __init__(self, tokens, streams, device):
@@ -2999,10 +2948,9 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=No
     """Score every target of `tokens` once, in windows of this shape (see Scorer); ttt, a
     WeightTTT or LoraTTT, trains after each chunk but the last.
 
-    It gets the seconds that remain for it: 98 % of EVAL_WALLCLOCK_SECONDS, less the time
-    since `opened`, less a forecast of the scoring that is left. Returns the ledger's result with
-    `seconds` and `tokens_read`, and the ledger.
-    """
+    ttt.adapt gets the time left: 98 % of EVAL_WALLCLOCK_SECONDS, less the time since `opened` and
+    a forecast of the remaining scoring. Returns the ledger's result with `seconds` and
+    `tokens_read`, and the ledger."""
     how = ttt.scorer_options(len(tokens) - 1) if ttt else {}
     scorer = Scorer(model, tokens, shape, s, rt, **how)
     ledger, chunks, scoring = ScoreLedger(tokens), scorer.chunks, []
@@ -3094,8 +3042,7 @@ class WeightTTT:
         A step uses rows of all ranks.
 
         Epochs: TTT_EPOCHS; -1: 10, but 1 before a step was timed. At most as many as fit into this
-        chunk's part of the seconds `left`, or 1 if that fits into `left`, else none.
-        """
+        chunk's part of the seconds `left`, or 1 if that fits into `left`, else none."""
         s, rows = self.s, ledger.rows_for_adapting(*span, self.s.train_seq_len)
         batches = rows.split(s.ttt_batch_seqs) if len(rows) else ()
         epochs = s.ttt_epochs if s.ttt_epochs >= 0 else 10 if self.step_seconds else 1
@@ -3136,7 +3083,7 @@ class WeightTTT:
             (nll.sum() / batch[:, 1:].numel()).backward()
 
 
-# Of adapters, [n, P], a row a stream. On a GPU each is one kernel once compiled: P is 3 M.
+# Two functions of all adapters [n, P] of a rank. Compiled, they read each number once: P is 3 M.
 
 def adapter_uphill(p_NP, initial_P, grad_NP):
     """⟨gradient, adapters − initial adapters⟩ of each stream."""
@@ -3157,16 +3104,15 @@ class LoraTTT:
 
     The targets are split into streams, scored side by side, EVAL_STRIDE targets at a time. A stream
     has a pair (A, B) for each of adapter_shapes, B zero at first. After each stride a pair takes
-    one step of AdamW without momentum on their mean nll. It sees half of the scoring context: a
-    quarter gained 0.0003 to 0.0027 bpb less, the whole no more. A smaller stride gains more. Where
-    a document ends, the pair is reset.
+    one step of AdamW without momentum on their mean nll. Its training rows have half of the
+    scoring context: with a quarter TTT gained 0.0003 to 0.0027 bpb less, with the whole no more. A
+    smaller stride gains more. Where a document ends, the pair is reset.
 
     Each stream has a learning rate. Let h = ⟨gradient, pairs − initial pairs⟩, summed over this
     stream and the streams before it, whose tokens are all earlier. If h < 0, larger steps since the
-    document began had been better: step n multiplies the rate by exp(HYPER/√n). If h > 0, it
-    divides (a hypergradient's sign, Baydin et al. 2018). With the last step alone in h, rates end
-    far too low.
-    """
+    document began would have been better: step n multiplies the rate by exp(HYPER/√n). If h > 0, it
+    divides the rate by that (a hypergradient's sign, Baydin et al. 2018). With the last step alone
+    in h, rates end far too low."""
     HYPER = 0.3
 
     def __init__(self, model, s, rt):
@@ -3212,8 +3158,7 @@ class LoraTTT:
         return dict(adapters=self.pairs(self.params[windows - self.low]))
 
     def warm_up(self, scorer):
-        """Compile for the one shape of a batch, on random tokens; no adapter changes, but rates do:
-        adapt with another LoraTTT."""
+        """Compile for the one shape of a batch, on random tokens; nothing changes."""
         self.begin(scorer)
         windows = torch.full((scorer.batch,), self.low, device=self.rt.device)
         with torch.no_grad():  # as in Scorer.score
@@ -3232,7 +3177,7 @@ class LoraTTT:
         late = left < (statistics.median(self.step_seconds[-9:]) if self.step_seconds else 0)
         late, scored = rt.from_rank0(late), (chunk + 1) * scorer.stride > length
         self.skipped += late
-        if scored and len(last):  # early rows would reach back into a stream that is not scored yet
+        if scored and len(last):  # before, rows would begin in the stream before: not yet scored
             rows = torch.cat([ledger.rows_for_adapting(end - length, end, length)
                               for end in last.tolist()])
             new = torch.arange(scorer.stride, 0, -1) <= torch.from_numpy(last - first)[:, None]
@@ -3289,8 +3234,7 @@ def chosen_ttt(model, forward, s, rt):
 class Checkpoints:
     """Checkpoints of training in OUT_DIR/checkpoints: the last two, each whole or absent.
 
-    Each holds a key: the settings that OF_TRAINING names, hashes of data and code.
-    """
+    Each holds a key: the settings that OF_TRAINING names, hashes of data and code."""
     NAMES = "step_" + "[0-9]" * 7 + ".pt"
     CARRIED = ("step", "elapsed", "step_ms", "fake_quant", "late")  # of a Trainer, in its state
 
@@ -3319,12 +3263,13 @@ class Checkpoints:
             try:
                 write_whole(path, content + hashlib.sha256(content).digest())
                 self.kept = [*self.kept[-1:], path]
-                for stale in set(self.folder.glob(self.NAMES)) - set(self.kept):
-                    stale.unlink()
                 self.rt.log(f"checkpoint:step {trainer.step} {path} {len(content) + 32} bytes")
-            except (UserError, OSError) as error:
+            except UserError as error:
                 problem = str(error)
                 self.rt.log(f"checkpoint:none at step {trainer.step}: {problem}")
+            for stale in set(self.folder.glob(self.NAMES)) - set(self.kept) if not problem else ():
+                with contextlib.suppress(OSError):
+                    stale.unlink()
         return self.rt.from_rank0(problem)
 
     def resume(self, trainer):
@@ -3337,7 +3282,8 @@ class Checkpoints:
             if hashlib.sha256(content[:-32]).digest() != content[-32:]:
                 self.rt.log(f"resume:{path} is damaged and left out")
                 continue
-            try:
+            with explained(f"RESUME=auto: {path} is no state of this run",
+                           "move it away, or set another OUT_DIR", kinds=Exception):
                 state = torch.load(io.BytesIO(content[:-32]), map_location=self.rt.device,
                                    weights_only=True)
                 other = [f"{name.upper()}={state['key'].get(name)}, not {value}"
@@ -3348,10 +3294,6 @@ class Checkpoints:
                     for p, saved in zip(trainer.model.parameters(), state["model"], strict=True):
                         p.data.copy_(saved)
                     vars(trainer).update({name: state[name] for name in self.CARRIED})
-            except Exception as problem:  # torch raises many kinds on other files
-                raise UserError(f"RESUME=auto: {path} is no state of this run "
-                                f"({type(problem).__name__}): move it away, or set another OUT_DIR"
-                                ) from problem
             if other:
                 raise UserError(f"RESUME=auto: {path} was made with {'; '.join(other)}: set these, "
                                 "or another OUT_DIR")
@@ -3396,9 +3338,9 @@ class Trainer:
         self.last_loss = ""  # for the progress line; reading it from a GPU stalls it
         # Both stay on once set. Without LATE_PASSES there is one list: `late` is on from the start.
         self.fake_quant, self.late = False, not s.late_passes
-        # The tensor is an argument of the compiled model; without a schedule there is none.
-        self.segment_tokens = s.train_seq_len
-        self.segment = torch.tensor(self.segment_tokens, device=rt.device) if s.segments else None
+        # Follows the clock. The tensor is for the compiled model; without a schedule there is none.
+        self.segment_now = s.train_seq_len
+        self.segment = torch.tensor(self.segment_now, device=rt.device) if s.segments else None
 
     # -- the loop
 
@@ -3406,8 +3348,7 @@ class Trainer:
         """Train until ITERATIONS or the clock; then give the model its averaged weights.
 
         `validate()` scores the model as it is. Its time does not count as training time; that of
-        writing checkpoints does. Raises KeyboardInterrupt after a signal, with the state saved.
-        """
+        writing checkpoints does. Raises KeyboardInterrupt after a signal, with the state saved."""
         s, rt, saved_at, clock = self.s, self.rt, self.elapsed, StepClock(self.rt, self.elapsed)
         rt.log(f"startup:{time.perf_counter() - LAUNCHED:.1f}s from launch to the first step")
         while True:
@@ -3428,9 +3369,9 @@ class Trainer:
                 break
             loss, norm, scale = self.train_step(next(batches))
             before, self.elapsed = self.elapsed, clock.read()
-            if self.over(steps=4):  # the GPU may be two steps behind that reading
+            if self.over(steps=4):  # near the end: an inexact reading may miss two running steps
                 self.elapsed = clock.read(exact=True)
-            # of about the last ten steps: late passes are slower than the mean of all
+            # a mean over about ten steps: late passes are slower than the mean of all steps
             self.step_ms = 0.9 * self.step_ms + 0.1 * (self.elapsed - before)
             self.check_and_log(loss, norm, scale)
             rt.progress("train", progress_of(self.scheduled, self.step, self.elapsed),
@@ -3463,8 +3404,9 @@ class Trainer:
             self.late = True
             self.rt.log(f"late_passes:enabled step:{self.step} order:{s.late_order}")
         tokens = segment_tokens(s, self.step, self.elapsed)
-        if tokens != self.segment_tokens:
-            self.segment_tokens, _ = tokens, self.segment.fill_(tokens)
+        if tokens != self.segment_now:
+            self.segment_now = tokens
+            self.segment.fill_(tokens)
             self.rt.log(f"segments:{tokens} tokens step:{self.step}")
         loss, norm = self.optimize(rows, scale, muon_momentum(s, self.step), self.fake_quant,
                                    self.late)
@@ -3709,7 +3651,9 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
                    validation_documents_in_training=repeated, **written)
     if rt.rank == 0:
         checkpoints.export(trained)
-    rt.training_is_over()
+    rt.training = False  # from here on a signal ends the run at once
+    if rt.any_rank(rt.signal):
+        rt.on_signal()
     return trained, {"float": floating}
 
 
@@ -3838,7 +3782,7 @@ def report(s, rt, path, trained, results, ledger, eval_seconds):
 
 def settings_of_artifact(path, environ, world_size=1):
     """(Settings, names set explicitly) for EVAL_ONLY: those stored in the file; explicit variables
-    may change what fixes neither model nor training. Raises UserError."""
+    may change all but OF_TRAINING. Raises UserError."""
     stored, tensors, _ = read_artifact(path)
     for name, value in stored.items():
         with explained(f"{path}: holds {name}={value}", "score it with the script that made it",
@@ -3930,7 +3874,7 @@ def main(argv, environ):
         rt.log(text) if rt else printed(text, sys.stdout)
         return 130
     except (UserError, LedgerError, torch.OutOfMemoryError) as problem:
-        if rank:  # rank 0 prints an error of all ranks; its exit ends those that wait here
+        if rank:  # where all ranks fail, rank 0 prints, and torchrun ends the others meanwhile
             time.sleep(5)
         if isinstance(problem, torch.OutOfMemoryError):
             problem = ("GPU memory ran out; lower MICRO_BATCH_TOKENS="

@@ -315,7 +315,8 @@ def fold_case(text: str) -> str:
         rest = re.sub("[A-Z]", lambda capital: CAPITAL + capital[0].lower(), word[1:])
         return TITLE * word[0].isupper() + space + word[0].lower() + rest
     text = re.sub(f"[{CASE_MARKS}]", rf"{LITERAL}\g<0>", text)
-    return re.sub(rf"({SPACE}*)(?<![A-Za-z])([a-z]*[A-Z][A-Za-z]*)", folded, text)
+    before = rf"(?<!{SPACE})({SPACE}*)(?<![A-Za-z])"  # all white space, or none
+    return re.sub(before + "([a-z]*[A-Z][A-Za-z]*)", folded, text)
 
 
 def unfold_case(text: str) -> str:
@@ -975,6 +976,8 @@ def summary(settings: Settings, manifest: dict) -> str:
     for split, entry in manifest["splits"].items():
         lines.append(f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
                      f"{entry['utf8_bytes']:,} bytes of text, {len(entry['files'])} shards")
+    if repeats := manifest["splits"]["val"]["dropped_repeats"]:
+        lines.append(f"val: {repeats:,} documents left out, which stand there twice")
     lines += normalization_lines(manifest["splits"]["val"])
     if "xz_bits_per_byte" in manifest:
         lines.append(f"xz -9e needs {manifest['xz_bits_per_byte']:.4f} bits per byte of validation "

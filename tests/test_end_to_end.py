@@ -354,10 +354,22 @@ def test_one_artifact_scores_the_same_on_any_ranks(one_rank, run_script, tmp_pat
         assert abs(three.result["val_bpb"][kind] - one.result["val_bpb"][kind]) < EXACT
 
 
+def test_the_segments_of_the_schedule_reach_the_model(corpus, tmp_path, monkeypatch):
+    seen, forward = [], train_gpt.GPT.forward
+
+    def watched(*arguments, segment=None, **more):
+        seen.append(segment if segment is None else int(segment))
+        return forward(*arguments, segment=segment, **more)
+    monkeypatch.setattr(train_gpt.GPT, "forward", watched)
+    succeeded(run_main(corpus, tmp_path, ITERATIONS=5, WARMUP_STEPS=0, GPTQ=0,
+                       SEGMENT_SCHEDULE="8:0.4,16:0.8", **PLAIN))
+    assert seen[:5] == [8, 8, 16, 16, 32] and {*seen[5:]} == {None}, "scored in whole rows"
+
+
 # -- compiled
 
 @pytest.mark.parametrize("variables", [
-    dict(NUM_LAYERS=1, LATE_PASSES="0,0", TTT_LORA_RANK=2),
+    dict(NUM_LAYERS=1, LATE_PASSES="0,0", TTT_LORA_RANK=2, SEGMENT_SCHEDULE="8:0.5"),
     pytest.param(dict(NUM_LAYERS=2, TTT_LORA_RANK=0, TTT_OPTIMIZER="muon", TTT_FREEZE_BLOCKS=1),
                  marks=pytest.mark.slow)])
 def test_nothing_is_compiled_inside_of_a_clock(corpus, tmp_path, monkeypatch, variables):

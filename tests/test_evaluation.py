@@ -206,7 +206,7 @@ class Clock:
         train_gpt.time = self.real
 
 
-def slow_adapter(w, clock, seconds):
+def slow_ttt(w, clock, seconds):
     """A real one whose step n takes seconds(n) by this clock; `taken` steps."""
     ttt = adapting(w)
     ttt.taken, backward = 0, ttt._backward
@@ -340,7 +340,7 @@ def scores_by_rank(make, rt):
         w = world(make, rt, **{"VAL_LIMIT_TOKENS": 352, **variables})
         if "odd clocks" in case:
             with Clock() as clock:
-                slow = slow_adapter(w, clock, lambda step: 1000.0 ** rt.rank)
+                slow = slow_ttt(w, clock, lambda step: 1000.0 ** rt.rank)
                 scores[case] = run(w, ttt=slow)[1].nll
         else:
             scores[case] = run(w, ttt=adapting(w))[1].nll
@@ -709,6 +709,25 @@ def test_warming_up_leaves_the_weights_of_the_artifact(tiny, variables):
     assert all(p.grad is None for p in w.model.parameters())
     if w.s.ttt_lora_rank:
         assert ttt.params.grad is None and (ttt.params == ttt.initial).all()
+        assert (ttt.lr == w.s.ttt_lr).all() and not ttt.steps.any() and not ttt.squares.any()
+
+
+def test_the_compiled_step_of_adapters_equals_the_eager_one():
+    """A row whose rate and activity are 0 stays as it is, bit for bit."""
+    torch.manual_seed(0)
+    p, grad, initial = torch.randn(3, 50), torch.randn(3, 50), torch.randn(50)
+    active = torch.tensor([[True], [False], [True]])
+    given = [p, grad, torch.rand(3, 50), torch.tensor([[1.0], [5.0], [9.0]]), 0.1 * active, active]
+    results = []
+    for how in (lambda f: f, torch.compile):
+        copies = [x.clone() for x in given]
+        results.append([how(train_gpt.adapter_uphill)(p, initial, grad), copies])
+        how(train_gpt.adapter_descent)(*copies)
+    for eager, compiled in zip(results[0][1], results[1][1]):
+        assert torch.allclose(eager, compiled, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)
+    assert (results[1][1][0] != p).any(1).tolist() == [True, False, True]
+    assert (results[1][1][2] != given[2]).any(1).tolist() == [True, False, True]
 
 
 def told_late(w, late):
@@ -833,7 +852,7 @@ CHEATS = {
 
 
 @pytest.mark.parametrize("act", CHEATS.values(), ids=CHEATS)
-def test_a_cheating_adapter_is_stopped(tiny, act):
+def test_a_cheating_ttt_is_stopped(tiny, act):
     with pytest.raises(LedgerError):
         run(world(tiny, VAL_LIMIT_TOKENS=320), ttt=Onlooker(act))
 

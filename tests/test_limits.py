@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_gpt
-from test_evaluation import BANDED, Clock, run, slow_adapter, world
+from test_evaluation import BANDED, Clock, run, slow_ttt, world
 
 
 def chunks_of(w):
@@ -21,35 +21,35 @@ def chunks_of(w):
 def timed(tiny, seconds, pass_seconds=0.0, **variables):
     """An evaluation of random weights by a clock that only steps, seconds(n), and passes move.
 
-    Returns the world (with the adapter, the clock, the log's lines and the steps of each chunk,
+    Returns the world (with its ttt, the clock, the log's lines and the steps of each chunk,
     one an epoch), the result and the ledger.
     """
     w = world(tiny, EVAL_BATCH_SEQS=1, VAL_LIMIT_TOKENS=1024, **variables)
     w.lines, w.epochs, model = [], [], w.model
     w.rt.log = w.lines.append
     with Clock() as w.clock:
-        w.adapter = slow_adapter(w, w.clock, seconds)
-        adapt = w.adapter.adapt
+        w.ttt = slow_ttt(w, w.clock, seconds)
+        adapt = w.ttt.adapt
 
         def counted(*args):
-            before = w.adapter.taken
+            before = w.ttt.taken
             adapt(*args)
-            w.epochs.append(w.adapter.taken - before)
+            w.epochs.append(w.ttt.taken - before)
 
         def scored(x, y, **more):
             w.clock.now += pass_seconds * (not torch.is_grad_enabled())
             return model(x, y, **more)
-        w.adapter.adapt, w.model = counted, scored
-        result, book = run(w, adapter=w.adapter)
+        w.ttt.adapt, w.model = counted, scored
+        result, book = run(w, ttt=w.ttt)
     return w, result, book
 
 
-def test_an_adapter_that_slows_down_drops_epochs_and_the_score_is_complete(tiny):
+def test_a_ttt_that_slows_down_drops_epochs_and_the_score_is_complete(tiny):
     """Steps take 1 s at first and 30 % more each; all of them with three epochs would take far more
     than the 40 s."""
     w, result, book = timed(tiny, lambda n: 1.3 ** n, EVAL_WALLCLOCK_SECONDS=40, TTT_EPOCHS=3,
                             **BANDED)
-    assert w.epochs[0] == 3 and min(w.epochs) < 3 and w.clock.now <= 40 + 1.3 ** w.adapter.taken
+    assert w.epochs[0] == 3 and min(w.epochs) < 3 and w.clock.now <= 40 + 1.3 ** w.ttt.taken
     assert not np.isnan(book.nll).any() and result["targets"] == len(book.nll) == 1024
     late = [n + 1 for n, epochs in enumerate(w.epochs) if epochs < 3]
     said = re.findall(r"^ttt_\w+:late chunk=(\d+)/", "\n".join(w.lines), re.M)
@@ -97,9 +97,9 @@ def test_what_went_before_the_evaluation_counts(tiny):
     w = world(tiny, EVAL_WALLCLOCK_SECONDS=40)
     with Clock() as clock:
         clock.now = 130.0
-        adapter = slow_adapter(w, clock, lambda n: 0.6)  # two epochs of ten chunks would take 12 s
+        ttt = slow_ttt(w, clock, lambda n: 0.6)  # two epochs of ten chunks would take 12 s
         train_gpt.evaluate(w.model, w.tokens, w.byte_table, w.s, w.rt, "ttt", w.s.scoring_shape,
-                           adapter, opened=100.0)
+                           ttt, opened=100.0)
     assert 136 < clock.now <= 140
 
 
