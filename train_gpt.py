@@ -299,18 +299,13 @@ class Settings:
         # a training row and a scoring window hold
     ttt_freeze_blocks: Count = 0  # first blocks that are not adapted
 
-    @property
-    def head_dim(self):
-        return self.model_dim // self.num_heads
-
-    @property
-    def mlp_hidden(self):
-        return int(self.mlp_mult * self.model_dim)
-
-    @property
-    def context(self):
-        """Tokens that a query may see in scoring."""
-        return self.eval_seq_len or self.train_seq_len
+    head_dim = property(lambda s: s.model_dim // s.num_heads)
+    mlp_hidden = property(lambda s: int(s.mlp_mult * s.model_dim))
+    cores = property(lambda s: s.unique_layers or s.num_layers)
+    ve_blocks = property(lambda s: block_list(s.ve_layers, s.num_layers))  # in the order given
+    context = property(lambda s: s.eval_seq_len or s.train_seq_len)  # keys a query sees in scoring
+    # Smallest TTT chunk: the larger of a training row and a window's targets.
+    least_chunk = property(lambda s: max(s.train_seq_len, s.scoring_shape[1]))
 
     @property
     def scoring_shape(self):
@@ -325,20 +320,6 @@ class Settings:
         if not self.ttt_lora_rank or not self.scoring_shape[2]:
             return self.scoring_shape
         return self.context + self.eval_stride, self.eval_stride, self.context
-
-    @property
-    def least_chunk(self):
-        """Smallest TTT chunk: the larger of a training row and a window's targets."""
-        return max(self.train_seq_len, self.scoring_shape[1])
-
-    @property
-    def cores(self):
-        return self.unique_layers or self.num_layers
-
-    @property
-    def ve_blocks(self):
-        """Blocks that get the value embedding, in the order given."""
-        return block_list(self.ve_layers, self.num_layers)
 
     @property
     def late_order(self):
@@ -678,11 +659,9 @@ def help_text():
     """Every setting by section: default, choices or bounds, meaning."""
     lines = [__doc__.strip(), "", f"Presets: {', '.join(PRESETS)}. Explicit variables win over "
              "PRESET=<name>, which wins over the defaults."]
-    previous = ""
     for spec in fields(Settings):
         section, text = DESCRIBED[spec.name]
-        lines += ["", section] if section != previous else []
-        previous = section
+        lines += ["", section] if section not in lines else []
         bounds = re.sub(rf"(.+) to ({2**62}|1e\+18)", r"at least \1", type_text(spec.name))
         lines.append(f"  {spec.name.upper()}={spec.default}  {text} [{bounds}]")
     return "\n".join(lines)
@@ -1753,13 +1732,6 @@ class GPT(nn.Module):
         gate = gate * not_bos if self.s.smear_gate == "bos" else gate
         return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
 
-    def joined_skip(self, x_BTD, skip_BTD, row):
-        """x + w⊙skip; gated: σ(γ)⊙x + (1 − σ(γ))⊙w⊙skip."""
-        skip_BTD = self.skip_weights[row].to(x_BTD.dtype) * skip_BTD
-        if self.skip_gates is None:
-            return x_BTD + skip_BTD
-        return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(self.skip_gates[row]).to(x_BTD.dtype))
-
     def adapter_shapes(self):
         """(outputs R, inputs D) of each adapter of `logits`: of attention and MLP of every
         pass, then of the logits."""
@@ -1791,7 +1763,9 @@ class GPT(nn.Module):
             to_attention, to_mlp = adapters[2 * i: 2 * i + 2] or (None, None)
             lane = x if p.form == "lanes" and lane is None else lane
             if p.skip is not None:
-                x = self.joined_skip(x, skips.pop(), p.skip)
+                skip = self.skip_weights[p.skip].to(x.dtype) * skips.pop()
+                x = (x + skip if self.skip_gates is None else
+                     torch.lerp(skip, x, torch.sigmoid(self.skip_gates[p.skip]).to(x.dtype)))
             mix = block.resid_mix.to(x.dtype)
             z = mix[0] * x + mix[1] * x0
             a, v = block.attention(z, core, first_v, to_attention, rotary, p.xsa,
@@ -2829,7 +2803,6 @@ class Scorer:
         most = max(-(-(end - begin) // rt.world_size) for begin, end in self.chunks)
         batches = -(-most // -(-s.eval_batch_seqs * s.context // self.length))
         self.batch = -(-most // batches)
-        self.tokens_read = 0
 
     @torch.no_grad()
     def warm_up(self, vocab_size, **more):
@@ -2866,7 +2839,6 @@ class Scorer:
             out[place: place + len(scores)] = scores
             place += len(scores)
             tick((min(b + self.batch, high) - low) * self.rt.world_size)
-        self.tokens_read += (end - begin) * self.length
         return self.rt.sum_(out).cpu().numpy()
 
 
@@ -2981,7 +2953,8 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=No
     if match:
         rt.log(f"match:{label} guesses for {np.mean(match.kind > 0):.1%} of the targets, val_loss "
                f"without them {(ledger.total + match.gained) / ledger.scored:.6f}")
-    return dict(ledger.result(byte_table), seconds=seconds, tokens_read=scorer.tokens_read), ledger
+    return dict(ledger.result(byte_table), seconds=seconds,
+                tokens_read=windows * scorer.length), ledger
 
 
 def ttt_factor(name, s):
@@ -3537,8 +3510,7 @@ def log_start(s, rt, explicit):
              "versions: " + " ".join(f"{k} {v}" for k, v in versions(rt).items()), gpu]
     lines += [f"setting {name.upper()}={value}{'  (set)' if name.upper() in explicit else ''}"
               for name, value in vars(s).items()]
-    for line in lines:
-        rt.log(line, console=False)
+    rt.log("\n".join(lines), console=False)
     rt.log(f"run:{s.run_id} preset:{s.preset or 'none'} device:{device_name(rt)} world_size:"
            f"{rt.world_size} dtype:{str(rt.dtype).removeprefix('torch.')} "
            f"compile:{int(rt.compile)} seed:{s.seed}")
