@@ -564,7 +564,7 @@ def rules(s, world_size):
          "must be a multiple of TRAIN_SEQ_LEN"),
         (s.eval_only or rows % world_size == 0, "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN",
          f"{rows} rows on {world_size} ranks; start a number of processes that divides the rows"),
-        (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN", "is less than a row"),
+        (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN", "must hold a row"),
         (s.scoring_shape[2] or s.eval_stride <= s.context, "EVAL_STRIDE",
          f"exceeds the scoring window of {s.context} tokens; lower it"),
         (not s.ttt_enabled or s.eval_stride, "TTT_ENABLED EVAL_STRIDE",
