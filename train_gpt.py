@@ -1507,10 +1507,10 @@ def pass_list(s, late=False):
     half, passes = len(order) // 2, []
     first_parallel = s.parallel_from or round(8 * s.num_layers / 11)
     for position, block in enumerate(order):
-        core, skips, late_half = block % s.cores, s.unet_skips != "0", position >= half
-        parallel = block >= first_parallel and (late_half or s.parallel == "one")
+        core, skips, second_half = block % s.cores, s.unet_skips != "0", position >= half
+        parallel = block >= first_parallel and (second_half or s.parallel == "one")
         passes.append(Pass(
-            block, core, push=skips and not late_half,
+            block, core, push=skips and not second_half,
             skip=position - half if skips and half <= position < 2 * half else None,
             xsa=core >= s.cores - s.xsa_last_n, form=s.parallel if parallel else "0"))
     return passes
@@ -3145,9 +3145,9 @@ class LoraTTT:
         rt, scorer, started = self.rt, self.scorer, time.perf_counter()
         mine = slice(chunk * scorer.streams + self.low, chunk * scorer.streams + self.high)
         first, last, length = scorer.first[mine], scorer.last[mine], self.length
-        late = left < (statistics.median(self.step_seconds[-9:]) if self.step_seconds else 0)
-        late, scored = rt.from_rank0(late), (chunk + 1) * scorer.stride > length
-        self.skipped += late
+        skip = left < (statistics.median(self.step_seconds[-9:]) if self.step_seconds else 0)
+        skip, scored = rt.from_rank0(skip), (chunk + 1) * scorer.stride > length
+        self.skipped += skip
         if scored and len(last):  # before, rows would begin in the stream before: not yet scored
             rows = torch.cat([ledger.rows_for_adapting(end - length, end, length)
                               for end in last.tolist()])
@@ -3159,9 +3159,9 @@ class LoraTTT:
                 self.params[ended] = self.initial
                 self.squares[ended], self.steps[ended] = 0, 0
             rows, new = rows.to(rt.device), new.to(rt.device)
-            if not late:
+            if not skip:
                 self._backward(rows, new / new.sum(1, keepdim=True).clamp(min=1))
-        if scored and not late:
+        if scored and not skip:
             self._step(new.any(1, keepdim=True) if len(last) else self.steps < 0)
             rt.synchronize()
             self.step_seconds.append(time.perf_counter() - started)
@@ -3210,7 +3210,7 @@ class Checkpoints:
     CARRIED = ("step", "elapsed", "step_ms", "fake_quant", "late")  # of a Trainer, in its state
 
     def __init__(self, s, rt, stream):
-        self.wanted, self.rt, self.kept = bool(s.resume), rt, []
+        self.resuming, self.rt, self.kept = bool(s.resume), rt, []
         self.folder = Path(s.out_dir).expanduser() / "checkpoints"
         data = [[p.name, len(t), hashlib.sha256(t[: 1 << 16].tobytes()).hexdigest()]
                 for p, t in zip(stream.paths, stream.shards)]
@@ -3246,7 +3246,7 @@ class Checkpoints:
     def resume(self, trainer):
         """With RESUME=auto load the newest whole state, if any, into the trainer. Raises UserError
         if its key differs."""
-        found = sorted(self.folder.glob(self.NAMES), reverse=True) if self.wanted else ()
+        found = sorted(self.folder.glob(self.NAMES), reverse=True) if self.resuming else ()
         for path in found:
             with explained(f"RESUME=auto: {path} cannot be read", "move it away"):
                 content = path.read_bytes()
@@ -3271,7 +3271,7 @@ class Checkpoints:
             self.kept = [path]
             self.rt.log(f"resume:step {trainer.step} train_time:{trainer.elapsed:.0f}ms")
             return
-        if self.wanted:
+        if self.resuming:
             self.rt.log("resume:no checkpoint, from the beginning")
 
     def export(self, trained):
@@ -3284,7 +3284,7 @@ class Checkpoints:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             note = json.loads((self.folder / "exported.json").read_bytes())
             made = note["key"], note["trained"]["artifact_sha256"]
-            if self.wanted and made == (self.key, hashlib.sha256(path.read_bytes()).hexdigest()):
+            if self.resuming and made == (self.key, hashlib.sha256(path.read_bytes()).hexdigest()):
                 return note["trained"]
         return None
 
