@@ -71,8 +71,8 @@ TOKENIZER_LINE_BYTES = 4_000         # SentencePiece skips lines longer than 4,1
 BATCH_CHARS = 500_000                # text sent to a worker at once
 DEMO_VAL_FRACTION = 0.045
 MAX_COUNT = 65_535                   # bytes of one token: side files are uint16
-# --fold-case: a word begins with a capital, is all capitals, a capital follows, the next character
-# stands for itself.
+# Of --fold-case: the word begins with a capital; it is all capitals; a capital follows; the next
+# character, which looks like a mark, is none.
 TITLE, UPPER, CAPITAL, LITERAL = CASE_MARKS = "\ue001\ue002\ue003\ue004"
 SPACE = r"[ \t\r\n]"
 # What normalization and the vocabulary lose of the validation text, one number per document.
@@ -914,8 +914,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="plain text: a line equal to this ends a document ('' is every blank line). Default: "
              f"it ends at the first blank line after {MIN_DOCUMENT_CHARS} characters or the file's")
     add("--fold-case", action="store_true",
-        help="write capitals as marks before lower letters (CaseOps, #1729): The and the become "
-             "one piece; bytes are still those of the text")
+        help="write capitals as marks in front of lower letters and their space (after CaseOps, "
+             "#1729), so that The and the share a piece; bytes are still those of the text")
     add("--shard-tokens", type=int, default=Settings.shard_tokens,
         help="tokens per shard (default %(default)s)")
     add("--seed", type=int, default=Settings.seed,
