@@ -3546,7 +3546,7 @@ def dry_run(s, world_size):
 
 def claim_places(s, rt, path, log_path):
     """Check before training that the outputs can be written, lock OUT_DIR for one training run and
-    open the log. An older log of that name gets a number. Raises UserError."""
+    open the log. An older log of that name and its result get a number. Raises UserError."""
     if rt.rank:
         return
     if not s.eval_only:
@@ -3578,8 +3578,11 @@ def claim_places(s, rt, path, log_path):
     with explained(f"OUT_DIR: {log_path} cannot be written", "set OUT_DIR to another folder"):
         log_path.parent.mkdir(parents=True, exist_ok=True)
         if log_path.exists():
-            numbered = (log_path.with_suffix(f".{n}.txt") for n in range(1, 10**6))
-            log_path.rename(next(p for p in numbered if not p.exists()))
+            n = next(n for n in itertools.count(1)
+                     if not log_path.with_suffix(f".{n}.txt").exists())
+            for old in log_path, log_path.with_suffix(".json"):
+                if old.exists():
+                    old.rename(old.with_suffix(f".{n}{old.suffix}"))
         log_path.touch()
     rt.log_path = log_path
 

@@ -119,9 +119,10 @@ def is_result(path):
 
 
 def is_older_log(path):
-    """Whether the script kept this log of an earlier attempt, as NAME.1.txt beside NAME.txt."""
-    newest = re.sub(r"\.\d+\.txt$", ".txt", path.name)
-    return newest != path.name and path.with_name(newest).exists()
+    """Whether the script kept this log or result of an earlier attempt, as NAME.1.txt beside
+    NAME.txt."""
+    name = re.sub(r"\.\d+\.(txt|json)$", "", path.name)
+    return name != path.name and path.with_name(f"{name}.txt").exists()
 
 
 def read_all(paths, read):

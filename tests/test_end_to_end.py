@@ -3,6 +3,7 @@ they should, and refusals."""
 
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -143,12 +144,14 @@ def test_the_training_clock_holds(run_script, monkeypatch):
     assert len(spans["calibrate"]) == 1 and "gptq_calibration:stopped early" in done.stdout
 
 
-def test_an_earlier_log_is_kept(run_script, tmp_path):
+def test_an_earlier_log_is_kept_with_its_result(run_script, tmp_path):
     for seed in (1, 2, 3):
         run_script(SEED=seed, ITERATIONS=1, WARMUP_STEPS=0, GPTQ=0, VAL_LIMIT_TOKENS=64, **PLAIN)
     seeds = {p.name: re.findall(r"^setting SEED=(\d+)", p.read_text(), re.M)
              for p in (tmp_path / "logs").glob("*.txt")}
     assert seeds == {"run.1.txt": ["1"], "run.2.txt": ["2"], "run.txt": ["3"]}
+    assert {p.name: json.loads(p.read_text())["seed"] for p in (tmp_path / "logs").glob("*.json")
+            } == {"run.1.json": 1, "run.2.json": 2, "run.json": 3}
 
 
 # -- seeds

@@ -559,7 +559,8 @@ def test_damaged_logs_are_named_and_the_rest_is_plotted(tmp_path, results, capsy
     logs = tmp_path / "logs"
     logs.mkdir()
     (logs / "good.txt").write_text(LOG)
-    (logs / "good.1.txt").write_text("an earlier attempt, not drawn")
+    for end in ("txt", "json"):
+        (logs / f"good.1.{end}").write_text("an earlier attempt, not drawn")
     (logs / "bad.txt").write_bytes(b"\xff" * 100)
     assert runs.main(["plot", str(tmp_path), "--out", str(tmp_path / "plots")]) == 0
     said = capsys.readouterr()
