@@ -554,7 +554,7 @@ def rules(s, world_size):
         (s.segments is not None and sorted({0.0, *ends}) == [0.0, *ends]
          and all((512 if T > 512 else 1) <= tokens < T for tokens, _ in s.segments),
          "SEGMENT_SCHEDULE TRAIN_SEQ_LEN", "must be tokens:fraction, commas between; fewer tokens "
-         "than a row has, 512 at least if it has more; fractions between 0 and 1, ascending"),
+         "than TRAIN_SEQ_LEN, at least 512 if that is more; fractions between 0 and 1, ascending"),
         (not s.segment_schedule or s.doc_attention, "SEGMENT_SCHEDULE DOC_ATTENTION",
          "segments end attention as documents do: set DOC_ATTENTION=1, or empty the first"),
         (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks), "VE_LAYERS",
@@ -564,7 +564,8 @@ def rules(s, world_size):
          "must be a multiple of TRAIN_SEQ_LEN"),
         (s.eval_only or rows % world_size == 0, "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN",
          f"{rows} rows on {world_size} ranks; start a number of processes that divides the rows"),
-        (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN", "must hold a row"),
+        (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN",
+         "must hold a row; raise it"),
         (s.scoring_shape[2] or s.eval_stride <= s.context, "EVAL_STRIDE",
          f"exceeds the scoring window of {s.context} tokens; lower it"),
         (not s.ttt_enabled or s.eval_stride, "TTT_ENABLED EVAL_STRIDE",
@@ -3054,7 +3055,8 @@ class WeightTTT:
             (nll.sum() / batch[:, 1:].numel()).backward()
 
 
-# Two functions of all adapters [n, P] of a rank. Compiled, they read each number once: P is 3 M.
+# On all adapters of a rank, [n, P]; by default n is 32 on 8 GPUs and P 3 M. They are compiled, so
+# that each reads its numbers once.
 
 def adapter_uphill(p_NP, initial_P, grad_NP):
     """⟨gradient, adapters − initial adapters⟩ of each stream."""
@@ -3148,7 +3150,7 @@ class LoraTTT:
         skip = left < (statistics.median(self.step_seconds[-9:]) if self.step_seconds else 0)
         skip, scored = rt.from_rank0(skip), (chunk + 1) * scorer.stride > length
         self.skipped += skip
-        if scored and len(last):  # before, rows would begin in the stream before: not yet scored
+        if scored and len(last):  # earlier rows would begin in another stream's unscored targets
             rows = torch.cat([ledger.rows_for_adapting(end - length, end, length)
                               for end in last.tolist()])
             new = torch.arange(scorer.stride, 0, -1) <= torch.from_numpy(last - first)[:, None]
@@ -3185,7 +3187,8 @@ class LoraTTT:
     @torch.no_grad()
     def _step(self, active_n1):
         """Update the rates of all streams; then one step of AdamW for the `active` streams."""
-        p, mine, uphill = self.params.detach(), slice(self.low, self.high), 0 * self.lr
+        p, uphill = self.params.detach(), torch.zeros_like(self.lr)
+        mine = slice(self.low, self.high)
         grad = torch.zeros_like(p) if self.params.grad is None else self.params.grad
         uphill[mine] = self.uphill(p, self.initial, grad)[: self.high - self.low]
         change = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # a time for each earlier step
@@ -3668,7 +3671,7 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
     if s.ttt_enabled:
         ttt = chosen_ttt(model, forward, s, rt)
         ttt.warm_up(Scorer(forward, tokens, s.ttt_shape, s, rt,
-                               **ttt.scorer_options(len(tokens) - 1)))
+                           **ttt.scorer_options(len(tokens) - 1)))
         model.requires_grad_(True)
     rt.synchronize()
     rt.log(f"compile:evaluation {time.perf_counter() - started:.1f}s before the evaluation's clock")

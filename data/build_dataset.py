@@ -977,7 +977,7 @@ def summary(settings: Settings, manifest: dict) -> str:
         lines.append(f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
                      f"{entry['utf8_bytes']:,} bytes of text, {len(entry['files'])} shards")
     if repeats := manifest["splits"]["val"]["dropped_repeats"]:
-        lines.append(f"val: {repeats:,} documents left out, which stand there twice")
+        lines.append(f"val: {repeats:,} repeated documents left out")
     lines += normalization_lines(manifest["splits"]["val"])
     if "xz_bits_per_byte" in manifest:
         lines.append(f"xz -9e needs {manifest['xz_bits_per_byte']:.4f} bits per byte of validation "
