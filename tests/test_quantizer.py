@@ -215,6 +215,17 @@ def test_tolerances_fall_with_the_fourth_root_of_the_energy_of_row_and_column():
         assert abs(math.log2(float(rows[0]) * energy**0.5)) <= 0.125 + 1e-6
 
 
+def test_calibration_that_is_not_finite_is_refused(tiny):
+    """Before packing, which would end in a traceback on rank 0 and leave the other ranks waiting."""
+    s = tiny()
+    model = train_gpt.GPT(s)
+    train_gpt.init_weights(model, s)
+    with torch.no_grad():
+        model.cores[0]["mlp"].down[0, 0] = math.inf
+    with pytest.raises(train_gpt.UserError, match="not finite; .* lower MATRIX_LR="):
+        train_gpt.calibrate(model, [torch.arange(2, 2 + 33)[None]], train_gpt.Runtime(s))
+
+
 def test_an_energy_of_zero_is_borne():
     """A hashed row that no text met, a matrix that nothing flows through."""
     w = gaussian(4, 5)
