@@ -1151,29 +1151,10 @@ def scaled_rms_norm(x_BTHE, gain_H):
     return (x32 * factor.unsqueeze(-1)).to(x_BTHE.dtype)
 
 
-def code_limit(bits):
-    return 2 ** (bits - 1) - 1
-
-
-def fake_quantize(w_RC):
-    """w rounded to int6, one scale per row, from its maximum; straight-through gradient."""
-    limit = code_limit(6)
-    w32 = w_RC.detach().float()
-    scale = (w32.abs().amax(dim=1, keepdim=True) / limit).clamp_min(torch.finfo(torch.float32).tiny)
-    rounded = (w32 / scale).round().clamp(-limit, limit) * scale
-    return w_RC + (rounded - w32).to(w_RC.dtype)
-
-
-def weight_of(w_RC, dtype, fake_quant=False, scale_R=None):
-    """w as F.linear takes it: fake-quantized, scaled, cast. An output scale multiplies the rows of
-    w: cheaper than another pass over the activations."""
-    w_RC = fake_quantize(w_RC) if fake_quant else w_RC
-    return (w_RC if scale_R is None else w_RC * scale_R[:, None]).to(dtype)
-
-
-def linear(x, w_RC, fake_quant=False, scale_R=None):
-    """x @ wᵀ in x's type, times the scale of the outputs."""
-    return F.linear(x, weight_of(w_RC, x.dtype, fake_quant, scale_R))
+def linear(x, w_RC, scale_R=None):
+    """x @ wᵀ in x's type, times the scale of the outputs. The scale multiplies the rows of w:
+    cheaper than another pass over the activations."""
+    return F.linear(x, (w_RC if scale_R is None else w_RC * scale_R[:, None]).to(x.dtype))
 
 
 def adapted(y_BTR, u_BTD, pair=None):
@@ -1539,8 +1520,7 @@ class Attention(nn.Module):
         super().__init__()
         D, kv_dim = s.model_dim, s.num_kv_heads * s.head_dim
         self.heads, self.kv_heads, self.head_dim = s.num_heads, s.num_kv_heads, s.head_dim
-        self.attend, self.gate, self.quantized = kernels.attend, s.gated_attention, s.attn_bits < 16
-        self.key_offset = s.key_offset
+        self.attend, self.gate, self.key_offset = kernels.attend, s.gated_attention, s.key_offset
         self.q, self.k, self.v, self.o = (matrix(rows, D) for rows in (D, kv_dim, kv_dim, D))
         if s.muon_head_pairs:
             self.q.part_rows = self.k.part_rows = 2 * s.head_dim
@@ -1551,10 +1531,10 @@ class Attention(nn.Module):
         elif self.gate == "sparse":  # y_h × σ(W_h·u[:12] / 2), half open at first
             self.gate_weight = nn.Parameter(torch.zeros(s.num_heads, min(12, D)))
 
-    def project(self, u_BTD, fake_quant):
+    def project(self, u_BTD):
         """q [B,T,H,E], k and v [B,T,K,E] and the logits of a "head" gate [B,T,H] (else empty), by
         one product: it reads u once, forward and backward."""
-        weights = [fake_quantize(w) if fake_quant else w for w in (self.q, self.k, self.v)]
+        weights = [self.q, self.k, self.v]
         if self.gate == "head":  # padded to whole heads: one kernel then concatenates all gradients
             padding = self.gate_weight.new_zeros(-self.heads % self.head_dim, u_BTD.size(-1))
             weights += [self.gate_weight, padding]
@@ -1563,11 +1543,9 @@ class Attention(nn.Module):
                                      heads.size(2) - self.heads - 2 * self.kv_heads], dim=2)
         return q, k, v, gate.flatten(2)[..., : self.heads]
 
-    def forward(self, u_BTD, block, first_v, rotary, xsa, value_embedding, fake_quant, visible,
-                starts_BT):
+    def forward(self, u_BTD, block, first_v, rotary, xsa, value_embedding, visible, starts_BT):
         """Output [B,T,D], scaled for the block, and v [B,T,K,E] before the value residual."""
-        fake_quant = fake_quant and self.quantized
-        q, k, v, gate = self.project(u_BTD, fake_quant)
+        q, k, v, gate = self.project(u_BTD)
         unmixed_v = v if value_embedding is None else v + value_embedding.view_as(v)
         v = block.mix_value(unmixed_v, first_v)
         q = rotate(scaled_rms_norm(q, self.q_gain), *rotary)
@@ -1582,7 +1560,7 @@ class Attention(nn.Module):
         else:
             gate = y.new_ones(y.shape[:-1])
         y = GatedXSA.apply(y, v, gate) if xsa else y * gate.unsqueeze(-1)
-        return linear(y.flatten(-2), self.o, fake_quant, block.attn_scale), unmixed_v
+        return linear(y.flatten(-2), self.o, block.attn_scale), unmixed_v
 
 
 class MLP(nn.Module):
@@ -1590,12 +1568,11 @@ class MLP(nn.Module):
 
     def __init__(self, s, kernels):
         super().__init__()
-        self.slope, self.kernels, self.quantized = s.leaky_slope, kernels, s.mlp_bits < 16
+        self.slope, self.kernels = s.leaky_slope, kernels
         self.up, self.down = matrix(s.mlp_hidden, s.model_dim), matrix(s.model_dim, s.mlp_hidden)
 
-    def forward(self, u_BTD, out_scale_D, fake_quant):
-        up, down = (weight_of(w, u_BTD.dtype, fake_quant and self.quantized, scale)
-                    for w, scale in ((self.up, None), (self.down, out_scale_D)))
+    def forward(self, u_BTD, out_scale_D):
+        up, down = (w.to(u_BTD.dtype) for w in (self.up, self.down * out_scale_D[:, None]))
         # An eager pass, in which calibration observes each product, takes the plain function.
         mlp = self.kernels.mlp if torch.compiler.is_compiling() else leaky_square_mlp
         return mlp(u_BTD.flatten(0, 1), up, down, self.slope).view_as(u_BTD)
@@ -1629,10 +1606,10 @@ class Block(nn.Module):
         a, v = core.attn(u, self, first_v, *context)
         return adapted(a, u, pair), v
 
-    def mlp(self, y_BTD, core, fake_quant, pair):
+    def mlp(self, y_BTD, core, pair):
         """mlp_scale ⊙ MLP(u) + LoRA(u), u = input_scale · rms_norm(y)."""
         u = self.input_scale * rms_norm(y_BTD)
-        return adapted(core.mlp(u, self.mlp_scale, fake_quant), u, pair)
+        return adapted(core.mlp(u, self.mlp_scale), u, pair)
 
 
 class BigramEmbedding(nn.Module):
@@ -1684,7 +1661,7 @@ class Mixer(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. One forward serves training, scoring, fake quantization and TTT."""
+    """The model. One forward serves training, scoring and TTT."""
 
     def __init__(self, s, dtype=torch.float32, kernels=Kernels()):
         super().__init__()
@@ -1737,8 +1714,7 @@ class GPT(nn.Module):
         D = self.s.model_dim
         return [(D, D)] * 2 * len(self.passes[True]) + [(self.s.vocab_size, D)]
 
-    def logits(self, tokens_BT, fake_quant=False, band=0, late=True, adapters=(), at_BN=None,
-               segment=None):
+    def logits(self, tokens_BT, band=0, late=True, adapters=(), at_BN=None, segment=None):
         """Next-token logits [B,T,V] after the softcap, fp32; [B,N,V] at positions `at`.
 
         Position t sees tokens 0..t, or in each layer the last `band` keys. `late`: the passes
@@ -1768,15 +1744,15 @@ class GPT(nn.Module):
             mix = block.resid_mix.to(x.dtype)
             z = mix[0] * x + mix[1] * x0
             a, v = block.attention(z, core, first_v, to_attention, rotary, p.xsa,
-                                   values.get(p.block), fake_quant, visible, starts)
+                                   values.get(p.block), visible, starts)
             first_v = v if first_v is None else first_v
             if p.form == "lanes":
-                m = block.mlp(lane, core, fake_quant, to_mlp)
+                m = block.mlp(lane, core, to_mlp)
                 x, lane = (keep * old + of_a * a + of_m * m for old, (keep, of_a, of_m)
                            in zip((x, lane), self.lanes[p.block].to(x.dtype)))
             else:
                 y = z + a
-                x = y + block.mlp(z if p.form == "one" else y, core, fake_quant, to_mlp)
+                x = y + block.mlp(z if p.form == "one" else y, core, to_mlp)
             if p.push:
                 skips.append(x)
         x = x if lane is None else (x + lane) / 2
@@ -1786,12 +1762,11 @@ class GPT(nn.Module):
         cap, raw = self.s.logit_softcap, adapted(linear(x, self.tok_emb), x, *adapters[-1:])
         return cap * torch.tanh(raw.float() / cap) if cap else raw.float()
 
-    def forward(self, tokens_BT, targets_BN, fake_quant=False, band=0, late=True, adapters=(),
-                at_BN=None, segment=None):
+    def forward(self, tokens_BT, targets_BN, band=0, late=True, adapters=(), at_BN=None,
+                segment=None):
         """nll of each target, nats, fp32: of all positions, N = T, or of positions `at`. What
         changes during a run is an argument, so that a compiler cannot fold it away."""
-        logits = self.logits(tokens_BT, fake_quant, band, late, adapters, at_BN, segment)
-        logits = logits.flatten(0, 1)
+        logits = self.logits(tokens_BT, band, late, adapters, at_BN, segment).flatten(0, 1)
         return F.cross_entropy(logits, targets_BN.flatten(), reduction="none").view_as(targets_BN)
 
 
@@ -2188,6 +2163,10 @@ def bits_of(name, s):
     return getattr(s, bits) if bits and not any(part in name for part in keep) else 16
 
 
+def code_limit(bits):
+    return 2 ** (bits - 1) - 1
+
+
 def as_fp16(x):
     """x rounded to fp16, at most 65504; returned as fp32."""
     return x.clamp(max=65504.0).half().float()
@@ -2197,6 +2176,12 @@ def to_codes(w_RC, scales_R, bits):
     """Integer codes of w at these scales, clamped to ±(2^(bits−1)−1); scale 0: all zero."""
     inverse, limit = scales_R.reciprocal().nan_to_num(posinf=0.0), code_limit(bits)
     return (w_RC * inverse[:, None]).round().clamp(-limit, limit).to(torch.int8)
+
+
+def int6(w_RC):
+    """w rounded to int6, one scale per row, from its maximum."""
+    scales_R = as_fp16(w_RC.abs().amax(1) / code_limit(6))
+    return to_codes(w_RC, scales_R, 6) * scales_R[:, None]
 
 
 def finest_scales(w_RC, bits, s, deviations=0.0):
@@ -3307,6 +3292,9 @@ class Trainer:
         self.calibration_rows = min(self.micro_rows, 8)
         self.optimizers = training_optimizers(model, s, rt)
         self.averages = WeightAverage(model, s)
+        self.int6 = rt.compiled(int6)
+        self.matrices = [p for name, p in model.named_parameters()  # those that QAT rounds
+                         if kind_of(name).kind in ("attn", "mlp") and bits_of(name, s) < 16]
         self.step, self.elapsed, self.step_ms = 0, 0.0, 0.0
         self.scheduled = s  # for schedules: its clock ends where calibration begins
         self.last_loss = ""  # for the progress line; reading it from a GPU stalls it
@@ -3382,23 +3370,29 @@ class Trainer:
             self.segment_now = tokens
             self.segment.fill_(tokens)
             self.rt.log(f"segments:{tokens} tokens step:{self.step}")
-        loss, norm = self.optimize(rows, scale, muon_momentum(s, self.step), self.fake_quant,
-                                   self.late)
+        loss, norm = self.optimize(rows, scale, muon_momentum(s, self.step), self.late,
+                                   self.fake_quant)
         self.step += 1
         if self.averages.update(self.step, left):
             self.rt.log(f"swa:start step:{self.step}")
         return loss, norm, scale
 
-    def optimize(self, rows, scale, momentum, fake_quant=False, late=True):
+    def optimize(self, rows, scale, momentum, late=True, rounded=False):
         """One optimizer step on this rank's rows, in micro-batches. Returns their mean nll and the
-        norm of all gradients, on the device."""
+        norm of all gradients, on the device. `rounded`: the gradients are those of int6 weights;
+        they change the exact ones (straight-through)."""
         loss = torch.zeros((), device=self.rt.device)
+        exact = [p.detach().clone() for p in self.matrices] if rounded else ()
+        for p, w in zip(self.matrices, exact):
+            p.data.copy_(self.int6(w))
         for micro in rows.split(self.micro_rows):
             x, y = micro[:, :-1].long(), micro[:, 1:].long()
-            nll = self.forward(x, y, fake_quant, late=late, segment=self.segment)
+            nll = self.forward(x, y, late=late, segment=self.segment)
             nll = nll.sum() / self.s.train_batch_tokens
             nll.backward()
             loss += nll.detach()
+        for p, w in zip(self.matrices, exact):
+            p.data.copy_(w)
         return loss * self.rt.world_size, self.optimizers.step(scale, momentum)
 
     def check_and_log(self, loss, norm, scale):
@@ -3432,11 +3426,10 @@ class Trainer:
         rows = torch.randint(  # of the type of batches_of: compiled code depends on strides
             s.vocab_size, (self.rows_per_step // rt.world_size, s.train_seq_len + 1),
             dtype=torch.int32, device=rt.device)
-        variants = [(fake_quant, late) for late in sorted({not s.late_passes, True})
-                    for fake_quant in sorted({s.late_qat_threshold > 1, s.late_qat_threshold > 0})]
+        variants, rounded = sorted({not s.late_passes, True}), s.late_qat_threshold > 0
         steps = max(s.warmup_steps, len(variants)) if s.warmup_steps else 0
         for i in range(steps):
-            self.optimize(rows, 1.0, s.muon_momentum, *variants[i % len(variants)])
+            self.optimize(rows, 1.0, s.muon_momentum, variants[i % len(variants)], rounded)
             if i + 1 in (1, steps) or (i + 1) % 10 == 0:
                 rt.log(f"warmup_step:{i + 1}/{steps}")
         if s.gptq and s.max_wallclock_seconds:

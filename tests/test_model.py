@@ -11,7 +11,7 @@ from conftest import a_rank
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 import train_gpt
-from train_gpt import GPT, Settings, UserError, fake_quantize, init_weights, kind_of
+from train_gpt import GPT, Settings, UserError, init_weights, kind_of
 
 CPU, sdpa = a_rank(), train_gpt.attention_of(train_gpt.attention_kernel("sdpa"))
 
@@ -39,17 +39,6 @@ def random_rows(s, count=2, length=10, seed=0):
 
 def rms(x):
     return x / (x.square().mean(-1, keepdim=True) + 2.0 ** -23).sqrt()
-
-
-def rounded(w, bits):
-    """Row by row to integers of ±(2^(bits−1)−1) steps; the gradient is that of w itself."""
-    most = 2 ** (bits - 1) - 1
-    rows = []
-    for row in w.detach():
-        step = max(row.abs().max().item() / most, 1e-12)
-        rows.append(torch.tensor([min(max(round(x.item() / step), -most), most) * step
-                                  for x in row], dtype=torch.float64))
-    return w + (torch.stack(rows) - w).detach()
 
 
 def rotated(head, s):
@@ -103,11 +92,11 @@ def mixed_value(p, s, i, v, first):
     return g * first + (1 - g) * v
 
 
-def attention(p, s, i, u, row, first, weight):
+def attention(p, s, i, u, row, first):
     """Output [T, D] of block i's attention, and its V [T, K, E] before the value residual."""
     T, H, K, E = len(row), s.num_heads, s.num_kv_heads, s.head_dim
     core = f"cores.{i % s.cores}.attn."
-    q, k, v = (u @ weight(core + x, s.attn_bits).T for x in "qkv")
+    q, k, v = (u @ p[core + x].T for x in "qkv")
     if i in s.ve_blocks:
         n = s.ve_blocks.index(i)
         v = v + p["ve.table"][row] @ p["ve.proj"].T * p["ve.scale"] * p["ve.block_scales"][n]
@@ -139,7 +128,7 @@ def attention(p, s, i, u, row, first, weight):
                 y = y / (1 + torch.exp(-(p[core + "gate_weight"][h] @ u[t, :12]) / 2))
             rows.append(y)
         heads.append(torch.stack(rows))
-    return torch.cat(heads, 1) @ weight(core + "o", s.attn_bits).T, own
+    return torch.cat(heads, 1) @ p[core + "o"].T, own
 
 
 def mixed(p, site, x, *others):
@@ -151,13 +140,10 @@ def mixed(p, site, x, *others):
                         for t in range(len(x))])
 
 
-def reference(p, s, row, targets, fake_quant=False, added=None):
+def reference(p, s, row, targets, added=None):
     """nll [T] of one row from parameters {name: float64}, and what is `added` to attention and MLP
     of each pass, and to the table for the logits, [R, D] each."""
     added = added or [torch.zeros(shape, dtype=torch.float64) for shape in GPT(s).adapter_shapes()]
-
-    def weight(name, bits):
-        return rounded(p[name], 6) if fake_quant and bits < 16 else p[name]
 
     x0 = x = embedded(p, s, row)
     order = range(s.num_layers)
@@ -182,13 +168,13 @@ def reference(p, s, row, targets, fake_quant=False, added=None):
                 x = x + skip
         z = p[f"blocks.{i}.resid_mix"][0] * x + p[f"blocks.{i}.resid_mix"][1] * x0
         scale = 1 / math.sqrt(i + 1) if s.ln_scale else 1.0
-        attn, own = attention(p, s, i, scale * rms(z), row, first, weight)
+        attn, own = attention(p, s, i, scale * rms(z), row, first)
         first = own if n == 0 else first
         attn = p[f"blocks.{i}.attn_scale"] * attn + scale * rms(z) @ added[2 * n].T
         read = {"0": z + attn, "one": z, "lanes": lane}[form]
-        hidden = scale * rms(read) @ weight(f"cores.{i % s.cores}.mlp.up", s.mlp_bits).T
+        hidden = scale * rms(read) @ p[f"cores.{i % s.cores}.mlp.up"].T
         hidden = torch.where(hidden >= 0, hidden, s.leaky_slope * hidden) ** 2
-        mlp = hidden @ weight(f"cores.{i % s.cores}.mlp.down", s.mlp_bits).T
+        mlp = hidden @ p[f"cores.{i % s.cores}.mlp.down"].T
         mlp = p[f"blocks.{i}.mlp_scale"] * mlp + scale * rms(read) @ added[2 * n + 1].T
         if form == "lanes":
             (r0, a0, m0), (r1, a1, m1) = p["lanes"][i]
@@ -235,11 +221,11 @@ def float64(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x.double())
 
 
-def compare_with_reference(s, fake_quant=False, **arguments):
+def compare_with_reference(s, **arguments):
     model, rows = randomized(s, dtype=torch.float64), random_rows(s)
     params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    given_nll = model(rows[:, :-1], rows[:, 1:], fake_quant, **arguments)
-    expected = torch.stack([reference(params, s, row[:-1], row[1:], fake_quant, **arguments)
+    given_nll = model(rows[:, :-1], rows[:, 1:], **arguments)
+    expected = torch.stack([reference(params, s, row[:-1], row[1:], **arguments)
                             for row in rows.tolist()])
     torch.testing.assert_close(given_nll, expected, rtol=1e-10, atol=1e-10)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1),
@@ -284,13 +270,6 @@ def test_a_segment_is_scored_as_if_alone(tiny):
     alone = [model(part[:, :-1], part[:, 1:])
              for part in (rows[:, a: b + 1] for a, b in ((0, 9), (9, 18), (18, 24)))]
     assert torch.allclose(together, torch.cat(alone, 1), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("variables",
-                         [dict(MLP_BITS=5), dict(ATTN_BITS=16, NUM_LAYERS=4, UNIQUE_LAYERS=3)])
-def test_fake_quant_equals_the_reference_of_rounded_weights(tiny, float64, variables):
-    """Gradients too: straight through to the unrounded weights."""
-    compare_with_reference(tiny(**variables), fake_quant=True)
 
 
 @pytest.mark.parametrize("variables", [
@@ -342,10 +321,10 @@ def test_rotary_base_of_the_published_shape():
 
 # -- causality
 
-@pytest.mark.parametrize("variables, fake_quant", [
-    (dict(SMEAR_GATE=1, UNIQUE_LAYERS=2, XSA_LAST_N=2, DOC_ATTENTION=0), False), (dict(), True),
-    (dict(DOC_ATTENTION=0, VALUE_RESIDUAL="sigmoid", GATED_ATTENTION="sparse"), True)])
-def test_a_token_changes_no_score_before_it(tiny, variables, fake_quant):
+@pytest.mark.parametrize("variables", [
+    dict(SMEAR_GATE=1, UNIQUE_LAYERS=2, XSA_LAST_N=2, DOC_ATTENTION=0), dict(),
+    dict(DOC_ATTENTION=0, VALUE_RESIDUAL="sigmoid", GATED_ATTENTION="sparse")])
+def test_a_token_changes_no_score_before_it(tiny, variables):
     """Bit for bit: token t is the target of position t − 1 and is read from position t on."""
     s = tiny(**variables)
     model, row = randomized(s), random_rows(s, count=1, length=24)[0]
@@ -353,8 +332,8 @@ def test_a_token_changes_no_score_before_it(tiny, variables, fake_quant):
         flipped = row.repeat(25, 1)
         flipped.diagonal().copy_(torch.where(row == new, new + 1, new))
         with torch.no_grad():
-            before = model(row[None, :-1].expand(25, -1), row[None, 1:].expand(25, -1), fake_quant)
-            after = model(flipped[:, :-1], flipped[:, 1:], fake_quant)
+            before = model(row[None, :-1].expand(25, -1), row[None, 1:].expand(25, -1))
+            after = model(flipped[:, :-1], flipped[:, 1:])
         for t in range(25):
             past = slice(max(t - 1, 0))
             assert torch.equal(before[t, past], after[t, past]), f"token {t} is seen from before"
@@ -470,42 +449,6 @@ def test_no_parameter_is_left_without_a_value(tiny):
     model.smear = train_gpt.matrix(3, 4)
     with pytest.raises(AssertionError, match="smear was left without an initial value"):
         init_weights(model, s)
-
-
-# -- fake quantization
-
-@hypothesis_settings(deadline=None, database=None, max_examples=60)
-@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 10**6), st.floats(-30, 10))
-def test_fake_quantize_rounds_each_row_to_its_own_steps(rows, columns, seed, exponent):
-    w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2 ** exponent
-    out, most = fake_quantize(w), 31
-    for row, quantized in zip(w.double(), out.double()):
-        step = row.abs().max() / most
-        codes = quantized / step
-        assert (codes - codes.round()).abs().max() < 1e-3 and codes.abs().max() < most + 1e-3
-        assert (quantized - row).abs().max() <= step * 0.501
-        assert quantized.abs().max().item() == pytest.approx(row.abs().max().item(), rel=1e-5)
-
-
-def test_compiled_fake_quant_is_not_folded_away(tiny):
-    """Both values give what they give uncompiled; switching compiles nothing once both have run."""
-    s = tiny(NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS="", MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1,
-             BIGRAM_VOCAB_SIZE=0)
-    model, rows = randomized(s), random_rows(s)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, dynamic=False, backend="eager")  # folding is Dynamo's
-    counters = torch._dynamo.utils.counters
-    with torch.no_grad():
-        eager = {flag: model(rows[:, :-1], rows[:, 1:], flag) for flag in (False, True)}
-        warm = {flag: compiled(rows[:, :-1], rows[:, 1:], flag) for flag in (False, True)}
-        graphs = counters["stats"]["unique_graphs"]
-        again = {flag: compiled(rows[:, :-1], rows[:, 1:], flag)
-                 for flag in (False, True, False, True)}
-    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
-    assert (eager[True] - eager[False]).abs().max() > 1e-2
-    for flag in (False, True):
-        torch.testing.assert_close(warm[flag], eager[flag], rtol=1e-4, atol=1e-4)
-        assert torch.equal(again[flag], warm[flag])
 
 
 def test_exclusive_attention_and_its_gradients_by_hand():

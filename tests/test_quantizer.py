@@ -182,13 +182,10 @@ def test_clip_by_deviations_is_so_many_root_mean_squares(tiny, bits, name, setti
     assert int(t.codes.abs().max()) == limit_of(bits), "heavy tails are clipped"
 
 
-def test_fake_quantization_in_training_is_the_rounding_of_the_file(tiny):
-    """The row-maximum clip of the artifact, but for the fp16 rounding of its steps."""
+def test_rounding_in_training_is_the_rounding_of_the_file(tiny):
+    """The finest scales of int6, clipped at a row's maximum."""
     w = gaussian(6, 80)
-    stored, faked = quantized(tiny, w, ATTN_BITS=6), train_gpt.fake_quantize(w)
-    codes = faked / (w.abs().amax(1, keepdim=True) / limit_of(6))
-    torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
-    assert (codes.round() != stored.codes).float().mean() < 0.01
+    assert torch.equal(train_gpt.int6(w), quantized(tiny, w, ATTN_BITS=6).weights())
 
 
 # -- what a calibration says
@@ -426,3 +423,29 @@ def test_the_reserve_is_measured_before_the_clock_starts(tiny, variables, least,
     trainer.warm_up()
     assert least <= trainer.s.max_wallclock_seconds - trainer.scheduled.max_wallclock_seconds <= most
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before))
+
+
+@pytest.mark.parametrize("variables, kept", [
+    (dict(ATTN_BITS=16), r"cores\.\d+\.mlp\.(up|down)"),
+    (dict(UNIQUE_LAYERS=1), r"cores\.\d+\.(attn\.[qkvo]|mlp\.(up|down))")])
+def test_a_step_of_qat_moves_exact_weights_by_gradients_of_rounded_ones(tiny, variables, kept):
+    """Rounded are the matrices that are stored in codes."""
+    s = tiny(MICRO_BATCH_TOKENS=64, GRAD_CLIP_NORM=0, **variables)
+    trainer = a_trainer(s, [])
+    named, rows = dict(trainer.model.named_parameters()), some_rows(s, trainer.rows_per_step)
+    exact = {name: p.detach().clone() for name, p in named.items()}
+    for name, p in named.items():
+        if re.fullmatch(kept, name):
+            p.data.copy_(train_gpt.int6(p.data))
+    trainer.model(rows[:, :-1].long(), rows[:, 1:].long()).mean().backward()
+    wanted = {name: p.grad.clone() for name, p in named.items()}
+    for name, p in named.items():
+        p.grad = None
+        p.data.copy_(exact[name])
+    taken = {}
+    trainer.optimizers.step = lambda scale, momentum: taken.update(
+        (name, (p.grad.clone(), p.detach().clone())) for name, p in named.items())
+    trainer.optimize(rows, 1.0, 0.9, rounded=True)
+    for name, (grad, weights) in taken.items():
+        assert torch.equal(weights, exact[name]), f"{name} is not the exact one"
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-7)
