@@ -18,7 +18,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import train_gpt
-from bench import evaluator
+from bench import artifact, evaluator
 from bench.fuzz import put_together, taken_apart
 from conftest import SCRIPT, TINY, clean_environ, environment, left, on_ranks, run_main
 
@@ -426,6 +426,18 @@ def test_the_bench_of_the_evaluator_scores_an_artifact(trained, corpus, monkeypa
     evaluator.main()
     last = [float(x) for x in re.findall(r"\d\.\d{4,}", capsys.readouterr().out.splitlines()[-1])]
     assert last and 0 < last[0] < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [(), ("--bits", "4.0")])
+def test_the_bench_of_the_quantizer_scores_every_rule(trained, corpus, monkeypatch, capsys, bits):
+    monkeypatch.setattr(sys, "argv", [
+        "artifact.py", str(trained.artifact), "--data", str(corpus.folder), "--tokenizer",
+        str(corpus.model), "--targets", "256", "--calibration-rows", "4", *bits])
+    artifact.main()
+    printed = capsys.readouterr().out
+    for rule in artifact.LOW_SCHEMES if bits else artifact.SCHEMES:
+        assert re.search(rf"^{re.escape(rule)} +\d+ +\d\.\d{{4,}}", printed, re.M), rule
 
 
 @pytest.mark.slow

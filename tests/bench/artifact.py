@@ -240,8 +240,8 @@ def main():
 
     def scored(tensors, label):
         T.load_quantized(model, tensors, label)
-        return T.evaluate(model, tokens, byte_table, s, rt, label, (s.context, s.context, 0),
-                          kernels=model.kernels)[0]["val_bpb"]
+        shape = s.context, s.context, 0
+        return T.evaluate(model, tokens, byte_table, s, rt, label, shape)[0]["val_bpb"]
 
     exact = scored({name: T.Quantized(16, w) for name, w in weights.items()}, "float")
     code = len(pack_code((ROOT / "train_gpt.py").read_bytes()))
