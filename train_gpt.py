@@ -3799,12 +3799,12 @@ def run_job(s, rt, explicit):
                                 **rt.from_rank0(facts_of(path.read_bytes()))), {}
     else:
         trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
-    # Resolved after packing: the artifact stores 0 = automatic, right for any validation set.
+    # Artifact and result keep 0 = automatic, which is right for any validation set.
     chunk = s.ttt_chunk_tokens or max(s.least_chunk, min(32768, len(tokens) // 64))
-    s = replace(s, ttt_chunk_tokens=chunk)
-    warm_up_evaluations(model, forward, s, rt, tokens)
+    resolved = replace(s, ttt_chunk_tokens=chunk)
+    warm_up_evaluations(model, forward, resolved, rt, tokens)
     opened = time.perf_counter()
-    scored, ledger = run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened,
+    scored, ledger = run_evaluations(model, forward, path, resolved, rt, tokens, byte_table, opened,
                                      trained["artifact_sha256"])
     seconds = time.perf_counter() - opened
     report(s, rt, path, trained, {**results, **scored}, ledger, seconds)

@@ -1264,7 +1264,6 @@ def settings_table(run, source):
         same = str(value) == str(default) or number(value) == number(default) is not None
         if not same and key != "preset" and not NOT_OF_THE_MODEL.match(key):
             by = ("command" if name in run.log.explicit else
-                  "the validation set" if key == "ttt_chunk_tokens" and not default else
                   f"preset {settings.get('preset') or 'none'}")
             rows.append([f"`{name}`", f"`{value}`", f"`{default}`", by])
     if not rows:
