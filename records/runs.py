@@ -51,7 +51,8 @@ from shards import atomic_write, exit_code_of  # noqa: E402
 FIRST_SEEDS = (1337, 42, 2025)
 RECORD_BYTES = 16_000_000
 PLACE = ("run_id", "out_dir", "scores_path")  # they name a run and its place, not what it computes
-ASIDE = ("code", "earlier")  # of a sweep's folder: the script as it ran, and runs of other code
+# Folders without results: the script as it ran, runs of other code, states of training.
+ASIDE = ("code", "earlier", "checkpoints")
 
 
 def write_whole(path, content):

@@ -433,7 +433,7 @@ def test_a_trial_with_a_failed_seed_does_not_count_as_a_score(stub):
 # -- the training script
 
 @pytest.mark.slow
-def test_the_training_script_is_swept(corpus, tmp_path):
+def test_the_training_script_is_swept(corpus, tmp_path, capsys):
     """Its result has the settings that were asked for; else the sweep would call it unfinished."""
     environ = environment(corpus, ITERATIONS=2, EVAL_STRIDE=0, TTT_ENABLED=0, TTT_CHUNK_TOKENS=0)
     del environ["RUN_ID"]
@@ -446,6 +446,8 @@ def test_the_training_script_is_swept(corpus, tmp_path):
     result = json.loads(next(folder.glob("*.json")).read_text())
     [log] = runs.read_curves(next(folder.glob("*.txt")))
     assert done.stdout.splitlines()[-1].endswith(f"  {list(result['val_bpb'].values())[-1]:.4f}")
+    assert runs.main(["table", str(tmp_path / "out")]) == 0
+    assert not capsys.readouterr().err, "no other file of the run is taken for a result"
     assert result["settings"]["matrix_lr"] == 0.05
     assert log.settings["ITERATIONS"] == "2" and log.tokens_per_step == 384
     assert log.curve[:, 0].tolist() == [1, 2]
