@@ -3,9 +3,10 @@
     python tests/bench/graphs.py [script ...]     # default: this repository's; ten minutes each
 
 The default model in bf16, compiled for this CPU with 2 and with 4 blocks; half the difference is a
-block. The last line is what the whole default keeps for a token of a micro-batch. Bytes are in units of a tensor [tokens, D], products included. The compiler counts a slice
-as the whole tensor where a kernel reads it along another one, so that a joined product looks dearer
-than it is; fusion on a GPU differs in details.
+block. The last line is what the whole default keeps for a token of a micro-batch. Bytes are in
+units of a tensor [tokens, D], products included. The compiler counts a slice as the whole tensor
+where a kernel reads it along another one, so that a joined product looks dearer than it is; fusion
+on a GPU differs in details.
 """
 import collections
 import importlib.util
