@@ -213,7 +213,7 @@ def test_tolerances_fall_with_the_fourth_root_of_the_energy_of_row_and_column():
 
 
 def test_calibration_that_is_not_finite_is_refused(tiny):
-    """Before packing, which would end in a traceback on rank 0 and leave the other ranks waiting."""
+    """Before packing, which would end in a traceback on rank 0 while the other ranks wait."""
     s = tiny()
     model = train_gpt.GPT(s)
     train_gpt.init_weights(model, s)
@@ -421,7 +421,8 @@ def test_the_reserve_is_measured_before_the_clock_starts(tiny, variables, least,
     trainer = a_trainer(tiny(**{"MAX_WALLCLOCK_SECONDS": 600, **variables}), [])
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.warm_up()
-    assert least <= trainer.s.max_wallclock_seconds - trainer.scheduled.max_wallclock_seconds <= most
+    kept = trainer.s.max_wallclock_seconds - trainer.scheduled.max_wallclock_seconds
+    assert least <= kept <= most
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before))
 
 

@@ -33,8 +33,8 @@ def environment(preset, arguments):
     tokens = sum(len(train_gpt.open_shard(path)) for path in Path(data).glob("*_train_*.bin"))
     steps = int(arguments.text * tokens) // COMMON["TRAIN_BATCH_TOKENS"]
     if not steps:
-        sys.exit(f"--data {data}: {tokens} training tokens × --text {arguments.text} are no step of "
-                 f"{COMMON['TRAIN_BATCH_TOKENS']}; raise --text, or make the data")
+        sys.exit(f"--data {data}: {tokens} training tokens × --text {arguments.text} are no step "
+                 f"of {COMMON['TRAIN_BATCH_TOKENS']}; raise --text, or make the data")
     share = steps / 7000
     variables = dict(
         COMMON, PRESET=preset, RUN_ID=preset or "default", DATA_PATH=data, ITERATIONS=steps,
