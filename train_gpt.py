@@ -2826,54 +2826,66 @@ class Scorer:
         return self.rt.sum_(out).cpu().numpy()
 
 
-def longest_matches(tokens, device):
-    """(two guesses, int64 [2, N]; kind, int64 [N]) of each target, from the tokens before it alone.
+RUNS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens of the runs that matches() looks for
 
-    Of the last 16, 8, 4, 2 and 1 tokens the longest run that occurred before decides. The guesses
-    are the tokens that followed it the last time and the time before; the second is -1 if unknown
-    or the same. kind is 0 without such a run, else 1 to 15: three for each length, as the second
-    is unknown, the same, another one. Runs of 2n tokens are numbered by sorting pairs of runs of n
-    (prefix doubling, Manber & Myers 1990)."""
+
+def matches(tokens, device):
+    """For each of RUNS (two guesses, int64 [2, N]; kind, uint8 [N]) of each target, from the tokens
+    before it alone.
+
+    The last n tokens may have occurred before. The tokens that followed the last four times vote:
+    the guesses are those with the most votes, of equals the newest; -1: none. kind is 5·(votes of
+    the first) + (votes of the second). Runs are numbered by sorting pairs of their halves (prefix
+    doubling, Manber & Myers 1990)."""
     x = torch.from_numpy(tokens.astype(np.int64)).to(device)
-    number, kind = x[:-1], x.new_zeros(len(x) - 1)
-    guesses = x.new_full((2, len(kind)), -1)
-    for level, n in enumerate((0, 1, 2, 4, 8)):
-        incomplete = -1 - torch.arange(n, device=device)  # at the beginning; equal to no other
-        before = torch.cat((incomplete, number))[: len(number)] if n else number
-        pairs, order = (before << 32 | number).sort(stable=True)
-        same = F.pad(pairs[1:] == pairs[:-1], (1, 0))
-        number = torch.empty_like(order).scatter_(0, order, (~same).cumsum(0))
+    N, numbers = len(x) - 1, {0: x.new_zeros(len(x) - 1), 1: x[:-1]}
+    for n in RUNS:
+        rest = n - n // 2  # incomplete runs at the beginning of the text equal no other
+        incomplete = -1 - torch.arange(rest if n > 1 else 0, device=device)
+        halves = torch.cat((incomplete, numbers[n // 2]))[:N] << 32 | numbers[rest]
+        halves, order = halves.sort(stable=True)
+        same = F.pad(halves[1:] == halves[:-1], (1, 0))
+        numbers[n] = torch.empty_like(order).scatter_(0, order, (~same).cumsum(0))
         last = torch.empty_like(order).scatter_(0, order, torch.where(same, order.roll(1), -1))
-        first, second = x[last + 1], torch.where(last[last] < 0, -1, x[last[last] + 1])
-        known = torch.where(second < 0, 0, 1 + (second != first).long())
-        second = torch.where(second == first, -1, second)
-        kind = torch.where(last < 0, kind, 1 + 3 * level + known)
-        guesses = torch.where(last < 0, guesses, torch.stack((first, second)))
-    return guesses, kind
+        past = [last]
+        while len(past) < 4:
+            past.append(torch.where(past[-1] < 0, -1, last[past[-1]]))
+        followed = torch.stack([torch.where(at < 0, -1, x[at + 1]) for at in past])
+        votes = (followed[:, None] == followed).sum(1, dtype=torch.uint8) * (followed >= 0)
+        rank = 4 * votes + torch.arange(3, -1, -1, dtype=torch.uint8, device=device)[:, None]
+        first, newest = rank.max(0)
+        guess = torch.where(first < 4, -1, followed.gather(0, newest[None])[0])
+        second, newest = rank.masked_fill(followed == guess, 0).max(0)
+        other = torch.where(second < 4, -1, followed.gather(0, newest[None])[0])
+        yield torch.stack((guess, other)), 5 * (first // 4) + second // 4
 
 
 class MatchModel:
-    """Mixes guesses of longest_matches into the model's distribution p: (1 − w₁ − w₂)·p, plus w₁ on
-    the first guess and w₂ on the second. It is a full distribution, fixed before the target is seen
-    (the match model of PAQ, Mahoney 2005; for language models Grave et al. 2017).
+    """Mixes the guesses of matches() into the model's distribution p, those of the longest run
+    first: (1 − w₁ − w₂)·p, plus w₁ on the first guess and w₂ on the second. It is a full
+    distribution, fixed before the target is seen (the match model of PAQ, Mahoney 2005; for
+    language models Grave et al. 2017).
 
-    Each kind of match has its weights, the mean credits of its guesses so far. The credit of a
+    Each kind of each run has its weights, the mean credits of its guesses so far. The credit of a
     guess is the posterior probability that it, not p, made the token; the prior is one match of
-    credits 0.1. This is causal: a stream uses only earlier text, its own scores and those of the
+    credits 0.05. This is causal: a stream uses only earlier text, its own scores and those of the
     streams before it. One pass over the streams in order would give the same scores."""
     ROUND = 512  # targets between two updates of the weights, without streams
 
     def __init__(self, tokens, streams, device):
-        guesses, kind = (x.cpu().numpy() for x in longest_matches(tokens, device))
-        self.kind, self.hits = kind.astype(np.uint8), (guesses == tokens[1:]).T
-        self.credit, self.seen = np.zeros((streams, 16, 2)), np.ones((streams, 16, 1))
-        self.credit[:, 1:, 0] = self.credit[:, 3::3, 1] = 0.1  # kinds 3, 6, ... have a second guess
-        self.gained = 0.0
+        target, kind = torch.from_numpy(tokens[1:].astype(np.int64)).to(device), np.arange(25)
+        prior = np.stack((0.05 * (kind > 0), 0.05 * (kind % 5 > 0)), 1)  # where there is a guess
+        self.runs, self.gained = [], 0.0
+        for guesses, kinds in matches(tokens, device):
+            self.runs.insert(0, ((guesses == target).T.cpu().numpy(),
+                                 kinds.cpu().numpy(),
+                                 np.tile(prior, (streams, 1, 1)), np.ones((streams, 25, 1))))
+        self.streams = streams
 
     def mixed(self, first, last, nll):
         """The nll of targets after mixing; range n, [first[n], last[n]), is of stream n. With one
         stream the ranges are adjacent: they are joined and mixed in rounds of ROUND targets."""
-        if len(self.seen) == 1:
+        if self.streams == 1:
             first = np.arange(first[0], last[-1], self.ROUND)
             last = np.append(first[1:], last[-1])
             parts = np.split(nll, first[1:] - first[0])
@@ -2883,21 +2895,21 @@ class MatchModel:
 
     def _mix(self, first, last, nll):
         """Mix a range of each stream with the weights so far; then learn from it."""
-        counts = last - first
+        counts, before = last - first, nll
         stream = np.repeat(np.arange(len(counts)), counts)
         targets = np.arange(len(nll)) + (first - np.cumsum(counts) + counts)[stream]
-        kind = self.kind[targets]
-        weights = (self.credit / self.seen)[stream, kind]
-        with np.errstate(divide="ignore"):  # log 0: no match, or a wrong guess
-            guessed = np.log(weights * self.hits[targets])
-        mixed = -np.logaddexp(np.log1p(-weights.sum(1)) - nll, guessed.max(1))  # one is right
-        credits = np.exp(guessed + mixed[:, None])
-        for total, new in ((self.credit, credits), (self.seen, 1.0)):
-            sums = np.zeros_like(total)
-            np.add.at(sums, (stream, kind), new)
-            total += sums.cumsum(0)
-        self.gained += float(nll.sum(dtype=np.float64) - mixed.sum())
-        return mixed
+        for hits, kinds, credit, seen in self.runs:
+            kind = kinds[targets]
+            weights = (credit / seen)[stream, kind]
+            with np.errstate(divide="ignore"):  # log 0: no match, or a wrong guess
+                guessed = np.log(weights * hits[targets])
+            nll = -np.logaddexp(np.log1p(-weights.sum(1)) - nll, guessed.max(1))  # one is right
+            for total, new in ((credit, np.exp(guessed + nll[:, None])), (seen, 1.0)):
+                sums = np.zeros_like(total)
+                np.add.at(sums, (stream, kind), new)
+                total += sums.cumsum(0)
+        self.gained += float(before.sum(dtype=np.float64) - nll.sum())
+        return nll
 
 
 def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=None):
@@ -2935,8 +2947,8 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=No
     rt.synchronize()
     seconds = time.perf_counter() - started
     if match:
-        rt.log(f"match:{label} guesses for {np.mean(match.kind > 0):.1%} of the targets, val_loss "
-               f"without them {(ledger.total + match.gained) / ledger.scored:.6f}")
+        rt.log(f"match:{label} val_loss without guesses "
+               f"{(ledger.total + match.gained) / ledger.scored:.6f}")
     return dict(ledger.result(byte_table), seconds=seconds,
                 tokens_read=windows * scorer.length), ledger
 

@@ -193,24 +193,25 @@ class Evaluation:
 
 
 class Guesses:
-    """The script's match model again, in plain words: two guesses for each target from the text
-    before it, and weights that a stream learns from itself and the streams before it."""
-    RUNS, SECOND = (1, 2, 4, 8, 16), (3, 6, 9, 12, 15)  # kinds with a second guess
+    """The script's match model again, in plain words: for each length of a run two guesses for each
+    target from the text before it, and weights that a stream learns from itself and the streams
+    before it. They are mixed in one after the other, those of the longest run first."""
+    RUNS = (16, 12, 8, 6, 4, 3, 2, 1)
 
     def __init__(self, tokens, streams):
         tokens, followed, self.found, self.learned = tokens.tolist(), {}, [], {}
         self.streams = streams
         for i, following in enumerate(tokens[1:]):
-            kind, hits = 0, [False, False]
-            runs = [tuple(tokens[i + 1 - n: i + 1]) for n in self.RUNS if i + 1 >= n]
-            for level, run in enumerate(runs):
-                if past := followed.get(run):
-                    again = past[-2:-1] == past[-1:]
-                    kind = 1 + 3 * level + (len(past) > 1) * (2 - again)
-                    hits = [past[-1] == following, past[-2:-1] == [following] and not again]
-            for run in runs:
-                followed.setdefault(run, []).append(following)
-            self.found.append((kind, hits))
+            guesses = []
+            for n in (n for n in self.RUNS if n <= i + 1):
+                voters = followed.setdefault((n, *tokens[i + 1 - n: i + 1]), [])
+                last = voters[:-5:-1]  # what followed the last four times, the newest first
+                ranked = sorted(dict.fromkeys(last), key=last.count, reverse=True)[:2]
+                if ranked:
+                    guesses.append(((n, *map(last.count, ranked)),
+                                    [guess == following for guess in ranked]))
+                voters.append(following)
+            self.found.append(guesses)
 
     def mixed(self, first, last, nll):
         """The nll of these ranges of targets after mixing: one of each stream; or one range in all,
@@ -225,20 +226,22 @@ class Guesses:
     def round(self, ranges, scores):
         out, learned = [], []
         for stream, (a, b) in enumerate(ranges):
-            for kind, hits in self.found[a:b]:
-                past = [self.learned.get((of, kind), (0.0, 0.0, 0)) for of in range(stream + 1)]
-                *credits, count = (sum(x) for x in zip(*past))
-                prior = 0.1 * (kind > 0), 0.1 * (kind in self.SECOND)
-                weights = [(first + credit) / (1 + count) for first, credit in zip(prior, credits)]
-                right = [weight * hit for weight, hit in zip(weights, hits)]
-                said = math.log(sum(right)) if sum(right) else -math.inf
-                rest = math.log1p(-sum(weights)) - next(scores)
-                out.append(-float(np.logaddexp(rest, said)))
-                learned.append(((stream, kind),
-                                [math.exp(math.log(x) + out[-1]) if x else 0.0 for x in right]))
-        for key, credits in learned:
-            so_far = self.learned.get(key, (0.0, 0.0, 0))
-            self.learned[key] = tuple(x + y for x, y in zip(so_far, (*credits, 1)))
+            for guesses in self.found[a:b]:
+                score = next(scores)
+                for kind, right in guesses:
+                    nothing = [0.0] * (1 + len(right))
+                    past = [self.learned.get((of, kind), nothing) for of in range(stream + 1)]
+                    count, *credits = map(sum, zip(*past))
+                    weights = [(0.05 + credit) / (1 + count) for credit in credits]
+                    said = sum(weight for weight, hit in zip(weights, right) if hit)
+                    rest = math.log1p(-sum(weights)) - score
+                    score = -float(np.logaddexp(rest, math.log(said) if said else -math.inf))
+                    learned.append(((stream, kind), [1.0] + [
+                        weight * math.exp(score) * hit for weight, hit in zip(weights, right)]))
+                out.append(score)
+        for key, new in learned:
+            so_far = self.learned.get(key, [0.0] * len(new))
+            self.learned[key] = [x + y for x, y in zip(so_far, new)]
         return out
 
 

@@ -370,44 +370,47 @@ def test_scores_do_not_depend_on_the_ranks(tiny, corpus, tmp_path):
 # -- the match model ------------------------------------------------------------------------------
 
 def matches_slowly(tokens):
-    """((first, second) guess, kind) of each target by a dictionary of all runs so far."""
+    """[((first, second) guess, kind) for each run length] of each target, by a dictionary of all
+    runs so far: the votes of the tokens that followed the last four times."""
     followed, found = {}, []
     for i in range(len(tokens) - 1):
-        guesses, kind, runs = (-1, -1), 0, [n for n in (1, 2, 4, 8, 16) if i + 1 >= n]
-        for level, n in enumerate(runs):
-            if past := followed.get(tuple(tokens[i + 1 - n: i + 1])):
-                first, second = past[-1], past[-2] if len(past) > 1 else -1
-                kind = 1 + 3 * level + (0 if second < 0 else 1 if second == first else 2)
-                guesses = first, -1 if second == first else second
-        found.append((guesses, kind))
-        for n in runs:
-            followed.setdefault(tuple(tokens[i + 1 - n: i + 1]), []).append(tokens[i + 1])
+        found.append([])
+        for n in train_gpt.RUNS:
+            run = n, tuple(tokens[max(i + 1 - n, 0): i + 1])
+            voters = followed.get(run, [])[:-5:-1]  # newest first
+            ranked = sorted(set(voters), key=lambda t: (-voters.count(t), voters.index(t)))
+            first, second, *_ = *ranked, -1, -1
+            kind = 5 * voters.count(first) + voters.count(second)
+            found[-1].append(((first, second), kind))
+            if i + 1 >= n:
+                followed.setdefault(run, []).append(tokens[i + 1])
     return found
 
 
 @settings(max_examples=60)
 @given(st.integers(1, 400), st.sampled_from([2, 3, 8, 65536]), st.integers(0, 99))
 def test_matches_equal_a_search_through_the_text_before(length, vocabulary, seed):
-    tokens = np.random.default_rng(seed).integers(0, vocabulary, length).astype(np.uint16)
-    guesses, kind = train_gpt.longest_matches(tokens, "cpu")
-    found = [(tuple(pair), kind) for pair, kind in zip(guesses.T.tolist(), kind.tolist())]
-    assert found == matches_slowly(tokens.tolist())
+    tokens = np.random.default_rng(seed).integers(0, vocabulary, length + 1).astype(np.uint16)
+    found = [list(zip(map(tuple, guesses.T.tolist()), kind.tolist()))
+             for guesses, kind in train_gpt.matches(tokens, "cpu")]
+    assert list(map(list, zip(*found))) == matches_slowly(tokens.tolist())
 
 
 def mixed_slowly(w, nll, windows):
-    """Mix guesses into these scores, window by window: (stream, first, last, round). What stream n
-    has learned is of rounds before this one, of the streams up to n."""
-    found, learned, out = matches_slowly(w.tokens.tolist()), [], np.full(len(nll), np.nan)
+    """Mix guesses into these scores, window by window: (stream, first, last, round), the longest
+    run first. What stream n has learned is of rounds before this one, of the streams up to n."""
+    found, learned, out = matches_slowly(w.tokens.tolist()), [], np.array(nll, np.float64)
     for stream, first, last, now in windows:
         for t in range(first, last):
-            guesses, kind = found[t]
-            past = [c for k, c, of, then in learned if k == kind and of <= stream and then < now]
-            prior = 0.1 * (guesses[0] >= 0), 0.1 * (guesses[1] >= 0)
-            weights = [(begin + sum(credits)) / (1 + len(past))
-                       for begin, credits in zip(prior, list(zip(*past)) or [(), ()])]
-            mine = [w_ * (guess == w.tokens[t + 1]) for w_, guess in zip(weights, guesses)]
-            out[t] = -math.log((1 - sum(weights)) * math.exp(-nll[t]) + sum(mine))
-            learned.append((kind, [m / math.exp(-out[t]) for m in mine], stream, now))
+            for n, (guesses, kind) in reversed(list(enumerate(found[t]))):
+                past = [c for k, c, of, then in learned
+                        if k == (n, kind) and of <= stream and then < now]
+                prior = 0.05 * (guesses[0] >= 0), 0.05 * (guesses[1] >= 0)
+                weights = [(begin + sum(credits)) / (1 + len(past))
+                           for begin, credits in zip(prior, list(zip(*past)) or [(), ()])]
+                mine = [w_ * (guess == w.tokens[t + 1]) for w_, guess in zip(weights, guesses)]
+                out[t] = -math.log((1 - sum(weights)) * math.exp(-out[t]) + sum(mine))
+                learned.append(((n, kind), [m / math.exp(-out[t]) for m in mine], stream, now))
     return out
 
 
@@ -433,13 +436,14 @@ def test_guesses_are_mixed_in_by_what_they_were_worth_before(tiny, variables):
     (before, plain), (_, mixed) = scores
     assert np.abs(mixed.nll - mixed_slowly(w, plain.nll, windows)).max() < 1e-5
     assert (mixed.nll < plain.nll - 0.1).any() and (mixed.nll > plain.nll).any()
-    assert f"val_loss without them {before['val_loss']:.6f}" in lines[-1]
+    assert f"val_loss without guesses {before['val_loss']:.6f}" in lines[-1]
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_guess_does_not_hide_a_score_that_is_not_finite(tiny, bad):
     w = world(tiny, EVAL_MATCH=1, VAL_LIMIT_TOKENS=320)
-    model, guessed = w.model, np.flatnonzero(train_gpt.MatchModel(w.tokens, 1, "cpu").hits.any(1))[-1]
+    model, match = w.model, train_gpt.MatchModel(w.tokens, 1, "cpu")
+    guessed = np.flatnonzero(np.any([run[0] for run in match.runs], 0).any(1))[-1]
 
     def broken(x, y, **kwargs):
         return model(x, y, **kwargs).masked_fill(y == int(w.tokens[guessed + 1]), bad)
@@ -449,12 +453,12 @@ def test_a_guess_does_not_hide_a_score_that_is_not_finite(tiny, bad):
 
 
 def test_finding_guesses_is_inside_of_the_clock(tiny, monkeypatch):
-    w, find = world(tiny, EVAL_MATCH=1, VAL_LIMIT_TOKENS=320), train_gpt.longest_matches
+    w, find = world(tiny, EVAL_MATCH=1, VAL_LIMIT_TOKENS=320), train_gpt.matches
     with Clock() as clock:
         def slow(*args):
             clock.now += 50
             return find(*args)
-        monkeypatch.setattr(train_gpt, "longest_matches", slow)
+        monkeypatch.setattr(train_gpt, "matches", slow)
         assert run(w)[0]["seconds"] == 50
 
 
@@ -464,7 +468,7 @@ def test_mixed_scores_are_of_a_full_distribution():
     vocabulary, kinds = 30, set()
     for seed in range(60):
         rng, total = np.random.default_rng(seed), 0.0
-        text = rng.integers(0, rng.choice([2, 3, 29]), rng.integers(2, 100))
+        text = rng.integers(0, rng.choice([1, 2, 3, 29]), rng.integers(2, 100))
         p, n = rng.dirichlet(np.ones(vocabulary)), len(text) - 1
         for token in range(vocabulary):
             tokens = np.append(text, token).astype(np.uint16)
@@ -472,16 +476,17 @@ def test_mixed_scores_are_of_a_full_distribution():
             match.mixed(np.array([0]), np.array([n]), np.full(n, 1.1))
             last = match.mixed(np.array([n]), np.array([n + 1]), -np.log(p[[token]]))
             total += math.exp(-last[0])
-        kinds.add(int(match.kind[-1]))
+        kinds |= {int(kind[-1]) for _, kind in train_gpt.matches(tokens, "cpu")}
         assert total == pytest.approx(1, abs=1e-12)
-    assert {kind % 3 for kind in kinds} == {0, 1, 2} and len(kinds) > 8
+    assert {5, 6, 10, 11, 12, 15, 16, 20} <= kinds
 
 
 def test_a_very_bad_score_harms_no_later_one():
     """A wrong guess where the model is sure of another token."""
     tokens = np.random.default_rng(0).integers(0, 3, 201).astype(np.uint16)
     match = train_gpt.MatchModel(tokens, 1, "cpu")
-    wrong = np.flatnonzero((match.kind[:100] > 0) & ~match.hits[:100].any(1))[-1]
+    hits = np.any([run[0] for run in match.runs], 0)
+    wrong = np.flatnonzero(~hits[:100].any(1))[-1]
     bad = match.mixed(np.array([0]), np.array([100]),
                       np.where(np.arange(100) == wrong, 1000.0, 1.0))
     later = match.mixed(np.array([100]), np.array([200]), np.ones(100))

@@ -122,16 +122,14 @@ def match(arguments, say):
     nll, to_bits = scorer.score(0, len(scorer.first)), T.bits_per_byte
     size = byte_table.count(scored)
     say(f"{len(nll)} targets, {size} bytes, {to_bits(nll.sum(dtype=float), size):.5f} bpb\n"
-        f"{'tokens before':>13} {'guesses':>8} {'right':>7} {'bpb':>9} {'gain':>8} {'seconds':>8}")
+        f"{'tokens before':>13} {'bpb':>9} {'gain':>8} {'seconds':>8}")
     before = len(tokens) - len(scored)
     for count in (0, before // 64, before // 8, before):
         started = time.perf_counter()
         guesses = T.MatchModel(tokens[before - count:], 1, rt.device)
         mixed = guesses.mixed(scorer.first + count, scorer.last + count, nll)
-        found = guesses.kind[count:] > 0
-        say(f"{count:>13,} {found.mean():>8.1%} {guesses.hits[count:][found].any(1).mean():>7.1%} "
-            f"{to_bits(mixed.sum(), size):>9.5f} {to_bits((nll - mixed).sum(), size):>8.5f} "
-            f"{time.perf_counter() - started:>8.1f}")
+        say(f"{count:>13,} {to_bits(mixed.sum(), size):>9.5f} "
+            f"{to_bits((nll - mixed).sum(), size):>8.5f} {time.perf_counter() - started:>8.1f}")
 
 
 def main():
