@@ -289,12 +289,12 @@ CHEATS = {
                 begin, end, more_of=lambda passes: ttt.arguments(passes.flip(0))))
 """ + RECORD)),
     "a guess knows its target": (["2"], "away from what the text before it gives", (
-        "(guesses == target).T.cpu", "(guesses == guesses * torch.tensor([[1], [0]])).T.cpu")),
+        "(guesses == target).cpu", "(guesses == guesses * torch.tensor([[1], [0]])).cpu")),
     "weights learn before the score": (["2"], "away from what the text before it gives", (
-        "            weights = (credit / seen)[stream, kind]\n",
-        "            np.add.at(credit, (stream, kind), hits[targets])\n"
-        "            weights = np.minimum(credit / seen, 0.4)[stream, kind]\n"
-        "            weights *= (kind > 0)[:, None]\n")),
+        "            weights = (credit / seen).reshape(2, -1)[:, place]\n",
+        "            credit[0].ravel()[place] += right[0]\n"
+        "            weights = np.minimum(credit / seen, 0.4).reshape(2, -1)[:, place]\n"
+        "            weights *= kinds[targets] > 0\n")),
     "guesses by other tokens": (["2"], "away from what the text before it gives", (
         "MatchModel(tokens, scorer", "MatchModel(np.roll(tokens, -1), scorer")),
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),

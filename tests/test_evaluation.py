@@ -443,7 +443,7 @@ def test_guesses_are_mixed_in_by_what_they_were_worth_before(tiny, variables):
 def test_a_guess_does_not_hide_a_score_that_is_not_finite(tiny, bad):
     w = world(tiny, EVAL_MATCH=1, VAL_LIMIT_TOKENS=320)
     model, match = w.model, train_gpt.MatchModel(w.tokens, 1, "cpu")
-    guessed = np.flatnonzero(np.any([run[0] for run in match.runs], 0).any(1))[-1]
+    guessed = np.flatnonzero(np.any([run[0] for run in match.runs], (0, 1)))[-1]
 
     def broken(x, y, **kwargs):
         return model(x, y, **kwargs).masked_fill(y == int(w.tokens[guessed + 1]), bad)
@@ -485,8 +485,8 @@ def test_a_very_bad_score_harms_no_later_one():
     """A wrong guess where the model is sure of another token."""
     tokens = np.random.default_rng(0).integers(0, 3, 201).astype(np.uint16)
     match = train_gpt.MatchModel(tokens, 1, "cpu")
-    hits = np.any([run[0] for run in match.runs], 0)
-    wrong = np.flatnonzero(~hits[:100].any(1))[-1]
+    hits = np.any([run[0] for run in match.runs], (0, 1))
+    wrong = np.flatnonzero(~hits[:100])[-1]
     bad = match.mixed(np.array([0]), np.array([100]),
                       np.where(np.arange(100) == wrong, 1000.0, 1.0))
     later = match.mixed(np.array([100]), np.array([200]), np.ones(100))
