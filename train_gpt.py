@@ -2874,22 +2874,23 @@ class MatchModel:
     def __init__(self, tokens, streams, device):
         target, kind = torch.from_numpy(tokens[1:].astype(np.int64)).to(device), np.arange(25)
         prior = 0.05 * np.stack((kind > 0, kind % 5 > 0))[:, None]  # where there is a guess
-        self.streams, self.runs, self.gained = streams, [], 0.0
+        self.streams, self.runs, self.done, self.gained = streams, [], 0, 0.0
         for guesses, kinds in matches(tokens, device):
             self.runs.insert(0, ((guesses == target).cpu().numpy(), kinds.cpu().numpy(),
                                  np.tile(prior, (1, streams, 1)), np.ones((streams, 25))))
-        self.round = max(512, len(target) >> 13)  # targets between two updates, without streams
 
     def mixed(self, first, last, nll):
         """The nll of targets after mixing; range n, [first[n], last[n]), is of stream n. With one
-        stream the ranges are adjacent: they are joined and mixed in rounds."""
-        if self.streams == 1:
-            first = np.arange(first[0], last[-1], self.round)
-            last = np.append(first[1:], last[-1])
-            parts = np.split(nll, first[1:] - first[0])
-            return np.concatenate([self._mix(first[n: n + 1], last[n: n + 1], part)
-                                   for n, part in enumerate(parts)])
-        return self._mix(first, last, nll)
+        stream the ranges are adjacent: they are joined and mixed in rounds of 512 targets or, if
+        that is more, a 64th of those so far."""
+        if self.streams > 1:
+            return self._mix(first, last, nll)
+        out, begin, end = [], first[:1], last[-1]
+        while begin[0] < end:
+            part, nll = np.split(nll, [max(512, self.done // 64)])
+            out.append(self._mix(begin, begin + len(part), part))
+            begin, self.done = begin + len(part), self.done + len(part)
+        return np.concatenate(out)
 
     def _mix(self, first, last, nll):
         """Mix a range of each stream with the weights so far; then learn from it."""

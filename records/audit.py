@@ -200,7 +200,7 @@ class Guesses:
 
     def __init__(self, tokens, streams):
         tokens, followed, self.found, self.learned = tokens.tolist(), {}, [], {}
-        self.streams = streams
+        self.streams, self.done = streams, 0
         for i, following in enumerate(tokens[1:]):
             guesses = []
             for n in (n for n in self.RUNS if n <= i + 1):
@@ -215,13 +215,16 @@ class Guesses:
 
     def mixed(self, first, last, nll):
         """The nll of these ranges of targets after mixing: one of each stream; or one range in all,
-        in rounds of 512 targets."""
+        in rounds of 512 targets or, if that is more, a 64th of those so far."""
         ranges, scores = list(zip(first.tolist(), last.tolist())), iter(nll.tolist())
-        rounds = [ranges]
-        if self.streams == 1:
-            begin, end = ranges[0][0], ranges[-1][1]
-            rounds = [[(a, min(a + 512, end))] for a in range(begin, end, 512)]
-        return np.array([x for ranges in rounds for x in self.round(ranges, scores)])
+        if self.streams > 1:
+            return np.array(self.round(ranges, scores))
+        (at, end), out = (ranges[0][0], ranges[-1][1]), []
+        while at < end:
+            until = min(at + max(512, self.done // 64), end)
+            out += self.round([(at, until)], scores)
+            at, self.done = until, self.done + until - at
+        return np.array(out)
 
     def round(self, ranges, scores):
         out, learned = [], []

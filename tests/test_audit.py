@@ -172,6 +172,22 @@ def test_a_damaged_artifact_is_refused(run, artifact, tmp_path):
     assert "the checksum does not" in said
 
 
+@pytest.mark.parametrize("streams", [1, 3])
+def test_the_recount_of_guesses_equals_the_scripts_over_a_long_text(streams):
+    """More than the 32,768 targets after which rounds grow."""
+    tokens = np.random.default_rng(0).integers(0, 3, 36_001).astype(np.uint16)
+    nll = np.random.default_rng(1).uniform(0.5, 2, 36_000)
+    script = train_gpt.MatchModel(tokens, streams, "cpu")
+    recount = audit.Guesses(tokens, streams)
+    length = len(nll) // streams
+    for at in range(0, length, 4_500):
+        first = np.arange(streams) * length + at
+        last = np.minimum(first + 4_500, (np.arange(streams) + 1) * length)
+        scores = np.concatenate([nll[a:b] for a, b in zip(first, last)])
+        both = (match.mixed(first, last, scores) for match in (script, recount))
+        assert np.abs(np.subtract(*both)).max() < 1e-9, at
+
+
 # -- planted
 
 SCORE = "        before = time.perf_counter()\n"
