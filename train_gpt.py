@@ -277,7 +277,7 @@ class Settings:
         # after EVAL_SEQ_LEN tokens of context; a query sees the last EVAL_SEQ_LEN keys
     # −0.075 in the demo; −0.003 for a model at 1.10 bpb.
     eval_match: Flag = 1
-        # mix in guesses by the longest match in the text before, where windows overlap
+        # mix in guesses by matches in the text before, where windows overlap
     eval_wallclock_seconds: Amount = 600.0  # since opening the artifact; caps TTT; 0: no limit
     eval_batch_seqs: Positive = 32  # a rank scores about so many times EVAL_SEQ_LEN tokens at once
     ttt_enabled: Flag = 1  # score-first test-time training
