@@ -275,7 +275,7 @@ class Settings:
     eval_attention: Literal["banded", "window"] = "banded"
         # window: windows with stride EVAL_STRIDE; banded: segments of 2 × EVAL_SEQ_LEN tokens, each
         # after EVAL_SEQ_LEN tokens of context; a query sees the last EVAL_SEQ_LEN keys
-    # −0.075 in the demo; −0.003 for a model at 1.10 bpb.
+    # −0.075 in the demo; −0.001 to −0.003 for a model at 1.10 bpb.
     eval_match: Flag = 1
         # mix in guesses by matches in the text before, where windows overlap
     eval_wallclock_seconds: Amount = 600.0  # since opening the artifact; caps TTT; 0: no limit
@@ -2830,11 +2830,11 @@ RUNS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens of the runs that matches() looks for
 
 
 def matches(tokens, device):
-    """For each of RUNS (two guesses, int64 [2, N]; kind, uint8 [N]) of each target, from the tokens
-    before it alone.
+    """Yield for each of RUNS (two guesses, int64 [2, N]; kind, uint8 [N]) of each target, from the
+    tokens before it alone.
 
-    The last n tokens may have occurred before. The tokens that followed the last four times vote:
-    the guesses are those with the most votes, of equals the newest; -1: none. kind is 5·(votes of
+    Where the last n tokens occurred before, the tokens that followed them the last four times vote.
+    The guesses are the two with the most votes, of equals the newest; -1: none. kind is 5·(votes of
     the first) + (votes of the second). Runs are numbered by sorting pairs of their halves (prefix
     doubling, Manber & Myers 1990)."""
     x = torch.from_numpy(tokens.astype(np.int64)).to(device)
@@ -2861,10 +2861,10 @@ def matches(tokens, device):
 
 
 class MatchModel:
-    """Mixes the guesses of matches() into the model's distribution p, those of the longest run
-    first: (1 − w₁ − w₂)·p, plus w₁ on the first guess and w₂ on the second. It is a full
-    distribution, fixed before the target is seen (the match model of PAQ, Mahoney 2005; for
-    language models Grave et al. 2017).
+    """Mixes the guesses of matches() into the model's distribution, those of the longest run first.
+    Each run turns p, what it is so far, into (1 − w₁ − w₂)·p, plus w₁ on the first guess and w₂ on
+    the second: a full distribution, fixed before the target is seen (the match model of PAQ,
+    Mahoney 2005; for language models Grave et al. 2017).
 
     Each kind of each run has its weights, the mean credits of its guesses so far. The credit of a
     guess is the posterior probability that it, not p, made the token; the prior is one match of
@@ -2900,7 +2900,7 @@ class MatchModel:
         for hits, kinds, credit, seen in self.runs:
             place, right = 25 * stream + kinds[targets], hits[:, targets]
             weights = (credit / seen).reshape(2, -1)[:, place]
-            with np.errstate(divide="ignore"):  # log 0: no match, or two wrong guesses
+            with np.errstate(divide="ignore"):  # log 0: no guess is right
                 guessed = np.log((weights * right).sum(0))
             nll = -np.logaddexp(np.log1p(-weights.sum(0)) - nll, guessed)
             worth = np.exp(guessed + nll)
@@ -3619,6 +3619,7 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     with contextlib.closing(
             batches_of(stream, rt, trainer.rows_per_step, trainer.step)) as reader:
         batches = itertools.chain([next(reader)], reader)  # the first is read before the clock
+        rt.any_rank(False)  # a barrier: on every rank
         trainer.train(batches, lambda: plain("validation", trainer.late))
         calibration = trainer.calibration(batches) if s.gptq else None
     floating = plain("float")

@@ -240,7 +240,8 @@ class Guesses:
                     rest = math.log1p(-sum(weights)) - score
                     score = -float(np.logaddexp(rest, math.log(said) if said else -math.inf))
                     learned.append(((stream, kind), [1.0] + [
-                        weight * math.exp(score) * hit for weight, hit in zip(weights, right)]))
+                        weight * math.exp(score) if hit else 0.0
+                        for weight, hit in zip(weights, right)]))
                 out.append(score)
         for key, new in learned:
             so_far = self.learned.get(key, [0.0] * len(new))

@@ -400,6 +400,7 @@ def mixed_slowly(w, nll, windows):
     """Mix guesses into these scores, window by window: (stream, first, last, round), the longest
     run first. What stream n has learned is of rounds before this one, of the streams up to n."""
     found, learned, out = matches_slowly(w.tokens.tolist()), [], np.array(nll, np.float64)
+    assert sum(last - first for _, first, last, _ in windows) == len(nll)
     for stream, first, last, now in windows:
         for t in range(first, last):
             for n, (guesses, kind) in reversed(list(enumerate(found[t]))):
@@ -487,6 +488,7 @@ def test_a_very_bad_score_harms_no_later_one():
     match = train_gpt.MatchModel(tokens, 1, "cpu")
     hits = np.any([run[0] for run in match.runs], (0, 1))
     wrong = np.flatnonzero(~hits[:100])[-1]
+    assert any(run[1][wrong] for run in match.runs), "a guess, and no right one"
     bad = match.mixed(np.array([0]), np.array([100]),
                       np.where(np.arange(100) == wrong, 1000.0, 1.0))
     later = match.mixed(np.array([100]), np.array([200]), np.ones(100))

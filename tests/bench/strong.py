@@ -10,7 +10,7 @@ tokens of training). text.jsonl: a JSON object with "text" a line. The last targ
 is before them is text before (`match`) or calibrates (`pack`, the 65,664 tokens before).
 `match`: windows of 2,048, stride 1,024; what EVAL_MATCH gains after more and more text.
 `adapters`: windows of 512, banded, without and with them. `pack`: the bpb that rules lose at equal
-bytes, in windows of 1,024.
+bytes, in windows of 1,024. Standard errors (±) take targets for independent.
 """
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ class Bytes:
     source = "text"
 
     def __init__(self, pieces):
-        self.of = np.array([0 if p.startswith("<|") else len(p) for p in pieces])
+        self.of = np.array([0 if p.startswith("<|") and p.endswith("|>") else len(p)
+                            for p in pieces])
 
     def count(self, tokens):
         return int(self.of[tokens[1:]].sum())
@@ -150,12 +151,16 @@ def main():
     pieces, model = reader.fields["tokenizer.ggml.tokens"].contents(), Smol(reader, s)
     tokens, byte_table = tokens_of(arguments.text, reader, pieces), Bytes(pieces)
     scored, before = tokens[-arguments.targets - 1:], len(tokens) - arguments.targets - 1
+    if before < (need := 128 * 513 if arguments.what == "pack" else 0):
+        parser.error(f"{arguments.text}: {len(tokens)} tokens; --targets {arguments.targets} needs "
+                     f"{arguments.targets + 1 + need}")
     size, given = byte_table.count(scored), (model, scored, byte_table, s, rt)
 
     def told(name, nll, ledger):
-        lost = (nll - ledger.nll).astype(np.float64)
-        gain, error = (T.bits_per_byte(x, size) for x in (lost.sum(), lost.std() * len(lost) ** .5))
-        print(f"{name}: {T.bits_per_byte(nll.sum(dtype=float), size):.5f} bpb, {gain:+.5f} "
+        more = (nll - ledger.nll).astype(np.float64)
+        change, error = (T.bits_per_byte(x, size)
+                         for x in (more.sum(), more.std() * len(more) ** 0.5))
+        print(f"{name}: {T.bits_per_byte(nll.sum(dtype=float), size):.5f} bpb, {change:+.5f} "
               f"± {error:.5f}, {time.perf_counter() - started:.0f} s", flush=True)
 
     started = time.perf_counter()
