@@ -125,10 +125,11 @@ def block_list(text, count):
 class Settings:
     """Every setting, resolved and checked; each is read from the variable of its name in capitals.
 
-    The annotation gives the choices or bounds, the comment is the help text. The defaults are the
-    model of record #1855 (#: a pull request of the challenge), with changes that measured better. A
-    figure such as −0.002 is a change in bits per byte: published, or measured by us where the
-    model is small, such as 4 × 128 (blocks × width)."""
+    The annotation gives the choices or bounds, the comment after it is the help text; lines above
+    it are evidence. The defaults are the model of record #1855 (#: a pull request of the
+    challenge), with changes that measured better. A figure such as −0.002 is a change in bits per
+    byte: published, or measured by us where the model is small, such as 4 × 128 (blocks × width).
+    """
     # == Run
     preset: str = ""  # row of the preset table to start from
     run_id: str = ""  # names logs/<RUN_ID>.txt and .json; empty: a fresh uuid4
@@ -185,7 +186,7 @@ class Settings:
     parallel_from: Count = 0  # first of those blocks; 0: 8/11 of NUM_LAYERS
     unet_skips: Literal["0", "1", "gated"] = "gated"
         # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
-    # −0.005 to −0.018 at 600 steps of 4 × 128, three seeds; speedrun #81: 65 of 1,480 steps.
+    # −0.005 to −0.018 at 600 steps of 4 × 128, three seeds; speedrun #81: 65 steps of 1,480 less.
     mudd: Flag = 1
         # mix earlier outputs, by token, into the last block's input and the output; with lanes,
         # into its attention's input
@@ -248,9 +249,9 @@ class Settings:
     bigram_bits: Bits = 8  # of the bigram table
     proj_bits: Bits = 8  # of gates and of bigram and value projections
     fp16_keep_name_patterns: str = ""  # substrings of names of fp16 tensors, comma-separated
-    quant_fit: Literal["level", "scale"] = "level"
-        # how scales grow until the model fits; level: to one minimum for all rows (with GPTQ × the
-        # row's tolerance); scale: all by one factor
+    quant_fit: Literal["trellis", "level", "scale"] = "trellis"
+        # scales and codes; scale: all scales grow by one factor until the model fits; level: to one
+        # minimum (with GPTQ × the row's tolerance); trellis: scales as level, codes of a trellis
     quant_clip: Literal["max", "row", "std"] = "max"
         # a row's clip; max: maximum; row: searched quantile; std: root mean square ×
         # *_CLIP_SIGMAS (SDClip, #1394)
@@ -259,7 +260,7 @@ class Settings:
     embed_clip_sigmas: Sigmas = 20.0  # QUANT_CLIP=std: of embedding tables
     quant_step_floor: Amount = 0.0  # minimum of finest scales below 8 bits; #1218: 0.03226 (1/31)
     prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # fraction of weights set to 0, smallest first
-    gptq: Flag = 1  # calibrate: GPTQ codes; with QUANT_FIT=level also scales by error cost
+    gptq: Flag = 1  # calibrate: GPTQ codes; unless QUANT_FIT=scale also scales by error cost
     gptq_batches: Positive = 8  # of TRAIN_BATCH_TOKENS, for calibration; fewer if time is short
     gptq_act_order: Flag = 0  # columns in descending order of the Hessian's diagonal
     codec: Literal["rans", "lzma", "zstd"] = "rans"  # of the codes; zstd needs zstandard
@@ -566,7 +567,7 @@ def rules(s, world_size):
          f"{rows} rows on {world_size} ranks; start a number of processes that divides the rows"),
         (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN",
          "must hold a row; raise it"),
-        (s.scoring_shape[2] or s.eval_stride <= s.context, "EVAL_STRIDE",
+        (s.eval_stride <= s.context, "EVAL_STRIDE",
          f"exceeds the scoring window of {s.context} tokens; lower it"),
         (not s.ttt_enabled or s.eval_stride, "TTT_ENABLED EVAL_STRIDE",
          "TTT scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
@@ -582,6 +583,9 @@ def rules(s, world_size):
          "ITERATIONS MAX_WALLCLOCK_SECONDS", "nothing ends the training; set one"),
         (s.artifact_budget_bytes > len(SHIPPED), "ARTIFACT_BUDGET_BYTES",
          f"the code alone has {len(SHIPPED)} bytes; raise it"),
+        (s.quant_fit != "trellis" or not (s.gptq_act_order or s.prune_frac),
+         "QUANT_FIT GPTQ_ACT_ORDER PRUNE_FRAC",
+         "a trellis takes columns in order and has no zeros: set QUANT_FIT=level"),
         (s.codec != "zstd" or zstandard, "CODEC",
          "the package zstandard does not import: pip install zstandard, or CODEC=rans"),
     ]
@@ -789,7 +793,7 @@ class Runtime:
 
     # -- log
 
-    def progress(self, label, fraction, found=""):
+    def progress(self, label, fraction, facts=""):
         """Print the progress of a long phase, outside the log: on a terminal one line, rewritten
         every half second, elsewhere a new line every ten seconds."""
         now = time.perf_counter()
@@ -800,7 +804,7 @@ class Runtime:
         if fraction > 0 and due and self.console and self.rank == 0:
             self.phase = label, start, now
             left = max(0, (now - start) * (1 - fraction) / fraction)
-            printed(f"progress:{label} {found}{100 * fraction:.0f}% remaining:{left:.0f}s",
+            printed(f"progress:{label} {facts}{100 * fraction:.0f}% remaining:{left:.0f}s",
                     sys.stderr, end="" if self.terminal else "\n")
 
     def log(self, line="", console=True):
@@ -1774,8 +1778,8 @@ class GPT(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """How parameters whose names match are initialized, trained, stored, adapted. The text fields
-    are names of settings; `optimizer` may also be a name of OPTIMIZERS."""
+    """How parameters whose names match are initialized, trained, stored, adapted. From `optimizer`
+    on, texts are names of settings; `optimizer` may also be a name of OPTIMIZERS."""
     kind: str
     pattern: str
     init: object      # "orthogonal", a standard deviation; None: the constructor's value
@@ -2147,8 +2151,9 @@ class WeightAverage:
 # ---- 9. Quantizer: weights → finest scales → scales at a level → codes, and back ----------------
 #
 # One number, the level, decides the file's size. The scale of a row of weights is the larger of
-# its finest scale (clip / largest code) and level × tolerance. Codes are rounded weights / scales,
-# stored in about their entropy given row and column. `pack` finds the lowest level that fits.
+# its finest scale (clip / largest code) and level × tolerance. Codes are weights / scales, rounded
+# or coded in a trellis, stored in about their entropy given row and column. `pack` finds the lowest
+# level that fits.
 
 def diverged(what, s):
     return UserError(f"{what}; training diverged: lower MATRIX_LR={s.matrix_lr}, SCALAR_LR="
@@ -2212,14 +2217,15 @@ def tolerances(row_energy, column_energy):
     on a model of 2 M weights. Values are powers of 2^(1/4): few distinct ones are cheap to store.
     """
     mean = row_energy.mean().clamp_min(1e-30)  # also that of the columns
-    quarters = [-(energy / mean + 1e-3).log2() for energy in (row_energy, column_energy)]
-    rows, columns = (x - x.mean() for x in quarters)
+    logs = [-(energy / mean + 1e-3).log2() for energy in (row_energy, column_energy)]
+    rows, columns = (x - x.mean() for x in logs)  # 4·log₂ r
     rows = torch.exp2((rows - 2 * mean.log2()).round() / 4)
     return rows, as_fp16(torch.exp2(columns.round() / 4))
 
 
 def compensation(hessian_CC, s):
-    """(order of the columns, their factors fp32 [C, C]) for gptq_codes; hessian: Σ xxᵀ of inputs.
+    """(order of the columns, shifts [C, C], costs of squared errors [C]), fp32, for gptq_codes;
+    hessian: Σ xxᵀ of inputs.
 
     With H = VVᵀ, V upper triangular (Cholesky of the reversed matrix), errors e cost |eV|²: the
     best shift of column j for errors before it is Σ e_i V_ij / V_jj (LDLQ, Chee et al. 2023; the
@@ -2233,26 +2239,64 @@ def compensation(hessian_CC, s):
         diagonal += damp
         try:
             factor = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1).mT  # Vᵀ
-            return order, (factor / factor.diagonal()[:, None]).float()
+            pivots = factor.diagonal()
+            return order, (factor / pivots[:, None]).float(), pivots.square().float()
         except torch.linalg.LinAlgError:  # not positive definite: few calibration rows
             damp *= 10
             if not torch.isfinite(damp):
                 raise
 
 
-def gptq_codes(w_RC, scales_R, bits, order, factor_CC, block=64):
+# Trellis-coded quantization (Marcellin, Fischer 1990). With u_j = (code j + u_{j−4}) mod 2, 0
+# before the first column, code j stands for code ± ¼: + where u_{j−1} + u_{j−2} + u_{j−3} is odd.
+# So the codes before choose between two grids. The best path through the 16 states (u_{j−4}, ...,
+# u_{j−1}) has a fifth less squared error than rounding at the same entropy, from 2 bits up.
+#
+# TRELLIS[u_{j−4}, the other three as a number, u_j], in units of two scales: the value of code j is
+# an integer plus this. 0 or ½: even or odd codes; ±⅛: the offset of ±¼.
+TRELLIS = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])[:, None] / 4 - 0.125 + torch.tensor(
+    [[[0.0, 0.5]], [[0.5, 0.0]]])
+
+
+def trellis_offsets(codes_RC):
+    """What a trellis adds to each code, ±1/4."""
+    u = F.pad(codes_RC, (4, -codes_RC.size(1) % 4)).unflatten(1, (-1, 4)).cumsum(1).flatten(1)
+    return (u[:, 1:-3] + u[:, 2:-2] + u[:, 3:-1])[:, : codes_RC.size(1)] % 2 / 2 - 0.25
+
+
+def gptq_codes(w_RC, scales_R, bits, order, shifts_CC, costs_C, trellis=False):
     """Codes with error compensation: later columns make up for the errors of earlier ones (GPTQ,
-    Frantar et al. 2022). On a GPU the products are TF32."""
-    w_CR = (w_RC / scales_R[:, None]).nan_to_num(0.0, 0.0, 0.0).T[order]  # scale 0: 0
-    codes, limit = torch.empty_like(w_CR, dtype=torch.int8), code_limit(bits)
+    Frantar et al. 2022). trellis: a Viterbi search. Of the paths into each state only the cheapest
+    is kept, with its own errors; after each block only the cheapest of all. On a GPU the products
+    are TF32."""
+    grid = (TRELLIS if trellis else torch.zeros(1, 1, 1)).to(w_RC.device)[..., None]
+    # P·M states: u_{j−4}, then the other three. P also counts the choices of u_j, and weights are
+    # in units of P scales. Without a trellis P = M = 1.
+    P, M, R, block = *grid.shape[:2], len(w_RC), 64
+    w_CR = (w_RC / (P * scales_R[:, None])).nan_to_num(0.0, 0.0, 0.0).T[order]  # scale 0: 0
+    errors, limit = torch.empty_like(w_CR), code_limit(bits) // P
+    paths, other = w_CR.new_empty(2, block, P, M, R)  # errors of each state's path
+    cost = w_CR.new_full((P * M, R), math.inf)
+    cost[0] = 0.0
     for begin in range(0, len(w_CR), block):
         part = slice(begin, begin + block)
-        shifted = w_CR[part] + factor_CC[part, :begin] @ w_CR[:begin]
-        for j, column in enumerate(shifted, begin):
-            wanted = column + factor_CC[j, begin:j] @ w_CR[begin:j]
-            codes[j] = wanted.round().clamp(-limit, limit)
-            w_CR[j] -= codes[j]  # it now holds the errors of column j
-    return codes[order.argsort()].T
+        shifted = w_CR[part] + shifts_CC[part, :begin] @ errors[:begin]
+        for j, column in enumerate(shifted):
+            shift = torch.tensordot(shifts_CC[begin + j, begin: begin + j], paths[:j], 1)
+            off = (column + shift)[:, :, None] - grid
+            near = off.clamp(-limit, limit).round()
+            total = cost.view(P, M, 1, R) + costs_C[begin + j] * (off - near).square()
+            from_0, error = total[0] <= total[-1], w_CR[begin + j] - (near + grid)
+            cost = torch.minimum(total[0], total[-1])
+            torch.where(from_0, paths[:j, 0, :, None], paths[:j, -1, :, None],
+                        out=other[:j].view(j, M, P, R))
+            torch.where(from_0, error[0], error[-1], out=other[j].view(M, P, R))
+            paths, other = other, paths
+        best = cost.view(P * M, R).argmin(0, keepdim=True)
+        errors[part] = paths[: j + 1].flatten(1, 2).gather(1, best.expand(j + 1, 1, R))[:, 0]
+        cost = torch.full_like(cost.view(P * M, R), math.inf).scatter(0, best, 0.0)
+    codes = (P * (w_CR - errors)).round() * (scales_R != 0)
+    return codes.to(torch.int8)[order.argsort()].T
 
 
 class HessianRecorder(torch.overrides.TorchFunctionMode):
@@ -2313,24 +2357,27 @@ def calibrate(model, batches_of_rows, rt):
 
 @dataclass
 class Quantized:
-    """A tensor as stored: int8 codes [R, C] with scales [R] and column factors [C]; or, with 16
-    bits, its fp16 values as codes."""
+    """A tensor as stored: int8 codes [R, C] with scales [R] and column factors [C], in a trellis or
+    not; or, with 16 bits, its fp16 values as codes."""
     bits: int
     codes: Tensor
     scales: Tensor | None = None
     columns: Tensor | None = None
+    trellis: bool = False
 
     def weights(self):
         """The fp32 tensor that the file stands for."""
         w = self.codes.float()
+        if self.trellis:
+            w += trellis_offsets(self.codes)
         return w if self.bits == 16 else w * self.scales[:, None] * self.columns
 
 
 class Quantizer:
     """Quantizes all tensors at a level, one number; level 0 gives every row its finest scale.
 
-    scale of a row = max(finest scale, level × tolerance). QUANT_FIT=level: tolerances are 1, or
-    those of tolerances() where there is a Calibration; scale: they are the finest scales.
+    scale of a row = max(finest scale, level × tolerance). QUANT_FIT=scale: tolerances are the
+    finest scales; level, trellis: 1, or those of tolerances() where there is a Calibration.
     Raises UserError where a weight is not finite or too large for fp16."""
 
     def __init__(self, state, s, calibration=None):
@@ -2345,24 +2392,33 @@ class Quantizer:
             if dropped := int(s.prune_frac * w.numel()):
                 w = w * (w.abs() > w.abs().flatten().kthvalue(dropped).values)
             rows, columns = w.new_ones(w.size(0)), w.new_ones(w.size(1))
-            if calibration and s.quant_fit == "level":
+            if calibration and s.quant_fit != "scale":
                 rows, columns = tolerances(*calibration.energies[name])
             w = w / columns
             finest = finest_scales(w, bits, s, getattr(s, kind_of(name).clip))
             rows = finest if s.quant_fit == "scale" else rows
             hessian = calibration.hessians.get(name) if calibration else None
+            if hessian is None and s.quant_fit == "trellis":
+                hessian = torch.eye(len(columns), device=w.device)
             prepared = None if hessian is None else compensation(
                 hessian * columns * columns[:, None], s)
             self.parts[name] = bits, w, finest, rows, columns, prepared
 
     def at(self, level, compensate=True):
-        """{name: Quantized} at a level; `compensate`: GPTQ where a Hessian was recorded."""
-        tensors = dict(self.fp16)
+        """{name: Quantized} at a level. compensate=False: plain rounding, no GPTQ or trellis."""
+        tensors, trellis = dict(self.fp16), compensate and self.s.quant_fit == "trellis"
         for name, (bits, w, finest, rows, columns, prepared) in self.parts.items():
             scales = as_fp16(torch.maximum(finest, level * rows))
-            codes = (gptq_codes(w, scales, bits, *prepared) * (w != 0)  # pruned: 0
-                     if compensate and prepared else to_codes(w, scales, bits))
-            tensors[name] = Quantized(bits, codes.cpu(), scales.cpu(), columns.cpu())
+            if trellis:  # it has no zeros: rows of 0 are cheaper and nearer than coarser scales
+                scales *= scales < 4 * w.square().mean(1).sqrt()
+            if compensate and prepared:
+                parts = zip(w.split(1024), scales.split(1024))  # of rows: more fill a CPU's cache
+                codes = torch.cat([gptq_codes(*part, bits, *prepared, trellis) for part in parts])
+            else:
+                codes = to_codes(w, scales, bits)
+            if not trellis:
+                codes *= w != 0  # pruned: 0
+            tensors[name] = Quantized(bits, codes.cpu(), scales.cpu(), columns.cpu(), trellis)
         return tensors
 
 
@@ -2372,7 +2428,7 @@ class Quantizer:
 # side information: an index (JSON: settings, tensors), then scales and fp16 arrays. The codes are
 # those of every quantized tensor, tensors of equal bits together.
 
-ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
+ARTIFACT_MAGIC = b"PGOLF\x00\x00\x03"  # the last byte is the version
 # Bounds on what a file may claim to hold, before anything is allocated. Parsed JSON takes twenty
 # times the memory.
 MOST_INDEX_BYTES, MOST_PER_BYTE = 1 << 20, 64
@@ -2533,7 +2589,9 @@ def encode_artifact(tensors, s, note=""):
     halves = np.frombuffer(b"".join(halves), np.uint16)
     stored = {f.name: getattr(s, f.name) for f in fields(s) if f.name not in NOT_STORED}
     described = [[n, tensors[n].bits, tuple(tensors[n].codes.shape)] for n in order]
-    index = compact_json(settings=stored, note=note, tensors=described, distinct=len(distinct))
+    trellis, = {t.trellis for t in coded} or {False}  # of all or of none
+    index = compact_json(settings=stored, note=note, tensors=described, distinct=len(distinct),
+                         trellis=trellis)
     # all low bytes, then all high bytes: high bytes are alike, so they compress better together
     side = index + b"".join(values.astype("<u2").view(np.uint8).reshape(-1, 2).T.tobytes()
                             for values in (distinct, refs, halves))
@@ -2595,7 +2653,8 @@ def decode_artifact(content, path="the artifact"):
         matrices, tensors = iter(torch.from_numpy((symbols ^ 0x80).view(np.int8)).split(sizes)), {}
         for name, bits, shape in described:
             parts = [next(halves)] if bits == 16 else [next(matrices), next(factors), next(factors)]
-            tensors[name] = Quantized(bits, parts[0].view(shape), *parts[1:])
+            tensors[name] = Quantized(bits, parts[0].view(shape), *parts[1:],
+                                      trellis=bits < 16 and bool(index["trellis"]))
             if bits < 16 and (parts[0].short().abs() > code_limit(bits)).any():
                 raise ValueError(f"{name}: a code beyond its {bits} bits")
         return dict(index["settings"]), tensors, str(index["note"])
@@ -2648,10 +2707,10 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
     coded = sum(w.numel() for _, w, *_ in quantizer.parts.values())
     coarsening = [float((finest / rows).nanmedian())  # the level that coarsens half of the rows
                   for _, _, finest, rows, *_ in quantizer.parts.values()]
-    coarsening = [level for level in coarsening if level > 0] or [1.0]  # nan: all weights are 0
-    start = max(statistics.median(coarsening), 2.0 ** -24)
+    coarsening = [x for x in coarsening if x > 0] or [1.0]  # nan: all weights are 0
+    start = max(statistics.median(coarsening), 2.0 ** -24)  # the least of fp16
     # Plain rounding first: GPTQ is slow. If the codes of GPTQ do not fit, keep the rounded ones.
-    for compensate in (False, True) if calibration else (False,):
+    for compensate in (False, True) if calibration or s.quant_fit == "trellis" else (False,):
         found, near = fitted(
             lambda x: encode_artifact(quantizer.at(x, compensate), s, f"{s.quant_fit} {x:.6g}"),
             budget_bytes, coded, level, level or start)
@@ -2785,8 +2844,8 @@ class Scorer:
                        else chunk_plan(self.first, chunk_tokens))
         self.tokens = tokens.astype(np.int64)
         most = max(-(-(end - begin) // rt.world_size) for begin, end in self.chunks)
-        batches = -(-most // -(-s.eval_batch_seqs * s.context // self.length))
-        self.batch = -(-most // batches)
+        held = -(-s.eval_batch_seqs * s.context // self.length)  # most windows at once
+        self.batch = -(-most // -(-most // held))  # equal batches
 
     @torch.no_grad()
     def warm_up(self, vocab_size, **more):
@@ -2904,7 +2963,7 @@ class MatchModel:
                 guessed = np.log((weights * right).sum(0))
             nll = -np.logaddexp(np.log1p(-weights.sum(0)) - nll, guessed)
             worth = np.exp(guessed + nll)
-            for total, new in zip((*credit, seen), (*worth * right, None)):
+            for total, new in (*zip(credit, worth * right), (seen, None)):  # None: counts
                 sums = np.bincount(place, new, seen.size).reshape(seen.shape)
                 total += sums.cumsum(0)
         self.gained += float(before.sum(dtype=np.float64) - nll.sum())
@@ -3099,7 +3158,7 @@ class LoraTTT:
 
     def begin(self, scorer):
         """Make the adapters of this rank's n streams, [n, P], a stream a row, and their state. A
-        rank without a stream still holds one row, to compile with."""
+        rank without a stream holds one row: scoring and the step need one."""
         self.scorer, self.started = scorer, time.perf_counter()
         self.low, self.high = self.rt.part(scorer.streams)
         self.length = min(scorer.length, self.s.context // 2 + scorer.stride)  # of training rows
@@ -3132,9 +3191,9 @@ class LoraTTT:
         windows = torch.full((scorer.batch,), self.low, device=self.rt.device)
         with torch.no_grad():  # as in Scorer.score
             scorer.warm_up(self.s.vocab_size, **self.arguments(windows))
-        held = self.high - self.low
-        rows = torch.randint(self.s.vocab_size, (held, self.length + 1), device=self.rt.device)
-        self._backward(rows, torch.ones(held, scorer.stride, device=self.rt.device))
+        streams = self.high - self.low
+        rows = torch.randint(self.s.vocab_size, (streams, self.length + 1), device=self.rt.device)
+        self._backward(rows, torch.ones(streams, scorer.stride, device=self.rt.device))
         self._step(self.steps < 0)  # no stream is active
 
     def adapt(self, ledger, span, chunk, chunks, left=math.inf):
@@ -3181,7 +3240,7 @@ class LoraTTT:
             (nll * weights[stream] * inside).sum().backward()
 
     @torch.no_grad()
-    def _step(self, active_n1):
+    def _step(self, active_N1):
         """Update the rates of all streams; then one step of AdamW for the `active` streams."""
         p, uphill = self.params.detach(), torch.zeros_like(self.lr)
         mine = slice(self.low, self.high)
@@ -3189,9 +3248,9 @@ class LoraTTT:
         uphill[mine] = self.uphill(p, self.initial, grad)[: self.high - self.low]
         change = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # a time for each earlier step
         self.lr *= torch.exp(-change * self.rt.sum_(uphill).cumsum(0).sign())
-        self.steps += active_n1
-        rates = F.pad(self.lr[mine], (0, len(p) - self.high + self.low))[:, None] * active_n1
-        self.descend(p, grad, self.squares, self.steps, rates, active_n1)
+        self.steps += active_N1
+        rates = F.pad(self.lr[mine], (0, len(p) - self.high + self.low))[:, None] * active_N1
+        self.descend(p, grad, self.squares, self.steps, rates, active_N1)
         self.params.grad = None
 
 
@@ -3722,7 +3781,7 @@ def report(s, rt, path, trained, results, ledger, eval_seconds):
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             * (1 if sys.platform == "darwin" else 1024))
     repeated, total = trained["validation_documents_in_training"], code + model
-    violations = [f"{name} {value:g} exceeds {limit:,}" for name, value, limit in (
+    violations = [f"{name} {value:,} exceeds {limit:,}" for name, value, limit in (
         ("total_bytes", total, 16_000_000), ("eval_seconds", eval_seconds, 600),
         ("train_seconds", trained["train_seconds"], 600)) if value > limit]
     if repeated:

@@ -145,7 +145,7 @@ def test_rows_and_columns_of_different_spread_take_less_than_their_order_0_entro
 @st.composite
 def stored_tensors(draw):
     """{name: Quantized} of random names, shapes and contents; fp16 arrays of any bits, NaN too."""
-    tensors = {}
+    tensors, trellis = {}, draw(st.booleans())
     for name in draw(st.lists(st.text(min_size=1, max_size=12), unique=True, max_size=6)):
         bits = draw(st.sampled_from([4, 5, 6, 7, 8, 16]))
         rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -161,14 +161,14 @@ def stored_tensors(draw):
             spread = rng.choice([0, 0.3, 1, 10, 100, 1000], (shape[0], 1))
             codes = np.rint(rng.standard_normal(shape) * spread).clip(-limit, limit)
             tensors[name] = Quantized(bits, torch.from_numpy(codes.astype(np.int8)),
-                                      *(halves(n, 0x7C00).float() for n in shape))
+                                      *(halves(n, 0x7C00).float() for n in shape), trellis)
     return tensors
 
 
 def raw(t):
     """A tensor's stored content, bit for bit."""
     arrays = [a for a in (t.codes, t.scales, t.columns) if a is not None]
-    return t.bits, *[(a.dtype, a.shape, a.numpy().tobytes()) for a in arrays]
+    return t.bits, t.trellis, *[(a.dtype, a.shape, a.numpy().tobytes()) for a in arrays]
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -194,7 +194,7 @@ def model_state(tiny):
     return {n: torch.randn_like(p) * 0.1 for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("fit", ["level", "scale"])
+@pytest.mark.parametrize("fit", ["trellis", "level", "scale"])
 def test_a_model_comes_back_as_its_quantized_weights(model_state, tiny, tmp_path, fit):
     s, path = tiny(QUANT_FIT=fit), tmp_path / "m.ptz"
     train_gpt.write_whole(path, pack(model_state, s, 10**6))
@@ -310,11 +310,11 @@ def test_a_calibrated_pack_fits_with_the_codes_of_gptq(monkeypatch):
     for n, x in inputs.items():
         t = tensors[n]
         rounded = train_gpt.to_codes(state[n] / t.columns, t.scales, t.bits)
-        plain = replace(t, codes=rounded)
+        plain = replace(t, codes=rounded, trellis=False)
         error, plain = ((x @ (state[n] - q.weights()).T).norm() for q in (t, plain))
         assert error < 0.8 * plain
     coarsest = Quantizer(state, s, calibration).at(2.0**24, compensate=False)
-    least = len(encode_artifact(coarsest, s, "level 1.67772e+07"))
+    least = len(encode_artifact(coarsest, s, "trellis 1.67772e+07"))
     assert len(pack(state, s, int(1.1 * least), calibration=calibration)) <= int(1.1 * least)
     with pytest.raises(UserError, match="ARTIFACT_BUDGET_BYTES"):
         pack(state, s, least // 2, calibration=calibration)
@@ -418,12 +418,13 @@ def test_hostile_headers_are_refused(good):
 
 
 def index_of(*described, **changed):
-    return {**dict(settings={}, note="", distinct=0, tensors=[*described]), **changed}
+    return dict(settings={}, note="", distinct=0, trellis=False, tensors=[*described]) | changed
 
 
 HOSTILE_INDICES = [
     [], 3, None, "tensors", DEEP, b'{"tensors":' * 100_000, b'{"tensors":"\xff\xff"}',
     dict(settings={}, note="", distinct=0), dict(settings={}, distinct=0, tensors=[]),
+    dict(settings={}, note="", distinct=0, tensors=[["b", 6, [0, 0]]]),
     dict(settings={}, note="", tensors=[]), b'{"distinct":' + b"9" * 5000 + b"}",
     index_of(tensors=None), index_of(tensors=5), index_of(["a", 6]), index_of(4),
     index_of(["a", 16, [0]], ["a", 16, [0]]),  # a name twice

@@ -350,7 +350,7 @@ def test_inspect_adds_up_to_the_files_size(files, packed, capsys):
                                filters=train_gpt.LZMA_FILTERS)
     assert len(unpacked) == side
     assert f"{sum(w.numel() for w in files.weights.values())} weights" in out
-    assert "steps fitted by: level 0; codec rans" in out
+    assert "steps fitted by: trellis 0; codec rans" in out
 
 
 @pytest.mark.parametrize("kind", ["half", "state"])

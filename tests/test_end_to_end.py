@@ -318,7 +318,7 @@ def main_with_exact_losses(environ):
 # calibration squares the gradient of each pass, so what a pass holds is part of the result.
 STEPS_25 = dict(ITERATIONS=25, WARMDOWN_ITERS=12, LATE_QAT_THRESHOLD=0,
                 MATRIX_LR=0.01, SCALAR_LR=0.01, TIED_EMBED_LR=0.01, MICRO_BATCH_TOKENS=128,
-                GPTQ_BATCHES=2, WARMUP_STEPS=0)
+                GPTQ_BATCHES=2, WARMUP_STEPS=0, QUANT_FIT="level")
 
 
 @pytest.fixture(scope="module")
@@ -471,5 +471,5 @@ def test_a_tight_budget_is_kept_and_scored_as_it_is(trained, run_script):
                                                         abs=1e-6)
     assert result["val_loss"]["int8"] != trained.result["val_loss"]["int8"]
     assert result["model_bytes"] >= 0.995 * room
-    said = rf"^artifact:level \d\S+ takes {result['model_bytes']} of {room} bytes$"
+    said = rf"^artifact:trellis \d\S+ takes {result['model_bytes']} of {room} bytes$"
     assert re.search(said, done.stdout, re.M)

@@ -34,8 +34,8 @@ def heavy(rows, columns, seed=0):
 
 
 def quantized(tiny, w, level=0.0, calibration=None, **variables):
-    """The matrix at a level; at its finest scales by default."""
-    return Quantizer({MATRIX: w}, tiny(**variables), calibration).at(level)[MATRIX]
+    """The matrix at a level; at its finest scales and rounded by default."""
+    return Quantizer({MATRIX: w}, tiny(**{"QUANT_FIT": "level", **variables}), calibration).at(level)[MATRIX]
 
 
 @settings(database=None, max_examples=200)
@@ -154,7 +154,8 @@ def test_a_step_is_the_level_times_its_tolerance_but_not_below_the_finest(tiny, 
     w = heavy(30, 300) * torch.logspace(-2, 1, 30)[:, None]
     calibration = Calibration({}, {MATRIX: energies}) if energies else None
     rows, columns = tolerances(*energies) if energies else (torch.ones(30), torch.ones(300))
-    quantizer = Quantizer({MATRIX: w, "skip_weights": w}, tiny(), calibration)
+    s = tiny(QUANT_FIT="level")
+    quantizer = Quantizer({MATRIX: w, "skip_weights": w}, s, calibration)
     fine, t = quantizer.at(0.0)[MATRIX], quantizer.at(level)[MATRIX]
     wanted = (level * rows).half().float()
     assert torch.equal(t.columns, columns)
@@ -249,9 +250,9 @@ def slow_gptq(w, steps, hessian):
 
 @pytest.mark.parametrize("act_order", [0, 1])
 def test_gptq_across_blocks_of_columns_equals_the_slow_definition(tiny, act_order):
-    """300 columns are three blocks: errors of the first must reach the last, with the right sign;
+    """300 columns are five blocks: errors of the first must reach the last, with the right sign;
     an order of the columns is undone in the codes."""
-    s, w = tiny(GPTQ_ACT_ORDER=act_order), gaussian(6, 300, 4)
+    s, w = tiny(QUANT_FIT="level", GPTQ_ACT_ORDER=act_order), gaussian(6, 300, 4)
     x = gaussian(900, 300, 5) @ (torch.eye(300) + 0.3 * gaussian(300, 300, 6) / 17)
     hessian, steps = (x.T @ x).double(), (w.abs().amax(1) / 31).half().float()
     order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(300)
@@ -270,7 +271,7 @@ def test_gptq_bears_an_input_that_is_always_zero(tiny):
 
 
 def test_a_hessian_that_is_not_positive_gets_more_damping(tiny):
-    order, factor = train_gpt.compensation(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), tiny())
+    order, factor, _ = train_gpt.compensation(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), tiny())
     assert order.tolist() == [0, 1] and factor[0, 0] == factor[1, 1] == 1 and factor[0, 1] == 0
     assert 0.5 < factor[1, 0] < 1, "2 / (1 + damping), which must exceed 1"
 
@@ -279,7 +280,8 @@ def test_a_hessian_that_is_not_positive_gets_more_damping(tiny):
 def test_gptq_with_column_factors_is_gptq_of_the_rescaled_problem(tiny, act_order):
     """Inputs times c and weights over c are the same layer: its codes, under Σ (cx)(cx)ᵀ made of
     explicit inputs. What PRUNE_FRAC set to zero stays zero."""
-    s, w, energies = tiny(GPTQ_ACT_ORDER=act_order), gaussian(24, 40), energies_of(24, 40, 3)
+    s = tiny(QUANT_FIT="level", GPTQ_ACT_ORDER=act_order)
+    w, energies = gaussian(24, 40), energies_of(24, 40, 3)
     x = gaussian(300, 40, 1) @ gaussian(40, 40, 2)
     calibration = Calibration({MATRIX: x.T @ x}, {MATRIX: energies})
     quantizer = Quantizer({MATRIX: w}, s, calibration)
@@ -294,6 +296,90 @@ def test_gptq_with_column_factors_is_gptq_of_the_rescaled_problem(tiny, act_orde
                         w.abs() <= w.abs().flatten().kthvalue(288).values)
     assert not pruned.codes[smallest].any() and t.codes[smallest].any()
     assert pruned.codes[w.abs() > 0.5].any()
+
+
+def correlated(columns, seed=0):
+    """Inputs [4 × columns, columns] of different size, with correlations."""
+    mixed = torch.eye(columns) + gaussian(columns, columns, seed) / columns**0.5
+    return gaussian(4 * columns, columns, seed + 1) @ mixed * (0.5 + torch.rand(columns))
+
+
+def slow_trellis(w, factor, costs, block=64):
+    """Values for one row of weights in units of its scale, path by path. The best path into each
+    state of four bits survives; after each block only the best of all."""
+    best = {(0, 0, 0, 0): (0.0, [])}
+    for j in range(len(w)):
+        found = {}
+        for bits, (cost, values) in best.items():
+            offset = 0.25 if sum(bits[1:]) % 2 else -0.25
+            wanted = w[j] + factor[j, :j] @ (w[:j] - np.array(values))
+            for bit in (0, 1):
+                odd = bit ^ bits[0]
+                value = 2 * round((wanted - offset - odd) / 2) + odd + offset
+                total, after = cost + costs[j] * (wanted - value) ** 2, (*bits[1:], bit)
+                if after not in found or total < found[after][0]:
+                    found[after] = total, [*values, value]
+        best = found
+        if (j + 1) % block == 0:
+            best = dict([min(found.items(), key=lambda item: item[1][0])])
+    return min(best.values())[1]
+
+
+def test_codes_of_a_trellis_are_those_of_the_slow_search(tiny):
+    """70 columns are two blocks. Their values follow from the codes alone."""
+    w, x = 3 * gaussian(5, 70), correlated(70)
+    _, factor, costs = prepared = train_gpt.compensation(x.T @ x, tiny())
+    codes = train_gpt.gptq_codes(w, torch.full((5,), 0.5), 8, *prepared, trellis=True)
+    values = train_gpt.Quantized(8, codes, torch.ones(5), torch.ones(70), trellis=True).weights()
+    for row, found, code in zip(w.double().numpy() / 0.5, values, codes):
+        u = [0, 0, 0, 0]
+        for value, c in zip(found.tolist(), code.tolist()):
+            assert value == c + (sum(u[-3:]) % 2) / 2 - 0.25
+            u.append((c + u[-4]) % 2)
+        expected = slow_trellis(row, factor.double().numpy(), costs.double().numpy())
+        assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("inputs, most", [("white", 0.81), ("correlated", 0.77)])
+def test_a_trellis_has_a_fifth_less_error_at_the_same_entropy(tiny, inputs, most):
+    """Less again where inputs are correlated: 16 paths find better compensation than one."""
+    w, eye = gaussian(64, 256), torch.eye(256)
+    hessian = eye if inputs == "white" else correlated(256).T @ correlated(256)
+    prepared, scales = train_gpt.compensation(hessian, tiny()), torch.full((64,), 0.36)
+    errors, entropies = [], []
+    for trellis in (False, True):
+        codes = train_gpt.gptq_codes(w, scales, 8, *prepared, trellis)
+        off = w - train_gpt.Quantized(8, codes, scales, torch.ones(256), trellis).weights()
+        shares = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
+        errors.append(float(((off @ hessian) * off).sum()))
+        entropies.append(-(shares * np.log2(shares)).sum())
+    assert errors[1] < most * errors[0] and abs(entropies[1] - entropies[0]) < 0.02
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_of_a_trellis_stay_in_their_range(tiny, bits):
+    w = torch.cat((heavy(6, 40), torch.zeros(1, 40), 1e3 * heavy(1, 40)))
+    prepared, scales = train_gpt.compensation(torch.eye(40), tiny()), torch.full((8,), 0.3)
+    scales[6] = 0.0
+    codes = train_gpt.gptq_codes(w, scales, bits, *prepared, trellis=True)
+    assert int(codes.abs().max()) <= limit_of(bits) and int(codes[7].abs().max()) > 0
+    stored = train_gpt.Quantized(bits, codes, scales, torch.ones(40), True)
+    assert not stored.weights()[6].any(), "scale 0: weights of 0"
+
+
+def test_rows_that_a_trellis_would_spoil_are_zeros(tiny):
+    """A trellis has no zeros: rows of zeros stay so, and so do rows far below their scale."""
+    w = torch.cat((gaussian(1, 64), 0.2 * gaussian(2, 64), torch.zeros(1, 64)))
+    stored = Quantizer({MATRIX: w}, tiny()).at(1.0)[MATRIX]
+    assert stored.trellis and stored.weights()[0].any()
+    assert not stored.weights()[1:].any() and not stored.codes[1:].any()
+
+
+def test_a_trellis_refuses_what_it_cannot_keep(tiny):
+    for conflict in (dict(GPTQ_ACT_ORDER=1), dict(PRUNE_FRAC=0.1)):
+        with pytest.raises(train_gpt.UserError, match="QUANT_FIT=trellis.*set QUANT_FIT=level"):
+            tiny(**conflict)
+        tiny(QUANT_FIT="level", **conflict)
 
 
 def some_rows(s, count, seed=0):

@@ -277,8 +277,8 @@ def test_an_artifact_that_is_not_this_runs_is_made_again(job, whole, tmp_path, c
     note, artifact = (tmp_path / "run" / p for p in ("checkpoints/exported.json",
                                                      "final_model.ptz"))
     if change == "other settings":
-        again = job(RESUME="auto", PRUNE_FRAC=0.5)
-        assert again.returncode == 2 and "PRUNE_FRAC=0.0, not 0.5" in again.stderr
+        again = job(RESUME="auto", MLP_BITS=7)
+        assert again.returncode == 2 and "MLP_BITS=8, not 7" in again.stderr
         assert again.content == whole.content
         return
     if change == "another artifact":

@@ -66,8 +66,10 @@ def test_every_variable_reaches_its_field_alone():
             other = default + "x"
         row = PRESETS["demo"] if name == "preset" else {}
         weights = {"ttt_lora_rank": 0} if name.upper() in train_gpt.OF_WEIGHT_TTT else {}
-        expected = {**DEFAULTS, **row, name: other, **weights}, {name.upper()}
-        assert resolved(**{name.upper(): other}) == expected, name
+        given = {"quant_fit": "level"} if name in ("gptq_act_order", "prune_frac") else {}
+        given[name] = other
+        expected = {**DEFAULTS, **row, **given, **weights}, {n.upper() for n in given}
+        assert resolved(**{n.upper(): value for n, value in given.items()}) == expected, name
 
 
 def test_stored_settings_stand_between_variable_and_default():
@@ -78,7 +80,7 @@ def test_stored_settings_stand_between_variable_and_default():
 def test_a_file_with_foreign_line_ends_is_read():
     """Of settings, aliases and names that nothing reads; flags are digits or words."""
     text = " 0.5\r\n"
-    assert resolved(GPTQ_ACT_ORDER="True")[0]["gptq_act_order"] == 1
+    assert resolved(GPTQ="False")[0]["gptq"] == 0
     found = resolved(MATRIX_LR=text, QAT_THRESHOLD=text, VRL_ENABLED="True\r", PRESET="laptop\r",
                      DTG_ENABLED="False\r", EMBED_LR="0.6\r")[0]
     assert (found["matrix_lr"], found["late_qat_threshold"], found["value_residual"],

@@ -37,16 +37,17 @@ from artifact import entropy_bits, pack_code  # noqa: E402
 ANCESTOR = dict(attn_bits=6, mlp_bits=6, proj_bits=16, quant_fit="scale", quant_clip="row")
 SDCLIP = dict(ANCESTOR, quant_clip="std", attn_clip_sigmas=4.0, mlp_clip_sigmas=4.0,
               embed_clip_sigmas=8.0)
-SIX = dict(attn_bits=6, mlp_bits=6)
+SIX, LEVEL = dict(attn_bits=6, mlp_bits=6), dict(quant_fit="level")
 SCHEMES = {  # name: (settings, calibrated)
     "ancestors: GPTQ-lite by row, floor 1/31": (dict(ANCESTOR, quant_step_floor=1 / 31), False),
     "GPTQ-lite by row": (ANCESTOR, False),
     "SDClip, k fitted": (SDCLIP, False),
     "full GPTQ, row maximum": (dict(ANCESTOR, quant_clip="max"), True),
     "full GPTQ, SDClip, k fitted": (SDCLIP, True),
-    "level by squared error": ({}, False),
-    "level by what errors cost, int6 range": (SIX, True),
-    "level by what errors cost (default)": ({}, True),
+    "level by squared error": (LEVEL, False),
+    "level by what errors cost, int6 range": (dict(SIX, **LEVEL), True),
+    "level by what errors cost": (LEVEL, True),
+    "trellis, level by what errors cost (default)": ({}, True),
 }
 
 
@@ -65,9 +66,11 @@ LOW_SCHEMES = {
     "GPTQ + SDClip 13, table 14": sdclip(13, 14),
     "GPTQ + SDClip 12, table 17": sdclip(12, 17),
     "GPTQ + SDClip 11.5, table 20": sdclip(11.5, 20),
-    "level by squared error, no GPTQ": ({}, False),
-    "level by what errors cost, no GPTQ": (dict(gptq=0), True),
-    "level by what errors cost (default)": ({}, True),
+    "level by squared error, no GPTQ": (LEVEL, False),
+    "level by what errors cost, no GPTQ": (dict(gptq=0, **LEVEL), True),
+    "level by what errors cost": (LEVEL, True),
+    "trellis, no GPTQ": (dict(gptq=0), True),
+    "trellis, level by what errors cost (default)": ({}, True),
 }
 # Settings of the exporter, at their defaults whatever the run had.
 EXPORT = ("attn_bits", "mlp_bits", "proj_bits", "quant_fit", "codec", "artifact_budget_bytes",

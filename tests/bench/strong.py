@@ -40,7 +40,8 @@ PARTS = {"attn_q": "cores.{}.attn.q", "attn_k": "cores.{}.attn.k", "attn_v": "co
          "ffn_norm": "blocks.{}.mlp_scale"}  # our names: the quantizer's table knows them
 CLIPPED = dict(quant_fit="scale", quant_clip="std", attn_clip_sigmas=12.85, mlp_clip_sigmas=12.85,
                embed_clip_sigmas=20.0)
-RULES = {"level by what errors cost (default)": {}, "GPTQ + SDClip 12.85, table 20": CLIPPED,
+RULES = {"trellis (default)": {}, "level by what errors cost": dict(quant_fit="level"),
+         "GPTQ + SDClip 12.85, table 20": CLIPPED,
          "GPTQ + SDClip of #1855, 6 and 7 bits": dict(
              CLIPPED, attn_bits=6, mlp_bits=6, embed_bits=7, attn_clip_sigmas=13.0,
              mlp_clip_sigmas=11.5, embed_clip_sigmas=14.0, gptq_act_order=1)}
