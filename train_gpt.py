@@ -567,7 +567,7 @@ def rules(s, world_size):
          f"{rows} rows on {world_size} ranks; start a number of processes that divides the rows"),
         (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN",
          "must hold a row; raise it"),
-        (s.eval_stride <= s.context, "EVAL_STRIDE",
+        (s.scoring_shape[2] or s.eval_stride <= s.context, "EVAL_STRIDE",
          f"exceeds the scoring window of {s.context} tokens; lower it"),
         (not s.ttt_enabled or s.eval_stride, "TTT_ENABLED EVAL_STRIDE",
          "TTT scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
@@ -583,9 +583,10 @@ def rules(s, world_size):
          "ITERATIONS MAX_WALLCLOCK_SECONDS", "nothing ends the training; set one"),
         (s.artifact_budget_bytes > len(SHIPPED), "ARTIFACT_BUDGET_BYTES",
          f"the code alone has {len(SHIPPED)} bytes; raise it"),
-        (s.quant_fit != "trellis" or not (s.gptq_act_order or s.prune_frac),
-         "QUANT_FIT GPTQ_ACT_ORDER PRUNE_FRAC",
-         "a trellis takes columns in order and has no zeros: set QUANT_FIT=level"),
+        (s.quant_fit != "trellis" or not s.gptq_act_order, "QUANT_FIT GPTQ_ACT_ORDER",
+         "a trellis takes columns in order: set QUANT_FIT=level, or GPTQ_ACT_ORDER=0"),
+        (s.quant_fit != "trellis" or not s.prune_frac, "QUANT_FIT PRUNE_FRAC",
+         "codes of a trellis have no zeros: set QUANT_FIT=level, or PRUNE_FRAC=0"),
         (s.codec != "zstd" or zstandard, "CODEC",
          "the package zstandard does not import: pip install zstandard, or CODEC=rans"),
     ]
@@ -2260,7 +2261,8 @@ TRELLIS = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])[:, None] / 4 - 0.125 + torch.te
 
 def trellis_offsets(codes_RC):
     """What a trellis adds to each code, ±1/4."""
-    u = F.pad(codes_RC, (4, -codes_RC.size(1) % 4)).unflatten(1, (-1, 4)).cumsum(1).flatten(1)
+    odd = F.pad((codes_RC & 1).byte(), (4, -codes_RC.size(1) % 4)).unflatten(1, (-1, 4))
+    u = odd.cumsum(1, dtype=torch.uint8).flatten(1)  # modulo 256
     return (u[:, 1:-3] + u[:, 2:-2] + u[:, 3:-1])[:, : codes_RC.size(1)] % 2 / 2 - 0.25
 
 
@@ -2274,7 +2276,9 @@ def gptq_codes(w_RC, scales_R, bits, order, shifts_CC, costs_C, trellis=False):
     # in units of P scales. Without a trellis P = M = 1.
     P, M, R, block = *grid.shape[:2], len(w_RC), 64
     w_CR = (w_RC / (P * scales_R[:, None])).nan_to_num(0.0, 0.0, 0.0).T[order]  # scale 0: 0
-    errors, limit = torch.empty_like(w_CR), code_limit(bits) // P
+    w_CR.clamp_(-2.0 ** 16, 2.0 ** 16)  # of clipped weights: w − error must stay exact
+    high = torch.full_like(grid, code_limit(bits) // P)
+    low, errors = -high - (grid > 0.25).float(), torch.empty_like(w_CR)
     paths, other = w_CR.new_empty(2, block, P, M, R)  # errors of each state's path
     cost = w_CR.new_full((P * M, R), math.inf)
     cost[0] = 0.0
@@ -2284,13 +2288,17 @@ def gptq_codes(w_RC, scales_R, bits, order, shifts_CC, costs_C, trellis=False):
         for j, column in enumerate(shifted):
             shift = torch.tensordot(shifts_CC[begin + j, begin: begin + j], paths[:j], 1)
             off = (column + shift)[:, :, None] - grid
-            near = off.clamp(-limit, limit).round()
-            total = cost.view(P, M, 1, R) + costs_C[begin + j] * (off - near).square()
-            from_0, error = total[0] <= total[-1], w_CR[begin + j] - (near + grid)
-            cost = torch.minimum(total[0], total[-1])
-            torch.where(from_0, paths[:j, 0, :, None], paths[:j, -1, :, None],
+            near = off.clamp(low, high).round()
+            error = w_CR[begin + j] - (near + grid)
+            if not trellis:
+                paths[j] = error[:, 0]
+                continue
+            worse = (off - near).clamp(-1.0, 1.0).square()  # more: clipped, which no path can mend
+            total = cost.view(P, M, 1, R) + costs_C[begin + j] * worse
+            from_0, cost = total[0] <= total[1], torch.minimum(total[0], total[1])
+            torch.where(from_0, paths[:j, 0, :, None], paths[:j, 1, :, None],
                         out=other[:j].view(j, M, P, R))
-            torch.where(from_0, error[0], error[-1], out=other[j].view(M, P, R))
+            torch.where(from_0, error[0], error[1], out=other[j].view(M, P, R))
             paths, other = other, paths
         best = cost.view(P * M, R).argmin(0, keepdim=True)
         errors[part] = paths[: j + 1].flatten(1, 2).gather(1, best.expand(j + 1, 1, R))[:, 0]
@@ -2382,6 +2390,7 @@ class Quantizer:
 
     def __init__(self, state, s, calibration=None):
         self.s, self.fp16, self.parts = s, {}, {}
+        self.trellis = s.quant_fit == "trellis"
         for name, w in state.items():
             w, bits = w.detach().float(), bits_of(name, s)
             if not torch.isfinite(w).all() or (bits == 16 and w.abs().max() > 65504):
@@ -2406,17 +2415,20 @@ class Quantizer:
 
     def at(self, level, compensate=True):
         """{name: Quantized} at a level. compensate=False: plain rounding, no GPTQ or trellis."""
-        tensors, trellis = dict(self.fp16), compensate and self.s.quant_fit == "trellis"
+        tensors, trellis = dict(self.fp16), compensate and self.trellis
         for name, (bits, w, finest, rows, columns, prepared) in self.parts.items():
             scales = as_fp16(torch.maximum(finest, level * rows))
-            if trellis:  # it has no zeros: rows of 0 are cheaper and nearer than coarser scales
-                scales *= scales < 4 * w.square().mean(1).sqrt()
             if compensate and prepared:
-                parts = zip(w.split(1024), scales.split(1024))  # of rows: more fill a CPU's cache
-                codes = torch.cat([gptq_codes(*part, bits, *prepared, trellis) for part in parts])
+                most = 1024 if w.device.type == "cpu" else max(len(w), 1)  # rows; more leave caches
+                codes = torch.cat([gptq_codes(*part, bits, *prepared, trellis)
+                                   for part in zip(w.split(most), scales.split(most))])
             else:
                 codes = to_codes(w, scales, bits)
-            if not trellis:
+            if trellis:  # it has no zeros: a row that is nearer to 0 than to its codes becomes 0
+                errors = w - (codes + trellis_offsets(codes)) * scales[:, None]
+                kept = errors.square().sum(1) < w.square().sum(1)
+                codes, scales = codes * kept[:, None], scales * kept
+            else:
                 codes *= w != 0  # pruned: 0
             tensors[name] = Quantized(bits, codes.cpu(), scales.cpu(), columns.cpu(), trellis)
         return tensors
@@ -2428,7 +2440,7 @@ class Quantizer:
 # side information: an index (JSON: settings, tensors), then scales and fp16 arrays. The codes are
 # those of every quantized tensor, tensors of equal bits together.
 
-ARTIFACT_MAGIC = b"PGOLF\x00\x00\x03"  # the last byte is the version
+ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
 # Bounds on what a file may claim to hold, before anything is allocated. Parsed JSON takes twenty
 # times the memory.
 MOST_INDEX_BYTES, MOST_PER_BYTE = 1 << 20, 64
@@ -2650,11 +2662,13 @@ def decode_artifact(content, path="the artifact"):
         factors = iter(torch.from_numpy(factors).split(lengths))
         halves = iter(torch.from_numpy(halves.view(np.float16)).split(half_sizes))
         symbols = np.frombuffer(CODECS[header["codec"]][1](codes, sum(sizes), shapes), np.uint8)
+        if (trellis := index.get("trellis", False)) not in (True, False):
+            raise ValueError(f"trellis {trellis!r}")
         matrices, tensors = iter(torch.from_numpy((symbols ^ 0x80).view(np.int8)).split(sizes)), {}
         for name, bits, shape in described:
             parts = [next(halves)] if bits == 16 else [next(matrices), next(factors), next(factors)]
             tensors[name] = Quantized(bits, parts[0].view(shape), *parts[1:],
-                                      trellis=bits < 16 and bool(index["trellis"]))
+                                      trellis=bits < 16 and bool(trellis))
             if bits < 16 and (parts[0].short().abs() > code_limit(bits)).any():
                 raise ValueError(f"{name}: a code beyond its {bits} bits")
         return dict(index["settings"]), tensors, str(index["note"])
@@ -2709,18 +2723,21 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
                   for _, _, finest, rows, *_ in quantizer.parts.values()]
     coarsening = [x for x in coarsening if x > 0] or [1.0]  # nan: all weights are 0
     start = max(statistics.median(coarsening), 2.0 ** -24)  # the least of fp16
+    quantizer.trellis &= 8 * budget_bytes > 1.5 * coded  # at 1.2 bits a weight it loses to rounding
     # Plain rounding first: GPTQ is slow. If the codes of GPTQ do not fit, keep the rounded ones.
-    for compensate in (False, True) if calibration or s.quant_fit == "trellis" else (False,):
+    for compensate in (False, True) if calibration or quantizer.trellis else (False,):
+        trellis = compensate and quantizer.trellis
+        fit = s.quant_fit if trellis else s.quant_fit.replace("trellis", "level")
         found, near = fitted(
-            lambda x: encode_artifact(quantizer.at(x, compensate), s, f"{s.quant_fit} {x:.6g}"),
+            lambda x: encode_artifact(quantizer.at(x, compensate), s, f"{fit} {x:.6g}"),
             budget_bytes, coded, level, level or start)
         if len(found) <= budget_bytes:
-            content, level = found, near
+            content, level, note = found, near, fit
         elif not compensate:
             raise UserError(f"the model takes {len(found)} bytes at the coarsest scales, "
                             f"{len(found) - budget_bytes} more than ARTIFACT_BUDGET_BYTES="
                             f"{s.artifact_budget_bytes} leaves beside the code; shrink the model")
-    log(f"artifact:{s.quant_fit} {level:.6g} takes {len(content)} of {budget_bytes} bytes")
+    log(f"artifact:{note} {level:.6g} takes {len(content)} of {budget_bytes} bytes")
     return content
 
 

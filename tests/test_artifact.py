@@ -222,12 +222,12 @@ def weights_of(draw, seed=0, rows=0.0, shapes=SMALL):
 
 def finest_and_coarsest(state, s):
     quantizer = Quantizer(state, s)
-    return [len(encode_artifact(quantizer.at(x), s)) for x in (0.0, 2.0**24)]
+    return [len(encode_artifact(quantizer.at(x, compensate=False), s)) for x in (0.0, 2.0**24)]
 
 
 @pytest.mark.parametrize("codec, draw, fit", [
-    ("rans", "gaussian", "level"), ("rans", "heavy", "scale"), ("lzma", "heavy", "level"),
-    ("zstd", "gaussian", "scale")])
+    ("rans", "heavy", "trellis"), ("rans", "gaussian", "level"), ("rans", "heavy", "scale"),
+    ("lzma", "heavy", "level"), ("zstd", "gaussian", "scale")])
 def test_pack_fits_every_reachable_budget_and_wastes_little(codec, draw, fit):
     """Close to the budget wherever anybody would ship it; where codes are mostly zeros the size
     itself has jumps of 1 %."""
@@ -240,7 +240,8 @@ def test_pack_fits_every_reachable_budget_and_wastes_little(codec, draw, fit):
         close = 0.98 if codec == "zstd" else 0.998  # whole Huffman bits: zstd's sizes jump more
         assert len(content) <= budget and (len(content) >= close * budget or part < 0.3)
         _, tensors, note = decode_artifact(content)
-        level = float(note.removeprefix(fit))
+        fit = note.split()[0]  # a trellis yields where there are few bits
+        level = float(note.split()[1])
         assert lines == [f"artifact:{note} takes {len(content)} of {budget} bytes"]
         for name, t in tensors.items():
             if t.bits < 16:
@@ -254,7 +255,7 @@ def test_pack_lands_under_any_budget_or_raises(seed):
     """Weights of other size, other spread of rows, other tails: whatever the budget, no file is
     larger; at most 0.2 % is left where anybody would ship it; below the coarsest scales it raises,
     and says how many bytes more would do."""
-    rng, fit = np.random.default_rng(seed), ("level", "scale")[seed // 2 % 2]
+    rng, fit = np.random.default_rng(seed), ("trellis", "level", "scale")[seed % 3]
     state = weights_of(("gaussian", "heavy")[seed % 2], seed, rows=0.4 * seed)
     state = {n: w * math.exp(rng.normal(0, 2)) if n != "skip_weights" else w
              for n, w in state.items()}
@@ -283,6 +284,21 @@ def test_level_errs_less_than_scale_in_as_many_bytes():
         errors[fit] = sum(float((w - tensors[n].weights()).square().sum())
                           for n, w in state.items())
     assert errors["level"] < 0.7 * errors["scale"], errors
+
+
+def test_a_trellis_yields_to_rounding_where_there_are_few_bits():
+    """The note says which it is; where there are bits enough the trellis has less error."""
+    state, errors = weights_of("gaussian"), {}
+    coded = sum(w.numel() for n, w in state.items() if n != "skip_weights")
+    for bits in (1.0, 3.0):
+        for fit in ("level", "trellis"):
+            content = pack(state, replace(Settings(), quant_fit=fit), int(bits * coded / 8) + 1200)
+            _, tensors, note = decode_artifact(content)
+            assert note.split()[0] == ("level" if bits < 1.5 else fit)
+            errors[bits, fit] = sum(float((w - tensors[n].weights()).square().sum())
+                                    for n, w in state.items())
+    assert errors[1.0, "trellis"] == pytest.approx(errors[1.0, "level"], rel=0.01)
+    assert errors[3.0, "trellis"] < 0.85 * errors[3.0, "level"]
 
 
 @pytest.mark.parametrize("fit", ["level", "scale"])
@@ -424,7 +440,7 @@ def index_of(*described, **changed):
 HOSTILE_INDICES = [
     [], 3, None, "tensors", DEEP, b'{"tensors":' * 100_000, b'{"tensors":"\xff\xff"}',
     dict(settings={}, note="", distinct=0), dict(settings={}, distinct=0, tensors=[]),
-    dict(settings={}, note="", distinct=0, tensors=[["b", 6, [0, 0]]]),
+    *(index_of(["b", 6, [0, 0]], trellis=value) for value in ("false", [0], {}, 2, None)),
     dict(settings={}, note="", tensors=[]), b'{"distinct":' + b"9" * 5000 + b"}",
     index_of(tensors=None), index_of(tensors=5), index_of(["a", 6]), index_of(4),
     index_of(["a", 16, [0]], ["a", 16, [0]]),  # a name twice

@@ -43,3 +43,6 @@ def test_twenty_steps_end_where_they_ended(run_script, preset):
     assert losses[3:] == pytest.approx(then["losses"][3:], abs=0.03)
     assert done.result["model_bytes"] == pytest.approx(then["model_bytes"], rel=0.01)
     assert list(bpb) == list(then["bpb"]) and bpb == pytest.approx(then["bpb"], abs=0.01)
+    packed, exact = list(bpb)[1], bpb["float"]
+    lost = then["bpb"][packed] - then["bpb"]["float"]
+    assert bpb[packed] - exact == pytest.approx(lost, abs=1e-3)
