@@ -1,7 +1,7 @@
 """Prove on your own data that a score is legal: one line for each check, by the evaluator's rules.
 
-    python records/audit.py final_model.ptz                       with the project's script
-    python records/audit.py final_model.ptz --script F.py         with the one that made it
+    PRESET=demo python records/audit.py final_model.ptz           with the project's script
+    PRESET=demo python records/audit.py final_model.ptz --script F.py     with the one that made it
     python records/audit.py final_model.ptz --data data/datasets/demo \\
         --tokenizer data/tokenizers/demo_1024_bpe.model
 

@@ -959,7 +959,8 @@ def check_improvement(sub, against):
     ratio = mean_std([score.loss / score.bpb for score in scores])[0]
     old, old_std, old_n = reference_scores(against, ratio)
     new, new_std = mean_std([score.loss for score in scores])
-    gain = f"{new:.5f} against {old:.5f} nats: {old - new:+.5f} better" + (
+    gain = f"{new:.5f} against {old:.5f} nats: {abs(old - new):.5f} " + (
+        "better" if new <= old else "worse") + (
         " (is that record in bpb? then append ,bpb)" if old < new / 1.3 else "")
     if new_std is None or old_std is None:
         sub.add(sub.severity, "improvement",
