@@ -883,9 +883,9 @@ def write_whole(path, content):
 # ---- 3. Data: shards, the training stream, validation tokens ------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
-GET_DATA = ("python data/cached_challenge_fineweb.py --variant sp8192 (or sp4096, sp1024, by "
-            "VOCAB_SIZE) downloads the challenge's, python data/build_dataset.py TEXT makes your own, "
-            "python data/build_dataset.py --demo makes those of PRESET=demo")
+GET_DATA = ("python data/cached_challenge_fineweb.py --variant sp8192 (or sp4096, sp1024, as "
+            "VOCAB_SIZE) downloads the challenge's, python data/build_dataset.py TEXT makes your "
+            "own, python data/build_dataset.py --demo makes those of PRESET=demo")
 
 
 def open_shard(path):
