@@ -2419,7 +2419,7 @@ class Quantizer:
         for name, (bits, w, finest, rows, columns, prepared) in self.parts.items():
             scales = as_fp16(torch.maximum(finest, level * rows))
             if compensate and prepared:
-                most = 1024 if w.device.type == "cpu" else max(len(w), 1)  # rows; more leave caches
+                most = 1024 if w.device.type == "cpu" else max(len(w), 1)  # rows that fit caches
                 codes = torch.cat([gptq_codes(*part, bits, *prepared, trellis)
                                    for part in zip(w.split(most), scales.split(most))])
             else:
