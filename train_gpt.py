@@ -2390,7 +2390,6 @@ class Quantizer:
 
     def __init__(self, state, s, calibration=None):
         self.s, self.fp16, self.parts = s, {}, {}
-        self.trellis = s.quant_fit == "trellis"
         for name, w in state.items():
             w, bits = w.detach().float(), bits_of(name, s)
             if not torch.isfinite(w).all() or (bits == 16 and w.abs().max() > 65504):
@@ -2415,8 +2414,9 @@ class Quantizer:
 
     def at(self, level, compensate=True):
         """{name: Quantized} at a level. compensate=False: plain rounding, no GPTQ or trellis."""
-        tensors, trellis = dict(self.fp16), compensate and self.trellis
-        for name, (bits, w, finest, rows, columns, prepared) in self.parts.items():
+        trellis = compensate and self.s.quant_fit == "trellis"
+
+        def quantized(bits, w, finest, rows, columns, prepared):
             scales = as_fp16(torch.maximum(finest, level * rows))
             if compensate and prepared:
                 most = 1024 if w.device.type == "cpu" else max(len(w), 1)  # rows that fit caches
@@ -2430,8 +2430,13 @@ class Quantizer:
                 codes, scales = codes * kept[:, None], scales * kept
             else:
                 codes *= w != 0  # pruned: 0
-            tensors[name] = Quantized(bits, codes.cpu(), scales.cpu(), columns.cpu(), trellis)
-        return tensors
+            return Quantized(bits, codes.cpu(), scales.cpu(), columns.cpu(), trellis)
+
+        # PyTorch's own threads do not help with arrays as small as those of gptq_codes.
+        on_cpu = all(w.device.type == "cpu" for _, w, *_ in self.parts.values())
+        with ThreadPoolExecutor(torch.get_num_threads() if on_cpu else 1) as workers:
+            found = workers.map(lambda part: quantized(*part), self.parts.values())
+            return {**self.fp16, **dict(zip(self.parts, found))}
 
 
 # ---- 10. Artifact: codes → bytes → file, and back; data only, nothing in it is executed ---------
@@ -2717,17 +2722,17 @@ def fitted(encoded, budget_bytes, coded, level, start):
 def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
     """The artifact's bytes, at most `budget_bytes`: with the finest scales, or at the lowest level
     that `fitted` finds within the budget. Raises UserError where even the coarsest do not fit."""
-    quantizer, level = Quantizer(state, s, calibration), 0.0
-    coded = sum(w.numel() for _, w, *_ in quantizer.parts.values())
+    coded, rule = sum(w.numel() for name, w in state.items() if bits_of(name, s) < 16), s
+    if s.quant_fit == "trellis" and 8 * budget_bytes <= 1.5 * coded:
+        rule = replace(s, quant_fit="level")  # at 1.2 bits a weight rounding loses less
+    quantizer, level = Quantizer(state, rule, calibration), 0.0
     coarsening = [float((finest / rows).nanmedian())  # the level that coarsens half of the rows
                   for _, _, finest, rows, *_ in quantizer.parts.values()]
     coarsening = [x for x in coarsening if x > 0] or [1.0]  # nan: all weights are 0
     start = max(statistics.median(coarsening), 2.0 ** -24)  # the least of fp16
-    quantizer.trellis &= 8 * budget_bytes > 1.5 * coded  # at 1.2 bits a weight it loses to rounding
     # Plain rounding first: GPTQ is slow. If the codes of GPTQ do not fit, keep the rounded ones.
-    for compensate in (False, True) if calibration or quantizer.trellis else (False,):
-        trellis = compensate and quantizer.trellis
-        fit = s.quant_fit if trellis else s.quant_fit.replace("trellis", "level")
+    for compensate in (False, True) if calibration or rule.quant_fit == "trellis" else (False,):
+        fit = rule.quant_fit if compensate else rule.quant_fit.replace("trellis", "level")
         found, near = fitted(
             lambda x: encode_artifact(quantizer.at(x, compensate), s, f"{fit} {x:.6g}"),
             budget_bytes, coded, level, level or start)
@@ -3610,7 +3615,7 @@ def log_shape(s, log):
 
 
 def dry_run(s, world_size):
-    """What a run would be, without data or device."""
+    """What a run would be, without a device; the data are checked where they are there."""
     say = functools.partial(printed, stream=sys.stdout)
     say(f"settings are good; preset:{s.preset or 'none'} world_size:{world_size}")
     log_shape(s, say)
@@ -3622,9 +3627,11 @@ def dry_run(s, world_size):
     say(f"size: code {code} + model {model} at the finest scales (Gaussian weights) = "
         f"{code + model} of {s.artifact_budget_bytes} bytes{fits}")
     try:
-        say(f"data: {len(shard_paths(s, 'train'))} training shards in {find_upward(s.data_path)}")
-    except UserError as missing:
-        say(f"data: missing: {missing}")
+        shards, targets = len(shard_paths(s, "train")), len(load_validation(s)) - 1
+        say(f"data: {shards} training shards and {targets} validation targets in "
+            f"{find_upward(s.data_path)}, bytes counted from {ByteTable(s).source}")
+    except UserError as problem:
+        say(f"data: not ready: {problem}")
 
 
 def claim_places(s, rt, path, log_path):

@@ -1121,10 +1121,12 @@ def verdict_lines(sub):
 
 @dataclass
 class Run:
-    """One finished run: its result file, the object in it, and its log."""
+    """One finished run: its result file, the object in it, its log, with the whole curve, and the
+    logs of its parts before it was resumed, the last first."""
     path: Path
     result: dict
     log: Log
+    earlier: list
 
     @property
     def seed(self):
@@ -1140,6 +1142,18 @@ def result_files(place):
         if found := sorted(place.glob(pattern)):
             return found
     raise Problem(f"{place}: no result there; give an OUT_DIR with logs/<RUN_ID>.json, or a file")
+
+
+def earlier_logs(path, log):
+    """Logs of the parts before: the script numbers them RUN_ID.1.txt and so on, the last highest,
+    and a part that went on says so."""
+    numbers = sorted(int(n) for p in path.parent.iterdir()
+                     if (n := p.name.removeprefix(path.stem + ".").removesuffix(".txt")).isdigit())
+    found = []
+    while numbers and re.search(r"^resume:(step|.* is finished)", log.body, re.M):
+        log = read_logs(path.with_suffix(f".{numbers.pop()}.txt"))[-1]
+        found.append(log)
+    return found
 
 
 def open_run(path):
@@ -1161,7 +1175,11 @@ def open_run(path):
     wrong += ["the log has another code_sha256"] if log.code_sha256 != result["code_sha256"] else []
     if wrong:
         raise Problem(f"{path}: not the result of {log_path.name}: {'; '.join(wrong)}")
-    return Run(path, result, log)
+    earlier = earlier_logs(path, log)
+    for name in "curve", "validation":  # steps that were done again replace those of before
+        points = (point for part in (*reversed(earlier), log) for point in getattr(part, name))
+        log = replace(log, **{name: list({point[0]: point for point in points}.values())})
+    return Run(path, result, log, earlier)
 
 
 def open_runs(places):
@@ -1362,6 +1380,8 @@ def fill_folder(folder, runs, facts, code, with_artifact):
     (folder / "requirements.txt").write_text(requirements_of(runs[0].result))
     for run in runs:
         shutil.copyfile(run.log.path, folder / f"train_seed{run.seed}.log")
+        for n, part in enumerate(reversed(run.earlier), 1):
+            shutil.copyfile(part.path, folder / f"train_seed{run.seed}_prev{n}.log")
         shutil.copyfile(run.path, folder / f"result_seed{run.seed}.json")
         if with_artifact:
             name = Path(str(run.result.get("artifact"))).name

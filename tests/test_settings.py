@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, clean_environ
+from conftest import ROOT, TINY, clean_environ
 from hypothesis import example, given, settings as hypothesis_settings, strategies as st
 
 import train_gpt
@@ -341,7 +341,19 @@ def test_dry_run_needs_no_data_and_leaves_nothing(tmp_path, monkeypatch, capsys)
     assert train_gpt.main(["--dry-run"], environ) == 0
     said = capsys.readouterr().out
     assert "model_params:26993756" in said.splitlines() and "settings are good" in said
+    assert "data: not ready: DATA_PATH=nowhere: no fineweb_train_*.bin" in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({}, "2 training shards and 1024 validation targets"),
+    ({"VOCAB_SIZE": "4096"}, "not ready: TOKENIZER_PATH="),
+    ({"TOKENIZER_PATH": "nowhere"}, "not ready: TOKENIZER_PATH=nowhere: no such file")])
+def test_dry_run_checks_the_data_that_are_there(corpus, changes, said, capsys):
+    environ = {**TINY, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model, **changes}
+    assert train_gpt.main(["--dry-run"], {k: str(v) for k, v in environ.items()}) == 0
+    line, = [x for x in capsys.readouterr().out.splitlines() if x.startswith("data: ")]
+    assert said in line
 
 
 @pytest.mark.parametrize("environ, said", [

@@ -481,6 +481,32 @@ def test_what_pack_makes_passes_its_check(runs, pack, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["packed", "runs"], "nothing else is left"
 
 
+def test_the_logs_of_a_resumed_run_are_packed(runs, pack, tmp_path, capsys):
+    """Each part is kept, as far back as the parts say that they went on; the check takes the last.
+    run.1.txt is of another run of that name."""
+    place = runs()
+    logs = place / "42" / "logs"
+    text = (logs / "run.txt").read_text()
+    parts = {name: "".join(line for line in text.splitlines(keepends=True)
+                           if not line.startswith("step:") or line.split("/")[0] in steps)
+             for name, steps in (("run.1.txt", ["step:1"]), ("run.2.txt", ["step:1", "step:2"]),
+                                 ("run.3.txt", ["step:500"]),
+                                 ("run.txt", ["step:7000", "step:7100"]))}
+    for name, part in parts.items():
+        unfinished = part.partition("final_int6")[0] if name in ("run.2.txt", "run.3.txt") else part
+        resumed = "resume:step 2 train_time:168ms\n" if name in ("run.3.txt", "run.txt") else ""
+        (logs / name).write_text(unfinished.replace("step:", resumed + "step:", 1))
+    assert pack(place) == 0, capsys.readouterr()
+    kept = {p.name: p.read_bytes() for p in (tmp_path / "packed").glob("train_seed42*.log")}
+    assert kept == {made: (logs / name).read_bytes() for made, name in (
+        ("train_seed42.log", "run.txt"), ("train_seed42_prev1.log", "run.2.txt"),
+        ("train_seed42_prev2.log", "run.3.txt"))}
+    run = submission.open_run(logs / "run.json")
+    assert [point[0] for point in run.log.curve] == [1, 2, 500, 7000], "the whole curve"
+    sub = submission.check(tmp_path / "packed", against=BEATEN)
+    assert {s for s, *_ in sub.findings} == {PASS, UNCHECKED}, submission.verdict_lines(sub)
+
+
 def test_a_packed_script_is_counted_packed_and_read_unpacked(runs, pack, tmp_path):
     artifact = pytest.importorskip("artifact")
     code = artifact.pack_code(SOURCE.encode())
