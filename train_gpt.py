@@ -1342,22 +1342,40 @@ def cumulative_lengths(starts_BT):
     return F.pad(borders, (0, 1), value=B * T).int()
 
 
-# FlashAttention packages and PyTorch kernels, as ATTENTION=auto tries them without DOC_ATTENTION.
+class TorchFlash:
+    """PyTorch's FlashAttention 2, called as the packages are. The operator is private, since SDPA
+    takes neither a band nor documents, and varlen_attn no grouped heads before PyTorch 2.13."""
+
+    @staticmethod
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                               causal, window_size=(-1, -1)):
+        left, right = window_size
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, False,
+            window_size_left=left, window_size_right=right)
+
+    @staticmethod
+    def flash_attn_func(q, k, v, **how):
+        T = q.size(1)
+        return TorchFlash.flash_attn_varlen_func(q, k, v, None, None, T, T, **how)
+
+
+# FlashAttention, packages and PyTorch's, and cuDNN, as ATTENTION=auto tries them without documents.
 ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
-             "flash": SDPBackend.FLASH_ATTENTION, "fa2": "flash_attn", "fa4": "flash_attn.cute"}
+             "flash": TorchFlash, "fa2": "flash_attn", "fa4": "flash_attn.cute"}
 
 
 def attention_kernel(name, strict=False):
-    """(attend, visible) for `name`: a package's (None if missing), PyTorch's, or sdpa's for any
-    other name. If a PyTorch kernel refuses an input, the next in `order` takes it; the last, MATH,
-    stores all attention scores. strict, to test a kernel: without a mask no other may take the
+    """(attend, visible) for `name`: FlashAttention's (None if a package is missing), cuDNN's, or
+    sdpa's for any other name. If cuDNN refuses an input, PyTorch's next kernel takes it; the last,
+    MATH, stores all attention scores. strict, to test cuDNN: without a mask no other may take the
     input; with a mask, all but MATH."""
     kernel = ATTENTION.get(name)
     if kernel is None:
         return sdpa, visible_mask
-    if isinstance(kernel, str):
+    if kernel is not SDPBackend.CUDNN_ATTENTION:
         try:
-            module = importlib.import_module(kernel)
+            module = importlib.import_module(kernel) if isinstance(kernel, str) else kernel
         except Exception:  # a broken package counts as missing
             return None
 
@@ -1375,8 +1393,7 @@ def attention_kernel(name, strict=False):
                     cu_seqlens_k=borders, max_seqlen_q=T, max_seqlen_k=T, causal=True, **sides)
             return (out[0] if isinstance(out, tuple) else out).view_as(q)
         return attend, visible
-    order = list(dict.fromkeys((kernel, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
-                                SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)))
+    order = [kernel, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
     def attend(q, k, v, mask=None):
         allowed = order if not strict else order[:1] if mask is None else order[:-1]
@@ -1444,8 +1461,8 @@ def choose_kernels(s, rt):
         attend, bands = attention_of(kernel), [0, 128] if s.scoring_shape[2] else [0]
         return attend and (lambda *qkv: torch.cat([attend(*qkv, band, starts) for band in bands]))
 
-    # For documents packages come first: PyTorch's kernels would read a mask [B, T, T].
-    order = sorted(ATTENTION, key=lambda n: s.doc_attention and not isinstance(ATTENTION[n], str))
+    # For documents cuDNN comes last: it would read a mask [B, T, T].
+    order = sorted(ATTENTION, key=lambda name: s.doc_attention and name == "cudnn")
     attention = {n: as_used(attention_kernel(n, strict=True)) for n in order if gpu}
     heads = s.num_heads, s.num_kv_heads, s.num_kv_heads
     by_triton = (gpu and triton and rt.compile
@@ -1466,7 +1483,7 @@ def choose_kernels(s, rt):
                             f"{rt.device} with COMPILE={s.compile} (triton needs a GPU, compiled "
                             f"code and MODEL_DIM in multiples of {MLP_TILE['BK']}, the MLP's width "
                             f"of {MLP_TILE['BN']}); {setting.upper()}=auto takes what works")
-    if gpu and s.doc_attention and not isinstance(ATTENTION.get(names["attention"]), str):
+    if gpu and s.doc_attention and names["attention"] in ("cudnn", "sdpa"):
         rt.log("attention:slow, DOC_ATTENTION=1 without FlashAttention reads a mask [B, T, T] in "
                "each pass: pip install flash-attn, or DOC_ATTENTION=0")
     mlp = LeakySquareMLP.apply if names["mlp"] == "triton" else leaky_square_mlp

@@ -590,7 +590,72 @@ def test_flash_attention_ends_at_documents_by_variable_lengths(tiny, monkeypatch
     assert names["attention"] != "fa3", "documents meet"
 
 
-def test_the_first_kernel_that_is_right_is_taken_every_time(tiny, monkeypatch):
+@pytest.fixture
+def pytorchs_flash():
+    """PyTorch's operator, whose gradient is PyTorch's, with a CPU kernel from the formulas."""
+    def weights(q, k, borders, left, right):
+        """Softmax over the keys that a query sees [K, G, N, N]; all rows are in one sequence."""
+        place = torch.arange(len(q))
+        behind = place[:, None] - place
+        seen = (behind >= -right) & (behind <= (left if left >= 0 else len(q)))
+        which = torch.bucketize(place, borders.long(), right=True)
+        seen &= which[:, None] == which
+        scores = torch.einsum("nkge,mke->kgnm", q, k) / q.size(-1) ** 0.5
+        return scores.masked_fill(~seen, -math.inf).softmax(-1)
+
+    def flat(x, borders, rows):  # [N, H, E] in fp32, and where sequences start
+        if borders is None:
+            borders = torch.arange(0, x.size(0) * x.size(1) + 1, rows)
+        return x.float().reshape(-1, *x.shape[-2:]), borders
+
+    def forward(q, k, v, borders, borders_k, rows, rows_k, dropout, causal, debug, *, scale=None,
+                window_size_left=-1, window_size_right=-1, **_):
+        assert causal and not dropout and not debug and scale is None and rows == rows_k
+        assert borders is None or borders.dtype == torch.int32 and borders.equal(borders_k)
+        (q32, borders), (k32, _), (v32, _) = (flat(x, borders, rows) for x in (q, k, v))
+        p = weights(q32.unflatten(1, (k32.size(1), -1)), k32, borders, window_size_left, 0)
+        y = torch.einsum("kgnm,mke->nkge", p, v32).reshape(q.shape).to(q.dtype)
+        numbers = torch.zeros(2, dtype=torch.uint64)
+        return y, torch.zeros(q32.size(1), len(q32)), numbers, numbers[0].clone(), y.new_empty(0)
+
+    def backward(grad, q, k, v, out, lse, borders, borders_k, rows, rows_k, dropout, causal, seed,
+                 unused, *, scale=None, window_size_left=-1, window_size_right=-1):
+        (g, borders), (q32, _), (k32, _), (v32, _) = (
+            flat(x, borders, rows) for x in (grad, q, k, v))
+        g, q32 = (x.unflatten(1, (k32.size(1), -1)) for x in (g, q32))
+        p = weights(q32, k32, borders, window_size_left, 0)
+        dp = torch.einsum("nkge,mke->kgnm", g, v32)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) / q.size(-1) ** 0.5
+        return tuple(d.reshape(x.shape).to(x.dtype) for d, x in (
+            (torch.einsum("kgnm,mke->nkge", ds, k32), q),
+            (torch.einsum("kgnm,nkge->mke", ds, q32), k),
+            (torch.einsum("kgnm,nkge->mke", p, g), v)))
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", forward, "CPU")
+        library.impl("_flash_attention_backward", backward, "CPU")
+        yield
+
+
+def test_pytorchs_flash_takes_bands_and_documents(tiny, pytorchs_flash):
+    """Without a package: the right keys and gradients, and the choice for documents."""
+    flash = train_gpt.attention_of(train_gpt.attention_kernel("flash"))
+    starts = torch.zeros(3, 40, dtype=torch.bool)
+    starts[0, 0] = starts[1, 9] = starts[2, 39] = True
+    inputs = [torch.randn(3, 40, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+
+    def outcome(kernel, *how):
+        y = kernel(*inputs, *how)
+        return [y, *torch.autograd.grad(y.sin().sum(), inputs)]
+    for how in (), (7,), (0, starts), (7, starts):
+        for a, b in zip(outcome(flash, *how), outcome(sdpa, *how), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    rt = a_rank("cuda")
+    assert train_gpt.choose_kernels(tiny(DOC_ATTENTION=1), rt)[0]["attention"] == "flash"
+    assert not [line for line in rt.lines if "slow" in line]
+
+
+def test_the_first_kernel_that_is_right_is_taken_every_time(tiny, monkeypatch, pytorchs_flash):
     """fa3 computes something else, cuDNN raises: auto takes flash, twice, and says why."""
     install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend_all)
     for _ in range(2):

@@ -24,7 +24,7 @@ import train_gpt as T  # noqa: E402
 
 def kernels(rt):
     """{name: function} of the kernels to try here; None where a package is missing."""
-    names = [*T.ATTENTION, "sdpa"] if rt.device.type == "cuda" else ["flash", "sdpa"]
+    names = [*T.ATTENTION, "sdpa"] if rt.device.type == "cuda" else ["sdpa"]
     return {name: T.attention_of(T.attention_kernel(name, strict=True)) for name in names}
 
 
