@@ -2266,21 +2266,28 @@ def compensation(hessian_CC, s):
 
 
 # Trellis-coded quantization (Marcellin, Fischer 1990). With u_j = (code j + u_{j−4}) mod 2, 0
-# before the first column, code j stands for code ± ¼: + where u_{j−1} + u_{j−2} + u_{j−3} is odd.
-# So the codes before choose between two grids. The best path through the 16 states (u_{j−4}, ...,
-# u_{j−1}) has a fifth less squared error than rounding at the same entropy, from 2 bits up.
+# before the first column, code j stands for ±(code + ¼): + where u_{j−1} + u_{j−2} + u_{j−3} is
+# odd. So the codes before choose between two grids, n + ¼ and n − ¼. The best path through the 16
+# states (u_{j−4}, ..., u_{j−1}) has a fifth less squared error than rounding at the same entropy,
+# from 1.1 bits up. The sign gives the codes of both grids one distribution, which takes 0.006 bits
+# less at 3.5 bits a code and 0.13 less at 1.2.
 #
 # TRELLIS[u_{j−4}, the other three as a number, u_j], in units of two scales: the value of code j is
-# an integer plus this. 0 or ½: even or odd codes; ±⅛: the offset of ±¼.
+# an integer plus this. 0 or ½: even or odd codes; ±⅛: the ±¼ of the grid.
 TRELLIS = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])[:, None] / 4 - 0.125 + torch.tensor(
     [[[0.0, 0.5]], [[0.5, 0.0]]])
 
 
-def trellis_offsets(codes_RC):
-    """What a trellis adds to each code, ±1/4."""
+def trellis_signs(codes_RC):
+    """The sign, ±1, that a trellis gives each code, int8; of the negative codes it is the same."""
     odd = F.pad((codes_RC & 1).byte(), (4, -codes_RC.size(1) % 4)).unflatten(1, (-1, 4))
     u = odd.cumsum(1, dtype=torch.uint8).flatten(1)  # modulo 256
-    return (u[:, 1:-3] + u[:, 2:-2] + u[:, 3:-1])[:, : codes_RC.size(1)] % 2 / 2 - 0.25
+    return 2 * ((u[:, 1:-3] + u[:, 2:-2] + u[:, 3:-1])[:, : codes_RC.size(1)] & 1).char() - 1
+
+
+def trellis_values(codes_RC):
+    """What codes of a trellis stand for, in scales."""
+    return trellis_signs(codes_RC) * (codes_RC + 0.25)
 
 
 def gptq_codes(w_RC, scales_R, bits, order, shifts_CC, costs_C, trellis=False):
@@ -2320,8 +2327,8 @@ def gptq_codes(w_RC, scales_R, bits, order, shifts_CC, costs_C, trellis=False):
         best = cost.view(P * M, R).argmin(0, keepdim=True)
         errors[part] = paths[: j + 1].flatten(1, 2).gather(1, best.expand(j + 1, 1, R))[:, 0]
         cost = torch.full_like(cost.view(P * M, R), math.inf).scatter(0, best, 0.0)
-    codes = (P * (w_CR - errors)).round() * (scales_R != 0)
-    return codes.to(torch.int8)[order.argsort()].T
+    codes = ((P * (w_CR - errors)).round() * (scales_R != 0)).to(torch.int8)[order.argsort()].T
+    return codes * trellis_signs(codes) if trellis else codes
 
 
 class HessianRecorder(torch.overrides.TorchFunctionMode):
@@ -2392,9 +2399,7 @@ class Quantized:
 
     def weights(self):
         """The fp32 tensor that the file stands for."""
-        w = self.codes.float()
-        if self.trellis:
-            w += trellis_offsets(self.codes)
+        w = trellis_values(self.codes) if self.trellis else self.codes.float()
         return w if self.bits == 16 else w * self.scales[:, None] * self.columns
 
 
@@ -2442,7 +2447,7 @@ class Quantizer:
             else:
                 codes = to_codes(w, scales, bits)
             if trellis:  # it has no zeros: a row that is nearer to 0 than to its codes becomes 0
-                errors = w - (codes + trellis_offsets(codes)) * scales[:, None]
+                errors = w - trellis_values(codes) * scales[:, None]
                 kept = errors.square().sum(1) < w.square().sum(1)
                 codes, scales = codes * kept[:, None], scales * kept
             else:
@@ -2625,7 +2630,7 @@ def encode_artifact(tensors, s, note=""):
     described = [[n, tensors[n].bits, tuple(tensors[n].codes.shape)] for n in order]
     trellis, = {t.trellis for t in coded} or {False}  # of all or of none
     index = compact_json(settings=stored, note=note, tensors=described, distinct=len(distinct),
-                         trellis=trellis)
+                         trellis=trellis and "signed")
     # all low bytes, then all high bytes: high bytes are alike, so they compress better together
     side = index + b"".join(values.astype("<u2").view(np.uint8).reshape(-1, 2).T.tobytes()
                             for values in (distinct, refs, halves))
@@ -2684,8 +2689,8 @@ def decode_artifact(content, path="the artifact"):
         factors = iter(torch.from_numpy(factors).split(lengths))
         halves = iter(torch.from_numpy(halves.view(np.float16)).split(half_sizes))
         symbols = np.frombuffer(CODECS[header["codec"]][1](codes, sum(sizes), shapes), np.uint8)
-        if (trellis := index.get("trellis", False)) not in (True, False):
-            raise ValueError(f"trellis {trellis!r}")
+        if (trellis := index.get("trellis", False)) not in (False, "signed"):  # true: unsigned
+            raise ValueError(f"trellis {trellis!r}, which this version does not read")
         matrices, tensors = iter(torch.from_numpy((symbols ^ 0x80).view(np.int8)).split(sizes)), {}
         for name, bits, shape in described:
             parts = [next(halves)] if bits == 16 else [next(matrices), next(factors), next(factors)]
@@ -2740,8 +2745,8 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
     """The artifact's bytes, at most `budget_bytes`: with the finest scales, or at the lowest level
     that `fitted` finds within the budget. Raises UserError where even the coarsest do not fit."""
     coded, rule = sum(w.numel() for name, w in state.items() if bits_of(name, s) < 16), s
-    if s.quant_fit == "trellis" and 8 * budget_bytes <= 1.5 * coded:
-        rule = replace(s, quant_fit="level")  # at 1.2 bits a weight rounding loses less
+    if s.quant_fit == "trellis" and 8 * budget_bytes <= coded:
+        rule = replace(s, quant_fit="level")  # below 0.8 bits a weight rounding loses less
     quantizer, level = Quantizer(state, rule, calibration), 0.0
     coarsening = [float((finest / rows).nanmedian())  # the level that coarsens half of the rows
                   for _, _, finest, rows, *_ in quantizer.parts.values()]
