@@ -2822,12 +2822,13 @@ class ScoreLedger:
             raise LedgerError(f"{len(nll)} scores from target {first} on, of {len(self.nll)}")
         if not np.isnan(place).all():
             raise LedgerError(f"targets from {first} on are not all new: score each once")
-        bad = ~np.isfinite(nll)
-        if bad.any():
-            raise LedgerError(f"target {first + int(bad.argmax())} scored {nll[bad][0]}")
+        total = float(nll.sum(dtype=np.float64))
+        if not math.isfinite(total):
+            bad = int((~np.isfinite(nll)).argmax())
+            raise LedgerError(f"target {first + bad} scored {nll[bad]}")
         place[:] = nll
         self.scored += len(nll)
-        self.total += float(nll.sum(dtype=np.float64))
+        self.total += total
 
     def rows_for_adapting(self, first, last, length):
         """Non-overlapping rows [n, length + 1] of targets [first, last), a rest left out. Raises
@@ -2975,12 +2976,12 @@ class MatchModel:
     streams before it. One pass over the streams in order would give the same scores."""
 
     def __init__(self, tokens, streams, device):
-        target, kind = torch.from_numpy(tokens[1:].astype(np.int64)).to(device), np.arange(25)
-        prior = 0.05 * np.stack((kind > 0, kind % 5 > 0))[:, None]  # where there is a guess
-        self.streams, self.runs, self.done, self.gained = streams, [], 0, 0.0
+        target = torch.from_numpy(tokens[1:].astype(np.int64)).to(device)
+        kind = torch.arange(25, device=device).expand(streams, -1)
+        prior = 0.05 * torch.stack((kind > 0, kind % 5 > 0)).double()  # where there is a guess
+        self.streams, self.device, self.runs, self.done, self.gained = streams, device, [], 0, 0.0
         for guesses, kinds in matches(tokens, device):
-            self.runs.insert(0, ((guesses == target).cpu().numpy(), kinds.cpu().numpy(),
-                                 np.tile(prior, (1, streams, 1)), np.ones((streams, 25))))
+            self.runs.insert(0, (guesses == target, kinds, prior.clone(), torch.ones_like(prior[0])))
 
     def mixed(self, first, last, nll):
         """The nll of targets after mixing; range n, [first[n], last[n]), is of stream n. With one
@@ -2997,21 +2998,22 @@ class MatchModel:
 
     def _mix(self, first, last, nll):
         """Mix a range of each stream with the weights so far; then learn from it."""
-        counts, before = last - first, nll
+        counts = last - first
         stream = np.repeat(np.arange(len(counts)), counts)
         targets = np.arange(len(nll)) + (first - np.cumsum(counts) + counts)[stream]
+        stream, targets, before = (torch.from_numpy(x).to(self.device)
+                                   for x in (stream, targets, nll.astype(np.float64)))
+        mixed = before
         for hits, kinds, credit, seen in self.runs:
             place, right = 25 * stream + kinds[targets], hits[:, targets]
-            weights = (credit / seen).reshape(2, -1)[:, place]
-            with np.errstate(divide="ignore"):  # log 0: no guess is right
-                guessed = np.log((weights * right).sum(0))
-            nll = -np.logaddexp(np.log1p(-weights.sum(0)) - nll, guessed)
-            worth = np.exp(guessed + nll)
-            for total, new in (*zip(credit, worth * right), (seen, None)):  # None: counts
-                sums = np.bincount(place, new, seen.size).reshape(seen.shape)
-                total += sums.cumsum(0)
-        self.gained += float(before.sum(dtype=np.float64) - nll.sum())
-        return nll
+            weights = (credit / seen).flatten(1)[:, place]
+            guessed = (weights * right).sum(0).log()  # -inf: no guess is right
+            mixed = -torch.logaddexp(torch.log1p(-weights.sum(0)) - mixed, guessed)
+            worth = (guessed + mixed).exp() * right
+            for total, new in (*zip(credit, worth), (seen, None)):  # None: counts
+                total += torch.bincount(place, new, seen.numel()).view_as(seen).cumsum(0)
+        self.gained += float((before - mixed).sum())
+        return mixed.cpu().numpy()
 
 
 def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=None):
@@ -3247,7 +3249,8 @@ class LoraTTT:
         mine = slice(chunk * scorer.streams + self.low, chunk * scorer.streams + self.high)
         first, last, length = scorer.first[mine], scorer.last[mine], self.length
         skip = left < (statistics.median(self.step_seconds[-9:]) if self.step_seconds else 0)
-        skip, scored = rt.from_rank0(skip), (chunk + 1) * scorer.stride > length
+        skip = rt.any_rank(skip and rt.rank == 0)  # rank 0's clock decides
+        scored = (chunk + 1) * scorer.stride > length
         self.skipped += skip
         if scored and len(last):  # earlier rows would begin in another stream's unscored targets
             rows = torch.cat([ledger.rows_for_adapting(end - length, end, length)
