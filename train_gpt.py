@@ -23,6 +23,7 @@ import contextlib
 import difflib
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib
 import io
@@ -731,6 +732,13 @@ class Runtime:
     def any_rank(self, flag):
         """Is `flag` true on any rank? A barrier of the hosts, not of the GPUs."""
         return bool(self.sum_(torch.tensor(float(bool(flag)))))
+
+    def barrier(self):
+        """Wait for the other hosts. Garbage collection no longer scans what exists by now: the
+        objects of the compiler may take it half a second each time."""
+        gc.collect()
+        gc.freeze()
+        self.any_rank(False)
 
     def sum_later(self, x):
         """Start sum_(x)."""
@@ -3026,7 +3034,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=No
     how = ttt.scorer_options(len(tokens) - 1) if ttt else {}
     scorer = Scorer(model, tokens, shape, s, rt, **how)
     ledger, chunks, scoring = ScoreLedger(tokens), scorer.chunks, []
-    rt.any_rank(False)  # a barrier: no clock includes another rank's earlier work
+    rt.barrier()  # no clock includes another rank's earlier work
     started = time.perf_counter()
     match = (MatchModel(tokens, scorer.streams or 1, rt.device)
              if s.eval_match and shape[1] < shape[0] else None)
@@ -3727,7 +3735,7 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     with contextlib.closing(
             batches_of(stream, rt, trainer.rows_per_step, trainer.step)) as reader:
         batches = itertools.chain([next(reader)], reader)  # the first is read before the clock
-        rt.any_rank(False)  # a barrier: on every rank
+        rt.barrier()  # on every rank
         trainer.train(batches, lambda: plain("validation", trainer.late))
         calibration = trainer.calibration(batches) if s.gptq else None
     floating = plain("float")
