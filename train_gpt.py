@@ -2464,8 +2464,9 @@ class Quantizer:
 
         # PyTorch's own threads do not help with arrays as small as those of gptq_codes.
         on_cpu = all(w.device.type == "cpu" for _, w, *_ in self.parts.values())
-        with ThreadPoolExecutor(torch.get_num_threads() if on_cpu else 1) as workers:
-            found = workers.map(lambda part: quantized(*part), self.parts.values())
+        with ThreadPoolExecutor(torch.get_num_threads()) as workers:
+            side_by_side = workers.map if on_cpu else map
+            found = side_by_side(lambda part: quantized(*part), self.parts.values())
             return {**self.fp16, **dict(zip(self.parts, found))}
 
 
