@@ -2901,19 +2901,9 @@ class Scorer:
         held = -(-s.eval_batch_seqs * s.context // self.length)  # most windows at once
         self.batch = -(-most // -(-most // held))  # equal batches
 
-    @torch.no_grad()
-    def warm_up(self, vocab_size, **more):
-        """Compile for the shape of a batch, on random tokens."""
-        rows, targets = (torch.randint(vocab_size, (self.batch, n), device=self.rt.device)
-                         for n in (self.length, self.stride))
-        self.nll(rows, targets, np.arange(self.stride)[None].repeat(self.batch, 0), **more)
-        self.rt.synchronize()
-
-    def nll(self, rows, targets, at, **more):
-        """The model's nll of targets [B, stride] at positions `at` of the rows."""
-        if self.stride < self.length:  # else every position is asked
-            more["at_BN"] = torch.from_numpy(at).to(self.rt.device)
-        return self.model(rows, targets, **more)
+    def warm_up(self):
+        """Compile for the shape of a batch: score one on every rank."""
+        self.score(0, min(self.batch * self.rt.world_size, len(self.first)))
 
     @torch.no_grad()
     def score(self, begin, end, tick=lambda windows: None, more_of=lambda windows: {}):
@@ -2929,10 +2919,11 @@ class Scorer:
             scored = (last - self.stride).clip(min=start) + np.arange(self.stride)
             new = (scored >= first) & (scored < last)
             new[high - b:] = False
-            rows, targets, new, w = (torch.from_numpy(x).to(self.rt.device) for x in (
-                self.tokens[start + np.arange(self.length)], self.tokens[scored + 1], new,
-                w - begin))
-            scores = self.nll(rows, targets, scored - start, **more_of(w))[new]
+            rows, targets, at, new, w = (torch.from_numpy(x).to(self.rt.device) for x in (
+                self.tokens[start + np.arange(self.length)], self.tokens[scored + 1],
+                scored - start, new, w - begin))
+            asked = {"at_BN": at} if self.stride < self.length else {}  # else all positions
+            scores = self.model(rows, targets, **asked, **more_of(w))[new]
             out[place: place + len(scores)] = scores
             place += len(scores)
             tick((min(b + self.batch, high) - low) * self.rt.world_size)
@@ -3114,7 +3105,7 @@ class WeightTTT:
     def warm_up(self, scorer):
         """Compile for the one shape of a micro-batch, on random tokens; no weight changes, but the
         state of the optimizers does: adapt with another WeightTTT."""
-        scorer.warm_up(self.s.vocab_size)
+        scorer.warm_up()
         self._backward(torch.randint(self.s.vocab_size, (self.micro_rows * self.rt.world_size,
                                                          self.s.train_seq_len + 1)))
         self.optimizers.step(0.0, TTT_MOMENTUM)  # rate 0, for the products of Muon
@@ -3243,9 +3234,7 @@ class LoraTTT:
     def warm_up(self, scorer):
         """Compile for the one shape of a batch, on random tokens; nothing changes."""
         self.begin(scorer)
-        windows = torch.full((scorer.batch,), self.low, device=self.rt.device)
-        with torch.no_grad():  # as in Scorer.score
-            scorer.warm_up(self.s.vocab_size, **self.arguments(windows))
+        scorer.score(*scorer.chunks[0], more_of=self.arguments)
         streams = self.high - self.low
         rows = torch.randint(self.s.vocab_size, (streams, self.length + 1), device=self.rt.device)
         self._backward(rows, torch.ones(streams, scorer.stride, device=self.rt.device))
@@ -3789,8 +3778,9 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
     if not rt.compile:
         return
     started, shapes = time.perf_counter(), [(s.context, s.context, 0)]
+    tokens = np.random.default_rng(0).integers(s.vocab_size, size=len(tokens))
     for shape in shapes + [s.scoring_shape] * bool(s.scoring_shape[1]):
-        Scorer(forward, tokens, shape, s, rt).warm_up(s.vocab_size)
+        Scorer(forward, tokens, shape, s, rt).warm_up()
     if s.ttt_enabled:
         ttt = chosen_ttt(model, forward, s, rt)
         ttt.warm_up(Scorer(forward, tokens, s.ttt_shape, s, rt,
