@@ -786,12 +786,6 @@ class Runtime:
                                     "same command with RESUME=auto goes on from it")
         self.signal = number
 
-    def probe_compiler(self):
-        """Raise UserError if torch.compile fails here, before anything is trained."""
-        with explained("torch.compile does not work here", "mend it, or set COMPILE=0, which is "
-                       "several times slower on a GPU", kinds=Exception):
-            self.compiled(lambda x: x * 2 + 1)(torch.ones(8, device=self.device))
-
     def compiled(self, function, **options):
         """The function under torch.compile, where this run compiles."""
         return torch.compile(function, dynamic=False, **options) if self.compile else function
@@ -3908,7 +3902,9 @@ def run_job(s, rt, explicit):
     log_start(s, rt, explicit)
     log_shape(s, rt.log)
     if rt.compile:
-        rt.probe_compiler()
+        with explained("torch.compile does not work here", "mend it, or set COMPILE=0, which is "
+                       "several times slower on a GPU", kinds=Exception):
+            rt.compiled(lambda x: x * 2 + 1)(torch.ones(8, device=rt.device))
     model, names = build_model(s, rt)
     rt.log(" ".join(f"{part}:{name}" for part, name in names.items())
            + f" validation_targets:{len(tokens) - 1} bytes_from:{byte_table.source}")
