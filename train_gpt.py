@@ -2124,25 +2124,24 @@ class WeightAverage:
     """EMA and SWA of the parameters, fp32.
 
     An EMA of fixed decay d is bias-corrected: Σ d^(n−i)·wᵢ / Σ d^(n−i). With EMA_DECAY=0 the
-    average gets a fraction 21/(n + 20) of the newest weights at update n, so that it reaches back
+    average gets a fraction 21/(n + 20) of the newest weights at step n, so that it reaches back
     over 1/21 of the run whatever its length, as 0.997 does for the 7,000 steps of its tuning.
     Without SWA the model then gets 0.6 of it and 0.4 of the last weights, since an average lags
     behind (nanogpt speedrun, track 3; −0.0012 to −0.0019 at 400 steps of 4 × 128, six runs)."""
 
     def __init__(self, model, s):
         self.s, self.params = s, list(model.parameters())
-        self.ema = [torch.zeros_like(p) for p in self.params] if s.ema_enabled else None
-        self.swa, self.updates, self.snapshots = None, 0, 0
+        self.ema, self.swa, self.snapshots = None, None, 0
 
     @torch.no_grad()
     def update(self, step, left):
         """After optimizer step number `step` (from 1), with `left` of the warmdown. True at SWA's
         first snapshot."""
-        params = self.params
-        if self.ema:
-            self.updates += 1
-            n, d = self.updates, self.s.ema_decay
-            torch._foreach_lerp_(self.ema, params, (1 - d) / (1 - d ** n) if d else 21 / (n + 20))
+        params, d = self.params, self.s.ema_decay
+        if self.s.ema_enabled:
+            self.ema = self.ema or [torch.zeros_like(p) for p in params]
+            fraction = (1 - d) / (1 - d ** step) if d else 21 / (step + 20)
+            torch._foreach_lerp_(self.ema, params, fraction)
         if self.s.swa_enabled and left < 0.2 and step % self.s.swa_every == 0:
             self.swa = self.swa or [torch.zeros_like(p) for p in params]
             self.snapshots += 1
@@ -2151,15 +2150,15 @@ class WeightAverage:
         return False
 
     def state(self):
-        return [self.ema, self.swa, self.updates, self.snapshots]
+        return [self.ema, self.swa, self.snapshots]
 
     def load(self, state):
-        self.ema, self.swa, self.updates, self.snapshots = state
+        self.ema, self.swa, self.snapshots = state
 
     @torch.no_grad()
     def apply(self):
         """Give the model its averaged weights; returns "EMA", "SWA", "EMA and SWA", or ""."""
-        averages = {"EMA": self.ema if self.updates else None, "SWA": self.swa}
+        averages = {"EMA": self.ema, "SWA": self.swa}
         averages = {name: tensors for name, tensors in averages.items() if tensors}
         part = 0.6 if self.ema and not self.swa and not self.s.ema_decay else 1.0
         for p, *values in zip(self.params, *averages.values()):
