@@ -177,9 +177,8 @@ class Settings:
     # −0.015 and −0.016 at 600 steps of 4 × 128 with rows of 1,024 tokens, two seeds.
     doc_attention: Flag = 1  # attention and the key offset end where a document begins (#1530)
     # Depth recurrence (#1394, #1493): late in training, blocks run in another order.
-    late_passes: str = "auto"
-        # blocks and ranges of blocks, in the order they run; auto: 0-5,3-5,3-5,6-10 for 11
-        # blocks, scaled to NUM_LAYERS; empty: the order stays
+    late_passes: str = "auto"  # blocks and ranges of blocks, in the order they run; auto:
+        # 0-5,3-5,3-5,6-10 for 11 blocks, scaled to NUM_LAYERS; empty: the order stays
     late_passes_from: Fraction = 0.35  # switch at this fraction of clock or ITERATIONS, the earlier
     parallel: Literal["0", "one", "lanes"] = "lanes"
         # blocks from PARALLEL_FROM on: one: attention and MLP read the same input (#1493); lanes:
@@ -188,9 +187,8 @@ class Settings:
     unet_skips: Literal["0", "1", "gated"] = "gated"
         # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
     # −0.005 to −0.018 at 600 steps of 4 × 128, three seeds; speedrun #81: 65 steps of 1,480 less.
-    mudd: Flag = 1
-        # mix earlier outputs, by token, into the last block's input and the output; with lanes,
-        # into its attention's input
+    mudd: Flag = 1  # mix earlier outputs, by token, into the last block's input and the output;
+        # with lanes, into its attention's input
     # Value 1 mixes across documents, a known mistake; bos closes the gate at document starts.
     smear_gate: Literal["0", "1", "bos", "embed"] = "embed"
         # mix in the previous token; bos: not at BOS; embed: as bos, before the norm (#1667)
@@ -253,9 +251,8 @@ class Settings:
     quant_fit: Literal["trellis", "level", "scale"] = "trellis"
         # scales and codes; scale: all scales grow by one factor until the model fits; level: to one
         # minimum (with GPTQ × the row's tolerance); trellis: scales as level, codes of a trellis
-    quant_clip: Literal["max", "row", "std"] = "max"
-        # a row's clip; max: maximum; row: searched quantile; std: root mean square ×
-        # *_CLIP_SIGMAS (SDClip, #1394)
+    quant_clip: Literal["max", "row", "std"] = "max"  # a row's clip; max: maximum; row: searched
+        # quantile; std: root mean square × *_CLIP_SIGMAS (SDClip, #1394)
     attn_clip_sigmas: Sigmas = 12.85  # QUANT_CLIP=std: of attention, gates and projections
     mlp_clip_sigmas: Sigmas = 12.85  # QUANT_CLIP=std: of the MLP
     embed_clip_sigmas: Sigmas = 20.0  # QUANT_CLIP=std: of embedding tables
@@ -270,23 +267,20 @@ class Settings:
     # == Evaluation
     eval_seq_len: Count = 0  # tokens of a scoring window; 0: TRAIN_SEQ_LEN
     # LoRA TTT, 64 → 32: −0.003 (4 × 128) and −0.008 (demo) in less than twice the time.
-    eval_stride: Count = 32
-        # tokens scored per sliding window or, with EVAL_ATTENTION=banded, per step of the adapters;
-        # 0: plain scoring only
+    eval_stride: Count = 32  # tokens scored per sliding window or, with EVAL_ATTENTION=banded, per
+        # step of the adapters; 0: plain scoring only
     # Tokens read for each that is scored: 32 in windows of stride 64, 1.5 in banded segments.
     eval_attention: Literal["banded", "window"] = "banded"
         # window: windows with stride EVAL_STRIDE; banded: segments of 2 × EVAL_SEQ_LEN tokens, each
         # after EVAL_SEQ_LEN tokens of context; a query sees the last EVAL_SEQ_LEN keys
     # −0.075 in the demo; −0.001 to −0.003 for a model at 1.10 bpb.
-    eval_match: Flag = 1
-        # mix in guesses by matches in the text before, where windows overlap
+    eval_match: Flag = 1  # mix in guesses by matches in the text before, where windows overlap
     eval_wallclock_seconds: Amount = 600.0  # since opening the artifact; caps TTT; 0: no limit
     eval_batch_seqs: Positive = 32  # a rank scores about so many times EVAL_SEQ_LEN tokens at once
     ttt_enabled: Flag = 1  # score-first test-time training
     # LoRA per document: −0.002 to −0.004 (#1530). Weights per chunk: −0.0021 to −0.0033 (#549).
-    ttt_lora_rank: Count = 64
-        # rank of the adapters, reset at each document; 0: train the weights, chunk by chunk.
-        # TTT_OPTIMIZER and the settings below it imply 0, unless this is set too.
+    ttt_lora_rank: Count = 64  # rank of the adapters, reset at each document; 0: train the weights,
+        # chunk by chunk. TTT_OPTIMIZER and the settings below it imply 0, unless this is set too.
     ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
     ttt_batch_seqs: Positive = 256  # rows per TTT step, or streams of adapters, over all ranks
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices only
@@ -296,9 +290,8 @@ class Settings:
     ttt_proj_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's down matrices
     ttt_fc_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's up matrices
     ttt_epochs: Annotated[int, -1, 1000] = 3  # over each chunk; -1: up to 10, as time allows
-    ttt_chunk_tokens: Annotated[int, 0, 2**31] = 0
-        # scored between adaptations; 0: a 64th of the validation set, at most 32768, at least what
-        # a training row and a scoring window hold
+    ttt_chunk_tokens: Annotated[int, 0, 2**31] = 0  # scored between adaptations; 0: a 64th of the
+        # validation set, at most 32768, at least what a training row and a scoring window hold
     ttt_freeze_blocks: Count = 0  # first blocks that are not adapted
 
     head_dim = property(lambda s: s.model_dim // s.num_heads)
