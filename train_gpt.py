@@ -1967,9 +1967,8 @@ class Muon:
     def load(self, state):
         """Take this rank's part of `state`, whatever number of ranks wrote it."""
         for momentum, full in zip(self.momenta, state, strict=True):
-            padding = len(momentum) * self.rt.world_size - len(full)
-            padded = F.pad(full, (0, 0, 0, 0, 0, padding))
-            momentum.copy_(padded.tensor_split(self.rt.world_size)[self.rt.rank])
+            mine = full[len(momentum) * self.rt.rank:][: len(momentum)]
+            momentum[: len(mine)] = mine  # the rest is padding, always 0
 
 
 TTT_MOMENTUM = 0.9  # of SGD, and of Muon at test time
@@ -3074,7 +3073,6 @@ class WeightTTT:
         make, tuned = OPTIMIZERS[s.ttt_optimizer], replace(s, beta2=0.999)
         self.optimizers = Optimizers([make(params, factor * s.ttt_lr, 0.0, tuned, rt)
                                       for factor, params in groups.items()], 1.0, rt)
-        self.params = self.optimizers.params
         rows = min(s.ttt_batch_seqs, s.ttt_chunk_tokens // s.train_seq_len)
         self.micro_rows = max(1, min(-(-rows // rt.world_size),
                                      s.micro_batch_tokens // s.train_seq_len))
@@ -3084,9 +3082,9 @@ class WeightTTT:
         return dict(chunk_tokens=self.s.ttt_chunk_tokens)
 
     def begin(self, scorer):
-        self.started = time.perf_counter()
+        self.started, params = time.perf_counter(), self.optimizers.params
         self.rt.log(f"ttt_weights:start chunks={len(scorer.chunks)} chunk_tokens="
-                    f"{self.s.ttt_chunk_tokens} parameters={sum(p.numel() for p in self.params)}")
+                    f"{self.s.ttt_chunk_tokens} parameters={sum(p.numel() for p in params)}")
 
     def warm_up(self, scorer):
         """Compile for the one shape of a micro-batch, on random tokens; no weight changes, but the
