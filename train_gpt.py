@@ -44,12 +44,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import typing
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_origin, get_type_hints
 
 LAUNCHED = time.perf_counter()  # before torch is imported, which takes seconds
 # OpenMP reads GOMP_SPINCOUNT when torch is imported. By default a waiting thread spins: on busy
@@ -441,7 +440,6 @@ UNREAD = dict(pair.split("=") for pair in """DTG_ENABLED=0 MTP_NUM_HEADS=0 MTP_L
     """.split())
 ALIASES |= {name: {value: {}} for name, value in UNREAD.items()}
 
-
 # Variables of TTT on the weights: setting any of them implies TTT_LORA_RANK=0.
 _NAMES = [f.name.upper() for f in fields(Settings)]
 OF_WEIGHT_TTT = {*_NAMES[_NAMES.index("TTT_OPTIMIZER"):], "TTT_MOMENTUM", "TTT_GRAD_CLIP"}
@@ -463,7 +461,7 @@ def described_settings():
 
 
 DESCRIBED = described_settings()
-TYPES = typing.get_type_hints(Settings, include_extras=True)
+TYPES = get_type_hints(Settings, include_extras=True)
 
 
 def type_text(name):
@@ -471,7 +469,7 @@ def type_text(name):
     declared = TYPES[name]
     if declared is str:
         return "text"
-    if typing.get_origin(declared) is Literal:
+    if get_origin(declared) is Literal:
         return "one of " + ", ".join(str(c) or "(empty)" for c in declared.__args__)
     low, high = declared.__metadata__
     return f"{low} to {high}" if isinstance(low, int) else f"{low:g} to {high:g}"
@@ -488,7 +486,7 @@ def parse_value(name, text):
     declared, text = TYPES[name], str(text).strip()
     if declared is str:
         return text
-    if typing.get_origin(declared) is Literal:
+    if get_origin(declared) is Literal:
         choices = {str(choice): choice for choice in declared.__args__}
         value = choices.get(plain_text(text) if declared is Flag else text)
         if value is None:
@@ -734,7 +732,6 @@ class Runtime:
         self.any_rank(False)
 
     def sum_later(self, x):
-        """Start sum_(x)."""
         return self._started(x, "all_reduce", x)
 
     # torch 2.13 has these names and warns of the older ones.
@@ -1581,8 +1578,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """W₂·LeakyReLU(W₁u)²; slope 0 is relu²."""
-
     def __init__(self, s, kernels):
         super().__init__()
         self.slope, self.kernels = s.leaky_slope, kernels
@@ -2161,10 +2156,9 @@ class WeightAverage:
 
 # ---- 9. Quantizer: weights → finest scales → scales at a level → codes, and back ----------------
 #
-# One number, the level, decides the file's size. The scale of a row of weights is the larger of
-# its finest scale (clip / largest code) and level × tolerance. Codes are weights / scales, rounded
-# or coded in a trellis, stored in about their entropy given row and column. `pack` finds the lowest
-# level that fits.
+# One number, the level, decides the file's size; `pack` finds the lowest that fits. The scale of a
+# row of weights is the larger of its finest scale (clip / largest code) and level × tolerance.
+# Codes are weights / scales, rounded or coded in a trellis; they take about their entropy.
 
 def diverged(what, s):
     return UserError(f"{what}; training diverged: lower MATRIX_LR={s.matrix_lr}, SCALAR_LR="
@@ -2397,11 +2391,10 @@ class Quantized:
 
 
 class Quantizer:
-    """Quantizes all tensors at a level, one number; level 0 gives every row its finest scale.
+    """Quantizes all tensors at a level; level 0 gives every row its finest scale.
 
-    scale of a row = max(finest scale, level × tolerance). QUANT_FIT=scale: tolerances are the
-    finest scales; level, trellis: 1, or those of tolerances() where there is a Calibration.
-    Raises UserError where a weight is not finite or too large for fp16."""
+    QUANT_FIT=scale: tolerances are the finest scales; level, trellis: 1, or those of tolerances()
+    where there is a Calibration. Raises UserError where a weight is not finite or too large."""
 
     def __init__(self, state, s, calibration=None):
         self.s, self.fp16, self.parts = s, {}, {}
@@ -2472,7 +2465,6 @@ LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORM
 # Settings that are not stored: where files are and how this machine computes.
 NOT_STORED = {"data_path", "tokenizer_path", "val_limit_tokens"} | {
     name for name, (section, _) in DESCRIBED.items() if section == "Run" and name != "seed"}
-
 
 # Settings that decide what training and quantization make: a run that goes on, or EVAL_ONLY, must
 # have the same.
