@@ -1003,8 +1003,7 @@ def batches_of(stream, rt, rows_per_step, step=0, ahead=4):
 
 
 def load_validation(s):
-    """Validation tokens, uint16 [⌊(N−1)/T⌋·T + 1], N those on disk, at most VAL_LIMIT_TOKENS + 1.
-    Raises UserError."""
+    """Validation tokens, uint16 [⌊(N−1)/T⌋·T + 1], N ≤ VAL_LIMIT_TOKENS + 1. Raises UserError."""
     paths = shard_paths(s, "val")
     parts = [np.asarray(open_shard(p)) for p in paths]
     for path, part in zip(paths, parts):
@@ -1267,8 +1266,7 @@ def offset_keys(k_BTKE, starts_BT=None):
 
 class GatedXSA(torch.autograd.Function):
     """XSA: the attention output minus its projection on its position's v, times each head's gate.
-    The backward pass takes the heads of a group one by one, so that the compiler makes one kernel
-    of it."""
+    The backward pass takes the heads of a group one by one: the compiler makes one kernel of it."""
 
     @staticmethod
     def forward(ctx, y_BTHE, v_BTKE, gate_BTH):
@@ -1324,8 +1322,7 @@ def cumulative_lengths(starts_BT):
     """Where rows and documents start in the flat batch [B·T], int32, for variable-length kernels,
     padded with B·T to a fixed length: the rows and max(64, B·T/256) documents. If a batch has more,
     the last of them are joined within their rows. FineWeb has a document in 800 tokens; segments
-    have 512 or more.
-    FlashAttention 3 starts thread blocks for the padding too: a longer one takes time."""
+    have 512 or more. FlashAttention 3 starts thread blocks for the padding too, which take time."""
     B, T = starts_BT.shape
     position = torch.arange(B * T, device=starts_BT.device)
     documents = torch.where(starts_BT.flatten(), position, B * T).sort().values
@@ -2122,8 +2119,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step, left):
-        """After optimizer step number `step` (from 1), with `left` of the warmdown. True at SWA's
-        first snapshot."""
+        """After step number `step`, from 1, with `left` of the warmdown. True at SWA's first."""
         params, d = self.params, self.s.ema_decay
         if self.s.ema_enabled:
             self.ema = self.ema or [torch.zeros_like(p) for p in params]
@@ -2280,8 +2276,7 @@ def trellis_values(codes_RC):
 def gptq_codes(w_RC, scales_R, bits, order, shifts_CC, costs_C, trellis=False):
     """Codes with error compensation: later columns make up for the errors of earlier ones (GPTQ,
     Frantar et al. 2022). trellis: a Viterbi search. Of the paths into each state only the cheapest
-    is kept, with its own errors; after each block only the cheapest of all. On a GPU the products
-    are TF32."""
+    is kept, with its own errors; after each block only the cheapest of all. On GPUs in TF32."""
     grid = (TRELLIS if trellis else torch.zeros(1, 1, 1)).to(w_RC.device)[..., None]
     # P·M states: u_{j−4}, then the other three. P also counts the choices of u_j, and weights are
     # in units of P scales. Without a trellis P = M = 1.
@@ -2455,19 +2450,16 @@ class Quantizer:
 # those of every quantized tensor, tensors of equal bits together.
 
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
-# Bounds on what a file may claim to hold, before anything is allocated. Parsed JSON takes twenty
-# times the memory.
+# Bounds on what a file may claim, before anything is allocated. Parsed JSON takes 20 times as much.
 MOST_INDEX_BYTES, MOST_PER_BYTE = 1 << 20, 64
-# Codes are noise to a match finder: a shallow search without literal context packs smaller, in a
-# third of the time.
+# Codes are noise to a match finder: less search and no literal context pack smaller and faster.
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORMAL,
                      mf=lzma.MF_BT4, nice_len=64, depth=1, dict_size=1 << 16)]
 # Settings that are not stored: where files are and how this machine computes.
 NOT_STORED = {"data_path", "tokenizer_path", "val_limit_tokens"} | {
     name for name, (section, _) in DESCRIBED.items() if section == "Run" and name != "seed"}
 
-# Settings that decide what training and quantization make: a run that goes on, or EVAL_ONLY, must
-# have the same.
+# Settings that decide what a run makes: one that goes on, or EVAL_ONLY, must have the same.
 OF_TRAINING = [name for name, (section, _) in DESCRIBED.items() if section != "Evaluation"
                and name not in NOT_STORED | {"micro_batch_tokens", "train_log_every",
                                              "val_loss_every", "warmup_steps"}]
@@ -2688,8 +2680,7 @@ def decode_artifact(content, path="the artifact"):
 
 
 def read_artifact(path, sha256=""):
-    """decode_artifact of a file on disk; errors name the path. Raises UserError if its SHA-256 is
-    another."""
+    """decode_artifact of a file; errors name it. Raises UserError if its SHA-256 is another."""
     with explained(f"{path} cannot be read", "name an artifact of a run", ArtifactError):
         content = Path(path).expanduser().read_bytes()
     if sha256 and sha256 != (found := hashlib.sha256(content).hexdigest()):
@@ -2699,8 +2690,7 @@ def read_artifact(path, sha256=""):
 
 
 def fitted(encoded, budget_bytes, coded, level, start):
-    """(content, level) of the lowest level found whose content fits the budget; of the coarsest
-    level if none fits.
+    """(content, level) of the lowest level that is found to fit; of the coarsest if none does.
 
     The first of at most 30 trials is `level`; if it is 0 and fits, it is returned. Then log₂(level)
     is searched in log₂(start) ± 24, until at most 0.1 % of the budget is free or the level is known
@@ -2789,8 +2779,7 @@ def size_forecast(s):
 # ---- 11. Evaluation: one loop for plain scoring, full context and test-time training ------------
 
 class LedgerError(RuntimeError):
-    """A breach of the rules: a score twice, missing or not finite, or tokens handed out before
-    their scores."""
+    """A breach of the rules: a score twice, missing or not finite; tokens before their scores."""
 
 
 class ScoreLedger:
@@ -2995,11 +2984,11 @@ class MatchModel:
 
 def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=None):
     """Score every target of `tokens` once, in windows of this shape (see Scorer); ttt, a
-    WeightTTT or LoraTTT, trains after each chunk but the last.
+    WeightTTT or LoraTTT, trains after each chunk but the last. Returns the ledger's result with
+    `seconds` and `tokens_read`, and the ledger.
 
     ttt.adapt gets the time left: 98 % of EVAL_WALLCLOCK_SECONDS, less the time since `opened` and
-    a forecast of the remaining scoring. Returns the ledger's result with `seconds` and
-    `tokens_read`, and the ledger."""
+    a forecast of the remaining scoring."""
     how = ttt.scorer_options(len(tokens) - 1) if ttt else {}
     scorer = Scorer(model, tokens, shape, s, rt, **how)
     ledger, chunks, scoring = ScoreLedger(tokens), scorer.chunks, []
