@@ -128,8 +128,7 @@ class Settings:
     The annotation gives the choices or bounds, the comment after it is the help text; lines above
     it are evidence. The defaults are the model of record #1855 (#: a pull request of the
     challenge), with changes that measured better. A figure such as −0.002 is a change in bits per
-    byte: published, or measured by us where the model is small, such as 4 × 128 (blocks × width).
-    """
+    byte: published, or measured by us on a small model, such as 4 × 128 (blocks × width)."""
     # == Run
     preset: str = ""  # row of the preset table to start from
     run_id: str = ""  # names logs/<RUN_ID>.txt and .json; empty: a fresh uuid4
@@ -816,8 +815,7 @@ class Runtime:
 
 
 def printed(line, stream, end="\n"):
-    """Print a line in the stream's encoding; on a terminal it replaces a progress line. False if
-    the stream is closed."""
+    """Print in the stream's encoding, on a terminal over a progress line; False if it is closed."""
     encoding = getattr(stream, "encoding", None) or "utf-8"  # None where it was closed before
     try:
         line = "\r\033[K" * stream.isatty() + line
@@ -1524,8 +1522,7 @@ def matrix(rows, columns):
 
 
 class Attention(nn.Module):
-    """Causal self-attention: grouped queries, QK norm and gain, partial RoPE, value residual, XSA,
-    gate. Source: #414; gate #413."""
+    """Grouped queries, QK norm and gain, partial RoPE, value residual, XSA (#414), gate (#413)."""
 
     def __init__(self, s, kernels):
         super().__init__()
@@ -1718,8 +1715,7 @@ class GPT(nn.Module):
         return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
 
     def adapter_shapes(self):
-        """(outputs R, inputs D) of each adapter of `logits`: of attention and MLP of every
-        pass, then of the logits."""
+        """(outputs R, inputs D) of each adapter: attention and MLP of every pass, the logits."""
         D = self.s.model_dim
         return [(D, D)] * 2 * len(self.passes[True]) + [(self.s.vocab_size, D)]
 
@@ -2215,8 +2211,7 @@ def tolerances(row_energy, column_energy):
     factor of a column is r, the tolerance of a row r·ḡ^(−1/2).
 
     The power −1/2 of g/ḡ would make the cost of errors equal everywhere; −1/4 had the lowest loss
-    on a model of 2 M weights. Values are powers of 2^(1/4): few distinct ones are cheap to store.
-    """
+    on a model of 2 M weights. Values are powers of 2^(1/4): few distinct ones take few bytes."""
     mean = row_energy.mean().clamp_min(1e-30)  # also that of the columns
     logs = [-(energy / mean + 1e-3).log2() for energy in (row_energy, column_energy)]
     rows, columns = (x - x.mean() for x in logs)  # 4·log₂ r
@@ -2783,8 +2778,7 @@ class LedgerError(RuntimeError):
 
 
 class ScoreLedger:
-    """The nll of every target, once: the only source of a score. It hands out tokens for adapting
-    only after they were scored."""
+    """The nll of every target, once: the only source of a score. It hands out scored tokens."""
 
     def __init__(self, tokens):
         self.tokens, self.scored, self.total = tokens, 0, 0.0
@@ -3121,8 +3115,7 @@ class WeightTTT:
             (nll.sum() / batch[:, 1:].numel()).backward()
 
 
-# On all adapters of a rank, [n, P]; by default n is 32 on 8 GPUs and P 3 M. They are compiled, so
-# that each reads its numbers once.
+# On all adapters of a rank, [n, P], by default [32, 3 M] on 8 GPUs; compiled to read them once.
 
 def adapter_uphill(p_NP, initial_P, grad_NP):
     """⟨gradient, adapters − initial adapters⟩ of each stream."""
@@ -3312,8 +3305,7 @@ class Checkpoints:
         return self.rt.from_rank0(problem)
 
     def resume(self, trainer):
-        """With RESUME=auto load the newest whole state, if any, into the trainer. Raises UserError
-        if its key differs."""
+        """With RESUME=auto load the newest whole state. Raises UserError if its key differs."""
         found = sorted(self.folder.glob(self.NAMES), reverse=True) if self.resuming else ()
         for path in found:
             with explained(f"RESUME=auto: {path} cannot be read", "move it away"):
@@ -3434,8 +3426,7 @@ class Trainer:
             self.scheduled, self.step, self.elapsed, self.step_ms, steps)
 
     def train_step(self, rows):
-        """One step of training. Returns (mean nll of this rank's tokens, norm of all gradients,
-        learning-rate factor)."""
+        """One step. Returns (mean nll of this rank's tokens, norm of all gradients, lr_scale)."""
         s = self.scheduled
         scale = lr_scale(s, self.step, self.elapsed)
         left = warmdown_left(s, self.step, self.elapsed)
