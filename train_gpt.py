@@ -1355,8 +1355,7 @@ ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
 def attention_kernel(name, strict=False):
     """(attend, visible) for `name`: FlashAttention's (None if a package is missing), cuDNN's, or
     sdpa's for any other name. If cuDNN refuses an input, PyTorch's next kernel takes it; the last,
-    MATH, stores all attention scores. strict, to test cuDNN: without a mask no other may take the
-    input; with a mask, all but MATH."""
+    MATH, stores all scores. strict, to test cuDNN: only cuDNN, or with a mask all but MATH."""
     kernel = ATTENTION.get(name)
     if kernel is None:
         return sdpa, visible_mask
@@ -1439,8 +1438,7 @@ def random_inputs(rt, *shapes):
 
 def choose_kernels(s, rt):
     """({part: name}, Kernels): for each part the kernel that is set, or the first that is correct
-    here. Attention is tried on whole rows and, if scoring is banded, in windows. Raises UserError
-    if a kernel that is set is not correct."""
+    here. Attention is tried on rows and, if scoring is banded, in windows. Raises UserError."""
     gpu, N, D, R = rt.device.type == "cuda", 256, s.model_dim, s.mlp_hidden
     starts = torch.arange(N, device=rt.device)[None] % 100 == 50 if s.doc_attention else None
 
@@ -2220,8 +2218,7 @@ def tolerances(row_energy, column_energy):
 
 
 def compensation(hessian_CC, s):
-    """(order of the columns, shifts [C, C], costs of squared errors [C]), fp32, for gptq_codes;
-    hessian: Σ xxᵀ of inputs.
+    """(order of columns, shifts [C, C], costs of errors [C]), fp32; hessian: Σ xxᵀ of inputs.
 
     With H = VVᵀ, V upper triangular (Cholesky of the reversed matrix), errors e cost |eV|²: the
     best shift of column j for errors before it is Σ e_i V_ij / V_jj (LDLQ, Chee et al. 2023; the
@@ -2894,8 +2891,7 @@ RUNS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens of the runs that matches() looks for
 
 
 def matches(tokens, device):
-    """Yield for each of RUNS (two guesses, int64 [2, N]; kind, uint8 [N]) of each target, from the
-    tokens before it alone.
+    """Yield (two guesses, int64 [2, N]; kind, uint8 [N]) for each of RUNS, by earlier tokens alone.
 
     Where the last n tokens occurred before, the tokens that followed them the last four times vote.
     The guesses are the two with the most votes, of equals the newest; -1: none. kind is 5·(votes of
@@ -2944,9 +2940,8 @@ class MatchModel:
             self.runs.insert(0, (guesses == target, kinds, prior.clone(), torch.ones_like(prior[0])))
 
     def mixed(self, first, last, nll):
-        """The nll of targets after mixing; range n, [first[n], last[n]), is of stream n. With one
-        stream the ranges are adjacent: they are joined and mixed in rounds of 512 targets or, if
-        that is more, a 64th of those so far."""
+        """The nll of targets after mixing; range n, [first[n], last[n]), is of stream n. Those of
+        one stream are joined and mixed in rounds of 512 or a 64th of the targets so far."""
         if self.streams > 1:
             return self._mix(first, last, nll)
         out, begin, end = [], first[:1], last[-1]
@@ -3359,8 +3354,7 @@ class Trainer:
         mine, most = self.rows_per_step // rt.world_size, s.micro_batch_tokens // s.train_seq_len
         # Rows of a micro-batch: the most that MICRO_BATCH_TOKENS holds, in equal parts.
         self.micro_rows = max(n for n in range(1, min(mine, most) + 1) if mine % n == 0)
-        # Calibration squares the summed gradient of a micro-batch: in more than 8 rows, gradients
-        # of single rows would average out.
+        # Calibration squares the summed gradient of a micro-batch: many rows would average out.
         self.calibration_rows = min(self.micro_rows, 8)
         self.optimizers = training_optimizers(model, s, rt)
         self.averages = WeightAverage(model, s)
