@@ -1013,8 +1013,7 @@ def load_validation(s):
     need = -(-s.context // s.train_seq_len) * s.train_seq_len
     if len(tokens) <= need:
         raise UserError(f"{paths[0].parent}: {len(tokens)} validation tokens, a row needs {need} + "
-                        "1; shorten TRAIN_SEQ_LEN and EVAL_SEQ_LEN, raise VAL_LIMIT_TOKENS, or "
-                        "get more")
+                        "1; shorten TRAIN_SEQ_LEN and EVAL_SEQ_LEN, or raise VAL_LIMIT_TOKENS")
     return tokens[: (len(tokens) - 1) // s.train_seq_len * s.train_seq_len + 1]
 
 
@@ -1051,8 +1050,7 @@ class ByteTable:
         made_by = manifest_of(s, "tokenizer", "sha256")
         if made_by not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
             raise UserError(f"TOKENIZER_PATH={path}: not the tokenizer that made the shards of "
-                            f"DATA_PATH={s.data_path}; name the one of sha256 {made_by}, which "
-                            "the manifest has")
+                            f"DATA_PATH={s.data_path}; name the one of sha256 {made_by}")
         self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
                                   for i in range(V)])
         self.unknown = sp.unk_id()
@@ -1099,8 +1097,7 @@ class ByteTable:
         check_tokens(tokens, len(self.base), path)
         if scored and (unknown := np.count_nonzero(tokens == self.unknown)):
             raise UserError(f"{path}: {unknown} tokens are unknown pieces, which stand for any "
-                            "text: no fair score; build the dataset with a tokenizer with byte "
-                            "fallback, as data/build_dataset.py makes")
+                            "text; use a tokenizer with byte fallback, as of data/build_dataset.py")
         # The sample alone is not enough: its parts cut long documents.
         beginning = tokens[: 1 << 15]
         for parts in [[beginning]] + [sample_parts(tokens)] * (len(tokens) > len(beginning)):
