@@ -3529,8 +3529,7 @@ class Trainer:
                     yield part
                     before, self.elapsed = self.elapsed, clock.read(exact=True)
                     longest = max(longest, self.elapsed - before)
-                    ends = self.elapsed + 2 * longest  # one for the sums over ranks
-                    if 0 < 1000 * s.max_wallclock_seconds < ends:
+                    if 0 < 1000 * s.max_wallclock_seconds < self.elapsed + 2 * longest:
                         self.rt.log("gptq_calibration:stopped early, MAX_WALLCLOCK_SECONDS="
                                     f"{s.max_wallclock_seconds:g} is near")
                         return
