@@ -2110,7 +2110,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step, left):
-        """After step number `step`, from 1, with `left` of the warmdown. True at SWA's first."""
+        """After step `step`, from 1; `left`: of the warmdown. True at SWA's first snapshot."""
         params, d = self.params, self.s.ema_decay
         if self.s.ema_enabled:
             self.ema = self.ema or [torch.zeros_like(p) for p in params]
@@ -2856,7 +2856,7 @@ class Scorer:
         self.batch = -(-most // -(-most // held))  # equal batches
 
     def warm_up(self):
-        """Compile for the shape of a batch: score one on every rank."""
+        """Compile for the shape of a batch: score one on each rank and forget it."""
         self.score(0, min(self.batch * self.rt.world_size, len(self.first)))
 
     @torch.no_grad()
@@ -2938,7 +2938,7 @@ class MatchModel:
 
     def mixed(self, first, last, nll):
         """The nll of targets after mixing; range n, [first[n], last[n]), is of stream n. Those of
-        one stream are joined and mixed in rounds of 512 or a 64th of the targets so far."""
+        one stream are joined and mixed in rounds of 512 or, if more, a 64th of those so far."""
         if self.streams > 1:
             return self._mix(first, last, nll)
         out, begin, end = [], first[:1], last[-1]
