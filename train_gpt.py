@@ -2933,7 +2933,8 @@ class MatchModel:
         prior = 0.05 * torch.stack((kind > 0, kind % 5 > 0)).double()  # where there is a guess
         self.streams, self.device, self.runs, self.done, self.gained = streams, device, [], 0, 0.0
         for guesses, kinds in matches(tokens, device):
-            self.runs.insert(0, (guesses == target, kinds, prior.clone(), torch.ones_like(prior[0])))
+            counts = torch.ones_like(prior[0])
+            self.runs.insert(0, (guesses == target, kinds, prior.clone(), counts))
 
     def mixed(self, first, last, nll):
         """The nll of targets after mixing; range n, [first[n], last[n]), is of stream n. Those of

@@ -178,7 +178,8 @@ def eval_only(corpus, artifact, out, **variables):
 
 def test_eval_only_gives_the_same_scores_and_trains_nothing(trained, run_script, tmp_path):
     done = run_script(EVAL_ONLY=trained.artifact, SCORES_PATH=tmp_path / "scores.npy", **EVERYTHING)
-    assert "EVAL_ONLY: the training was another run's, not checked here" in done.result["violations"]
+    violations = done.result["violations"]
+    assert "EVAL_ONLY: the training was another run's, not checked here" in violations
     expected = {k: v for k, v in trained.result["val_loss"].items() if k != "float"}
     assert done.result["val_loss"] == expected
     assert np.array_equal(np.load(tmp_path / "scores.npy"), trained.scores)
