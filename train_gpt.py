@@ -556,7 +556,8 @@ def rules(s, world_size):
          "must be a multiple of TRAIN_SEQ_LEN"),
         (s.eval_only or rows % world_size == 0, "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN",
          f"{rows} rows on {world_size} ranks; start a number of processes that divides the rows"),
-        (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN", "must hold a row"),
+        (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN",
+         "must hold a row; raise it"),
         (s.scoring_shape[2] or s.eval_stride <= s.context, "EVAL_STRIDE",
          f"exceeds the scoring window of {s.context} tokens; lower it"),
         (not s.ttt_enabled or s.eval_stride, "TTT_ENABLED EVAL_STRIDE",
@@ -723,8 +724,8 @@ class Runtime:
         return bool(self.sum_(torch.tensor(float(bool(flag)))))
 
     def barrier(self):
-        """Wait for the other hosts. Garbage collection no longer scans what exists by now: the
-        objects of the compiler may take it half a second each time."""
+        """Wait for the other hosts. Garbage collection no longer scans what exists by now, nor
+        frees it: the objects of the compiler may take it half a second each time."""
         gc.collect()
         gc.freeze()
         self.any_rank(False)
@@ -1000,7 +1001,8 @@ def batches_of(stream, rt, rows_per_step, step=0, ahead=4):
 
 
 def load_validation(s):
-    """Validation tokens, uint16 [⌊(N−1)/T⌋·T + 1], N ≤ VAL_LIMIT_TOKENS + 1. Raises UserError."""
+    """Validation tokens, uint16 [⌊(N−1)/T⌋·T + 1], N those on disk, at most VAL_LIMIT_TOKENS + 1.
+    Raises UserError."""
     paths = shard_paths(s, "val")
     parts = [np.asarray(open_shard(p)) for p in paths]
     for path, part in zip(paths, parts):
@@ -1012,7 +1014,8 @@ def load_validation(s):
     need = -(-s.context // s.train_seq_len) * s.train_seq_len
     if len(tokens) <= need:
         raise UserError(f"{paths[0].parent}: {len(tokens)} validation tokens, a row needs {need} + "
-                        "1; shorten TRAIN_SEQ_LEN and EVAL_SEQ_LEN, or raise VAL_LIMIT_TOKENS")
+                        "1; shorten TRAIN_SEQ_LEN and EVAL_SEQ_LEN, raise VAL_LIMIT_TOKENS, or "
+                        "get more")
     return tokens[: (len(tokens) - 1) // s.train_seq_len * s.train_seq_len + 1]
 
 
@@ -1326,8 +1329,8 @@ def cumulative_lengths(starts_BT):
 
 
 class TorchFlash:
-    """PyTorch's FlashAttention 2, called as the packages are. The operator is private, since SDPA
-    takes neither a band nor documents, and varlen_attn no grouped heads before PyTorch 2.13."""
+    """PyTorch's FlashAttention 2, called as the packages are. A private operator, because SDPA
+    takes neither a band nor documents, and varlen_attn of PyTorch 2.11 no grouped heads."""
 
     @staticmethod
     def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -2250,7 +2253,7 @@ TRELLIS = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])[:, None] / 4 - 0.125 + torch.te
 
 
 def trellis_signs(codes_RC):
-    """The sign, ±1, that a trellis gives each code, int8; of the negative codes it is the same."""
+    """The sign, ±1, that a trellis gives each code, int8. Negated codes have the same signs."""
     odd = F.pad((codes_RC & 1).byte(), (4, -codes_RC.size(1) % 4)).unflatten(1, (-1, 4))
     u = odd.cumsum(1, dtype=torch.uint8).flatten(1)  # modulo 256
     return 2 * ((u[:, 1:-3] + u[:, 2:-2] + u[:, 3:-1])[:, : codes_RC.size(1)] & 1).char() - 1
@@ -2423,9 +2426,10 @@ class Quantizer:
                 codes *= w != 0  # pruned: 0
             return Quantized(bits, codes.cpu(), scales.cpu(), columns.cpu(), trellis)
 
-        # PyTorch's own threads do not help with arrays as small as those of gptq_codes.
+        # PyTorch's own threads do not help with arrays as small as those of gptq_codes: one each.
         on_cpu = all(w.device.type == "cpu" for _, w, *_ in self.parts.values())
-        with ThreadPoolExecutor(torch.get_num_threads()) as workers:
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,)) as workers:
             side_by_side = workers.map if on_cpu else map
             found = side_by_side(lambda part: quantized(*part), self.parts.values())
             return {**self.fp16, **dict(zip(self.parts, found))}
@@ -2447,7 +2451,7 @@ LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORM
 NOT_STORED = {"data_path", "tokenizer_path", "val_limit_tokens"} | {
     name for name, (section, _) in DESCRIBED.items() if section == "Run" and name != "seed"}
 
-# Settings that decide what a run makes: one that goes on, or EVAL_ONLY, must have the same.
+# Settings that decide what training makes: a run that goes on, or EVAL_ONLY, must have the same.
 OF_TRAINING = [name for name, (section, _) in DESCRIBED.items() if section != "Evaluation"
                and name not in NOT_STORED | {"micro_batch_tokens", "train_log_every",
                                              "val_loss_every", "warmup_steps"}]
@@ -2655,8 +2659,9 @@ def decode_artifact(content, path="the artifact"):
         factors = iter(torch.from_numpy(factors).split(lengths))
         halves = iter(torch.from_numpy(halves.view(np.float16)).split(half_sizes))
         symbols = np.frombuffer(CODECS[header["codec"]][1](codes, sum(sizes), shapes), np.uint8)
-        if (trellis := index.get("trellis", False)) not in (False, "signed"):  # true: unsigned
-            raise ValueError(f"trellis {trellis!r}, which this version does not read")
+        if (trellis := index.get("trellis", False)) not in (False, "signed"):
+            raise ValueError(f"trellis {trellis!r}: true is of an earlier version, whose script "
+                             "reads it")
         matrices, tensors = iter(torch.from_numpy((symbols ^ 0x80).view(np.int8)).split(sizes)), {}
         for name, bits, shape in described:
             parts = [next(halves)] if bits == 16 else [next(matrices), next(factors), next(factors)]
@@ -2710,7 +2715,7 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
     that `fitted` finds within the budget. Raises UserError where even the coarsest do not fit."""
     coded, rule = sum(w.numel() for name, w in state.items() if bits_of(name, s) < 16), s
     if s.quant_fit == "trellis" and 8 * budget_bytes <= coded:
-        rule = replace(s, quant_fit="level")  # below 0.8 bits a weight rounding loses less
+        rule = replace(s, quant_fit="level")  # below 0.8 bits a code rounding loses less
     quantizer, level = Quantizer(state, rule, calibration), 0.0
     coarsening = [float((finest / rows).nanmedian())  # the level that coarsens half of the rows
                   for _, _, finest, rows, *_ in quantizer.parts.values()]
@@ -2771,7 +2776,7 @@ class LedgerError(RuntimeError):
 
 
 class ScoreLedger:
-    """The nll of every target, once: the only source of a score. It hands out scored tokens."""
+    """The nll of every target, once: the only source of a score. Tokens only after their score."""
 
     def __init__(self, tokens):
         self.tokens, self.scored, self.total = tokens, 0, 0.0
@@ -2962,8 +2967,9 @@ class MatchModel:
             guessed = (weights * right).sum(0).log()  # -inf: no guess is right
             mixed = -torch.logaddexp(torch.log1p(-weights.sum(0)) - mixed, guessed)
             worth = (guessed + mixed).exp() * right
-            for total, new in (*zip(credit, worth), (seen, None)):  # None: counts
-                total += torch.bincount(place, new, seen.numel()).view_as(seen).cumsum(0)
+            for total, new in (*zip(credit, worth), (seen, torch.ones_like(mixed))):
+                sums = seen.new_zeros(seen.numel()).index_add_(0, place, new)
+                total += sums.view_as(seen).cumsum(0)
         self.gained += float((before - mixed).sum())
         return mixed.cpu().numpy()
 
@@ -3054,8 +3060,8 @@ class WeightTTT:
                     f"{self.s.ttt_chunk_tokens} parameters={sum(p.numel() for p in params)}")
 
     def warm_up(self, scorer):
-        """Compile for the one shape of a micro-batch, on random tokens; no weight changes, but the
-        state of the optimizers does: adapt with another WeightTTT."""
+        """Compile for the one shape of a micro-batch, on the scorer's tokens and random ones. No
+        weight changes, but the state of the optimizers does: adapt with another WeightTTT."""
         scorer.warm_up()
         self._backward(torch.randint(self.s.vocab_size, (self.micro_rows * self.rt.world_size,
                                                          self.s.train_seq_len + 1)))
@@ -3182,7 +3188,7 @@ class LoraTTT:
         return dict(adapters=self.pairs(self.params[windows - self.low]))
 
     def warm_up(self, scorer):
-        """Compile for the one shape of a batch, on random tokens; nothing changes."""
+        """Compile for the one shape of a batch, on the scorer's tokens and random ones."""
         self.begin(scorer)
         scorer.score(*scorer.chunks[0], more_of=self.arguments)
         streams = self.high - self.low
@@ -3584,7 +3590,7 @@ def log_shape(s, log):
 
 
 def dry_run(s, world_size):
-    """What a run would be, without a device; the data are checked where they are there."""
+    """What a run would be, without a device. Data and tokenizer are opened, if they exist."""
     say = functools.partial(printed, stream=sys.stdout)
     say(f"settings are good; preset:{s.preset or 'none'} world_size:{world_size}")
     log_shape(s, say)
@@ -3596,9 +3602,9 @@ def dry_run(s, world_size):
     say(f"size: code {code} + model {model} at the finest scales (Gaussian weights) = "
         f"{code + model} of {s.artifact_budget_bytes} bytes{fits}")
     try:
-        shards, targets = len(shard_paths(s, "train")), len(load_validation(s)) - 1
-        say(f"data: {shards} training shards and {targets} validation targets in "
-            f"{find_upward(s.data_path)}, bytes counted from {ByteTable(s).source}")
+        shards = [] if s.eval_only else [open_shard(path) for path in shard_paths(s, "train")]
+        say(f"data: {len(shards)} training shards and {len(load_validation(s)) - 1} validation "
+            f"targets in {find_upward(s.data_path)}, bytes counted from {ByteTable(s).source}")
     except UserError as problem:
         say(f"data: not ready: {problem}")
 
@@ -3637,8 +3643,9 @@ def claim_places(s, rt, path, log_path):
     with explained(f"OUT_DIR: {log_path} cannot be written", "set OUT_DIR to another folder"):
         log_path.parent.mkdir(parents=True, exist_ok=True)
         if log_path.exists():
-            n = next(n for n in itertools.count(1)
-                     if not log_path.with_suffix(f".{n}.txt").exists())
+            name = re.compile(re.escape(log_path.stem) + r"\.(\d{1,9})\.txt")
+            taken = [int(m[1]) for m in map(name.fullmatch, os.listdir(log_path.parent)) if m]
+            n = 1 + max(taken, default=0)  # the highest is the newest
             for old in log_path, log_path.with_suffix(".json"):
                 if old.exists():
                     old.rename(old.with_suffix(f".{n}{old.suffix}"))
@@ -3724,7 +3731,7 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
     if not rt.compile:
         return
     started, shapes = time.perf_counter(), [(s.context, s.context, 0)]
-    tokens = np.random.default_rng(0).integers(s.vocab_size, size=len(tokens))
+    tokens = np.random.default_rng(0).integers(s.vocab_size, size=len(tokens), dtype=np.uint16)
     for shape in shapes + [s.scoring_shape] * bool(s.scoring_shape[1]):
         Scorer(forward, tokens, shape, s, rt).warm_up()
     if s.ttt_enabled:

@@ -1144,15 +1144,22 @@ def result_files(place):
     raise Problem(f"{place}: no result there; give an OUT_DIR with logs/<RUN_ID>.json, or a file")
 
 
+RESUMED = re.compile(r"^resume:(?:step (\d+)|.* is finished)", re.M)
+
+
 def earlier_logs(path, log):
-    """Logs of the parts before: the script numbers them RUN_ID.1.txt and so on, the last highest,
-    and a part that went on says so."""
-    numbers = sorted(int(n) for p in path.parent.iterdir()
-                     if (n := p.name.removeprefix(path.stem + ".").removesuffix(".txt")).isdigit())
-    found = []
-    while numbers and re.search(r"^resume:(step|.* is finished)", log.body, re.M):
-        log = read_logs(path.with_suffix(f".{numbers.pop()}.txt"))[-1]
-        found.append(log)
+    """[(log, last step that counts)] of the parts before a run was resumed, the last first. The
+    script numbers them RUN_ID.1.txt and so on; a part that went on says from which step. Logs of
+    another seed, and of starts that trained nothing, are left out."""
+    names = map(re.compile(re.escape(path.stem) + r"\.([1-9]\d*)\.txt").fullmatch,
+                (p.name for p in path.parent.iterdir()))
+    numbers, found, last = sorted(int(name[1]) for name in names if name), [], math.inf
+    while numbers and (resumed := RESUMED.search(log.body)):
+        part = read_logs(path.with_suffix(f".{numbers.pop()}.txt"))[-1]
+        if part.seed == log.seed and (part.curve or "\ncheckpoint:step" in part.body):
+            last = min(last, int(resumed[1] or sys.maxsize))
+            found.append((part, last))
+            log = part
     return found
 
 
@@ -1176,10 +1183,12 @@ def open_run(path):
     if wrong:
         raise Problem(f"{path}: not the result of {log_path.name}: {'; '.join(wrong)}")
     earlier = earlier_logs(path, log)
-    for name in "curve", "validation":  # steps that were done again replace those of before
-        points = (point for part in (*reversed(earlier), log) for point in getattr(part, name))
-        log = replace(log, **{name: list({point[0]: point for point in points}.values())})
-    return Run(path, result, log, earlier)
+    for name in "curve", "validation":  # without the steps that were lost or done again
+        points = {point[0]: point for part, last in reversed(earlier)
+                  for point in getattr(part, name) if point[0] <= last}
+        points.update((point[0], point) for point in getattr(log, name))
+        log = replace(log, **{name: list(points.values())})
+    return Run(path, result, log, [part for part, _ in earlier])
 
 
 def open_runs(places):
@@ -1340,9 +1349,9 @@ The last evaluation counts.
 {verdict}
 ```
 
-`train_seed<SEED>.log` begins with the source of the script; `result_seed<SEED>.json` holds all \
-settings, the hash of the code ({sha256}…) and of the score ledger; `train_gpt.py` is the script \
-as it ran.
+`train_seed<SEED>.log` begins with the source of the script; `_prev1`, `_prev2`, ... are the parts \
+before a run was resumed. `result_seed<SEED>.json` holds all settings, the hash of the code \
+({sha256}…) and of the score ledger; `train_gpt.py` is the script as it ran.
 """
 
 

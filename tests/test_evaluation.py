@@ -705,6 +705,20 @@ def test_tail_and_muon_choose_their_parameters(tiny):
     assert "bigram.proj" in chosen(**MUON)
 
 
+def test_warming_up_reads_no_validation_token(tiny, monkeypatch):
+    w, seen = world(tiny, VAL_LIMIT_TOKENS=352, **BANDED_LANES), []
+    w.rt.compile, w.rt.compiled = True, lambda function, **how: function
+
+    class Watched(train_gpt.Scorer):
+        def __init__(self, model, tokens, *more, **how):
+            seen.append(tokens)
+            super().__init__(model, tokens, *more, **how)
+    monkeypatch.setattr(train_gpt, "Scorer", Watched)
+    train_gpt.warm_up_evaluations(w.model, w.model, w.s, w.rt, w.tokens)
+    assert len(seen) == 3  # plain, banded, with adapters
+    assert all(len(x) == len(w.tokens) and (x != w.tokens).mean() > 0.9 for x in seen)
+
+
 @pytest.mark.parametrize("variables", [MUON, BANDED_LANES], ids=["muon", "streams"])
 def test_warming_up_leaves_the_weights_of_the_artifact(tiny, variables):
     w = world(tiny, VAL_LIMIT_TOKENS=352, **variables)

@@ -401,6 +401,20 @@ def test_codes_of_a_trellis_use_their_range_whatever_the_size_of_weights(tiny, b
     assert ((stored - clipped)[1:].abs() <= 1.26).all()
 
 
+def test_matrices_are_coded_the_same_by_any_number_of_threads(tiny):
+    state = {f"cores.{i}.attn.{kind}": gaussian(40, 70, 3 * i) for i in range(3) for kind in "qk"}
+    quantizer = Quantizer(state, tiny())
+    one, threads = quantizer.at(0.3), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        three = quantizer.at(0.3)
+        assert torch.get_num_threads() == 3, "the threads of the main thread stay"
+    finally:
+        torch.set_num_threads(threads)
+    assert [*one] == [*three] == [*state]
+    assert all(torch.equal(one[name].codes, three[name].codes) for name in state)
+
+
 def test_rows_that_a_trellis_would_spoil_are_zeros(tiny):
     """A trellis has no zeros: rows of zeros stay so, and so do rows far below their scale."""
     w = torch.cat((gaussian(1, 64), 0.01 * gaussian(2, 64), torch.zeros(1, 64)))

@@ -483,7 +483,9 @@ def test_what_pack_makes_passes_its_check(runs, pack, tmp_path, capsys):
 
 def test_the_logs_of_a_resumed_run_are_packed(runs, pack, tmp_path, capsys):
     """Each part is kept, as far back as the parts say that they went on; the check takes the last.
-    run.1.txt is of another run of that name."""
+    run.1.txt is of another run of that name; run.4.txt of a start that was refused, run.5.txt of
+    another seed; run.x.txt and 7.txt belong to other runs. Step 500 was lost: run.txt goes on from
+    step 2."""
     place = runs()
     logs = place / "42" / "logs"
     text = (logs / "run.txt").read_text()
@@ -496,13 +498,17 @@ def test_the_logs_of_a_resumed_run_are_packed(runs, pack, tmp_path, capsys):
         unfinished = part.partition("final_int6")[0] if name in ("run.2.txt", "run.3.txt") else part
         resumed = "resume:step 2 train_time:168ms\n" if name in ("run.3.txt", "run.txt") else ""
         (logs / name).write_text(unfinished.replace("step:", resumed + "step:", 1))
+    (logs / "run.4.txt").write_text(text.partition("step:")[0])
+    (logs / "run.5.txt").write_text(log_text(7, 1.9))
+    for name in ("run.x.txt", "run.07.txt", "7.txt"):
+        (logs / name).write_text(text)
     assert pack(place) == 0, capsys.readouterr()
     kept = {p.name: p.read_bytes() for p in (tmp_path / "packed").glob("train_seed42*.log")}
     assert kept == {made: (logs / name).read_bytes() for made, name in (
         ("train_seed42.log", "run.txt"), ("train_seed42_prev1.log", "run.2.txt"),
         ("train_seed42_prev2.log", "run.3.txt"))}
     run = submission.open_run(logs / "run.json")
-    assert [point[0] for point in run.log.curve] == [1, 2, 500, 7000], "the whole curve"
+    assert [point[0] for point in run.log.curve] == [1, 2, 7000]
     sub = submission.check(tmp_path / "packed", against=BEATEN)
     assert {s for s, *_ in sub.findings} == {PASS, UNCHECKED}, submission.verdict_lines(sub)
 

@@ -6,7 +6,7 @@
 train_gpt.py times no kernel: it takes the first right one in a fixed order, so that the same
 machine chooses the same. The times behind that order, and behind ATTENTION=<name>, are made here.
 Settings by environment variables, as for the script. FLOPs are those of the positions that a query
-sees: 4·E a pair and head forward, 2.5 times that backward. On a CPU: PyTorch's kernels.
+sees: 4·E a pair and head forward, 2.5 times that backward. On a CPU: PyTorch's choice.
 """
 import argparse
 import functools
