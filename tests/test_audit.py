@@ -306,11 +306,11 @@ CHEATS = {
                 begin, end, more_of=lambda passes: ttt.arguments(passes.flip(0))))
 """ + RECORD)),
     "a guess knows its target": (["2"], "away from what the text before it gives", (
-        "(guesses == target).cpu", "(guesses == guesses * torch.tensor([[1], [0]])).cpu")),
+        "(guesses == target, kinds", "(guesses == guesses * torch.tensor([[1], [0]]), kinds")),
     "weights learn before the score": (["2"], "away from what the text before it gives", (
-        "            weights = (credit / seen).reshape(2, -1)[:, place]\n",
-        "            credit[0].ravel()[place] += right[0]\n"
-        "            weights = np.minimum(credit / seen, 0.4).reshape(2, -1)[:, place]\n"
+        "            weights = (credit / seen).flatten(1)[:, place]\n",
+        "            credit[0].view(-1)[place] += right[0]\n"
+        "            weights = (credit / seen).clamp(max=0.4).flatten(1)[:, place]\n"
         "            weights *= kinds[targets] > 0\n")),
     "guesses by other tokens": (["2"], "away from what the text before it gives", (
         "MatchModel(tokens, scorer", "MatchModel(np.roll(tokens, -1), scorer")),
