@@ -1469,7 +1469,7 @@ def choose_kernels(s, rt):
                             f"of {MLP_TILE['BN']}); {setting.upper()}=auto takes what works")
     if gpu and s.doc_attention and names["attention"] in ("cudnn", "sdpa"):
         rt.log("attention:slow, DOC_ATTENTION=1 without FlashAttention reads a mask [B, T, T] in "
-               "each pass: pip install flash-attn, or DOC_ATTENTION=0")
+               "each pass; DOC_ATTENTION=0 needs none")
     mlp = LeakySquareMLP.apply if names["mlp"] == "triton" else leaky_square_mlp
     return names, Kernels(*attention_kernel(names["attention"]), mlp)
 
