@@ -2267,7 +2267,7 @@ def trellis_values(codes_RC):
 def gptq_codes(w_RC, scales_R, bits, order, shifts_CC, costs_C, trellis=False):
     """Codes with error compensation: later columns make up for the errors of earlier ones (GPTQ,
     Frantar et al. 2022). trellis: a Viterbi search. Of the paths into each state only the cheapest
-    is kept, with its own errors; after each block only the cheapest of all. On GPUs in TF32."""
+    is kept, with its own errors; after each block only the cheapest of all. GPUs use TF32."""
     grid = (TRELLIS if trellis else torch.zeros(1, 1, 1)).to(w_RC.device)[..., None]
     # P·M states: u_{j−4}, then the other three. P also counts the choices of u_j, and weights are
     # in units of P scales. Without a trellis P = M = 1.
@@ -2715,7 +2715,7 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
     that `fitted` finds within the budget. Raises UserError where even the coarsest do not fit."""
     coded, rule = sum(w.numel() for name, w in state.items() if bits_of(name, s) < 16), s
     if s.quant_fit == "trellis" and 8 * budget_bytes <= coded:
-        rule = replace(s, quant_fit="level")  # below 0.8 bits a code rounding loses less
+        rule = replace(s, quant_fit="level")  # so few bits lose less by rounding
     quantizer, level = Quantizer(state, rule, calibration), 0.0
     coarsening = [float((finest / rows).nanmedian())  # the level that coarsens half of the rows
                   for _, _, finest, rows, *_ in quantizer.parts.values()]
