@@ -1319,7 +1319,7 @@ def cumulative_lengths(starts_BT):
     """Where rows and documents start in the flat batch [B·T], int32, for variable-length kernels,
     padded with B·T to a fixed length: the rows and max(64, B·T/256) documents. If a batch has more,
     the last of them are joined within their rows. FineWeb has a document in 800 tokens; segments
-    have 512 or more. FlashAttention 3 starts thread blocks for the padding too, which take time."""
+    have 512 or more. FlashAttention starts thread blocks for the padding too, which take time."""
     B, T = starts_BT.shape
     position = torch.arange(B * T, device=starts_BT.device)
     documents = torch.where(starts_BT.flatten(), position, B * T).sort().values
@@ -2267,7 +2267,8 @@ def trellis_values(codes_RC):
 def gptq_codes(w_RC, scales_R, bits, order, shifts_CC, costs_C, trellis=False):
     """Codes with error compensation: later columns make up for the errors of earlier ones (GPTQ,
     Frantar et al. 2022). trellis: a Viterbi search. Of the paths into each state only the cheapest
-    is kept, with its own errors; after each block only the cheapest of all. GPUs use TF32."""
+    is kept, with its own errors; after each block only the cheapest of all. On a GPU the products
+    are TF32."""
     grid = (TRELLIS if trellis else torch.zeros(1, 1, 1)).to(w_RC.device)[..., None]
     # P·M states: u_{j−4}, then the other three. P also counts the choices of u_j, and weights are
     # in units of P scales. Without a trellis P = M = 1.
@@ -2426,7 +2427,8 @@ class Quantizer:
                 codes *= w != 0  # pruned: 0
             return Quantized(bits, codes.cpu(), scales.cpu(), columns.cpu(), trellis)
 
-        # PyTorch's own threads do not help with arrays as small as those of gptq_codes: one each.
+        # A thread for each matrix: PyTorch's own do not help with arrays as small as those of
+        # gptq_codes. A GPU computes one matrix after the other in any case.
         on_cpu = all(w.device.type == "cpu" for _, w, *_ in self.parts.values())
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,)) as workers:
@@ -2715,7 +2717,7 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
     that `fitted` finds within the budget. Raises UserError where even the coarsest do not fit."""
     coded, rule = sum(w.numel() for name, w in state.items() if bits_of(name, s) < 16), s
     if s.quant_fit == "trellis" and 8 * budget_bytes <= coded:
-        rule = replace(s, quant_fit="level")  # so few bits lose less by rounding
+        rule = replace(s, quant_fit="level")  # at so few bits rounding loses less
     quantizer, level = Quantizer(state, rule, calibration), 0.0
     coarsening = [float((finest / rows).nanmedian())  # the level that coarsens half of the rows
                   for _, _, finest, rows, *_ in quantizer.parts.values()]
@@ -2772,11 +2774,13 @@ def size_forecast(s):
 # ---- 11. Evaluation: one loop for plain scoring, full context and test-time training ------------
 
 class LedgerError(RuntimeError):
-    """A breach of the rules: a score twice, missing or not finite; tokens before their scores."""
+    """A breach of the rules: a score twice, missing or not finite, or tokens wanted before their
+    scores."""
 
 
 class ScoreLedger:
-    """The nll of every target, once: the only source of a score. Tokens only after their score."""
+    """The nll of every target, once: the only source of a score. It hands out tokens for adapting
+    only after they were scored."""
 
     def __init__(self, tokens):
         self.tokens, self.scored, self.total = tokens, 0, 0.0

@@ -344,6 +344,12 @@ def test_codes_of_a_trellis_are_those_of_the_slow_search(tiny):
         assert found.tolist() == expected
 
 
+def entropy(codes):
+    """Bits a code."""
+    shares = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
+    return -(shares * np.log2(shares)).sum()
+
+
 @pytest.mark.parametrize("inputs, most", [("white", 0.81), ("correlated", 0.72)])
 def test_a_trellis_has_a_fifth_less_error_at_the_same_entropy(tiny, inputs, most):
     """Less again where inputs are correlated: 16 paths find better compensation than one."""
@@ -354,19 +360,14 @@ def test_a_trellis_has_a_fifth_less_error_at_the_same_entropy(tiny, inputs, most
     for trellis in (False, True):
         codes = train_gpt.gptq_codes(w, scales, 8, *prepared, trellis)
         off = w - train_gpt.Quantized(8, codes, scales, torch.ones(256), trellis).weights()
-        shares = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
         errors.append(float(((off @ hessian) * off).sum()))
-        entropies.append(-(shares * np.log2(shares)).sum())
+        entropies.append(entropy(codes))
     assert errors[1] < most * errors[0] and -0.05 < entropies[1] - entropies[0] < 0.01
 
 
 @pytest.mark.parametrize("deviation", [0.45, 0.7, 1.0, 2.0])  # of weights in scales
 def test_a_trellis_wins_down_to_one_bit(tiny, deviation):
     """Against rounding at the scale that has the same entropy."""
-    def entropy(codes):
-        shares = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
-        return -(shares * np.log2(shares)).sum()
-
     def rounded(deviation):
         return train_gpt.to_codes(w, torch.full((64,), 1 / deviation), 8)
     w, scales = gaussian(64, 256), torch.full((64,), 1 / deviation)
