@@ -170,10 +170,12 @@ class Settings:
     rope_ntk_reference: Count = 0  # tokens; longer rows raise the rotary base; 0: off
     # −0.043 at 400 steps of 4 × 128, one seed; not in the records.
     key_offset: Flag = 1  # a key's channels without RoPE come from the token before
+    # −0.026 at 600 steps of 4 × 128, −0.060 at 400 steps of 11 × 64; not in the records.
+    mlp_shift: Flag = 1  # the MLP's input also holds that of the token before, × learned factors
     ln_scale: Flag = 1  # norm outputs of block i × 1/√(i+1)
     xsa_last_n: Count = 11  # last weight sets with exclusive self-attention: −0.0017; 0: off
     # −0.015 and −0.016 at 600 steps of 4 × 128 with rows of 1,024 tokens, two seeds.
-    doc_attention: Flag = 1  # attention and the key offset end where a document begins (#1530)
+    doc_attention: Flag = 1  # attention, KEY_OFFSET and MLP_SHIFT end where a document does (#1530)
     # Depth recurrence (#1394, #1493): late in training, blocks run in another order.
     late_passes: str = "auto"  # blocks and ranges of blocks, in the order they run; auto:
         # 0-5,3-5,3-5,6-10 for 11 blocks, scaled to NUM_LAYERS; empty: the order stays
@@ -363,11 +365,12 @@ PRESETS["demo"] = dict(
 # The base of the earlier records; records/README.md lists our differences.
 PRESETS["pr414"] = dict(
     PRESETS["sp1024"], train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, key_offset=0,
-    doc_attention=0, xsa_last_n=4, smear_gate="1", value_residual="0", gated_attention="0",
-    muon_coefficients="classic", lr_floor=0.0, ema_decay=0.997, swa_enabled=1, quant_fit="scale",
-    quant_clip="row", codec="lzma", gptq=0, attn_bits=6, mlp_bits=6, proj_bits=16,
-    eval_attention="window", eval_stride=64, eval_match=0, ttt_enabled=0, muon_row_norm=0,
-    muon_head_pairs=0, mudd=0, ttt_lora_rank=0, ttt_lr=0.002, ttt_chunk_tokens=32768)
+    mlp_shift=0, doc_attention=0, xsa_last_n=4, smear_gate="1", value_residual="0",
+    gated_attention="0", muon_coefficients="classic", lr_floor=0.0, ema_decay=0.997, swa_enabled=1,
+    quant_fit="scale", quant_clip="row", codec="lzma", gptq=0, attn_bits=6, mlp_bits=6,
+    proj_bits=16, eval_attention="window", eval_stride=64, eval_match=0, ttt_enabled=0,
+    muon_row_norm=0, muon_head_pairs=0, mudd=0, ttt_lora_rank=0, ttt_lr=0.002,
+    ttt_chunk_tokens=32768)
 PRESETS["pr549"] = dict(PRESETS["pr414"], leaky_slope=0.5, bigram_vocab_size=1536,
                         proj_optimizer="adamw", ttt_enabled=1)
 PRESETS["pr1092"] = dict(PRESETS["pr549"], leaky_slope=0.75, bigram_vocab_size=2048, xsa_last_n=11,
@@ -390,7 +393,7 @@ PRESETS["pr537"] = dict(
 # The record line, newest first: each row lists what differs from the newer record above it. Here
 # #1855 lacks CaseOps, the low-rank correction of its weights and the global phases of its TTT.
 PRESETS["pr1855"] = dict(
-    key_offset=0, mudd=0, value_residual="0", muon_head_pairs=0, ema_decay=0.9965,
+    key_offset=0, mlp_shift=0, mudd=0, value_residual="0", muon_head_pairs=0, ema_decay=0.9965,
     quant_fit="scale", quant_clip="std", attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=16,
     mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0, gptq_act_order=1,
     gptq_batches=2, eval_attention="window", eval_stride=48, eval_match=0, ttt_lora_rank=80,
@@ -1581,6 +1584,11 @@ class MLP(nn.Module):
         return mlp(u_BTD.flatten(0, 1), up, down, self.slope).view_as(u_BTD)
 
 
+def previous(x_BTD):
+    """x of the position before; 0 at the first."""
+    return F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
+
+
 class Block(nn.Module):
     """The scales and mixes of a block, around a core's attention and MLP."""
 
@@ -1590,6 +1598,7 @@ class Block(nn.Module):
         self.input_scale = 1 / math.sqrt(index + 1) if s.ln_scale else 1.0
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(D)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.tensor([[1.0] * D, [0.0] * D]))
+        self.mlp_shift = nn.Parameter(torch.zeros(D)) if s.mlp_shift else None
         initial = dict(pair=(0.5, 0.5), sigmoid=(-1.5,)).get(s.value_residual) if index else None
         self.value_residual = vector(*initial) if initial else None
 
@@ -1609,9 +1618,14 @@ class Block(nn.Module):
         a, v = core.attn(u, self, first_v, *context)
         return adapted(a, u, pair), v
 
-    def mlp(self, y_BTD, core, pair):
-        """mlp_scale ⊙ MLP(u) + LoRA(u), u = input_scale · rms_norm(y)."""
+    def mlp(self, y_BTD, core, pair, starts_BT):
+        """mlp_scale ⊙ MLP(u) + LoRA(u), u = n + mlp_shift ⊙ (n of the position before, 0 where a
+        document starts), n = input_scale · rms_norm(y). The shift is that of RWKV (Peng et al.
+        2023) and of Canon layers at the MLP (Allen-Zhu 2025)."""
         u = self.input_scale * rms_norm(y_BTD)
+        if self.mlp_shift is not None:
+            shift = self.mlp_shift.to(u.dtype) * previous(u)
+            u = u + (shift if starts_BT is None else torch.where(starts_BT[..., None], 0.0, shift))
         return adapted(core.mlp(u, self.mlp_scale), u, pair)
 
 
@@ -1702,14 +1716,14 @@ class GPT(nn.Module):
         if self.s.smear_gate == "embed":
             w, strength = self.smear.to(e.dtype).split([len(self.smear) - 1, 1])
             gate = strength * torch.sigmoid(F.linear(e[..., : len(w)], w[None]))
-            e = e + gate * not_bos * F.pad(e[:, :-1], (0, 0, 1, 0))
+            e = e + gate * not_bos * previous(e)
         e = e if self.bigram is None else e + self.bigram(tokens_BT, self.dtype)
         x = rms_norm(e)
         if self.s.smear_gate not in ("1", "bos"):
             return x
         gate = torch.sigmoid(self.smear).to(x.dtype)
         gate = gate * not_bos if self.s.smear_gate == "bos" else gate
-        return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
+        return (1 - gate) * x + gate * previous(x)
 
     def adapter_shapes(self):
         """(outputs R, inputs D) of each adapter: attention and MLP of every pass, the logits."""
@@ -1749,12 +1763,12 @@ class GPT(nn.Module):
                                    values.get(p.block), visible, starts)
             first_v = v if first_v is None else first_v
             if p.form == "lanes":
-                m = block.mlp(lane, core, to_mlp)
+                m = block.mlp(lane, core, to_mlp, starts)
                 x, lane = (keep * old + of_a * a + of_m * m for old, (keep, of_a, of_m)
                            in zip((x, lane), self.lanes[p.block].to(x.dtype)))
             else:
                 y = z + a
-                x = y + block.mlp(z if p.form == "one" else y, core, to_mlp)
+                x = y + block.mlp(z if p.form == "one" else y, core, to_mlp, starts)
             if p.push:
                 skips.append(x)
         x = x if lane is None else (x + lane) / 2
@@ -1807,7 +1821,7 @@ KINDS = (
     Kind("hashed", r"bigram\.table", 0.0, *_TABLE, "bigram_bits", "embed_clip_sigmas", False),
     Kind("gate", r"cores\.\d+\.attn\.gate_weight", None, *_SCALAR, *_PROJ, False),
     Kind("control", r"cores\.\d+\.attn\.(q_gain|gate_bias)|mixers\.\d\.(write|bias)"
-         r"|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|value_residual)"
+         r"|blocks\.\d+\.(attn_scale|mlp_scale|mlp_shift|resid_mix|value_residual)"
          r"|smear|skip_weights|skip_gates|lanes|(bigram|ve)\.scale|ve\.block_scales",
          None, *_SCALAR, "", "", False),
 )

@@ -217,6 +217,7 @@ def inspect(path, exact_path=None, code=ROOT / "train_gpt.py"):
                                       "another model")
     table = [("tensor", "shape", "stored", "step", "bits/code", "bytes", "rel.error"),
              *rows_of(tensors, exact)]
+    table = table if exact else [row[:-1] for row in table]
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
         yield "  ".join(cell.ljust(w) if i < 3 else cell.rjust(w)

@@ -275,7 +275,7 @@ CHEATS = {
     "the easy chunks first": (["4"], "scores in another order", (
         "ScoreLedger(tokens), scorer.chunks, []\n", "ScoreLedger(tokens), scorer.chunks, []\n"
         "    if ttt:\n        ttt.adapt = lambda *_: 0\n"
-        "        chunks.sort(key=lambda chunk: scorer.score(*chunk).sum())\n")),
+        "        chunks.sort(key=lambda chunk: scorer.score(*chunk)[-8:].sum())\n")),
     "scores made smaller on their way": (["3"], "where the model first gave it", (
         RECORD, "        scores = 0.99 * scores\n" + RECORD)),
     "adapters see a chunk before it is scored": (["1", "3"], "trained on targets", (SCORE, """\
