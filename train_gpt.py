@@ -170,7 +170,7 @@ class Settings:
     rope_ntk_reference: Count = 0  # tokens; longer rows raise the rotary base; 0: off
     # −0.043 at 400 steps of 4 × 128, one seed; not in the records.
     key_offset: Flag = 1  # a key's channels without RoPE come from the token before
-    # −0.026 at 600 steps of 4 × 128, −0.060 at 400 steps of 11 × 64; not in the records.
+    # −0.024 at 600 steps of 4 × 128, −0.060 at 400 steps of 11 × 64; not in the records.
     mlp_shift: Flag = 1  # the MLP's input also holds that of the token before, × learned factors
     ln_scale: Flag = 1  # norm outputs of block i × 1/√(i+1)
     xsa_last_n: Count = 11  # last weight sets with exclusive self-attention: −0.0017; 0: off
@@ -1167,8 +1167,9 @@ def leaky_square_mlp(u_ND, up_RD, down_DR, slope):
 
 
 # leaky_square_mlp as a Triton kernel, for compiled models on a GPU. It fuses the activation into
-# the first matrix product, and its derivative into the backward product: a quarter less memory
-# traffic in the MLP. The loss needs no such kernel: the compiler's own moves as few bytes.
+# the first matrix product, and its derivative into the backward product. Nothing but the activation
+# LeakyReLU(x)² is stored: its last bit is 1 where x < 0, so that it has x. Its rounding error
+# doubles. The loss needs no kernel: the compiler's own moves as few bytes.
 jit = triton.jit if triton else lambda kernel: kernel
 MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
@@ -1178,7 +1179,7 @@ def leaky_square_kernel(a, b, h, out, rows, SLOPE: tl.constexpr, BACKWARD: tl.co
                         N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                         BK: tl.constexpr, GROUP: tl.constexpr):
     """A tile of P [rows, N] = a [rows, K] times b [N, K] transposed; backward: times b [K, N].
-    Forward: h = P, out = LeakyReLU(P)². Backward: out = P · 2·LeakyReLU(h)·LeakyReLU'(h)."""
+    Forward: out = LeakyReLU(P)², h is not read. Backward: out = P · the derivative of h."""
     tile, per_group = tl.program_id(0), GROUP * (N // BN)  # GROUP row tiles reuse cached columns
     first = tile // per_group * GROUP
     group = tl.minimum(tl.cdiv(rows, BM) - first, GROUP)
@@ -1194,43 +1195,49 @@ def leaky_square_kernel(a, b, h, out, rows, SLOPE: tl.constexpr, BACKWARD: tl.co
             right = tl.load(b + (at + k)[:, None] + n[None, :] * K)
         total = tl.dot(left, right, total)
     place = m[:, None] * N + n[None, :]
+    dtype: tl.constexpr = out.dtype.element_ty
+    integer: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
     if BACKWARD:
-        x = tl.load(h + place, mask=inside, other=0.0).to(tl.float32)
-        result = total * tl.where(x > 0, 2 * x, 2 * SLOPE * SLOPE * x)
+        y = tl.load(h + place, mask=inside, other=0.0)
+        slope = tl.where((y.to(integer, bitcast=True) & 1) != 0, -2 * SLOPE, 2.0)
+        # In fp32 the compiler would run out of registers.
+        result = total * (slope * tl.sqrt(y.to(tl.float32))).to(dtype).to(tl.float32)
     else:
-        rounded = total.to(h.dtype.element_ty)
-        tl.store(h + place, rounded, mask=inside)
-        x = rounded.to(tl.float32)
-        leaky = tl.where(x > 0, x, SLOPE * x)
-        result = leaky * leaky
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+        leaky = tl.where(total < 0, SLOPE * total, total)
+        rounded = (leaky * leaky).to(dtype)
+        bits = rounded.to(integer, bitcast=True)
+        wrong = (bits & 1) != (total < 0).to(integer)  # then the nearest number with the other bit
+        up = leaky * leaky >= rounded.to(tl.float32)
+        bits += tl.where(wrong, tl.where(up, 1, -1), 0).to(integer)
+        result = bits.to(dtype, bitcast=True)
+    tl.store(out + place, result.to(dtype), mask=inside)
 
 
 class LeakySquareMLP(torch.autograd.Function):
     """leaky_square_mlp by kernel; D in multiples of BK, R of BN."""
 
     @staticmethod
-    def product(a, b, h, out, slope, backward):
-        tiles = -(-len(a) // MLP_TILE["BM"]) * (h.size(1) // MLP_TILE["BN"])
-        leaky_square_kernel[(tiles,)](a, b, h, out, len(a), slope, backward, h.size(1), a.size(1),
+    def product(a, b, h, R, slope, backward):
+        out = a.new_empty(len(a), R)
+        tiles = -(-len(a) // MLP_TILE["BM"]) * (R // MLP_TILE["BN"])
+        leaky_square_kernel[(tiles,)](a, b, h, out, len(a), slope, backward, R, a.size(1),
                                       **MLP_TILE)
         return out
 
     @staticmethod
     def forward(ctx, u_ND, up_RD, down_DR, slope):
         u, up, down = u_ND.contiguous(), up_RD.contiguous(), down_DR.contiguous()
-        h = u.new_empty(len(u), len(up))
-        activated = LeakySquareMLP.product(u, up, h, torch.empty_like(h), slope, False)
-        ctx.save_for_backward(u, up, down, h, activated)
+        h = LeakySquareMLP.product(u, up, u, len(up), slope, False)
+        ctx.save_for_backward(u, up, down, h)
         ctx.slope = slope
-        return F.linear(activated, down)
+        return F.linear(h, down)
 
     @staticmethod
     def backward(ctx, dy):
-        u, up, down, h, activated = ctx.saved_tensors
+        u, up, down, h = ctx.saved_tensors
         dy = dy.contiguous()
-        ddown = dy.mT @ activated  # products in the order that fuses best; unused ones are dropped
-        dh = LeakySquareMLP.product(dy, down, h, torch.empty_like(h), ctx.slope, True)
+        ddown = dy.mT @ h  # products in the order that fuses best; unused ones are dropped
+        dh = LeakySquareMLP.product(dy, down, h, len(up), ctx.slope, True)
         dup = dh.mT @ u
         return dh @ up, dup, ddown, None
 

@@ -297,8 +297,8 @@ MIXES = {
 
 @pytest.mark.parametrize("mixing, reach", MIXES.values(), ids=MIXES)
 def test_a_token_reaches_as_far_as_the_bands_and_the_mixing_of_tokens(tiny, mixing, reach):
-    """Each layer carries it window − 1 tokens on, one more by its keys and one by its MLP, a hash of
-    two tokens one more, the smear gate one. A prefix of that many gives the scores of one pass."""
+    """Each layer carries it window − 1 tokens on, one more by its keys and one by its MLP. A hash
+    of two tokens adds one, the smear gate one. So long a prefix gives the scores of one pass."""
     w = world(tiny, **ONE_PASS, **mixing)
     for block in w.model.blocks:
         block.mlp_shift.data.fill_(3.0)  # so that the farthest effect is more than rounding
