@@ -170,7 +170,7 @@ class Settings:
     rope_ntk_reference: Count = 0  # tokens; longer rows raise the rotary base; 0: off
     # −0.043 at 400 steps of 4 × 128, one seed; not in the records.
     key_offset: Flag = 1  # a key's channels without RoPE come from the token before
-    # −0.024 at 600 steps of 4 × 128, −0.060 at 400 steps of 11 × 64; not in the records.
+    # −0.024 at 600 steps of 4 × 128, one seed; not in the records.
     mlp_shift: Flag = 1  # the MLP's input also holds that of the token before, × learned factors
     ln_scale: Flag = 1  # norm outputs of block i × 1/√(i+1)
     xsa_last_n: Count = 11  # last weight sets with exclusive self-attention: −0.0017; 0: off
@@ -1167,9 +1167,9 @@ def leaky_square_mlp(u_ND, up_RD, down_DR, slope):
 
 
 # leaky_square_mlp as a Triton kernel, for compiled models on a GPU. It fuses the activation into
-# the first matrix product, and its derivative into the backward product. Nothing but the activation
-# LeakyReLU(x)² is stored: its last bit is 1 where x < 0, so that it has x. Its rounding error
-# doubles. The loss needs no kernel: the compiler's own moves as few bytes.
+# the first matrix product, and its derivative into the backward product. It stores LeakyReLU(x)²,
+# not x: the last bit is the sign of x, so that the derivative can be computed from it. The loss
+# needs no kernel: the compiler's own moves as few bytes.
 jit = triton.jit if triton else lambda kernel: kernel
 MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
@@ -1179,7 +1179,8 @@ def leaky_square_kernel(a, b, h, out, rows, SLOPE: tl.constexpr, BACKWARD: tl.co
                         N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                         BK: tl.constexpr, GROUP: tl.constexpr):
     """A tile of P [rows, N] = a [rows, K] times b [N, K] transposed; backward: times b [K, N].
-    Forward: out = LeakyReLU(P)², h is not read. Backward: out = P · the derivative of h."""
+    Forward: out = LeakyReLU(P)², h is not read. Backward: out = P · LeakyReLU²' at the input
+    whose activation is h."""
     tile, per_group = tl.program_id(0), GROUP * (N // BN)  # GROUP row tiles reuse cached columns
     first = tile // per_group * GROUP
     group = tl.minimum(tl.cdiv(rows, BM) - first, GROUP)
@@ -1200,13 +1201,13 @@ def leaky_square_kernel(a, b, h, out, rows, SLOPE: tl.constexpr, BACKWARD: tl.co
     if BACKWARD:
         y = tl.load(h + place, mask=inside, other=0.0)
         slope = tl.where((y.to(integer, bitcast=True) & 1) != 0, -2 * SLOPE, 2.0)
-        # In fp32 the compiler would run out of registers.
+        # Rounded, because in fp32 the compiler spills 288 bytes of registers instead of 44.
         result = total * (slope * tl.sqrt(y.to(tl.float32))).to(dtype).to(tl.float32)
     else:
         leaky = tl.where(total < 0, SLOPE * total, total)
         rounded = (leaky * leaky).to(dtype)
         bits = rounded.to(integer, bitcast=True)
-        wrong = (bits & 1) != (total < 0).to(integer)  # then the nearest number with the other bit
+        wrong = (bits & 1) != (total < 0).to(integer)  # then the next number towards leaky²
         up = leaky * leaky >= rounded.to(tl.float32)
         bits += tl.where(wrong, tl.where(up, 1, -1), 0).to(integer)
         result = bits.to(dtype, bitcast=True)
@@ -1626,9 +1627,9 @@ class Block(nn.Module):
         return adapted(a, u, pair), v
 
     def mlp(self, y_BTD, core, pair, starts_BT):
-        """mlp_scale ⊙ MLP(u) + LoRA(u), u = n + mlp_shift ⊙ (n of the position before, 0 where a
-        document starts), n = input_scale · rms_norm(y). The shift is that of RWKV (Peng et al.
-        2023) and of Canon layers at the MLP (Allen-Zhu 2025)."""
+        """mlp_scale ⊙ MLP(u) + LoRA(u), n = input_scale · rms_norm(y), u = n + mlp_shift ⊙ (n of
+        the position before, 0 at the first and where attention ends), as a Canon layer before the
+        MLP (Allen-Zhu 2025) and much like the token shift of RWKV (Peng et al. 2023)."""
         u = self.input_scale * rms_norm(y_BTD)
         if self.mlp_shift is not None:
             shift = self.mlp_shift.to(u.dtype) * previous(u)
@@ -1743,7 +1744,7 @@ class GPT(nn.Module):
         Position t sees tokens 0..t, or in each layer the last `band` keys. `late`: the passes
         are those after the switch to LATE_PASSES. `adapters`: for each of adapter_shapes a pair
         (A [B,r,D], B [B,R,r]); B·A·u is added to the output for input u. `segment`: attention ends
-        every so many tokens (a tensor: a number would be compiled in)."""
+        every so many tokens, as at a document (a tensor: a number would be compiled in)."""
         x = x0 = self.embed(tokens_BT)
         values = self.ve(tokens_BT, x.dtype) if self.ve is not None else {}
         first_v, skips, lane, middle, rotary = None, [], None, None, (self.cos, self.sin)

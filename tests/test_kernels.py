@@ -57,6 +57,21 @@ def test_the_mlp_kernel_is_the_plain_mlp(rows, tile, slope, kind, seed):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=small)
 
 
+def test_an_activation_is_rounded_to_a_number_whose_last_bit_is_the_sign_of_its_input():
+    """In fp16: within a unit in the last place, as often too large as too small; NaN stays."""
+    u = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)).half()
+    u[0] = torch.nan
+    inputs = torch.cat((torch.eye(16), -torch.eye(16))).half()  # so that P = u and −u, exactly
+    found = LeakySquareMLP.product(u, inputs, u, 32, 0.5, False)[1:]
+    x = torch.cat((u, -u), 1).double()[1:]
+    exact = torch.where(x < 0, 0.5 * x, x).square()
+    bits = found.view(torch.int16)
+    assert torch.equal((bits & 1).bool(), x < 0)
+    error = (found.double() - exact) / ((bits + 1).view(torch.float16) - found).double()
+    assert error.abs().max() <= 1 and abs(error.mean()) < 0.05
+    assert LeakySquareMLP.product(u, inputs, u, 32, 0.5, False)[0].isnan().all()
+
+
 def test_inputs_of_any_layout_are_taken():
     """Slices and transposes, as a model may hand them in."""
     u = torch.randn(20, 40)[:, 4:36]

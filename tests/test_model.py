@@ -385,7 +385,7 @@ def test_settings_that_pass_the_checks_make_a_model_that_runs(tiny, variables):
     (dict(BIGRAM_VOCAB_SIZE=0), r"^bigram\."), (dict(VE_LAYERS=""), r"^ve\."),
     (dict(SMEAR_GATE=0), "^smear"), (dict(UNET_SKIPS=0), "^skip_weights"),
     (dict(VALUE_RESIDUAL=0), r"\.value_residual$"), (dict(GATED_ATTENTION=0), r"\.gate_"),
-    (dict(GATED_ATTENTION="sparse"), r"\.gate_bias$")])
+    (dict(GATED_ATTENTION="sparse"), r"\.gate_bias$"), (dict(MLP_SHIFT=0), r"\.mlp_shift$")])
 def test_a_part_that_is_off_has_no_parameter(tiny, off, pattern):
     names = [{n for n, _ in GPT(tiny(**v)).named_parameters() if re.search(pattern, n)}
              for v in (dict(), off)]
