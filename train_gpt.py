@@ -170,7 +170,7 @@ class Settings:
     rope_ntk_reference: Count = 0  # tokens; longer rows raise the rotary base; 0: off
     # −0.043 at 400 steps of 4 × 128, one seed; not in the records.
     key_offset: Flag = 1  # a key's channels without RoPE come from the token before
-    # −0.024 at 600 steps of 4 × 128, one seed; not in the records.
+    # −0.024 at 600 steps of 4 × 128, −0.057 at 400 of 11 × 64, one seed each; not in the records.
     mlp_shift: Flag = 1  # the MLP's input also holds that of the token before, × learned factors
     ln_scale: Flag = 1  # norm outputs of block i × 1/√(i+1)
     xsa_last_n: Count = 11  # last weight sets with exclusive self-attention: −0.0017; 0: off
