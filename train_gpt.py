@@ -171,7 +171,7 @@ class Settings:
     # −0.043 at 400 steps of 4 × 128, one seed; not in the records.
     key_offset: Flag = 1  # a key's channels without RoPE come from the token before
     # −0.024 at 600 steps of 4 × 128, −0.057 at 400 of 11 × 64, one seed each; not in the records.
-    mlp_shift: Flag = 1  # the MLP's input also holds that of the token before, × learned factors
+    mlp_shift: Flag = 1  # the MLP also reads its input at the token before, × learned factors
     ln_scale: Flag = 1  # norm outputs of block i × 1/√(i+1)
     xsa_last_n: Count = 11  # last weight sets with exclusive self-attention: −0.0017; 0: off
     # −0.015 and −0.016 at 600 steps of 4 × 128 with rows of 1,024 tokens, two seeds.
@@ -1628,8 +1628,8 @@ class Block(nn.Module):
 
     def mlp(self, y_BTD, core, pair, starts_BT):
         """mlp_scale ⊙ MLP(u) + LoRA(u), n = input_scale · rms_norm(y), u = n + mlp_shift ⊙ (n of
-        the position before, 0 at the first and where attention ends), as a Canon layer before the
-        MLP (Allen-Zhu 2025) and much like the token shift of RWKV (Peng et al. 2023)."""
+        the position before; 0 at the first of a row or, with DOC_ATTENTION=1, of a document). A
+        Canon layer of one tap (Allen-Zhu 2025); RWKV's token shift is alike (Peng et al. 2023)."""
         u = self.input_scale * rms_norm(y_BTD)
         if self.mlp_shift is not None:
             shift = self.mlp_shift.to(u.dtype) * previous(u)

@@ -351,6 +351,7 @@ def test_inspect_adds_up_to_the_files_size(files, packed, capsys):
     assert len(unpacked) == side
     assert f"{sum(w.numel() for w in files.weights.values())} weights" in out
     assert "steps fitted by: trellis 0; codec rans" in out
+    assert "rel.error" not in out, "no column without --float"
 
 
 @pytest.mark.parametrize("kind", ["half", "state"])
