@@ -192,8 +192,10 @@ class Version:
         return first(self.chosen["attention"]) if first else contextlib.nullcontext()
 
     def step(self):
-        step = getattr(self.trainer, "optimize", None) or self.trainer.step
-        return step(next(self.batches), LR_SCALE, MOMENTUM, False)
+        batch = next(self.batches)
+        if hasattr(self.trainer, "optimize"):
+            return self.trainer.optimize(batch, LR_SCALE, MOMENTUM)  # with the late passes
+        return self.trainer.step(batch, LR_SCALE, MOMENTUM, False)  # without fake quantization
 
     def stacks(self):
         """[(Newton–Schulz, matrices of one shape)] of Muon."""
@@ -220,7 +222,7 @@ class Version:
         rt, s, ms = self.rt, self.s, {}
 
         def forward():
-            nll = self.forward(rows[:, :-1].long(), rows[:, 1:].long(), False)
+            nll = self.forward(rows[:, :-1].long(), rows[:, 1:].long())
             return nll.sum() / s.train_batch_tokens
 
         with self.kernels():
