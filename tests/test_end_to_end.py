@@ -456,7 +456,10 @@ def test_every_part_of_the_first_run_on_a_hopper_runs_small_on_a_cpu(tmp_path):
                           env=environ, capture_output=True, text=True)
     ends = dict(re.findall(r"^(\w+): (done|ended with status \d+) at", done.stdout, re.M))
     assert ends.pop("attention_banded") and set(ends.values()) == {"done"}, done.stdout[-3000:]
-    assert len(ends) == 6
+    assert len(ends) == 8
+    again = subprocess.run(["bash", tmp_path / "tests/bench/hopper.sh", tmp_path / "logs"],
+                           env={**environ, "LIMIT": "9"}, capture_output=True, text=True)
+    assert again.stdout.count(": done before\n") == 8 and "banded: left out" in again.stdout
 
 
 # -- the budget
