@@ -170,12 +170,10 @@ class Settings:
     rope_ntk_reference: Count = 0  # tokens; longer rows raise the rotary base; 0: off
     # −0.043 at 400 steps of 4 × 128, one seed; not in the records.
     key_offset: Flag = 1  # a key's channels without RoPE come from the token before
-    # −0.024 at 600 steps of 4 × 128, −0.057 at 400 of 11 × 64, one seed each; not in the records.
-    mlp_shift: Flag = 1  # the MLP also reads its input at the token before, × learned factors
     ln_scale: Flag = 1  # norm outputs of block i × 1/√(i+1)
     xsa_last_n: Count = 11  # last weight sets with exclusive self-attention: −0.0017; 0: off
     # −0.015 and −0.016 at 600 steps of 4 × 128 with rows of 1,024 tokens, two seeds.
-    doc_attention: Flag = 1  # attention, KEY_OFFSET and MLP_SHIFT end where a document does (#1530)
+    doc_attention: Flag = 1  # attention and the key offset end where a document begins (#1530)
     # Depth recurrence (#1394, #1493): late in training, blocks run in another order.
     late_passes: str = "auto"  # blocks and ranges of blocks, in the order they run; auto:
         # 0-5,3-5,3-5,6-10 for 11 blocks, scaled to NUM_LAYERS; empty: the order stays
@@ -365,12 +363,11 @@ PRESETS["demo"] = dict(
 # The base of the earlier records; records/README.md lists our differences.
 PRESETS["pr414"] = dict(
     PRESETS["sp1024"], train_order="sequential", leaky_slope=0.0, qk_gain_init=1.5, key_offset=0,
-    mlp_shift=0, doc_attention=0, xsa_last_n=4, smear_gate="1", value_residual="0",
-    gated_attention="0", muon_coefficients="classic", lr_floor=0.0, ema_decay=0.997, swa_enabled=1,
-    quant_fit="scale", quant_clip="row", codec="lzma", gptq=0, attn_bits=6, mlp_bits=6,
-    proj_bits=16, eval_attention="window", eval_stride=64, eval_match=0, ttt_enabled=0,
-    muon_row_norm=0, muon_head_pairs=0, mudd=0, ttt_lora_rank=0, ttt_lr=0.002,
-    ttt_chunk_tokens=32768)
+    doc_attention=0, xsa_last_n=4, smear_gate="1", value_residual="0", gated_attention="0",
+    muon_coefficients="classic", lr_floor=0.0, ema_decay=0.997, swa_enabled=1, quant_fit="scale",
+    quant_clip="row", codec="lzma", gptq=0, attn_bits=6, mlp_bits=6, proj_bits=16,
+    eval_attention="window", eval_stride=64, eval_match=0, ttt_enabled=0, muon_row_norm=0,
+    muon_head_pairs=0, mudd=0, ttt_lora_rank=0, ttt_lr=0.002, ttt_chunk_tokens=32768)
 PRESETS["pr549"] = dict(PRESETS["pr414"], leaky_slope=0.5, bigram_vocab_size=1536,
                         proj_optimizer="adamw", ttt_enabled=1)
 PRESETS["pr1092"] = dict(PRESETS["pr549"], leaky_slope=0.75, bigram_vocab_size=2048, xsa_last_n=11,
@@ -393,7 +390,7 @@ PRESETS["pr537"] = dict(
 # The record line, newest first: each row lists what differs from the newer record above it. Here
 # #1855 lacks CaseOps, the low-rank correction of its weights and the global phases of its TTT.
 PRESETS["pr1855"] = dict(
-    key_offset=0, mlp_shift=0, mudd=0, value_residual="0", muon_head_pairs=0, ema_decay=0.9965,
+    key_offset=0, mudd=0, value_residual="0", muon_head_pairs=0, ema_decay=0.9965,
     quant_fit="scale", quant_clip="std", attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=16,
     mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0, gptq_act_order=1,
     gptq_batches=2, eval_attention="window", eval_stride=48, eval_match=0, ttt_lora_rank=80,
@@ -1592,11 +1589,6 @@ class MLP(nn.Module):
         return mlp(u_BTD.flatten(0, 1), up, down, self.slope).view_as(u_BTD)
 
 
-def previous(x_BTD):
-    """x of the position before; 0 at the first."""
-    return F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
-
-
 class Block(nn.Module):
     """The scales and mixes of a block, around a core's attention and MLP."""
 
@@ -1606,7 +1598,6 @@ class Block(nn.Module):
         self.input_scale = 1 / math.sqrt(index + 1) if s.ln_scale else 1.0
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(D)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.tensor([[1.0] * D, [0.0] * D]))
-        self.mlp_shift = nn.Parameter(torch.zeros(D)) if s.mlp_shift else None
         initial = dict(pair=(0.5, 0.5), sigmoid=(-1.5,)).get(s.value_residual) if index else None
         self.value_residual = vector(*initial) if initial else None
 
@@ -1626,14 +1617,9 @@ class Block(nn.Module):
         a, v = core.attn(u, self, first_v, *context)
         return adapted(a, u, pair), v
 
-    def mlp(self, y_BTD, core, pair, starts_BT):
-        """mlp_scale ⊙ MLP(u) + LoRA(u), n = input_scale · rms_norm(y), u = n + mlp_shift ⊙ (n of
-        the position before; 0 at the first of a row or, with DOC_ATTENTION=1, of a document). A
-        Canon layer of one tap (Allen-Zhu 2025); RWKV's token shift is alike (Peng et al. 2023)."""
+    def mlp(self, y_BTD, core, pair):
+        """mlp_scale ⊙ MLP(u) + LoRA(u), u = input_scale · rms_norm(y)."""
         u = self.input_scale * rms_norm(y_BTD)
-        if self.mlp_shift is not None:
-            shift = self.mlp_shift.to(u.dtype) * previous(u)
-            u = u + (shift if starts_BT is None else torch.where(starts_BT[..., None], 0.0, shift))
         return adapted(core.mlp(u, self.mlp_scale), u, pair)
 
 
@@ -1724,14 +1710,14 @@ class GPT(nn.Module):
         if self.s.smear_gate == "embed":
             w, strength = self.smear.to(e.dtype).split([len(self.smear) - 1, 1])
             gate = strength * torch.sigmoid(F.linear(e[..., : len(w)], w[None]))
-            e = e + gate * not_bos * previous(e)
+            e = e + gate * not_bos * F.pad(e[:, :-1], (0, 0, 1, 0))
         e = e if self.bigram is None else e + self.bigram(tokens_BT, self.dtype)
         x = rms_norm(e)
         if self.s.smear_gate not in ("1", "bos"):
             return x
         gate = torch.sigmoid(self.smear).to(x.dtype)
         gate = gate * not_bos if self.s.smear_gate == "bos" else gate
-        return (1 - gate) * x + gate * previous(x)
+        return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
 
     def adapter_shapes(self):
         """(outputs R, inputs D) of each adapter: attention and MLP of every pass, the logits."""
@@ -1744,7 +1730,7 @@ class GPT(nn.Module):
         Position t sees tokens 0..t, or in each layer the last `band` keys. `late`: the passes
         are those after the switch to LATE_PASSES. `adapters`: for each of adapter_shapes a pair
         (A [B,r,D], B [B,R,r]); B·A·u is added to the output for input u. `segment`: attention ends
-        every so many tokens, as at a document (a tensor: a number would be compiled in)."""
+        every so many tokens (a tensor: a number would be compiled in)."""
         x = x0 = self.embed(tokens_BT)
         values = self.ve(tokens_BT, x.dtype) if self.ve is not None else {}
         first_v, skips, lane, middle, rotary = None, [], None, None, (self.cos, self.sin)
@@ -1771,12 +1757,12 @@ class GPT(nn.Module):
                                    values.get(p.block), visible, starts)
             first_v = v if first_v is None else first_v
             if p.form == "lanes":
-                m = block.mlp(lane, core, to_mlp, starts)
+                m = block.mlp(lane, core, to_mlp)
                 x, lane = (keep * old + of_a * a + of_m * m for old, (keep, of_a, of_m)
                            in zip((x, lane), self.lanes[p.block].to(x.dtype)))
             else:
                 y = z + a
-                x = y + block.mlp(z if p.form == "one" else y, core, to_mlp, starts)
+                x = y + block.mlp(z if p.form == "one" else y, core, to_mlp)
             if p.push:
                 skips.append(x)
         x = x if lane is None else (x + lane) / 2
@@ -1829,7 +1815,7 @@ KINDS = (
     Kind("hashed", r"bigram\.table", 0.0, *_TABLE, "bigram_bits", "embed_clip_sigmas", False),
     Kind("gate", r"cores\.\d+\.attn\.gate_weight", None, *_SCALAR, *_PROJ, False),
     Kind("control", r"cores\.\d+\.attn\.(q_gain|gate_bias)|mixers\.\d\.(write|bias)"
-         r"|blocks\.\d+\.(attn_scale|mlp_scale|mlp_shift|resid_mix|value_residual)"
+         r"|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|value_residual)"
          r"|smear|skip_weights|skip_gates|lanes|(bigram|ve)\.scale|ve\.block_scales",
          None, *_SCALAR, "", "", False),
 )

@@ -131,13 +131,6 @@ def attention(p, s, i, u, row, first):
     return torch.cat(heads, 1) @ p[core + "o"].T, own
 
 
-def mlp_input(p, s, i, u, row):
-    """u, and with MLP_SHIFT that of the token before, if it is of the same document."""
-    return u if not s.mlp_shift else torch.stack([
-        u[t] if t == 0 or (s.doc_attention and row[t] == train_gpt.BOS)
-        else u[t] + p[f"blocks.{i}.mlp_shift"] * u[t - 1] for t in range(len(row))])
-
-
 def mixed(p, site, x, *others):
     """Factors of each token, from an MLP with the GELU written out, times `others`, added to x."""
     inner = rms(x) @ p[f"mixers.{site}.read"].T
@@ -179,11 +172,10 @@ def reference(p, s, row, targets, added=None):
         first = own if n == 0 else first
         attn = p[f"blocks.{i}.attn_scale"] * attn + scale * rms(z) @ added[2 * n].T
         read = {"0": z + attn, "one": z, "lanes": lane}[form]
-        read = mlp_input(p, s, i, scale * rms(read), row)
-        hidden = read @ p[f"cores.{i % s.cores}.mlp.up"].T
+        hidden = scale * rms(read) @ p[f"cores.{i % s.cores}.mlp.up"].T
         hidden = torch.where(hidden >= 0, hidden, s.leaky_slope * hidden) ** 2
         mlp = hidden @ p[f"cores.{i % s.cores}.mlp.down"].T
-        mlp = p[f"blocks.{i}.mlp_scale"] * mlp + read @ added[2 * n + 1].T
+        mlp = p[f"blocks.{i}.mlp_scale"] * mlp + scale * rms(read) @ added[2 * n + 1].T
         if form == "lanes":
             (r0, a0, m0), (r1, a1, m1) = p["lanes"][i]
             x, lane = r0 * x + a0 * attn + m0 * mlp, r1 * lane + a1 * attn + m1 * mlp
@@ -206,8 +198,7 @@ VARIANTS = [
     dict(VALUE_RESIDUAL=0, GATED_ATTENTION=0, SMEAR_GATE=1, NUM_KV_HEADS=4, ROPE_DIMS=0),
     dict(VE_LAYERS="0,2", SMEAR_GATE=0, XSA_LAST_N=0, DOC_ATTENTION=1, LEAKY_SLOPE=0.75,
          MLP_MULT=1.5),
-    dict(VE_LAYERS="", KEY_OFFSET=0, MLP_SHIFT=0, ROPE_DIMS=6, NUM_KV_HEADS=1, LN_SCALE=0,
-         BIGRAM_VOCAB_SIZE=2),
+    dict(VE_LAYERS="", KEY_OFFSET=0, ROPE_DIMS=6, NUM_KV_HEADS=1, LN_SCALE=0, BIGRAM_VOCAB_SIZE=2),
     dict(DOC_ATTENTION=1, KEY_OFFSET=0, ROPE_DIMS=2, ROPE_NTK_REFERENCE=0, BIGRAM_DIM=4),
     dict(ROPE_NTK_REFERENCE=32, LEAKY_SLOPE=0, LOGIT_SOFTCAP=2, NUM_LAYERS=5, VE_LAYERS="3"),
     dict(NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS="", LOGIT_SOFTCAP=0, MUDD=1),
@@ -385,7 +376,7 @@ def test_settings_that_pass_the_checks_make_a_model_that_runs(tiny, variables):
     (dict(BIGRAM_VOCAB_SIZE=0), r"^bigram\."), (dict(VE_LAYERS=""), r"^ve\."),
     (dict(SMEAR_GATE=0), "^smear"), (dict(UNET_SKIPS=0), "^skip_weights"),
     (dict(VALUE_RESIDUAL=0), r"\.value_residual$"), (dict(GATED_ATTENTION=0), r"\.gate_"),
-    (dict(GATED_ATTENTION="sparse"), r"\.gate_bias$"), (dict(MLP_SHIFT=0), r"\.mlp_shift$")])
+    (dict(GATED_ATTENTION="sparse"), r"\.gate_bias$")])
 def test_a_part_that_is_off_has_no_parameter(tiny, off, pattern):
     names = [{n for n, _ in GPT(tiny(**v)).named_parameters() if re.search(pattern, n)}
              for v in (dict(), off)]
@@ -436,7 +427,7 @@ def test_initial_weights(tiny):
     constants = {"q_gain": 2.5, "gate_weight": 0, "gate_bias": 4, "attn_scale": 1, "mlp_scale": 1,
                  "value_residual": 0.5, "smear": 0, "skip_weights": 1, "bigram.scale": 0.05,
                  "ve.scale": 0.1, "block_scales": 1, "bigram.table": 0, ".o": 0, ".down": 0,
-                 ".write": 0, ".bias": 0, "mlp_shift": 0}
+                 ".write": 0, ".bias": 0}
     for name, p in params.items():
         constant = next((value for end, value in constants.items() if name.endswith(end)), None)
         if constant is not None:

@@ -25,8 +25,8 @@ LINKS = 350e9              # bytes/s of a sum over ranks
 # Times that a step reads or writes all numbers of a stream's adapters: 4 to gather them for two
 # passes, 5 for their gradients, 2 for the rule of the rate, 5 for AdamW.
 UPDATE_PASSES = 16
-# (launches, bytes a token) of a pass of the default with its late passes, before MLP_SHIFT
-# (traffic_sm90.md): of scoring with adapters, of their gradients, of the gradients of weights.
+# (launches, bytes a token) of a pass of the default with its late passes (traffic_sm90.md): of
+# scoring with adapters, of their gradients, of the gradients of weights.
 SCORING, ADAPTING, TRAINING = ((346, 28.78e9 / (32 * 2080)), (478, 49.81e9 / (122 * 544)),
                                (508, 85.80e9 / (48 * 2048)))
 
