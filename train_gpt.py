@@ -3379,8 +3379,8 @@ class Trainer:
         self.step, self.elapsed, self.step_ms = 0, 0.0, 0.0
         self.scheduled = s  # for schedules: its clock ends where calibration begins
         self.last_loss = ""  # for the progress line; reading it from a GPU stalls it
-        # Both stay on once set. Without LATE_PASSES there is one list: `late` is on from the start.
-        self.fake_quant, self.late = False, not s.late_passes
+        # Both stay on once set. `late` is on from the start where no pass would come before it.
+        self.fake_quant, self.late = False, not (s.late_passes and s.late_passes_from)
         # Follows the clock. The tensor is for the compiled model; without a schedule there is none.
         self.segment_now = s.train_seq_len
         self.segment = torch.tensor(self.segment_now, device=rt.device) if s.segments else None
@@ -3506,8 +3506,10 @@ class Trainer:
         rows = torch.randint(  # of the type of batches_of: compiled code depends on strides
             s.vocab_size, (self.rows_per_step // rt.world_size, s.train_seq_len + 1),
             dtype=torch.int32, device=rt.device)
-        variants, rounded = sorted({not s.late_passes, True}), s.late_qat_threshold > 0
+        variants, rounded = sorted({self.late, True}), s.late_qat_threshold > 0
         steps = max(s.warmup_steps, len(variants)) if s.warmup_steps else 0
+        if steps and rt.compile:
+            rt.log("compile:training, which takes minutes where the compiler's cache is empty")
         for i in range(steps):
             self.optimize(rows, 1.0, s.muon_momentum, variants[i % len(variants)], rounded)
             if i + 1 in (1, steps) or (i + 1) % 10 == 0:

@@ -562,6 +562,19 @@ def test_the_reserve_is_measured_before_the_clock_starts(tiny, variables, least,
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before))
 
 
+@pytest.mark.parametrize("share, lists", [(0, {True}), (0.5, {False, True})])
+def test_the_passes_that_will_run_are_warmed_up_and_no_others(tiny, share, lists):
+    s, seen = tiny(LATE_PASSES="auto", LATE_PASSES_FROM=share, WARMUP_STEPS=2), []
+    trainer = a_trainer(s, [])
+
+    def forward(x, y, late, segment):
+        seen.append(late)
+        return trainer.model(x, y, late=late, segment=segment)
+    trainer.forward = forward
+    trainer.warm_up()
+    assert set(seen) == lists
+
+
 @pytest.mark.parametrize("variables, kept", [
     (dict(ATTN_BITS=16), r"cores\.\d+\.mlp\.(up|down)"),
     (dict(UNIQUE_LAYERS=1), r"cores\.\d+\.(attn\.[qkvo]|mlp\.(up|down))")])

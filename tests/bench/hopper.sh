@@ -8,7 +8,7 @@
 # parts run small. PYTHON is the interpreter, LIMIT the seconds in all.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-OUT=$(realpath -m "${1:-hopper_logs}") PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-570}
+OUT=$(realpath -m "${1:-hopper_logs}") PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-580}
 CODE=$(sha256sum train_gpt.py | cut -c1-16)
 mkdir -p "$OUT"
 rm -f "$OUT"/*.pid
@@ -51,7 +51,8 @@ NAME=demo_$PIECES  # a corpus with as many pieces as the model that is timed
 [ -d data/datasets/$NAME ] || $PYTHON data/build_dataset.py --demo --name $NAME --vocab-size $PIECES | tail -1
 DATA=(DATA_PATH=./data/datasets/$NAME TOKENIZER_PATH=./data/tokenizers/${NAME}_${PIECES}_bpe.model MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0)
 if [ $PIECES = 8192 ]; then  # 1.1 M targets are 33 streams of adapters, as many as a rank of eight has
-    SMALL=(NUM_LAYERS=2 LATE_PASSES= TRAIN_BATCH_TOKENS=98304) FULL=(TRAIN_BATCH_TOKENS=98304) SHAPE=(COMPILE=1)
+    SMALL=(NUM_LAYERS=2 LATE_PASSES= TRAIN_BATCH_TOKENS=98304) SHAPE=(COMPILE=1)
+    FULL=(LATE_PASSES_FROM=0 TRAIN_BATCH_TOKENS=98304)  # one graph for training, not two
     STEPS=200 TARGETS=1100000
 else
     SMALL=(PRESET=demo) FULL=(PRESET=demo) SHAPE=(PRESET=demo) STEPS=6 TARGETS=16384
@@ -69,11 +70,11 @@ evaluation() {  # evaluation <most seconds> <name> <run whose artifact it scores
         EVAL_STRIDE=32 "${@:4}"  # the runs had neither
 }
 
-run 330 small "${SMALL[@]}" ITERATIONS=6 WARMUP_STEPS=2 GPTQ_BATCHES=1 VAL_LIMIT_TOKENS=$((TARGETS < 65536 ? TARGETS : 65536)) &
-run 330 cold_steps "${FULL[@]}" ITERATIONS=2 "${PLAIN[@]}" &
+run 360 small "${SMALL[@]}" ITERATIONS=6 WARMUP_STEPS=2 GPTQ_BATCHES=1 VAL_LIMIT_TOKENS=$((TARGETS < 65536 ? TARGETS : 65536)) &
+run 360 cold_steps "${FULL[@]}" ITERATIONS=2 "${PLAIN[@]}" &
 {   # an artifact of one small step on the CPU; 1 s for the adapters: they are compiled, and then left out
-    run 120 file "${FULL[@]}" "${PLAIN[@]}" DEVICE=cpu ITERATIONS=1 WARMUP_STEPS=0 TRAIN_BATCH_TOKENS=2048 QUANT_FIT=level VAL_LIMIT_TOKENS=4097
-    evaluation 330 cold_evaluation file EVAL_WALLCLOCK_SECONDS=1
+    run 200 file "${FULL[@]}" "${PLAIN[@]}" DEVICE=cpu ITERATIONS=1 WARMUP_STEPS=0 TRAIN_BATCH_TOKENS=2048 QUANT_FIT=level VAL_LIMIT_TOKENS=4097
+    evaluation 360 cold_evaluation file EVAL_WALLCLOCK_SECONDS=1
 } &
 wait
 run 150 steps "${FULL[@]}" ITERATIONS=$STEPS TRAIN_LOG_EVERY=10 "${PLAIN[@]}"
