@@ -55,6 +55,9 @@ LAUNCHED = time.perf_counter()  # before torch is imported, which takes seconds
 # cores, two threads are twelve times faster with this limit.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# PyTorch then also caches traced graphs with autograd functions: half the time of a second start.
+# Its key has the source and constants of Triton kernels.
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 import numpy as np
 import sentencepiece
 import torch
@@ -3379,8 +3382,8 @@ class Trainer:
         self.step, self.elapsed, self.step_ms = 0, 0.0, 0.0
         self.scheduled = s  # for schedules: its clock ends where calibration begins
         self.last_loss = ""  # for the progress line; reading it from a GPU stalls it
-        # Both stay on once set. `late` is on from the start where no pass would come before it.
-        self.fake_quant, self.late = False, not (s.late_passes and s.late_passes_from)
+        # Both stay on once set. Without LATE_PASSES there is one list: `late` is on from the start.
+        self.fake_quant, self.late = False, not s.late_passes
         # Follows the clock. The tensor is for the compiled model; without a schedule there is none.
         self.segment_now = s.train_seq_len
         self.segment = torch.tensor(self.segment_now, device=rt.device) if s.segments else None
@@ -3506,7 +3509,8 @@ class Trainer:
         rows = torch.randint(  # of the type of batches_of: compiled code depends on strides
             s.vocab_size, (self.rows_per_step // rt.world_size, s.train_seq_len + 1),
             dtype=torch.int32, device=rt.device)
-        variants, rounded = sorted({self.late, True}), s.late_qat_threshold > 0
+        early, rounded = s.late_passes and s.late_passes_from > 0, s.late_qat_threshold > 0
+        variants = [False, True] if early else [True]
         steps = max(s.warmup_steps, len(variants)) if s.warmup_steps else 0
         if steps and rt.compile:
             rt.log("compile:training, which takes minutes where the compiler's cache is empty")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import train_gpt
+from bench import step
 from conftest import TINY, left
 
 COUNTS = {"": 36_011_617, "sp1024": 27_104_846, "pr414": 26_993_756, "pr549": 26_928_220,
@@ -110,3 +111,16 @@ def test_every_published_name_is_understood():
     INT8_CLIP_PERCENTILE""".split()
     own = {f.name.upper() for f in train_gpt.fields(train_gpt.Settings)}
     assert not set(published) - own - set(train_gpt.ALIASES)
+
+
+def test_the_bench_of_a_step_times_the_late_passes_in_every_phase(tiny, corpus):
+    """Forward and backward of one list and a step of the other would not add up."""
+    s = tiny(LATE_PASSES="auto", DATA_PATH=corpus.folder)
+    version, ran = step.Version("new", train_gpt, s, train_gpt.Runtime(s)), []
+    forward = version.model.forward
+
+    def watched(*x, late=True, **more):
+        ran.append(late)
+        return forward(*x, late=late, **more)
+    version.forward = version.trainer.forward = watched
+    assert version.repeat()["step"] > 0 and len(ran) > 1 and all(ran)

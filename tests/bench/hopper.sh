@@ -9,38 +9,47 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 OUT=$(realpath -m "${1:-hopper_logs}") PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-580}
-CODE=$(sha256sum train_gpt.py | cut -c1-16)
+# What the parts depend on: a part that was done with the same is not done again.
+CODE=$( (sha256sum train_gpt.py tests/bench/{hopper.sh,step.py,attention.py}; nvidia-smi -L 2>/dev/null
+    "$PYTHON" -c 'import torch; print(torch.__version__)') | sha256sum | cut -c1-16)
 mkdir -p "$OUT"
-rm -f "$OUT"/*.pid
+rm -f "$OUT"/*.pid "$OUT"/*.status
 : > "$OUT/summary.txt"
-export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$OUT/compiled_$CODE
-# PyTorch caches no traced graph that holds a function with a gradient of its own: its key lacks the source of Triton kernels.
-# Here the folder's name has it.
-export TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD=1
+export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$OUT/compiled
 SECONDS=0
 
-part() {  # part <most seconds> <name> NAME=value... <command...>
-    local most=$1 name=$2 left=$((LIMIT - SECONDS)) status
+is_done() { [ "$(cat "$OUT/$1.done" 2>/dev/null)" = "$CODE" ]; }
+told() { echo "$*" >> "$OUT/summary.txt"; }
+
+part() {  # part <most seconds> <name> NAME=value... <command...>; needs="<names>": left out unless these are done
+    local most=$1 name=$2 left=$((LIMIT - SECONDS)) status before
     shift 2
-    if [ "$(cat "$OUT/$name.done" 2>/dev/null)" = "$CODE" ]; then echo "$name: done before" >> "$OUT/summary.txt"; return; fi
-    if ((left < 10)); then echo "$name: left out, no time" >> "$OUT/summary.txt"; return; fi
+    if is_done "$name"; then told "$name: done before"; return; fi
+    for before in ${needs:-}; do is_done "$before" || { told "$name: left out, since $before is not done"; return; }; done
+    if ((left < 10)); then told "$name: left out, no time"; return; fi
     echo "== $name, at $SECONDS s"
     {  # what a killed part leaves behind is killed too: it would hold the pipe, and the script would wait for it
         timeout --signal=KILL $((most < left ? most : left)) env "$@" &
         echo $! > "$OUT/$name.pid"
         wait $!
-        status=$?
+        echo $? > "$OUT/$name.status"
         kill -KILL -- -$! 2>/dev/null
-        exit $status
-    } 2>&1 | tee "$OUT/$name.txt" | sed -u "s/^/$name| /"
-    status=${PIPESTATUS[0]}
+        rm -f "$OUT/$name.pid"
+    } 2>&1 | tee "$OUT/$name.txt" | sed -u "s/^/$name| /" &
+    wait $!  # not in the foreground: bash would answer a signal only after the part
+    status=$(cat "$OUT/$name.status")
     [ "$status" != 0 ] || echo "$CODE" > "$OUT/$name.done"
-    echo "$name: $([ "$status" = 0 ] && echo done || echo "ended with status $status") at $SECONDS s" >> "$OUT/summary.txt"
+    told "$name: $([ "$status" = 0 ] && echo done || echo "ended with status $status") at $SECONDS s"
 }
 
 finish() {
+    local started
     kill -KILL $(jobs -p) 2>/dev/null  # what would start the next part
-    for started in "$OUT"/*.pid; do kill -KILL -- "-$(cat "$started")" 2>/dev/null; done
+    for started in "$OUT"/*.pid; do
+        [ -e "$started" ] || continue
+        kill -KILL -- "-$(cat "$started")" 2>/dev/null
+        told "$(basename "$started" .pid): interrupted at $SECONDS s"
+    done
     printf '== summary\n'; cat "$OUT/summary.txt"; echo "logs: $OUT"
 }
 trap finish EXIT
@@ -48,7 +57,7 @@ trap 'exit 130' INT TERM HUP
 
 if command -v nvidia-smi >/dev/null && nvidia-smi -L; then PIECES=8192; else PIECES=1024; fi
 NAME=demo_$PIECES  # a corpus with as many pieces as the model that is timed
-[ -d data/datasets/$NAME ] || $PYTHON data/build_dataset.py --demo --name $NAME --vocab-size $PIECES | tail -1
+[ -d data/datasets/$NAME ] || "$PYTHON" data/build_dataset.py --demo --name $NAME --vocab-size $PIECES | tail -1
 DATA=(DATA_PATH=./data/datasets/$NAME TOKENIZER_PATH=./data/tokenizers/${NAME}_${PIECES}_bpe.model MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0)
 if [ $PIECES = 8192 ]; then  # 1.1 M targets are 33 streams of adapters, as many as a rank of eight has
     SMALL=(NUM_LAYERS=2 LATE_PASSES= TRAIN_BATCH_TOKENS=98304) SHAPE=(COMPILE=1)
@@ -77,8 +86,8 @@ run 360 cold_steps "${FULL[@]}" ITERATIONS=2 "${PLAIN[@]}" &
     evaluation 360 cold_evaluation file EVAL_WALLCLOCK_SECONDS=1
 } &
 wait
-run 150 steps "${FULL[@]}" ITERATIONS=$STEPS TRAIN_LOG_EVERY=10 "${PLAIN[@]}"
-part 120 step "${SHAPE[@]}" "$PYTHON" tests/bench/step.py
+needs=cold_steps run 150 steps "${FULL[@]}" ITERATIONS=$STEPS TRAIN_LOG_EVERY=10 "${PLAIN[@]}"
+needs=cold_steps part 120 step "${SHAPE[@]}" "$PYTHON" tests/bench/step.py
 part 40 attention "${SHAPE[@]}" "$PYTHON" tests/bench/attention.py
-evaluation 200 evaluation steps
+needs="steps cold_evaluation" evaluation 200 evaluation steps
 part 40 attention_banded "${SHAPE[@]}" "$PYTHON" tests/bench/attention.py --rows 10 --tokens 6144 --window 2048
