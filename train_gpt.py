@@ -171,7 +171,7 @@ class Settings:
     qk_gain_init: Amount = 5.0  # initial gain of each query head; 1.5 → 4: −0.0039 (#1218)
     rope_dims: Count = 16  # channels of a head that rotate (16: −0.0023 with LN_SCALE); 0: all
     rope_ntk_reference: Count = 0  # tokens; longer rows raise the rotary base; 0: off
-    # −0.043 at 400 steps of 4 × 128, one seed; not in the records.
+    # −0.043 at 400 steps of 4 × 128, −0.009 at 2,500, one seed each; not in the records.
     key_offset: Flag = 1  # a key's channels without RoPE come from the token before
     ln_scale: Flag = 1  # norm outputs of block i × 1/√(i+1)
     xsa_last_n: Count = 11  # last weight sets with exclusive self-attention: −0.0017; 0: off
