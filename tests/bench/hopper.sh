@@ -16,6 +16,7 @@ mkdir -p "$OUT"
 rm -f "$OUT"/*.pid "$OUT"/*.status
 : > "$OUT/summary.txt"
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$OUT/compiled
+export TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD=1  # as the script has it; step.py imports torch before it
 SECONDS=0
 
 is_done() { [ "$(cat "$OUT/$1.done" 2>/dev/null)" = "$CODE" ]; }
