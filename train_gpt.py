@@ -55,7 +55,7 @@ LAUNCHED = time.perf_counter()  # before torch is imported, which takes seconds
 # cores, two threads are twelve times faster with this limit.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# So that PyTorch also caches traced graphs that hold autograd functions; from a full cache a run then
+# PyTorch then also caches traced graphs that hold autograd functions: from a full cache a run
 # starts in half the time. Source and constants of Triton kernels are in the cache's key.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 import numpy as np
