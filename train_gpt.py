@@ -2797,30 +2797,31 @@ class ScoreLedger:
         self.tokens, self.scored, self.total = tokens, 0, 0.0
         self.nll = np.full(len(tokens) - 1, np.nan, np.float32)
 
-    def record(self, first, nll):
-        """Take the scores of targets [first, first + len(nll)). Raises LedgerError."""
-        place = self.nll[max(first, 0): first + len(nll)]
-        if len(place) != len(nll):
-            raise LedgerError(f"{len(nll)} scores from target {first} on, of {len(self.nll)}")
-        if not np.isnan(place).all():
-            raise LedgerError(f"targets from {first} on are not all new: score each once")
+    def record(self, targets, nll):
+        """Take the scores of these targets, in order of the text. Raises LedgerError."""
+        if len(targets) != len(nll):
+            raise LedgerError(f"{len(nll)} scores for {len(targets)} targets")
+        if ((targets < 0) | (targets >= len(self.nll))).any():
+            raise LedgerError(f"a score for target {targets.min()} or {targets.max()}, where the "
+                              f"text has {len(self.nll)} targets")
+        if (np.diff(targets) <= 0).any() or not np.isnan(self.nll[targets]).all():
+            raise LedgerError(f"targets from {targets.min()} on are not all new: score each once")
         total = float(nll.sum(dtype=np.float64))
         if not math.isfinite(total):
             bad = int((~np.isfinite(nll)).argmax())
-            raise LedgerError(f"target {first + bad} scored {nll[bad]}")
-        place[:] = nll
+            raise LedgerError(f"target {targets[bad]} scored {nll[bad]}")
+        self.nll[targets] = nll
         self.scored += len(nll)
         self.total += total
 
-    def rows_for_adapting(self, first, last, length):
-        """Non-overlapping rows [n, length + 1] of targets [first, last), a rest left out. Raises
-        LedgerError unless these and the target before, the rows' first token, are scored."""
-        seen = self.nll[max(first - 1, 0): last]
-        if not 0 <= first <= last <= len(self.nll) or np.isnan(seen).any():
-            raise LedgerError(f"tokens of targets {first} to {last} are wanted, but not all of "
-                              "them are scored")
-        n = (last - first) // length
-        index = first + np.arange(n)[:, None] * length + np.arange(length + 1)
+    def rows_for_adapting(self, first, length):
+        """Rows [n, length + 1]: row i holds the targets [first[i], first[i] + length) and the token
+        before them. Raises LedgerError unless all of these tokens are scored."""
+        index = first[:, None] + np.arange(length + 1)  # of tokens: target t is token t + 1
+        outside = (first < 0) | (first + length > len(self.nll))
+        if outside.any() or np.isnan(self.nll[(index - 1).clip(min=0)]).any():
+            raise LedgerError(f"tokens of targets {first.min()} to {first.max() + length} are "
+                              "wanted, but not all of them are scored")
         return torch.from_numpy(self.tokens[index].astype(np.int64))
 
     def result(self, byte_table):
@@ -2844,6 +2845,13 @@ def window_plan(targets, length, stride, streams=1):
     begin = borders[:-1] + np.arange(steps)[:, None] * stride
     first, last = (np.minimum(begin + n, borders[1:]).ravel() for n in (0, stride))
     return np.maximum(last - length, 0), first, last
+
+
+def joined(first, last):
+    """(n, target) of each target in the ranges [first[n], last[n]), one after the other."""
+    counts = last - first
+    n = np.repeat(np.arange(len(counts)), counts)
+    return n, np.arange(len(n)) + (first - np.cumsum(counts) + counts)[n]
 
 
 def chunk_plan(first, chunk):
@@ -2970,11 +2978,8 @@ class MatchModel:
 
     def _mix(self, first, last, nll):
         """Mix a range of each stream with the weights so far; then learn from it."""
-        counts = last - first
-        stream = np.repeat(np.arange(len(counts)), counts)
-        targets = np.arange(len(nll)) + (first - np.cumsum(counts) + counts)[stream]
-        stream, targets, before = (torch.from_numpy(x).to(self.device)
-                                   for x in (stream, targets, nll.astype(np.float64)))
+        stream, targets, before = (torch.from_numpy(x).to(self.device) for x in (
+            *joined(first, last), nll.astype(np.float64)))
         mixed = before
         for hits, kinds, credit, seen in self.runs:
             place, right = 25 * stream + kinds[targets], hits[:, targets]
@@ -3014,8 +3019,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=No
         first, last = scorer.first[begin:end], scorer.last[begin:end]
         if match and np.isfinite(scores).all():  # the ledger refuses others
             scores = match.mixed(first, last, scores)
-        for begun, part in zip(first.tolist(), np.split(scores, np.cumsum(last - first)[:-1])):
-            ledger.record(begun, part)
+        ledger.record(joined(first, last)[1], scores)
         scoring.append((time.perf_counter() - before) / (end - begin))
         if ttt and c + 1 < len(chunks):
             rest = statistics.median(scoring[-9:]) * (windows - end)
@@ -3088,7 +3092,8 @@ class WeightTTT:
 
         Epochs: TTT_EPOCHS; -1: 10, but 1 before a step was timed. At most as many as fit into this
         chunk's part of the seconds `left`, or 1 if that fits into `left`, else none."""
-        s, rows = self.s, ledger.rows_for_adapting(*span, self.s.train_seq_len)
+        s, (first, last), length = self.s, span, self.s.train_seq_len
+        rows = ledger.rows_for_adapting(np.arange(first, last - length + 1, length), length)
         batches = rows.split(s.ttt_batch_seqs) if len(rows) else ()
         epochs = s.ttt_epochs if s.ttt_epochs >= 0 else 10 if self.step_seconds else 1
         if self.step_seconds:
@@ -3222,8 +3227,7 @@ class LoraTTT:
         scored = (chunk + 1) * scorer.stride > length
         self.skipped += skip
         if scored and len(last):  # earlier rows would begin in another stream's unscored targets
-            rows = torch.cat([ledger.rows_for_adapting(end - length, end, length)
-                              for end in last.tolist()])
+            rows = ledger.rows_for_adapting(last - length, length)
             new = torch.arange(scorer.stride, 0, -1) <= torch.from_numpy(last - first)[:, None]
             ends = new & (rows[:, -scorer.stride:] == BOS)
             new &= ends.flip(1).cumsum(1).flip(1) == 0  # what follows the last BOS is trained on

@@ -554,9 +554,14 @@ class Audit:
                     witness.begin(self, tokens)
                     super().__init__(tokens)
 
-                def record(self, first, nll):
-                    super().record(first, nll)
-                    witness.record(first, nll)
+                def record(self, targets, nll):
+                    super().record(targets, nll)
+                    if np.ndim(targets) == 0:  # as scripts until November 2026 call it
+                        targets = targets + np.arange(len(nll))
+                    breaks = np.flatnonzero(np.diff(targets) != 1) + 1
+                    for run, part in zip(np.split(targets, breaks), np.split(nll, breaks)):
+                        if len(run):
+                            witness.record(int(run[0]), part)
 
             class WatchedMatches(match_class):
                 def __init__(self, tokens, streams, *more):
@@ -735,10 +740,24 @@ def before_update(audit, base):
            "every recorded score is the first that the model gave its target")
 
 
+def record(ledger, first, nll):
+    """Tell the ledger the scores of targets [first, first + len(nll))."""
+    by_array = "targets" in inspect.signature(ledger.record).parameters
+    ledger.record(first + np.arange(len(nll)) if by_array else first, nll)
+
+
+def rows(ledger, first, last, length):
+    """Ask the ledger for rows of targets [first, last)."""
+    if "last" in inspect.signature(ledger.rows_for_adapting).parameters:
+        ledger.rows_for_adapting(first, last, length)
+    else:
+        ledger.rows_for_adapting(np.arange(first, last - length + 1, length), length)
+
+
 def refuses(ledger_class, act, scored=8):
     """Does a ledger of 20 targets, `scored` of them scored, refuse to do it?"""
     ledger = ledger_class(np.arange(21, dtype=np.uint16))
-    ledger.record(0, np.ones(scored, np.float32))
+    record(ledger, 0, np.ones(scored, np.float32))
     try:
         act(ledger)
         return False
@@ -751,17 +770,17 @@ def one_pass(audit, base):
     def ones(n):
         return np.ones(n, np.float32)
     laws = {
-        "a second score": lambda b: b.record(0, ones(4)),
-        "a score that overlaps": lambda b: b.record(7, ones(4)),
-        "scores before the begin": lambda b: b.record(-4, ones(4)),
-        "scores past the end": lambda b: b.record(8, ones(13)),
-        "a score that is no number": lambda b: b.record(8, ones(3) * np.nan),
+        "a second score": lambda b: record(b, 0, ones(4)),
+        "a score that overlaps": lambda b: record(b, 7, ones(4)),
+        "scores before the begin": lambda b: record(b, -4, ones(4)),
+        "scores past the end": lambda b: record(b, 8, ones(13)),
+        "a score that is no number": lambda b: record(b, 8, ones(3) * np.nan),
         "a result with targets missing": lambda b: b.result(audit.byte_table),
-        "training on a target not yet scored": lambda b: b.rows_for_adapting(0, 9, 3),
-        "training across a gap": lambda b: b.record(12, ones(8)) or b.rows_for_adapting(0, 16, 4),
+        "training on a target not yet scored": lambda b: rows(b, 0, 9, 3),
+        "training across a gap": lambda b: record(b, 12, ones(8)) or rows(b, 0, 16, 4),
         "training after a gap, with its last token":
-            lambda b: b.record(12, ones(8)) or b.rows_for_adapting(12, 20, 4),
-        "training from the far end": lambda b: b.rows_for_adapting(-9, 8, 4)}
+            lambda b: record(b, 12, ones(8)) or rows(b, 12, 20, 4),
+        "training from the far end": lambda b: rows(b, -9, 8, 4)}
     broken = [law for law, act in laws.items() if not refuses(audit.script.ScoreLedger, act)]
     yield (ONCE, broken and f"the ledger accepts {', '.join(broken)}",
            f"the ledger refuses {', '.join(laws)}")

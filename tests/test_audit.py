@@ -192,7 +192,7 @@ def test_the_recount_of_guesses_equals_the_scripts_over_a_long_text(streams):
 # -- planted
 
 SCORE = "        before = time.perf_counter()\n"
-RECORD = "        for begun, part in zip(first.tolist(), np.split(scores, "
+RECORD = "        ledger.record(joined(first, last)[1], scores)\n"
 RECORDED = "        scoring.append((time.perf_counter() - before) / (end - begin))\n"
 LOOP_END = ("    rt.synchronize()\n    seconds = time.perf_counter() - started\n"
             "    if match:\n")
@@ -210,8 +210,8 @@ BOOK = "book = object.__new__(ScoreLedger)\n"
 BOOK += "            book.tokens, book.nll = tokens, np.zeros(len(tokens) - 1, np.float32)\n"
 BOOK += "            book.total, book.scored = 0.0, 1\n"
 LOAD = "    load_quantized(model, read_artifact(path, sha256)[1], path)\n"
-SCORED = "        if not np.isnan(place).all():\n"
-HANDS_OUT = "        if not 0 <= first <= last <= len(self.nll) or "
+SCORED = "        if (np.diff(targets) <= 0).any() or not np.isnan(self.nll[targets]).all():\n"
+HANDS_OUT = "        if outside.any() or "
 
 # name: (conditions that must fail, what one of their failures says, *(text of the script, what
 # stands there instead))
@@ -232,7 +232,7 @@ CHEATS = {
             ttt.optimizers.step(1.0, 0.9)
 """)),
     "trains on one token more than is scored": (["1", "3"], "trained on targets 1 to 32", (
-        "index = first + np.arange", "index = first + 1 + np.arange")),
+        "self.tokens[index].astype(np.int64)", "self.tokens[index + 1].astype(np.int64)")),
     "trains on rows that are none": (["3"], "by tokens that are not scored rows", (
         "self.tokens[index].astype(np.int64)", "self.tokens[index][:, ::-1].astype(np.int64)")),
     "weights changed by hand": (["3"], "without a pass", (
@@ -242,9 +242,9 @@ CHEATS = {
         ["3"], "between the scoring and the recording", (
             RECORD, "        ttt and model.tok_emb.data.mul_(1.001)\n" + RECORD)),
     "hands out tokens that are not scored": (["4"], "training on a target not yet scored", (
-        HANDS_OUT, "        if first > last and ")),
+        HANDS_OUT, "        if len(first) < 0 and ")),
     "hands out as many tokens as are scored": (["4"], "training across a gap", (
-        HANDS_OUT, "        if last > self.scored or first > last and ")),
+        HANDS_OUT, "        if (first + length > self.scored).any() or len(first) < 0 and ")),
     "scores again after adapting": (["1", "4"], "not what was recorded", (LOOP_END, """\
     if ttt:
         ledger.nll[:] = scorer.score(0, len(scorer.first))
@@ -343,7 +343,7 @@ CHEATS = {
 """)),
     "the tail is offered twice": (["4"], "not each of them once", (
         SCORED, "        if False:\n"), (
-        LOOP_END, "    n = len(ledger.nll)\n    ledger.record(n - 8, ledger.nll[-8:].copy())\n"
+        LOOP_END, "    n = len(ledger.nll)\n    ledger.record(np.arange(n - 8, n), ledger.nll[-8:].copy())\n"
         "    ledger.scored = n\n" + LOOP_END)),
     "a space counts twice": (["5"], "the byte table says", (
         'len(p[p.startswith("▁"):].encode())', 'len(p.replace("▁", " ").encode())')),
@@ -352,7 +352,7 @@ CHEATS = {
     "a ledger that accepts second scores": (["4"], "accepts a second score", (
         SCORED, "        if False:\n")),
     "hard tokens are cut off": (["4"], "not what was recorded", (
-        "        place[:] = nll\n", "        place[:] = np.minimum(nll, 6)\n")),
+        "        self.nll[targets] = nll\n", "        self.nll[targets] = np.minimum(nll, 6)\n")),
     "hard tokens are left out": (["4"], "on disk", (
         "    tokens = np.concatenate(parts)\n", "    tokens = np.concatenate(parts)[40:]\n")),
     "the file is executed, openly": (["6"], "read_artifact uses eval", (

@@ -112,48 +112,58 @@ def test_every_target_gets_its_own_score_and_all_but_the_last_chunk_are_trained_
 
 def ledger(scored, targets=20):
     book = ScoreLedger(np.arange(targets + 1, dtype=np.uint16))
-    book.record(0, np.ones(scored, np.float32))
+    book.record(np.arange(scored), np.ones(scored, np.float32))
     return book
 
 
-@pytest.mark.parametrize("scored, first, nll, says", [
-    (8, 0, [1] * 4, "each once"), (8, 7, [1] * 4, "each once"),
-    (8, 8, [1] * 13, "13 scores from target 8 on, of 20"), (20, 20, [1], "of 20"),
-    (8, -4, [1] * 4, "of 20"), (8, -4, [1] * 8, "of 20"),
-    *((5, 5, [1, 1, 1, bad, 1], "target 8 ") for bad in (math.nan, math.inf, -math.inf))])
-def test_scores_that_break_a_rule_are_refused(scored, first, nll, says):
+@pytest.mark.parametrize("scored, targets, nll, says", [
+    (8, range(4), [1] * 4, "each once"), (8, range(7, 11), [1] * 4, "each once"),
+    (8, [9, 9], [1, 1], "each once"), (8, [10, 9], [1, 1], "each once"),
+    (8, range(8, 21), [1] * 13, "target 8 or 20, where the text has 20"), (20, [20], [1], "has 20"),
+    (8, range(-4, 0), [1] * 4, "has 20"), (8, range(-4, 4), [1] * 8, "has 20"),
+    (8, [8, 9], [1], "1 scores for 2 targets"), (8, [8], [1, 1], "2 scores for 1 targets"),
+    *((5, range(5, 10), [1, 1, 1, bad, 1], "target 8 ")
+      for bad in (math.nan, math.inf, -math.inf))])
+def test_scores_that_break_a_rule_are_refused(scored, targets, nll, says):
     book = ledger(scored)
     with pytest.raises(LedgerError, match=says):
-        book.record(first, np.array(nll, np.float32))
+        book.record(np.array(targets), np.array(nll, np.float32))
     assert book.scored == scored and np.isnan(book.nll[scored:]).all()
 
 
 def test_an_incomplete_ledger_has_no_result(tiny):
     book, table = ledger(0), train_gpt.ByteTable(tiny())
     for n in (0, 12, 7):
-        book.record(book.scored, np.ones(n, np.float32))
+        book.record(book.scored + np.arange(n), np.ones(n, np.float32))
         with pytest.raises(LedgerError):
             book.result(table)
-    book.record(19, np.ones(1, np.float32))
+    book.record(np.array([19]), np.ones(1, np.float32))
     assert book.result(table)["val_loss"] == 1
 
 
-@pytest.mark.parametrize("first, last, length", [  # a negative index would count from the end
-    (0, 9, 4), (8, 9, 1), (4, 12, 4), (-12, 0, 4), (-1, 8, 3), (-9, 8, 4)])
-def test_rows_are_refused_before_they_are_scored(first, last, length):
+@pytest.mark.parametrize("first, length", [  # a negative index would count from the end
+    ([0, 3, 6], 3), ([8], 1), ([4, 8], 4), ([-12, -4], 4), ([-1, 2], 3), ([3, -9], 4), ([17], 4)])
+def test_rows_are_refused_before_they_are_scored(first, length):
     with pytest.raises(LedgerError):
-        ledger(8).rows_for_adapting(first, last, length)
+        ledger(8).rows_for_adapting(np.array(first), length)
+
+
+def test_the_token_before_a_row_must_be_scored_too():
+    book = ledger(8)
+    book.record(np.arange(12, 20), np.ones(8, np.float32))
+    assert len(book.rows_for_adapting(np.array([0, 13]), 4)) == 2
+    with pytest.raises(LedgerError, match="12 to 16"):
+        book.rows_for_adapting(np.array([12]), 4)
 
 
 @settings(max_examples=100)
 @given(st.data(), st.integers(0, 40), st.integers(1, 12))
-def test_rows_hold_scored_targets_once_and_nothing_else(data, scored, length):
-    last = data.draw(st.integers(0, scored))
-    first = data.draw(st.integers(0, last))
-    rows = ledger(scored, 40).rows_for_adapting(first, last, length)
-    assert tuple(rows.shape) == ((last - first) // length, length + 1)
-    trained = rows[:, 1:].flatten().tolist()  # token i + 1 is target i
-    assert trained == list(range(first + 1, first + 1 + len(trained)))
+def test_rows_hold_the_targets_asked_for_and_the_token_before(data, scored, length):
+    starts = st.lists(st.integers(0, scored - length)) if length <= scored else st.just([])
+    first = data.draw(starts)
+    rows = ledger(scored, 40).rows_for_adapting(np.array(first, np.int64), length)
+    assert tuple(rows.shape) == (len(first), length + 1)
+    assert rows.tolist() == [list(range(a, a + length + 1)) for a in first]  # token i is number i
 
 
 # -- the loop -------------------------------------------------------------------------------------
@@ -867,9 +877,12 @@ def test_an_artifact_is_scored_plain_in_full_context_and_adapted(tiny, tmp_path,
 # -- cheating -------------------------------------------------------------------------------------
 
 CHEATS = {
-    "one token too many": lambda book, first, last: book.rows_for_adapting(first, last + 1, 1),
-    "a second score": lambda book, first, last: book.record(first, np.zeros(8, np.float32)),
-    "the next score": lambda book, first, last: book.record(last, np.zeros(8, np.float32))}
+    "one token too many":
+        lambda book, first, last: book.rows_for_adapting(np.arange(first, last + 1), 1),
+    "a second score":
+        lambda book, first, last: book.record(first + np.arange(8), np.zeros(8, np.float32)),
+    "the next score":
+        lambda book, first, last: book.record(last + np.arange(8), np.zeros(8, np.float32))}
 
 
 @pytest.mark.parametrize("act", CHEATS.values(), ids=CHEATS)
