@@ -14,8 +14,8 @@ Contents: 1 Settings · 2 Runtime · 3 Data · 4 Bits per byte · 5 Model · 6 O
 
 Shape letters: B batch, T time, D model, H query heads, K key/value heads, E head dim,
 V vocabulary, R rows, C columns, N tokens of a batch or matrices of a stack.
-A "target" is a token to predict: target i is token i+1, given tokens 0..i. A "row" of tokens is a
-sequence of a training or TTT batch. A "step" is an optimizer step.
+A "target" is a token to predict: target i is token i+1, given tokens 0..i. A "row" is one sequence
+of a training or TTT batch. A "step" is an optimizer step.
 """
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ from pathlib import Path
 from typing import Annotated, Literal, get_origin, get_type_hints
 
 LAUNCHED = time.perf_counter()  # before torch is imported, which takes seconds
-# OpenMP reads GOMP_SPINCOUNT when torch is imported. By default a waiting thread spins: on busy
-# cores, two threads are twelve times faster with this limit.
+# A waiting OpenMP thread spins: on busy cores, two threads are twelve times faster with this limit.
+# OpenMP reads it when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# PyTorch then also caches traced graphs that hold autograd functions: from a full cache a run
-# starts in half the time. Source and constants of Triton kernels are in the cache's key.
+# Also cache traced graphs that hold autograd functions: with a full cache a run starts in half the
+# time. The cache key includes the source and the constants of Triton kernels.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 import numpy as np
 import sentencepiece
@@ -78,8 +78,8 @@ except Exception:
     zstandard = None
 
 SCRIPT = Path(__file__).resolve()
-SHIPPED = SCRIPT.read_bytes()  # the code that counts; read once, so later edits have no effect
-SOURCE = globals().get("UNPACKED", SHIPPED)  # readable; a packed file's loader sets UNPACKED
+SHIPPED = SCRIPT.read_bytes()  # the code whose bytes count; later edits have no effect
+SOURCE = globals().get("UNPACKED", SHIPPED)  # readable; the loader of a packed file sets it
 
 
 class UserError(Exception):
@@ -101,7 +101,7 @@ def explained(what, way_out, error=UserError, kinds=OSError):
         raise error(f"{what}: {reason}; {way_out}") from problem
 
 
-# ---- 1. Settings: this section and main alone take settings from the environment ----------------
+# ---- 1. Settings: only this section and main read settings from the environment -----------------
 
 Flag = Literal[0, 1]
 Bits = Literal[4, 5, 6, 7, 8, 16]
@@ -120,7 +120,7 @@ def block_list(text, count):
         if not re.fullmatch(r"\d{1,9}(-\d{1,9})?", part):
             return None
         first, last = int(part.split("-")[0]), int(part.split("-")[-1])
-        order += range(first, min(last, count) + 1) or [count]  # empty, as 5-3: refused below
+        order += range(first, min(last, count) + 1) or [count]  # 5-3 is empty: refused below
     return order if max(order, default=0) < count else None
 
 
@@ -128,8 +128,8 @@ def block_list(text, count):
 class Settings:
     """Every setting, resolved and checked; each is read from the variable of its name in capitals.
 
-    The annotation gives the choices or bounds, the comment after it is the help text; lines above
-    it are evidence. The defaults are the model of record #1855 (#: a pull request of the
+    The annotation holds the choices or bounds, the comment behind it is the help text; comments
+    above it give evidence. The defaults are the model of record #1855 (pull request 1855 of the
     challenge), with changes that measured better. A figure such as −0.002 is a change in bits per
     byte: published, or measured by us on a small model, such as 4 × 128 (blocks × width)."""
     # == Run
@@ -154,13 +154,13 @@ class Settings:
     vocab_size: Annotated[int, 2, 65536] = 8192  # pieces; must equal the tokenizer's
     train_seq_len: Annotated[int, 2, 2**31] = 2048  # tokens of a training row
     train_batch_tokens: Positive = 786432  # per optimizer step, over all ranks
-    micro_batch_tokens: Positive = 98304  # most that a rank computes at once; lower it for memory
+    micro_batch_tokens: Positive = 98304  # most on a rank at once; lower it if out of memory
     train_order: Literal["shuffled", "sequential"] = "shuffled"  # of shards, and of rows in them
     val_limit_tokens: Count = 0  # score only the first N: not a legal score; 0: all
 
     # == Model
     num_layers: Annotated[int, 1, 64] = 11  # blocks
-    unique_layers: Count = 0  # weight sets (cores); block i uses i mod this (#537); 0: one each
+    unique_layers: Count = 0  # weight sets (cores); block i uses i mod this (#537); 0: one a block
     model_dim: Annotated[int, 8, 2**20] = 512  # channels D
     num_heads: Positive = 8  # query heads H
     num_kv_heads: Positive = 4  # key/value heads K
@@ -170,11 +170,11 @@ class Settings:
     logit_softcap: Amount = 30.0  # c of c·tanh(logits/c); 0: off
     qk_gain_init: Amount = 5.0  # initial gain of each query head; 1.5 → 4: −0.0039 (#1218)
     rope_dims: Count = 16  # channels of a head that rotate (16: −0.0023 with LN_SCALE); 0: all
-    rope_ntk_reference: Count = 0  # tokens; longer rows raise the rotary base; 0: off
+    rope_ntk_reference: Count = 0  # rows longer than this raise the rotary base; 0: off
     # −0.043 at 400 steps of 4 × 128, −0.009 at 2,500, one seed each; not in the records.
     key_offset: Flag = 1  # a key's channels without RoPE come from the token before
     ln_scale: Flag = 1  # norm outputs of block i × 1/√(i+1)
-    xsa_last_n: Count = 11  # last weight sets with exclusive self-attention: −0.0017; 0: off
+    xsa_last_n: Count = 11  # as many of the last cores use exclusive self-attention: −0.0017
     # −0.015 and −0.016 at 600 steps of 4 × 128 with rows of 1,024 tokens, two seeds.
     doc_attention: Flag = 1  # attention and the key offset end where a document begins (#1530)
     # Depth recurrence (#1394, #1493): late in training, blocks run in another order.
@@ -188,8 +188,8 @@ class Settings:
     unet_skips: Literal["0", "1", "gated"] = "gated"
         # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
     # −0.005 to −0.018 at 600 steps of 4 × 128, three seeds; speedrun #81: 65 steps of 1,480 less.
-    mudd: Flag = 1  # mix earlier outputs, by token, into the last block's input and the output;
-        # with lanes, into its attention's input
+    mudd: Flag = 1  # mix earlier outputs, weighted for each token, into the last block's input
+        # (with lanes, into its attention's) and into the output
     # Value 1 mixes across documents, a known mistake; bos closes the gate at document starts.
     smear_gate: Literal["0", "1", "bos", "embed"] = "embed"
         # mix in the previous token; bos: not at BOS; embed: as bos, before the norm (#1667)
@@ -231,14 +231,14 @@ class Settings:
     warmdown_frac: Fraction = 0.85  # the decay as a fraction of the run; 0: use WARMDOWN_ITERS
     lr_floor: Fraction = 0.1  # final learning rate over the peak
     ema_enabled: Flag = 1  # average the weights exponentially (−0.0006)
-    ema_decay: Decay = 0.0  # per step; 0: 0.6 × EMA over 1/21 of the run so far + 0.4 × last
+    ema_decay: Decay = 0.0  # per step; 0: 0.6 × EMA over the last 1/21 + 0.4 × last weights
     swa_enabled: Flag = 0  # average snapshots late in the warmdown; with EMA: the mean of both
     swa_every: Positive = 50  # steps between snapshots
     late_qat_threshold: Amount = 0.0
         # int6 fake quantization once this fraction of the warmdown is left; 0: never, > 1: always
     segment_schedule: str = ""
-        # 1024:0.1,2048:0.7: up to a tenth of the run attention ends every 1,024 tokens of a row,
-        # up to 0.7 every 2,048 (#2014); needs DOC_ATTENTION=1; empty: it ends at documents alone
+        # 1024:0.1,2048:0.7 ends attention every 1,024 tokens of a row in the first tenth of the
+        # run, then every 2,048 until 0.7 (#2014); needs DOC_ATTENTION=1; empty: at documents alone
     val_loss_every: Count = 4000  # steps between validations; 0: only after the last step
     train_log_every: Positive = 500  # steps between log lines after step 10
 
@@ -250,14 +250,14 @@ class Settings:
     proj_bits: Bits = 8  # of gates and of bigram and value projections
     fp16_keep_name_patterns: str = ""  # substrings of names of fp16 tensors, comma-separated
     quant_fit: Literal["trellis", "level", "scale"] = "trellis"
-        # scales and codes; scale: all scales grow by one factor until the model fits; level: to one
-        # minimum (with GPTQ × the row's tolerance); trellis: scales as level, codes of a trellis
+        # how scales grow until the model fits; scale: all by one factor; level: each to a common
+        # minimum (with GPTQ × the row's tolerance); trellis: as level, with trellis-coded codes
     quant_clip: Literal["max", "row", "std"] = "max"  # a row's clip; max: maximum; row: searched
         # quantile; std: root mean square × *_CLIP_SIGMAS (SDClip, #1394)
     attn_clip_sigmas: Sigmas = 12.85  # QUANT_CLIP=std: of attention, gates and projections
     mlp_clip_sigmas: Sigmas = 12.85  # QUANT_CLIP=std: of the MLP
     embed_clip_sigmas: Sigmas = 20.0  # QUANT_CLIP=std: of embedding tables
-    quant_step_floor: Amount = 0.0  # minimum of finest scales below 8 bits; #1218: 0.03226 (1/31)
+    quant_step_floor: Amount = 0.0  # least of the finest scales below 8 bits; #1218: 0.03226 (1/31)
     prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # fraction of weights set to 0, smallest first
     gptq: Flag = 1  # calibrate: GPTQ codes; unless QUANT_FIT=scale also scales by error cost
     gptq_batches: Positive = 8  # of TRAIN_BATCH_TOKENS, for calibration; fewer if time is short
@@ -567,7 +567,7 @@ def rules(s, world_size):
          "TTT scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
         (not s.ttt_enabled or s.ttt_lora_rank or s.ttt_chunk_tokens == 0
          or s.ttt_chunk_tokens >= s.least_chunk, "TTT_CHUNK_TOKENS",
-         f"must hold {s.least_chunk} tokens, a row and what a window scores; or 0"),
+         f"must hold {s.least_chunk} tokens, a row and the targets of a window; or be 0"),
         (len(s.run_id.encode("utf-8", "surrogateescape")) <= 200 and "/" not in s.run_id,
          "RUN_ID", "must be a file name of at most 200 bytes"),
         (not s.scores_path or Path(s.scores_path).suffix == ".npy", "SCORES_PATH",
@@ -587,7 +587,7 @@ def rules(s, world_size):
 
 
 def translated(environ):
-    """({setting in capitals: (variable, text)}, problems) of the variables that are set."""
+    """{SETTING: (variable, text)} of the variables that are set, and a list of problems."""
     texts = {name: (name, environ[name]) for name in _NAMES if name in environ}
     problems = list(near_misses(environ))
     for name in (n for n in ALIASES if n in environ):
@@ -616,7 +616,7 @@ def resolve_settings(environ, stored=None, world_size=1):
     preset = environ.get("PRESET", "").strip()
     if preset and preset not in PRESETS:
         problems.append(f"PRESET={preset}: unknown; there are {', '.join(PRESETS)}")
-    values = {**PRESETS.get(preset, {}), "preset": preset, **(stored or {})}
+    values = {**PRESETS.get(preset, {}), **(stored or {})}
     for target, (name, text) in texts.items():
         try:
             values[target.lower()] = parse_value(target.lower(), text)
@@ -668,10 +668,8 @@ def help_text():
 def find_upward(path):
     """`path` if absolute or found from the working directory, else from the script's folder up."""
     path = Path(os.path.expanduser(path))  # an unknown ~user stays as it is
-    if path.is_absolute():
-        return path
-    return next((p for p in (path, *(folder / path for folder in SCRIPT.parents)) if p.exists()),
-                path)
+    places = [folder / path for folder in (Path(), *SCRIPT.parents)]  # all the same if absolute
+    return next(filter(os.path.exists, places), path)
 
 
 # ---- 2. Runtime: ranks, device, log, clock; only this section calls torch.distributed -----------
@@ -727,36 +725,32 @@ class Runtime:
         return bool(self.sum_(torch.tensor(float(bool(flag)))))
 
     def barrier(self):
-        """Wait for the other hosts. Garbage collection no longer scans what exists by now, nor
-        frees it: the objects of the compiler may take it half a second each time."""
+        """Wait for the other hosts. Exempt what exists by now from garbage collection: to scan the
+        compiler's objects may take half a second each time."""
         gc.collect()
         gc.freeze()
         self.any_rank(False)
 
     def sum_later(self, x):
-        return self._started(x, "all_reduce", x)
+        return self._started(x, dist.all_reduce, x)
 
-    # torch 2.13 has these names and warns of the older ones.
-    SINGLE = hasattr(dist, "reduce_scatter_single")
-    REDUCE_SCATTER = "reduce_scatter_single" if SINGLE else "reduce_scatter_tensor"
-    ALL_GATHER = "all_gather_single" if SINGLE else "all_gather_into_tensor"
+    # torch 2.13 has the first names and warns of the second ones.
+    REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
     def reduce_scatter(self, x):
         """Start a sum over ranks of x [n·W, ...]; each rank gets its n rows."""
-        mine = x.tensor_split(self.world_size)[self.rank]
-        if self.device.type == "cpu":  # gloo had no reduce-scatter until torch 2.13
-            return self._started(mine, "all_reduce", x)
-        out = torch.empty_like(mine) if self.world_size > 1 else mine
-        return self._started(out, self.REDUCE_SCATTER, out, x)
+        out = x.new_empty(len(x) // self.world_size, *x.shape[1:]) if self.world_size > 1 else x
+        return self._started(out, Runtime.REDUCE_SCATTER, out, x)
 
     def all_gather(self, x):
         """Start to gather every rank's x [n, ...] as [n·W, ...]."""
         x = x.contiguous()
-        out = x.new_empty(x.size(0) * self.world_size, *x.shape[1:]) if self.world_size > 1 else x
-        return self._started(out, self.ALL_GATHER, out, x)
+        out = x.new_empty(len(x) * self.world_size, *x.shape[1:]) if self.world_size > 1 else x
+        return self._started(out, Runtime.ALL_GATHER, out, x)
 
     def _started(self, out, collective, *tensors):
-        work = getattr(dist, collective)(*tensors, async_op=True) if self.world_size > 1 else None
+        work = collective(*tensors, async_op=True) if self.world_size > 1 else None
 
         def wait(held=tensors):  # keeps the inputs alive
             if work:
@@ -818,7 +812,8 @@ class Runtime:
 
 
 def printed(line, stream, end="\n"):
-    """Print in the stream's encoding, on a terminal over a progress line; False if it is closed."""
+    """Print, on a terminal over the progress line; escape what the stream cannot encode. False if
+    the stream is closed."""
     encoding = getattr(stream, "encoding", None) or "utf-8"  # None where it was closed before
     try:
         line = "\r\033[K" * stream.isatty() + line
@@ -846,8 +841,7 @@ class StepClock:
         if exact:
             self.rt.synchronize()
         elif self.rt.device.type == "cuda":
-            self.events.append(torch.cuda.Event())
-            self.events[-1].record()
+            self.events.append(torch.cuda.current_stream().record_event())
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
         elapsed = 0.0 if self.rt.rank else 1000 * (time.perf_counter() - self.start)
@@ -906,7 +900,7 @@ def shard_paths(s, split):
 
 
 def check_content(tokens, path, every=1):
-    """Raise UserError if an aligned span of 1,024 tokens is constant; checks one of `every`."""
+    """Raise UserError if an aligned span of 1,024 tokens is constant; check every `every`-th."""
     spans = tokens[: len(tokens) // 1024 * 1024].reshape(-1, 1024)[::every]
     holes = np.flatnonzero((spans == spans[:, :1]).all(1))
     if len(holes):
@@ -916,15 +910,14 @@ def check_content(tokens, path, every=1):
 
 
 def sample_parts(tokens):
-    """About 64 evenly spaced runs of 4,096 + 32 tokens; all tokens of a small shard."""
+    """About 64 evenly spaced runs of 4,128 tokens; of a small shard all, in runs that overlap."""
     return [tokens[a: a + 4128] for a in range(0, len(tokens), max(4096, len(tokens) >> 6))]
 
 
 def document_keys(tokens):
     """The first 32 tokens of each document of at least 32, as a set of bytes."""
-    starts = np.flatnonzero(tokens == BOS)
-    ends = np.append(starts[1:], len(tokens))
-    return {tokens[a: a + 32].tobytes() for a, b in zip(starts, ends) if b - a >= 32}
+    documents = np.split(tokens, np.flatnonzero(tokens == BOS))[1:]
+    return {document[:32].tobytes() for document in documents if len(document) >= 32}
 
 
 def contamination(stream, validation):
@@ -943,8 +936,8 @@ def check_tokens(tokens, vocab_size, path):
 class TrainStream:
     """Training rows as a function of (seed, position) alone: the same order for every world size.
 
-    Row r of a shard is its tokens [r·T, r·T + T]. An epoch visits the shards, and the rows of each
-    shard, both shuffled or both in order. Shards are memory-mapped, not copied."""
+    Row r of a shard is its tokens r·T to r·T + T, both included. An epoch visits the shards, and
+    the rows of each shard, both shuffled or both in order. Shards are memory-mapped, not copied."""
 
     def __init__(self, s):
         self.s, self.paths = s, shard_paths(s, "train")
@@ -958,15 +951,14 @@ class TrainStream:
                             f"{s.train_seq_len} + 1 tokens")
         self.order = functools.lru_cache(4)(self._order)
 
-    def _order(self, epoch, shard=None):
-        """Order of the shards in an epoch, or of the rows in one of its shards."""
-        count = len(self.shards) if shard is None else self.row_counts[shard]
-        if shard is not None:  # shuffled reads of 4 kB defeat the kernel's own read-ahead
+    def _order(self, epoch, shard=-1):
+        """Order of the shards in an epoch (-1), or of the rows in one of its shards."""
+        count = len(self.shards) if shard < 0 else self.row_counts[shard]
+        if shard >= 0:  # shuffled reads of 4 kB defeat the kernel's own read-ahead
             self.shards[shard]._mmap.madvise(mmap.MADV_WILLNEED)
         if self.s.train_order == "sequential":
             return np.arange(count)
-        key = (self.s.seed, epoch) if shard is None else (self.s.seed, epoch, shard + 1)
-        return np.random.default_rng(key).permutation(count)
+        return np.random.default_rng((self.s.seed, epoch, shard + 1)).permutation(count)
 
     def row(self, position):
         """Row number `position` since the start of training: T + 1 tokens."""
@@ -1058,7 +1050,6 @@ class ByteTable:
                             f"DATA_PATH={s.data_path}; name the one of sha256 {made_by}")
         self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
                                   for i in range(V)])
-        self.unknown = sp.unk_id()
         pieces = [sp.id_to_piece(i) for i in range(V)]
         self.space = np.array([p.startswith("▁") for p in pieces]) & ~self.boundary
         self.base = np.array([1 if sp.is_byte(i) else len(p[p.startswith("▁"):].encode())
@@ -1100,16 +1091,13 @@ class ByteTable:
         then from a sample, are decoded and encoded again; in each, at least half of the tokens must
         be in documents that come back equal. With `scored`, unknown pieces are an error, too."""
         check_tokens(tokens, len(self.base), path)
-        if scored and (unknown := np.count_nonzero(tokens == self.unknown)):
+        if scored and (unknown := np.count_nonzero(tokens == self.sp.unk_id())):
             raise UserError(f"{path}: {unknown} tokens are unknown pieces, which stand for any "
                             "text; use a tokenizer with byte fallback, as of data/build_dataset.py")
         # The sample alone is not enough: its parts cut long documents.
-        beginning = tokens[: 1 << 15]
-        for parts in [[beginning]] + [sample_parts(tokens)] * (len(tokens) > len(beginning)):
-            documents = []
-            for part in parts:
-                starts = np.flatnonzero(part == BOS)
-                documents += [part[a + 1: b].tolist() for a, b in zip(starts, starts[1:])]
+        for parts in [[tokens[: 1 << 15]]] + [sample_parts(tokens)] * (len(tokens) > 1 << 15):
+            documents = [ids[1:].tolist() for part in parts  # those between two BOS
+                         for ids in np.split(part, np.flatnonzero(part == BOS))[1:-1]]
             again = self.sp.encode([self.sp.decode(ids) for ids in documents])
             same = sum(len(ids) for ids, new in zip(documents, again) if ids == new)
             total = sum(map(len, documents))
@@ -1167,9 +1155,9 @@ def leaky_square_mlp(u_ND, up_RD, down_DR, slope):
 
 
 # leaky_square_mlp as a Triton kernel, for compiled models on a GPU. It fuses the activation into
-# the first matrix product, and its derivative into the backward product. It stores LeakyReLU(x)²,
-# not x: the last bit is the sign of x, so that the derivative can be computed from it. The loss
-# needs no kernel: the compiler's own moves as few bytes.
+# the first matrix product, and its derivative into the backward product. It stores LeakyReLU(x)²
+# with the sign of x as its last bit; the derivative follows from both. The loss needs no kernel of
+# ours: the compiler's moves as few bytes.
 jit = triton.jit if triton else lambda kernel: kernel
 MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
@@ -1178,9 +1166,9 @@ MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 def leaky_square_kernel(a, b, h, out, rows, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
                         N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                         BK: tl.constexpr, GROUP: tl.constexpr):
-    """A tile of P [rows, N] = a [rows, K] times b [N, K] transposed; backward: times b [K, N].
-    Forward: out = LeakyReLU(P)², h is not read. Backward: out = P · LeakyReLU²' at the input
-    whose activation is h."""
+    """A tile of the product P [rows, N]. Forward: P = a·bᵀ, a [rows, K], b [N, K], and out =
+    LeakyReLU(P)². Backward: P = a·b, b [K, N], and out = P × the derivative of LeakyReLU² where
+    the activation is h."""
     tile, per_group = tl.program_id(0), GROUP * (N // BN)  # GROUP row tiles reuse cached columns
     first = tile // per_group * GROUP
     group = tl.minimum(tl.cdiv(rows, BM) - first, GROUP)
@@ -1207,7 +1195,7 @@ def leaky_square_kernel(a, b, h, out, rows, SLOPE: tl.constexpr, BACKWARD: tl.co
         leaky = tl.where(total < 0, SLOPE * total, total)
         rounded = (leaky * leaky).to(dtype)
         bits = rounded.to(integer, bitcast=True)
-        wrong = (bits & 1) != (total < 0).to(integer)  # then the next number towards leaky²
+        wrong = (bits & 1) != (total < 0).to(integer)  # then its neighbour on the side of leaky²
         up = leaky * leaky >= rounded.to(tl.float32)
         bits += tl.where(wrong, tl.where(up, 1, -1), 0).to(integer)
         result = bits.to(dtype, bitcast=True)
@@ -1237,7 +1225,7 @@ class LeakySquareMLP(torch.autograd.Function):
     def backward(ctx, dy):
         u, up, down, h = ctx.saved_tensors
         dy = dy.contiguous()
-        ddown = dy.mT @ h  # products in the order that fuses best; unused ones are dropped
+        ddown = dy.mT @ h  # this order fuses best; the compiler drops unused products
         dh = LeakySquareMLP.product(dy, down, h, len(up), ctx.slope, True)
         dup = dh.mT @ u
         return dh @ up, dup, ddown, None
@@ -1248,9 +1236,8 @@ def rotary_tables(s, length):
     rotated, base = s.rope_dims or s.head_dim, 10000.0
     if s.rope_ntk_reference and s.train_seq_len > s.rope_ntk_reference:
         base *= (s.train_seq_len / s.rope_ntk_reference) ** (rotated / (rotated - 2))
-    float64 = dict(dtype=torch.float64, device="cpu")
-    frequency = base ** (-torch.arange(0, rotated, 2, **float64) / rotated)
-    angle = torch.arange(length, **float64)[:, None] * frequency
+    frequency = base ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return angle.cos().float(), angle.sin().float()
 
 
@@ -1297,7 +1284,7 @@ class GatedXSA(torch.autograd.Function):
             d_along = (d * v).sum(-1, keepdim=True) / v_square
             dy.append(d - d_along * v)
             dv = dv - y_along * d - d_along * (rest - y_along * v)
-        dv = dv.as_strided(dv.shape, dv.stride())  # ends fusion: else each reader recomputes dv
+        dv = dv.as_strided(dv.shape, dv.stride())  # else the compiler computes dv for each reader
         return torch.stack(dy, 3).flatten(2, 3), dv, torch.stack(dgate, 3).flatten(2)
 
 
@@ -1310,9 +1297,7 @@ def visible_mask(x, band=0, starts_BT=None):
     if not band and starts_BT is None:
         return None
     T = x.size(1)
-    position = torch.arange(T, device=x.device)
-    behind = position[:, None] - position  # how far each key lies behind each query
-    mask = (behind >= 0) & (behind < (band or T))
+    mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - (band or T))
     if starts_BT is None:
         return mask
     document = starts_BT.cumsum(1)
@@ -1327,16 +1312,15 @@ def sdpa(q_BTHE, k_BTKE, v_BTKE, mask=None):
 
 
 def cumulative_lengths(starts_BT):
-    """Where rows and documents start in the flat batch [B·T], int32, for variable-length kernels,
-    padded with B·T to a fixed length: the rows and max(64, B·T/256) documents. If a batch has more,
-    the last of them are joined within their rows. FineWeb has a document in 800 tokens; segments
-    have 512 or more. FlashAttention starts thread blocks for the padding too, which take time."""
-    B, T = starts_BT.shape
-    position = torch.arange(B * T, device=starts_BT.device)
-    documents = torch.where(starts_BT.flatten(), position, B * T).sort().values
-    documents = documents[: max(64, B * T // 256)]
+    """Where rows and documents start in the flat batch [B·T], int32, for variable-length kernels.
+    Their number is fixed: the rows and max(64, B·T/256) documents, padded with B·T. If there are
+    more, the last ones of a row are joined. FineWeb has a document in 800 tokens, segments have 512
+    or more. The padding takes time: FlashAttention starts thread blocks for it."""
+    N, T = starts_BT.numel(), starts_BT.size(1)
+    position = torch.arange(N, device=starts_BT.device)
+    documents = torch.where(starts_BT.flatten(), position, N).sort().values[: max(64, N // 256)]
     borders = torch.cat((position[::T], documents)).sort().values
-    return F.pad(borders, (0, 1), value=B * T).int()
+    return F.pad(borders, (0, 1), value=N).int()
 
 
 class TorchFlash:
@@ -1344,20 +1328,17 @@ class TorchFlash:
     takes neither a band nor documents, and varlen_attn of PyTorch 2.11 no grouped heads."""
 
     @staticmethod
-    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                               causal, window_size=(-1, -1)):
-        left, right = window_size
+    def flash_attn_func(q, k, v, causal, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+                        max_seqlen_k=None, window_size=(-1, -1)):
+        T, (left, right) = max_seqlen_q or q.size(1), window_size
         return torch.ops.aten._flash_attention_forward(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, False,
-            window_size_left=left, window_size_right=right)
+            q, k, v, cu_seqlens_q, cu_seqlens_k, T, T, 0.0, causal, False, window_size_left=left,
+            window_size_right=right)
 
-    @staticmethod
-    def flash_attn_func(q, k, v, **how):
-        T = q.size(1)
-        return TorchFlash.flash_attn_varlen_func(q, k, v, None, None, T, T, **how)
+    flash_attn_varlen_func = flash_attn_func
 
 
-# FlashAttention, packages and PyTorch's, and cuDNN, as ATTENTION=auto tries them without documents.
+# In the order of ATTENTION=auto without documents: FlashAttention of packages or PyTorch, cuDNN.
 ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
              "flash": TorchFlash, "fa2": "flash_attn", "fa4": "flash_attn.cute"}
 
@@ -1441,9 +1422,7 @@ def first_right(part, candidates, reference, inputs, rt):
 
 
 def random_inputs(rt, *shapes):
-    generator = torch.Generator(rt.device).manual_seed(0)
-    return [torch.randn(shape, device=rt.device, generator=generator).to(rt.dtype).requires_grad_()
-            for shape in shapes]
+    return [torch.randn(x, device=rt.device, dtype=rt.dtype, requires_grad=True) for x in shapes]
 
 
 def choose_kernels(s, rt):
@@ -1491,7 +1470,7 @@ class Pass:
     block: int
     core: int
     push: bool        # keep the output as a skip
-    skip: int | None  # row of skip_weights for the last kept output, which is added to the input
+    skip: int | None  # row of skip_weights for the skip that is added to the input
     xsa: bool
     form: str         # how attention and MLP join the residual stream: "0", "one" or "lanes"
 
@@ -1521,10 +1500,6 @@ def core_uses(name, s):
     return sum(p.core == int(core[1]) for p in pass_list(s)) if core else 1
 
 
-def vector(*values):
-    return nn.Parameter(torch.tensor(values, dtype=torch.float32))
-
-
 def matrix(rows, columns):
     return nn.Parameter(torch.full((rows, columns), math.nan))  # init_weights fills every one
 
@@ -1543,7 +1518,7 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((s.num_heads,), s.qk_gain_init))
         if self.gate == "head":  # y_h × σ(W_h·u + b_h), nearly open at first
             self.gate_weight = nn.Parameter(torch.zeros(s.num_heads, D))
-            self.gate_bias = vector(*[4.0] * s.num_heads)
+            self.gate_bias = nn.Parameter(torch.full((s.num_heads,), 4.0))
         elif self.gate == "sparse":  # y_h × σ(W_h·u[:12] / 2), half open at first
             self.gate_weight = nn.Parameter(torch.zeros(s.num_heads, min(12, D)))
 
@@ -1602,7 +1577,7 @@ class Block(nn.Module):
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(D)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.tensor([[1.0] * D, [0.0] * D]))
         initial = dict(pair=(0.5, 0.5), sigmoid=(-1.5,)).get(s.value_residual) if index else None
-        self.value_residual = vector(*initial) if initial else None
+        self.value_residual = nn.Parameter(torch.tensor(initial)) if initial else None
 
     def mix_value(self, v, first_v):
         """The value residual a·V₀ + b·V, V₀ from the first pass: (a, b) learned (#413, #490), or
@@ -1633,7 +1608,8 @@ class BigramEmbedding(nn.Module):
     def __init__(self, s):
         super().__init__()
         self.table = matrix(s.bigram_vocab_size, s.bigram_dim)
-        self.proj, self.scale = matrix(s.model_dim, s.bigram_dim), vector(0.05)
+        self.proj = matrix(s.model_dim, s.bigram_dim)
+        self.scale = nn.Parameter(torch.tensor([0.05]))
 
     def forward(self, tokens_BT, dtype):
         last = self.table.size(0) - 1
@@ -1650,7 +1626,8 @@ class ValueEmbedding(nn.Module):
         self.blocks = s.ve_blocks
         self.table = matrix(s.vocab_size, s.ve_dim)
         self.proj = matrix(s.num_kv_heads * s.head_dim, s.ve_dim)
-        self.scale, self.block_scales = vector(0.1), nn.Parameter(torch.ones(len(self.blocks)))
+        self.scale = nn.Parameter(torch.tensor([0.1]))
+        self.block_scales = nn.Parameter(torch.ones(len(self.blocks)))
 
     def forward(self, tokens_BT, dtype):
         """{block: [B,T,K·E]}."""
@@ -1666,7 +1643,7 @@ class Mixer(nn.Module):
     def __init__(self, s):
         super().__init__()
         self.read = matrix(64, s.model_dim)
-        self.write, self.bias = nn.Parameter(torch.zeros(3, 64)), vector(0.0, 0.0, 0.0)
+        self.write, self.bias = (nn.Parameter(torch.zeros(shape)) for shape in ((3, 64), (3,)))
 
     def forward(self, x_BTD, *others):
         hidden = F.gelu(linear(rms_norm(x_BTD), self.read))
@@ -1698,8 +1675,8 @@ class GPT(nn.Module):
         if s.parallel == "lanes":  # of each block and lane: factors of lane, attention, MLP
             self.lanes = nn.Parameter(torch.tensor([[[1.1, 1.0, 1.0]] * 2] * s.num_layers))
         self.mixers = nn.ModuleList(Mixer(s) for _ in range(2 * s.mudd))
-        for name, p in self.named_parameters():  # gradient: mean over a core's blocks, as in #537
-            if name.startswith("cores.") and (uses := core_uses(name, s)) > 1:
+        for name, p in self.named_parameters():  # a shared core's gradient: the mean of its blocks
+            if (uses := core_uses(name, s)) > 1:  # as in #537
                 p.register_hook(lambda grad, uses=uses: grad / uses)
         longest = max(s.train_seq_len, s.context, s.scoring_shape[0], s.ttt_shape[0])
         for name, table in zip(("cos", "sin"), rotary_tables(s, longest)):
@@ -1788,7 +1765,7 @@ class GPT(nn.Module):
 @dataclass(frozen=True)
 class Kind:
     """How parameters whose names match are initialized, trained, stored, adapted. From `optimizer`
-    on, texts are names of settings; `optimizer` may also be a name of OPTIMIZERS."""
+    on, each text names a setting; `optimizer` may also name a row of OPTIMIZERS."""
     kind: str
     pattern: str
     init: object      # "orthogonal", a standard deviation; None: the constructor's value

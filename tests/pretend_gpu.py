@@ -88,16 +88,13 @@ def main(environ):
             super().__init__(s, ranks)
             self.device, self.dtype = DEVICE, torch.bfloat16
 
-    def random_inputs(rt, *shapes):  # a generator has no such device
-        return [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
-
     def tensor(values, device="cpu", **more):
         return host_tensor(values, **more).to(device)
 
     def adamw(*args, fused, **more):  # the fused one asks for a known device
         return unfused(*args, **more)
     unfused, torch.optim.AdamW, torch.tensor = torch.optim.AdamW, adamw, tensor
-    train_gpt.Runtime, train_gpt.random_inputs = Runtime, random_inputs
+    train_gpt.Runtime = Runtime
     torch.__future__.set_swap_module_params_on_conversion(True)
     with Pretended():
         return train_gpt.main([], environ)
