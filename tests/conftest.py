@@ -47,6 +47,8 @@ WORDS = ("river stone quiet lamp orchard winter copper signal harbor meadow pape
          "rocket planet hollow ribbon marble café naïve 北京").split()
 
 
+# A shell lets what runs in its background ignore SIGINT, and so would the script.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 HANDLERS = {number: signal.getsignal(number) for number in train_gpt.SIGNALS}
 
 

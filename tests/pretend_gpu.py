@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICE, aten = torch.device("meta"), torch.ops.aten
 COPIES = {aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default}
@@ -50,16 +49,28 @@ class OnDevice(torch.Tensor):
         return computed(function, args, kwargs or {})
 
 
+def mapped(act, x):
+    """x with act(t) for each tensor t in its lists, tuples and dicts. PyTorch's tree_map is
+    far slower."""
+    if isinstance(x, torch.Tensor):
+        return act(x)
+    if isinstance(x, (list, tuple)):
+        return type(x)([mapped(act, y) for y in x])
+    return {k: mapped(act, y) for k, y in x.items()} if isinstance(x, dict) else x
+
+
 def computed(function, args, kwargs):
     """The operation's result, on the device if an input is or if it is made there."""
-    there = any(isinstance(x, OnDevice) for x in tree_leaves((args, kwargs)))
+    tensors = []
+    held_args, held_kwargs = mapped(lambda x: tensors.append(x) or getattr(x, "held", x),
+                                    (args, kwargs))
+    there = any(isinstance(x, OnDevice) for x in tensors)
     made_on = kwargs.get("device") and torch.device(kwargs["device"])
     if there and function not in COPIES:
-        mixed = (args[0], args[2:]) if function in INDEXED else (args, kwargs)
-        if any(isinstance(x, torch.Tensor) and not isinstance(x, OnDevice) and x.dim()
-               for x in tree_leaves(mixed)):
+        if function in INDEXED:
+            tensors = [x for x in tensors if all(x is not i for i in args[1])]
+        if any(not isinstance(x, OnDevice) and x.dim() for x in tensors):
             raise RuntimeError(f"{function}: tensors of the device and of the host")
-    held_args, held_kwargs = tree_map_only(OnDevice, lambda x: x.held, (args, kwargs))
     if made_on:
         held_kwargs["device"] = torch.device("cpu")
     out = function(*held_args, **held_kwargs)
@@ -67,7 +78,7 @@ def computed(function, args, kwargs):
         return out
     if function is aten.copy_.default and not isinstance(args[0], OnDevice):
         return args[0]  # to the host
-    out = tree_map_only(torch.Tensor, OnDevice, out)
+    out = mapped(OnDevice, out)
     aliases = any(result.alias_info for result in function._schema.returns)
     return return_and_correct_aliasing(function, args, kwargs, out) if aliases else out
 

@@ -174,10 +174,11 @@ def test_a_damaged_artifact_is_refused(run, artifact, tmp_path):
 
 @pytest.mark.parametrize("streams", [1, 3])
 def test_the_recount_of_guesses_equals_the_scripts_over_a_long_text(streams):
-    """More than the 32,768 targets after which rounds grow."""
-    tokens = np.random.default_rng(0).integers(0, 3, 36_001).astype(np.uint16)
-    nll = np.random.default_rng(1).uniform(0.5, 2, 36_000)
-    nll[97::5000] = 1000.0  # wrong guesses, and right ones
+    """One stream: more than the 32,768 targets after which rounds grow."""
+    count = 36_000 if streams == 1 else 13_500
+    tokens = np.random.default_rng(0).integers(0, 3, count + 1).astype(np.uint16)
+    nll = np.random.default_rng(1).uniform(0.5, 2, count)
+    nll[97::2500] = 1000.0  # wrong guesses, and right ones
     script = train_gpt.MatchModel(tokens, streams, "cpu")
     recount = audit.Guesses(tokens, streams)
     length = len(nll) // streams

@@ -8,8 +8,9 @@ from pretend_gpu import DEVICE, OnDevice, Pretended
 
 PRETEND = ROOT / "tests" / "pretend_gpu.py"
 EVERYTHING = dict(ITERATIONS=2, MAX_WALLCLOCK_SECONDS=0, WARMDOWN_ITERS=1, WARMUP_STEPS=1,
-                  VAL_LIMIT_TOKENS=192, CHECKPOINT_EVERY_SECONDS=1e-6, LATE_QAT_THRESHOLD=2,
-                  SWA_ENABLED=1, SWA_EVERY=1)
+                  VAL_LIMIT_TOKENS=128, CHECKPOINT_EVERY_SECONDS=1e-6, LATE_QAT_THRESHOLD=2,
+                  SWA_ENABLED=1, SWA_EVERY=1, MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1,
+                  BIGRAM_DIM=4, VE_DIM=4, GPTQ_BATCHES=1, EVAL_STRIDE=16, TTT_EPOCHS=1)
 
 
 def test_a_tensor_of_the_device_refuses_the_hosts():
