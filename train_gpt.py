@@ -1969,8 +1969,7 @@ class TorchGroup:
         return [p.grad for p in self.params]
 
     def update(self, lr_scale, momentum):
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * lr_scale
+        self.optimizer.param_groups[0]["lr"] = self.lr * lr_scale
         self.optimizer.step()
 
     def finish(self):
@@ -1987,14 +1986,6 @@ class Optimizers:
         self.groups, self.clip_norm, self.rt = groups, clip_norm, rt
         self.params = [p for group in groups for p in group.params]
         assert len({id(p) for p in self.params}) == len(self.params), "a parameter in two groups"
-
-    def state(self):
-        """All that a later step depends on; a collective of all ranks."""
-        return [group.state() for group in self.groups]
-
-    def load(self, state):
-        for group, part in zip(self.groups, state, strict=True):
-            group.load(part)
 
     @torch.no_grad()
     def step(self, lr_scale, momentum):
@@ -2049,13 +2040,11 @@ def warmdown_left(s, step, elapsed_ms):
     warmdown longer than the run spans the run."""
     if s.warmdown_frac:
         return min(1.0, max(0.0, 1 - progress_of(s, step, elapsed_ms)) / s.warmdown_frac)
-    left = [1.0]
-    if s.warmdown_iters and s.iterations:
-        left.append((s.iterations - step) / min(s.warmdown_iters, s.iterations))
-    if s.warmdown_iters and s.max_wallclock_seconds and step:
-        cap_ms = 1000 * s.max_wallclock_seconds
-        left.append((cap_ms - elapsed_ms) / min(s.warmdown_iters * elapsed_ms / step, cap_ms))
-    return max(min(left), 0.0)
+    end = s.iterations or math.inf  # in steps
+    if s.max_wallclock_seconds and step:
+        end = min(end, 1000 * s.max_wallclock_seconds / elapsed_ms * step)
+    warmdown = min(s.warmdown_iters, end)
+    return min(1.0, max(0.0, end - step) / warmdown) if warmdown else 1.0
 
 
 def lr_scale(s, step, elapsed_ms):
@@ -2112,12 +2101,6 @@ class WeightAverage:
             torch._foreach_lerp_(self.swa, params, 1 / self.snapshots)
             return self.snapshots == 1
         return False
-
-    def state(self):
-        return [self.ema, self.swa, self.snapshots]
-
-    def load(self, state):
-        self.ema, self.swa, self.snapshots = state
 
     @torch.no_grad()
     def apply(self):
@@ -2418,9 +2401,8 @@ class Quantizer:
         # A thread for each matrix: PyTorch's own do not help with arrays as small as those of
         # gptq_codes. A GPU computes one matrix after the other in any case.
         on_cpu = all(w.device.type == "cpu" for _, w, *_ in self.parts.values())
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,)) as workers:
-            side_by_side = workers.map if on_cpu else map
+        with ThreadPoolExecutor(torch.get_num_threads(), "", torch.set_num_threads, (1,)) as pool:
+            side_by_side = pool.map if on_cpu else map
             found = side_by_side(lambda part: quantized(*part), self.parts.values())
             return {**self.fp16, **dict(zip(self.parts, found))}
 
@@ -2498,8 +2480,7 @@ def rans_encode(symbols, contexts, frequency):
     entries = contexts.astype(np.uint16) * SYMBOLS + symbols
     frequency, start = (t.astype(np.uint16)[entries] for t in rans_tables(frequency))
     state, words = np.full(RANS_STATES, 1 << 16, np.uint32), []
-    last = (len(symbols) - 1) // RANS_STATES * RANS_STATES
-    for at in range(last, -1, -RANS_STATES):  # backwards: the decoder goes forwards
+    for at in reversed(range(0, len(symbols), RANS_STATES)):  # the decoder goes forwards
         part = slice(at, at + RANS_STATES)
         f, x = frequency[part], state[: len(symbols) - at]
         full = np.flatnonzero(x >> np.uint32(32 - RANS_BITS) >= f)
@@ -2880,8 +2861,7 @@ class Scorer:
             rows, targets, at, new, w = (torch.from_numpy(x).to(self.rt.device) for x in (
                 self.tokens[start + np.arange(self.length)], self.tokens[scored + 1],
                 scored - start, new, w - begin))
-            asked = {"at_BN": at} if self.stride < self.length else {}  # else all positions
-            scores = self.model(rows, targets, **asked, **more_of(w))[new]
+            scores = self.model(rows, targets, at_BN=at, **more_of(w))[new]
             out[place: place + len(scores)] = scores
             place += len(scores)
             tick((min(b + self.batch, high) - low) * self.rt.world_size)
@@ -3000,7 +2980,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=No
         scoring.append((time.perf_counter() - before) / (end - begin))
         if ttt and c + 1 < len(chunks):
             rest = statistics.median(scoring[-9:]) * (windows - end)
-            span = int(scorer.first[begin]), int(scorer.last[end - 1])
+            span = int(first[0]), int(last[-1])
             ttt.adapt(ledger, span, c, len(chunks), deadline - time.perf_counter() - rest)
     rt.synchronize()
     seconds = time.perf_counter() - started
@@ -3263,6 +3243,7 @@ class Checkpoints:
     Each holds a key: the settings that OF_TRAINING names, hashes of data and code."""
     NAMES = "step_" + "[0-9]" * 7 + ".pt"
     CARRIED = ("step", "elapsed", "step_ms", "fake_quant", "late")  # of a Trainer, in its state
+    AVERAGES = ("ema", "swa", "snapshots")  # of its averages, too
 
     def __init__(self, s, rt, stream):
         self.resuming, self.rt, self.kept = bool(s.resume), rt, []
@@ -3274,10 +3255,12 @@ class Checkpoints:
                         code=hashlib.sha256(SOURCE).hexdigest())
 
     def save(self, trainer):
-        """Write the state; remove all but this run's last two. Returns "" on every rank, or why it
-        could not be written. Raises UserError where a weight is not finite."""
+        """Write the state; remove all but this run's last two. A collective of all ranks. Returns
+        "", or why it could not be written. Raises UserError where a weight is not finite."""
+        averages = {name: getattr(trainer.averages, name) for name in self.AVERAGES}
         state = dict({name: getattr(trainer, name) for name in self.CARRIED}, key=self.key,
-                     averages=trainer.averages.state(), optimizers=trainer.optimizers.state(),
+                     averages=averages,
+                     optimizers=[group.state() for group in trainer.optimizers.groups],
                      model=[p.detach() for p in trainer.model.parameters()])
         if not all(torch.isfinite(p).all() for p in state["model"]):
             raise diverged(f"step {trainer.step}: weights are not finite", trainer.s)
@@ -3288,14 +3271,14 @@ class Checkpoints:
             content = buffer.getvalue()
             try:
                 write_whole(path, content + hashlib.sha256(content).digest())
-                self.kept = [*self.kept[-1:], path]
+                self.kept = [kept for kept in self.kept if kept != path][-1:] + [path]
+                for stale in set(self.folder.glob(self.NAMES)) - set(self.kept):
+                    with contextlib.suppress(OSError):
+                        stale.unlink()
                 self.rt.log(f"checkpoint:step {trainer.step} {path} {len(content) + 32} bytes")
             except UserError as error:
                 problem = str(error)
                 self.rt.log(f"checkpoint:none at step {trainer.step}: {problem}")
-            for stale in set(self.folder.glob(self.NAMES)) - set(self.kept) if not problem else ():
-                with contextlib.suppress(OSError):
-                    stale.unlink()
         return self.rt.from_rank0(problem)
 
     def resume(self, trainer):
@@ -3314,8 +3297,10 @@ class Checkpoints:
                 other = [f"{name.upper()}={state['key'].get(name)}, not {value}"
                          for name, value in self.key.items() if state["key"].get(name) != value]
                 if not other:
-                    trainer.optimizers.load(state["optimizers"])
-                    trainer.averages.load(state["averages"])
+                    for group, saved in zip(trainer.optimizers.groups, state["optimizers"],
+                                            strict=True):
+                        group.load(saved)
+                    vars(trainer.averages).update(state["averages"])
                     for p, saved in zip(trainer.model.parameters(), state["model"], strict=True):
                         p.data.copy_(saved)
                     vars(trainer).update({name: state[name] for name in self.CARRIED})
@@ -3365,9 +3350,7 @@ class Trainer:
         self.last_loss = ""  # for the progress line; reading it from a GPU stalls it
         # Both stay on once set. Without LATE_PASSES there is one list: `late` is on from the start.
         self.fake_quant, self.late = False, not s.late_passes
-        # Follows the clock. The tensor is for the compiled model; without a schedule there is none.
-        self.segment_now = s.train_seq_len
-        self.segment = torch.tensor(self.segment_now, device=rt.device) if s.segments else None
+        self.segment = s.train_seq_len  # tokens, by SEGMENT_SCHEDULE
 
     # -- the loop
 
@@ -3375,20 +3358,26 @@ class Trainer:
         """Train until ITERATIONS or the clock; then give the model its averaged weights.
 
         `validate()` scores the model as it is. Its time does not count as training time; that of
-        writing checkpoints does. Raises KeyboardInterrupt after a signal, with the state saved."""
+        writing checkpoints does, except after the last step. Raises KeyboardInterrupt after a
+        signal, with the state saved."""
         s, rt, saved_at, clock = self.s, self.rt, self.elapsed, StepClock(self.rt, self.elapsed)
         rt.log(f"startup:{time.perf_counter() - LAUNCHED:.1f}s from launch to the first step")
+        save_ms = 0.0  # of the last checkpoint; none is begun that would pass the cap
         while True:
-            due = self.over() or self.elapsed - saved_at >= 1000 * s.checkpoint_every_seconds
-            if clock.interrupted or (s.checkpoint_every_seconds and due):
-                problem = self.checkpoints.save(self)
+            due = self.elapsed - saved_at >= 1000 * s.checkpoint_every_seconds > 0
+            if clock.interrupted or (due and not self.over() and not out_of_time(
+                    self.scheduled, self.step, self.elapsed, save_ms)):
+                before, problem = self.elapsed, self.checkpoints.save(self)
                 if clock.interrupted:
                     raise KeyboardInterrupt(f"interrupted at step {self.step}; " + (
                         problem or "RESUME=auto with the same settings goes on from there"))
                 saved_at = self.elapsed = clock.read()
+                save_ms = saved_at - before
             over = self.over()
             if over or (s.val_loss_every and self.step and self.step % s.val_loss_every == 0):
                 self.elapsed = clock.read(exact=True)
+                if over and s.checkpoint_every_seconds:
+                    self.checkpoints.save(self)
                 result = validate()
                 self.log(f"val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}")
                 clock = StepClock(rt, self.elapsed)
@@ -3430,9 +3419,8 @@ class Trainer:
             self.late = True
             self.rt.log(f"late_passes:enabled step:{self.step} order:{s.late_order}")
         tokens = segment_tokens(s, self.step, self.elapsed)
-        if tokens != self.segment_now:
-            self.segment_now = tokens
-            self.segment.fill_(tokens)
+        if tokens != self.segment:
+            self.segment = tokens
             self.rt.log(f"segments:{tokens} tokens step:{self.step}")
         loss, norm = self.optimize(rows, scale, muon_momentum(s, self.step), self.late,
                                    self.fake_quant)
@@ -3446,12 +3434,14 @@ class Trainer:
         norm of all gradients, on the device. `rounded`: the gradients are those of int6 weights;
         they change the exact ones (straight-through)."""
         loss = torch.zeros((), device=self.rt.device)
+        # A tensor: a number would be compiled in.
+        segment = torch.full((), self.segment, device=self.rt.device) if self.s.segments else None
         exact = [p.detach().clone() for p in self.matrices] if rounded else ()
         for p, w in zip(self.matrices, exact):
             p.data.copy_(self.int6(w))
         for micro in rows.split(self.micro_rows):
             x, y = micro[:, :-1].long(), micro[:, 1:].long()
-            nll = self.forward(x, y, late=late, segment=self.segment)
+            nll = self.forward(x, y, late=late, segment=segment)
             nll = nll.sum() / self.s.train_batch_tokens
             nll.backward()
             loss += nll.detach()
@@ -3641,13 +3631,12 @@ def claim_places(s, rt, path, log_path):
             open(target, "ab").close()
     with explained(f"OUT_DIR: {log_path} cannot be written", "set OUT_DIR to another folder"):
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        if log_path.exists():
-            name = re.compile(re.escape(log_path.stem) + r"\.(\d{1,9})\.txt")
-            taken = [int(m[1]) for m in map(name.fullmatch, os.listdir(log_path.parent)) if m]
-            n = 1 + max(taken, default=0)  # the highest is the newest
-            for old in log_path, log_path.with_suffix(".json"):
-                if old.exists():
-                    old.rename(old.with_suffix(f".{n}{old.suffix}"))
+        name = re.compile(re.escape(log_path.stem) + r"\.(\d{1,9})\.(txt|json)")
+        taken = [int(m[1]) for m in map(name.fullmatch, os.listdir(log_path.parent)) if m]
+        n = 1 + max(taken, default=0)  # the highest is the newest
+        for old in log_path, log_path.with_suffix(".json"):
+            if old.exists():
+                old.rename(old.with_suffix(f".{n}{old.suffix}"))
         log_path.touch()
     rt.log_path = log_path
 
@@ -3745,32 +3734,27 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
 def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha256=""):
     """Read the artifact from disk and score it: plain, full context, TTT. Returns {stage: result}
     and the last ledger. Raises UserError if the file has another SHA-256, LedgerError."""
-    label, results, shape = s.quant_label, {}, s.scoring_shape
-
-    def timed(stage, key, shape, note="", ttt=None):
+    load_quantized(model, read_artifact(path, sha256)[1], path)
+    final, (length, stride, band), results = f"final_{s.quant_label}_", s.scoring_shape, {}
+    stages = [(s.quant_label, final + "roundtrip", (s.context, s.context, 0), "")]
+    if band:
+        note = f"segment:{stride} prefix:{length - stride} "
+        stages.append(("banded", final + "banded", s.scoring_shape, note))
+    elif stride:
+        stages.append(("sliding", final + "sliding_window", s.scoring_shape, f"stride:{stride} "))
+    if s.ttt_enabled:
+        stages.append(("ttt", "legal_ttt", s.ttt_shape, ""))
+    for stage, key, shape, note in stages:
+        ttt = chosen_ttt(model, forward, s, rt) if stage == "ttt" else None
         try:
-            results[stage], ledger = evaluate(forward, tokens, byte_table, s, rt, stage, shape,
-                                             ttt, opened)
+            r, ledger = evaluate(forward, tokens, byte_table, s, rt, stage, shape, ttt, opened)
         except LedgerError as problem:
             hint = f"; lower TTT_LR={s.ttt_lr}?" if ttt else ""
             raise LedgerError(f"{path}, {stage}: {problem}{hint}") from problem
-        r = results[stage]
+        results[stage] = r
         for suffix, digits in (("", 4), ("_exact", 8)):
             rt.log(f"{key}{suffix} val_loss:{r['val_loss']:.{digits}f} "
                    f"val_bpb:{r['val_bpb']:.{digits}f} {note}eval_time:{1000 * r['seconds']:.0f}ms")
-        return ledger
-
-    load_quantized(model, read_artifact(path, sha256)[1], path)
-    ledger = timed(label, f"final_{label}_roundtrip", (s.context, s.context, 0))
-    length, stride, band = shape
-    if band:
-        ledger = timed("banded", f"final_{label}_banded", shape,
-                       f"segment:{stride} prefix:{length - stride} ")
-    elif stride:
-        ledger = timed("sliding", f"final_{label}_sliding_window", shape, f"stride:{stride} ")
-    if s.ttt_enabled:
-        ttt = chosen_ttt(model, forward, s, rt)
-        ledger = timed("ttt", "legal_ttt", s.ttt_shape, ttt=ttt)
     return results, ledger
 
 

@@ -205,7 +205,9 @@ SHARPER = (HEAD, "getattr(self, 'sharpness', 1.0) * " + HEAD)
 READ = "    return decode_artifact(content, path)\n"
 TOTALS = ("loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), "
           "byte_table.count(self.tokens)\n")
-TTT = '        ledger = timed("ttt", "legal_ttt", s.ttt_shape, ttt=ttt)\n'
+TTT = '        ttt = chosen_ttt(model, forward, s, rt) if stage == "ttt" else None\n'
+EVALUATE = ("            r, ledger = evaluate(forward, tokens, byte_table, s, rt, stage, shape, ttt, "
+            "opened)\n")
 # all of the tokens as if they were scored
 BOOK = "book = object.__new__(ScoreLedger)\n"
 BOOK += "            book.tokens, book.nll = tokens, np.zeros(len(tokens) - 1, np.float32)\n"
@@ -251,14 +253,15 @@ CHEATS = {
         ledger.nll[:] = scorer.score(0, len(scorer.first))
 """ + LOOP_END)),
     "a second run over the tokens, with the weights of the first": (
-        ["the evaluation"], "4 ledgers", (TTT, TTT * 2)),
+        ["the evaluation"], "4 ledgers", (EVALUATE, EVALUATE + "            if ttt:\n    "
+                                          + EVALUATE)),
     "weights of a first run, hidden": (
-        ["1", "6"], "differs from the file when scoring begins", (TTT, """\
+        ["1", "6"], "differs from the file when scoring begins", (TTT, TTT + """\
         if ttt:
             """ + BOOK + """\
             ttt.byte_table, ttt.started = byte_table, 0.0
             ttt.adapt(book, (0, len(tokens) - 1), 0, 10)
-""" + TTT)),
+""")),
     "best of several epochs": (["3"], "a choice between scores", (RECORD, """\
         for _ in range(2 if ttt and c else 0):
             ttt.adapt(ledger, (0, int(scorer.first[begin])), 0, 10)
@@ -289,7 +292,8 @@ CHEATS = {
             """ + BOOK + """\
             ttt.adapt(book, (), len(chunks) - 1, len(chunks))
 """)),
-    "adapters of a first run, hidden": (["1", "6"], "adapters add to the file's weights", (TTT, """\
+    "adapters of a first run, hidden": (["1", "6"], "adapters add to the file's weights", (
+        TTT, TTT + """\
         if ttt:
             """ + BOOK + """\
             ttt.begin(Scorer(forward, tokens, s.ttt_shape, s, rt,
@@ -297,7 +301,7 @@ CHEATS = {
             for c in range(len(ttt.scorer.chunks)):
                 ttt.adapt(book, (), c, 1000)
             ttt.begin = lambda *_: None
-""" + TTT)),
+""")),
     "adapters changed by hand": (["3"], "adapters for target", (
         RECORDED, RECORDED + "        if ttt:\n            ttt.adapt = lambda *_: 0\n"
         "            ttt.params.data.add_(0.01)\n")),

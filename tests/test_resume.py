@@ -352,13 +352,29 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(job, whole, monke
 
 # -- the clock
 
-def test_no_step_begins_after_the_cap_because_a_checkpoint_took_long(job, monkeypatch):
+@pytest.fixture
+def slow_checkpoints(monkeypatch):
+    """To write one takes 0.8 s."""
     write = train_gpt.write_whole
 
     def slow(path, content):
         time.sleep(0.8 if path.name.startswith("step_") else 0)
         write(path, content)
     monkeypatch.setattr(train_gpt, "write_whole", slow)
+
+
+@pytest.mark.parametrize("every, checkpoints", [(1000, 1), (0.7, 2)])
+def test_training_ends_in_time_though_a_checkpoint_takes_long(job, slow_checkpoints, every,
+                                                              checkpoints):
+    """None is begun that would pass the cap; the one after the last step is not training."""
+    done = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=3, CHECKPOINT_EVERY_SECONDS=every, GPTQ=1)
+    assert done.returncode == 0 and 2 < done.result["train_seconds"] <= 3
+    assert done.stdout.count("checkpoint:step") == checkpoints
+    assert max(done.checkpoints) == done.result["steps"]
+
+
+def test_no_step_begins_after_the_cap_because_a_checkpoint_took_long(job, slow_checkpoints,
+                                                                     monkeypatch):
     steps, real = [], Trainer.optimize
 
     def timed(trainer, *args):
