@@ -1864,8 +1864,8 @@ NEWTON_SCHULZ = {  # a triple (a, b, c) per iteration
 
 
 def newton_schulz(g_NRC, coefficients, dtype):
-    """N matrices with g's singular vectors and singular values near 1: X ← aX + (bA + cA²)X with
-    A = XXᵀ, X transposed where that is smaller."""
+    """N matrices with the singular vectors of g and singular values near 1. An iteration is
+    X ← aX + (bA + cA²)X, A = XXᵀ. Tall matrices are transposed before, so that A is small."""
     tall = g_NRC.size(1) > g_NRC.size(2)
     x = (g_NRC.mT if tall else g_NRC).to(dtype)
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
@@ -1948,7 +1948,7 @@ TTT_MOMENTUM = 0.9  # of SGD, and of Muon at test time
 
 
 class TorchGroup:
-    """A group of parameters under AdamW or SGD of torch, which every rank runs in full."""
+    """A group of parameters under AdamW or SGD of torch. Every rank updates all of it."""
     sharded = False
 
     def __init__(self, params, lr, decay, s, rt, sgd=False):
@@ -2059,14 +2059,14 @@ def muon_momentum(s, step):
 
 
 def segment_tokens(s, step, elapsed_ms):
-    """Tokens of a segment now, by SEGMENT_SCHEDULE; those of a row after its end."""
+    """Tokens of a segment at this step; after the end of SEGMENT_SCHEDULE, those of a row."""
     done = progress_of(s, step, elapsed_ms)
     return next((tokens for tokens, until in s.segments if done < until), s.train_seq_len)
 
 
 def out_of_time(s, step, elapsed_ms, step_ms=0.0, steps=1):
-    """True if `steps` more steps would end after the clock's cap. A step is taken to last the mean
-    of all steps, or `step_ms` if that is more: late passes are slower."""
+    """True if `steps` more steps would end after the clock's cap. Each is assumed to take the mean
+    of all so far, or `step_ms` if that is more: late passes are slower."""
     step_ms = max(step_ms, elapsed_ms / max(step, 1))
     return bool(s.max_wallclock_seconds and step
                 and elapsed_ms + steps * step_ms > 1000 * s.max_wallclock_seconds)
@@ -2077,9 +2077,9 @@ def out_of_time(s, step, elapsed_ms, step_ms=0.0, steps=1):
 class WeightAverage:
     """EMA and SWA of the parameters, fp32.
 
-    An EMA of fixed decay d is bias-corrected: Σ d^(n−i)·wᵢ / Σ d^(n−i). With EMA_DECAY=0 the
-    average gets a fraction 21/(n + 20) of the newest weights at step n, so that it reaches back
-    over 1/21 of the run whatever its length, as 0.997 does for the 7,000 steps of its tuning.
+    An EMA of fixed decay d is bias-corrected: Σ d^(n−i)·wᵢ / Σ d^(n−i). With EMA_DECAY=0 step n
+    mixes in a fraction 21/(n + 20) of the newest weights. The average then spans the last 1/21 of
+    any run, as a decay of 0.997 does in the 7,000 steps that it was tuned for.
     Without SWA the model then gets 0.6 of it and 0.4 of the last weights, since an average lags
     behind (nanogpt speedrun, track 3; −0.0012 to −0.0019 at 400 steps of 4 × 128, six runs)."""
 
@@ -2174,13 +2174,13 @@ def finest_scales(w_RC, bits, s, deviations=0.0):
 
 
 def tolerances(row_energy, column_energy):
-    """Tolerances of rows [R] and factors of columns [C]. g: the mean squared gradient of a row or
-    column (see Calibration); ḡ: its mean; r = (g/ḡ + 0.001)^(−1/4) over its geometric mean. The
-    factor of a column is r, the tolerance of a row r·ḡ^(−1/2).
+    """Tolerances of rows [R] and factors of columns [C]. Let g be the mean squared gradient of a
+    row or column (see Calibration), ḡ the mean of g, and r = (g/ḡ + 0.001)^(−1/4) divided by its
+    geometric mean. The factor of a column is r, the tolerance of a row r/√ḡ.
 
     The power −1/2 of g/ḡ would make the cost of errors equal everywhere; −1/4 had the lowest loss
     on a model of 2 M weights. Values are powers of 2^(1/4): few distinct ones take few bytes."""
-    mean = row_energy.mean().clamp_min(1e-30)  # also that of the columns
+    mean = row_energy.mean().clamp_min(1e-30)  # the same for rows and columns
     logs = [-(energy / mean + 1e-3).log2() for energy in (row_energy, column_energy)]
     rows, columns = (x - x.mean() for x in logs)  # 4·log₂ r
     rows = torch.exp2((rows - 2 * mean.log2()).round() / 4)
@@ -2190,10 +2190,10 @@ def tolerances(row_energy, column_energy):
 def compensation(hessian_CC, s):
     """(order of columns, shifts [C, C], costs of errors [C]), fp32; hessian: Σ xxᵀ of inputs.
 
-    With H = VVᵀ, V upper triangular (Cholesky of the reversed matrix), errors e cost |eV|²: the
-    best shift of column j for errors before it is Σ e_i V_ij / V_jj (LDLQ, Chee et al. 2023; the
-    codes are those of GPTQ)."""
-    ranked = s.gptq_act_order * hessian_CC.diagonal()  # all 0: the order stays
+    With H = VVᵀ, V upper triangular (Cholesky of the reversed matrix), errors e of a row cost
+    |eV|². After errors in the columns before j, the best shift of column j is Σᵢ eᵢVᵢⱼ/Vⱼⱼ (LDLQ,
+    Chee et al. 2023; it gives the codes of GPTQ)."""
+    ranked = s.gptq_act_order * hessian_CC.diagonal()  # without GPTQ_ACT_ORDER the order stays
     order = ranked.argsort(descending=True, stable=True)
     hessian = hessian_CC.double()[order][:, order]
     diagonal, damp = hessian.diagonal(), 0.01 * hessian.diagonal().mean()  # diagonal is a view
@@ -2210,15 +2210,15 @@ def compensation(hessian_CC, s):
                 raise
 
 
-# Trellis-coded quantization (Marcellin, Fischer 1990). With u_j = (code j + u_{j−4}) mod 2, 0
-# before the first column, code j stands for ±(code + ¼): + where u_{j−1} + u_{j−2} + u_{j−3} is
-# odd. So the codes before choose between two grids, n + ¼ and n − ¼. The best path through the 16
-# states (u_{j−4}, ..., u_{j−1}) has a fifth less squared error than rounding at the same entropy,
-# from 1.1 bits up. The sign gives the codes of both grids one distribution, which takes 0.006 bits
-# less at 3.5 bits a code and 0.13 less at 1.2.
+# Trellis-coded quantization (Marcellin, Fischer 1990). Let u_j = (code_j + u_{j−4}) mod 2, and 0
+# before the first column. If u_{j−1} + u_{j−2} + u_{j−3} is odd, code_j stands for code_j + ¼, else
+# for −(code_j + ¼). So the codes before choose one of two grids, n + ¼ or n − ¼. The best path
+# through the 16 states (u_{j−4}, ..., u_{j−1}) has a fifth less squared error than rounding at the
+# same entropy, from 1.1 bits up. Due to the sign, the codes of both grids have one distribution,
+# which saves 0.006 bits a code at 3.5 bits and 0.13 at 1.2.
 #
-# TRELLIS[u_{j−4}, the other three as a number, u_j], in units of two scales: the value of code j is
-# an integer plus this. 0 or ½: even or odd codes; ±⅛: the ±¼ of the grid.
+# TRELLIS[u_{j−4}, u_{j−3} u_{j−2} u_{j−1} as a binary number, u_j]: what the value of code j has
+# beside an integer, in units of two scales. 0 or ½: even or odd codes; ±⅛: the ±¼ of the grid.
 TRELLIS = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])[:, None] / 4 - 0.125 + torch.tensor(
     [[[0.0, 0.5]], [[0.5, 0.0]]])
 
@@ -2241,11 +2241,11 @@ def gptq_codes(w_RC, scales_R, bits, order, shifts_CC, costs_C, trellis=False):
     is kept, with its own errors; after each block only the cheapest of all. On a GPU the products
     are TF32."""
     grid = (TRELLIS if trellis else torch.zeros(1, 1, 1)).to(w_RC.device)[..., None]
-    # P·M states: u_{j−4}, then the other three. P also counts the choices of u_j, and weights are
+    # P·M states: P values of u_{j−4}, M of the three after it; u_j has P values, too. Weights are
     # in units of P scales. Without a trellis P = M = 1.
     P, M, R, block = *grid.shape[:2], len(w_RC), 64
     w_CR = (w_RC / (P * scales_R[:, None])).nan_to_num(0.0, 0.0, 0.0).T[order]  # scale 0: 0
-    w_CR.clamp_(-2.0 ** 16, 2.0 ** 16)  # of clipped weights: w − error must stay exact
+    w_CR.clamp_(-2.0 ** 16, 2.0 ** 16)  # clipped weights may be huge; w − error must be exact
     high = torch.full_like(grid, code_limit(bits) // P)
     low, errors = -high - (grid > 0.25).float(), torch.empty_like(w_CR)
     paths, other = w_CR.new_empty(2, block, P, M, R)  # errors of each state's path
@@ -2262,7 +2262,7 @@ def gptq_codes(w_RC, scales_R, bits, order, shifts_CC, costs_C, trellis=False):
             if not trellis:
                 paths[j] = error[:, 0]
                 continue
-            worse = (off - near).clamp(-1.0, 1.0).square()  # more: clipped, which no path can mend
+            worse = (off - near).clamp(-1.0, 1.0).square()  # above 1: clipped, on any path
             total = cost.view(P, M, 1, R) + costs_C[begin + j] * worse
             from_0, cost = total[0] <= total[1], torch.minimum(total[0], total[1])
             torch.where(from_0, paths[:j, 0, :, None], paths[:j, 1, :, None],
@@ -2302,8 +2302,9 @@ class HessianRecorder(torch.overrides.TorchFunctionMode):
 @dataclass
 class Calibration:
     """Statistics of training tokens. hessians: Σ xxᵀ [C, C] over the inputs x of each matrix.
-    energies: squared gradients of micro-batches, summed, each the mean over a row [R] or a column
-    [C] of a matrix or table: a factored empirical Fisher information, the cost of an error."""
+    energies: for each matrix or table the squared gradients of micro-batches, averaged over each
+    row [R] and each column [C], and summed. They estimate what an error costs (a factored empirical
+    Fisher information)."""
     hessians: dict
     energies: dict
 
@@ -2416,14 +2417,14 @@ class Quantizer:
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
 # Bounds on what a file may claim, before anything is allocated. Parsed JSON takes 20 times as much.
 MOST_INDEX_BYTES, MOST_PER_BYTE = 1 << 20, 64
-# Codes are noise to a match finder: less search and no literal context pack smaller and faster.
+# Codes hold no matches worth a search: less search and no literal context pack smaller and faster.
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORMAL,
                      mf=lzma.MF_BT4, nice_len=64, depth=1, dict_size=1 << 16)]
 # Settings that are not stored: where files are and how this machine computes.
 NOT_STORED = {"data_path", "tokenizer_path", "val_limit_tokens"} | {
     name for name, (section, _) in DESCRIBED.items() if section == "Run" and name != "seed"}
 
-# Settings that decide what training makes: a run that goes on, or EVAL_ONLY, must have the same.
+# Settings that decide what training makes: a resumed run and EVAL_ONLY must have the same.
 OF_TRAINING = [name for name, (section, _) in DESCRIBED.items() if section != "Evaluation"
                and name not in NOT_STORED | {"micro_batch_tokens", "train_log_every",
                                              "val_loss_every", "warmup_steps"}]
@@ -2513,7 +2514,8 @@ def rans_decode(data, contexts, frequency):
 
 
 # A codec is a pair. Encode: (symbols uint8 [n], their matrices [R, C]) → bytes. Decode: (bytes, n,
-# shapes of the matrices) → n symbols, n + 1 if the bytes hold more; raises on bad bytes.
+# shapes of the matrices) → n symbols; n + 1, which is refused, if the bytes hold more; raises on
+# bad bytes.
 
 def squeeze(data, matrices=()):
     return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
@@ -2659,7 +2661,8 @@ def fitted(encoded, budget_bytes, coded, level, start):
     The first of at most 30 trials is `level`; if it is 0 and fits, it is returned. Then log₂(level)
     is searched in log₂(start) ± 24, until at most 0.1 % of the budget is free or the level is known
     to 0.001 octaves. Doubling the level saves at most one bit for each of `coded` codes, so the
-    first move is 8·Δbytes/coded octaves. If two trials in turn fit or fail, moves double."""
+    first move is 8·Δbytes/coded octaves. It doubles after two trials that both fit or both do
+    not."""
     guess, best, octaves_per_byte, fits = math.log2(start), None, 0.0, None
     low, high = guess - 24, guess + 24
     for _ in range(30):
@@ -2731,7 +2734,7 @@ def size_forecast(s):
     total = 4096  # index and header
     for name, shape in parameter_shapes(s).items():
         bits = bits_of(name, s)
-        if bits < 16:  # a row's maximum for C of 512 to 2,048: 0.87 to 0.89 × √(2 ln 2C) deviations
+        if bits < 16:  # maximum of C Gaussians, 512 to 2,048: some 0.88 × √(2 ln 2C) deviations
             clip = (getattr(s, kind_of(name).clip) if s.quant_clip == "std"
                     else math.sqrt(2 * math.log(2 * shape[1])) * 0.88)
             entropy = math.log2(math.sqrt(2 * math.pi * math.e) * code_limit(bits) / clip)
@@ -2743,8 +2746,8 @@ def size_forecast(s):
 # ---- 11. Evaluation: one loop for plain scoring, full context and test-time training ------------
 
 class LedgerError(RuntimeError):
-    """A breach of the rules: a score twice, missing or not finite, or tokens wanted before their
-    scores."""
+    """A breach of the rules: a target scored twice, never, or with a number that is not finite; or
+    tokens wanted before they were scored."""
 
 
 class ScoreLedger:
@@ -2760,8 +2763,8 @@ class ScoreLedger:
         if len(targets) != len(nll):
             raise LedgerError(f"{len(nll)} scores for {len(targets)} targets")
         if ((targets < 0) | (targets >= len(self.nll))).any():
-            raise LedgerError(f"a score for target {targets.min()} or {targets.max()}, where the "
-                              f"text has {len(self.nll)} targets")
+            raise LedgerError(f"scores for targets {targets.min()} to {targets.max()} of a text "
+                              f"with {len(self.nll)}")
         if (np.diff(targets) <= 0).any() or not np.isnan(self.nll[targets]).all():
             raise LedgerError(f"targets from {targets.min()} on are not all new: score each once")
         total = float(nll.sum(dtype=np.float64))
@@ -2813,7 +2816,8 @@ def joined(first, last):
 
 
 def chunk_plan(first, chunk):
-    """Ranges of windows [(begin, end)] whose first targets are in one stretch of `chunk`."""
+    """Ranges of windows [(begin, end)]: the first targets of a range lie in the same stretch of
+    `chunk` targets."""
     borders = [0, *(np.flatnonzero(np.diff(first // chunk)) + 1).tolist(), len(first)]
     return list(zip(borders, borders[1:]))
 
@@ -2874,10 +2878,10 @@ RUNS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens of the runs that matches() looks for
 def matches(tokens, device):
     """Yield (two guesses, int64 [2, N]; kind, uint8 [N]) for each of RUNS, by earlier tokens alone.
 
-    Where the last n tokens occurred before, the tokens that followed them the last four times vote.
-    The guesses are the two with the most votes, of equals the newest; -1: none. kind is 5·(votes of
-    the first) + (votes of the second). Runs are numbered by sorting pairs of their halves (prefix
-    doubling, Manber & Myers 1990)."""
+    Where the last n tokens occurred before, the tokens after their last four occurrences vote. The
+    two with the most votes are the guesses, of equals the newer; -1: none. kind is 5·(votes of the
+    first) + (votes of the second). Runs get numbers by sorting pairs of the numbers of their halves
+    (prefix doubling, Manber & Myers 1990)."""
     x = torch.from_numpy(tokens.astype(np.int64)).to(device)
     N, numbers = len(x) - 1, {0: x.new_zeros(len(x) - 1), 1: x[:-1]}
     for n in RUNS:
@@ -2903,14 +2907,15 @@ def matches(tokens, device):
 
 class MatchModel:
     """Mixes the guesses of matches() into the model's distribution, those of the longest run first.
-    Each run turns p, what it is so far, into (1 − w₁ − w₂)·p, plus w₁ on the first guess and w₂ on
-    the second: a full distribution, fixed before the target is seen (the match model of PAQ,
+    Each run replaces p, the distribution so far, by (1 − w₁ − w₂)·p, plus w₁ on the first guess and
+    w₂ on the second: a full distribution, fixed before the target is seen (the match model of PAQ,
     Mahoney 2005; for language models Grave et al. 2017).
 
-    Each kind of each run has its weights, the mean credits of its guesses so far. The credit of a
-    guess is the posterior probability that it, not p, made the token; the prior is one match of
-    credits 0.05. This is causal: a stream uses only earlier text, its own scores and those of the
-    streams before it. One pass over the streams in order would give the same scores."""
+    The weights of each kind of each run are the mean credits of its first and of its second guesses
+    so far. The credit of a guess is the posterior probability that the token came from it and not
+    from p. As a prior each kind begins with one match, of credit 0.05 for each guess. This is
+    causal: a stream uses only earlier text, its own scores and those of the streams before it. One
+    pass over the streams in order would give the same scores."""
 
     def __init__(self, tokens, streams, device):
         target = torch.from_numpy(tokens[1:].astype(np.int64)).to(device)
@@ -2922,8 +2927,9 @@ class MatchModel:
             self.runs.insert(0, (guesses == target, kinds, prior.clone(), counts))
 
     def mixed(self, first, last, nll):
-        """The nll of targets after mixing; range n, [first[n], last[n]), is of stream n. Those of
-        one stream are joined and mixed in rounds of 512 or, if more, a 64th of those so far."""
+        """The nll of targets after mixing; range n, [first[n], last[n]), is of stream n. With one
+        stream its ranges are joined and mixed in rounds of 512 targets or, if more, a 64th of those
+        so far."""
         if self.streams > 1:
             return self._mix(first, last, nll)
         out, begin, end = [], first[:1], last[-1]
@@ -2992,7 +2998,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=No
 
 
 def ttt_factor(name, s):
-    """× TTT_LR for a parameter in test-time training; 0: it is not adapted."""
+    """Factor of TTT_LR for a parameter in test-time training; 0: it is not adapted."""
     row, numbered = kind_of(name), re.match(r"(?:blocks|cores)\.(\d+)", name)
     if s.ttt_params == "tail":  # a core is in the tail if one of its blocks is
         tail = {part for p in pass_list(s) if p.block >= s.ttt_freeze_blocks
@@ -3047,8 +3053,8 @@ class WeightTTT:
         """Train on `span`, the targets [first, last) just scored, chunk number `chunk` of `chunks`.
         A step uses rows of all ranks.
 
-        Epochs: TTT_EPOCHS; -1: 10, but 1 before a step was timed. At most as many as fit into this
-        chunk's part of the seconds `left`, or 1 if that fits into `left`, else none."""
+        Epochs: TTT_EPOCHS (-1: 10, but 1 before a step was timed), but no more than fit into this
+        chunk's part of the seconds `left`. If not even one does, one if it fits into `left`."""
         s, (first, last), length = self.s, span, self.s.train_seq_len
         rows = ledger.rows_for_adapting(np.arange(first, last - length + 1, length), length)
         batches = rows.split(s.ttt_batch_seqs) if len(rows) else ()
@@ -3071,8 +3077,8 @@ class WeightTTT:
         wanted = s.ttt_epochs if s.ttt_epochs >= 0 else 1
         if epochs < wanted:
             self.rt.log(f"ttt_weights:late chunk={chunk + 1}/{chunks} epochs={epochs} of {wanted}: "
-                        f"EVAL_WALLCLOCK_SECONDS={s.eval_wallclock_seconds:g} must hold the "
-                        "scoring that is left")
+                        f"scoring needs the rest of EVAL_WALLCLOCK_SECONDS="
+                        f"{s.eval_wallclock_seconds:g}")
         if chunk % 10 == 0 or chunk + 2 == chunks:
             self.rt.log(f"  ttt_chunk [{chunk + 1}/{chunks}] val_loss="
                         f"{ledger.total / ledger.scored:.6f} "
@@ -3090,7 +3096,8 @@ class WeightTTT:
             (nll.sum() / batch[:, 1:].numel()).backward()
 
 
-# On all adapters of a rank, [n, P], by default [32, 3 M] on 8 GPUs; compiled to read them once.
+# These two take all adapters of a rank, [n, P], by default [32, 3 M] on 8 GPUs. They are compiled,
+# so that memory is read once.
 
 def adapter_uphill(p_NP, initial_P, grad_NP):
     """⟨gradient, adapters − initial adapters⟩ of each stream."""
@@ -3130,14 +3137,14 @@ class LoraTTT:
         model.requires_grad_(False)
 
     def scorer_options(self, targets):
-        """The Scorer's option: adapt() follows a window of each stream. A stream is long, since
-        its first rows begin in another one and cannot be trained on."""
+        """The Scorer's option: adapt() follows a window of each stream. A stream has 16 windows if
+        the text allows it: its first rows begin in another stream and cannot be trained on."""
         streams = min(self.s.ttt_batch_seqs, targets // (16 * self.s.ttt_shape[0]))
         return dict(streams=max(1, streams))
 
     def begin(self, scorer):
-        """Make the adapters of this rank's n streams, [n, P], a stream a row, and their state. A
-        rank without a stream holds one row: scoring and the step need one."""
+        """Make the adapters of this rank's n streams, [n, P], a row for each, and the state of
+        their optimizer. A rank without a stream holds one row: scoring and the step need one."""
         self.scorer, self.started = scorer, time.perf_counter()
         self.low, self.high = self.rt.part(scorer.streams)
         self.length = min(scorer.length, self.s.context // 2 + scorer.stride)  # of training rows
@@ -3223,7 +3230,7 @@ class LoraTTT:
         mine = slice(self.low, self.high)
         grad = torch.zeros_like(p) if self.params.grad is None else self.params.grad
         uphill[mine] = self.uphill(p, self.initial, grad)[: self.high - self.low]
-        change = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # a time for each earlier step
+        change = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # a time for each step so far
         self.lr *= torch.exp(-change * self.rt.sum_(uphill).cumsum(0).sign())
         self.steps += active_N1
         rates = F.pad(self.lr[mine], (0, len(p) - self.high + self.low))[:, None] * active_N1
@@ -3242,8 +3249,8 @@ class Checkpoints:
 
     Each holds a key: the settings that OF_TRAINING names, hashes of data and code."""
     NAMES = "step_" + "[0-9]" * 7 + ".pt"
-    CARRIED = ("step", "elapsed", "step_ms", "fake_quant", "late")  # of a Trainer, in its state
-    AVERAGES = ("ema", "swa", "snapshots")  # of its averages, too
+    CARRIED = ("step", "elapsed", "step_ms", "fake_quant", "late")  # of a Trainer
+    AVERAGES = ("ema", "swa", "snapshots")  # of its averages
 
     def __init__(self, s, rt, stream):
         self.resuming, self.rt, self.kept = bool(s.resume), rt, []
@@ -3348,7 +3355,7 @@ class Trainer:
         self.step, self.elapsed, self.step_ms = 0, 0.0, 0.0
         self.scheduled = s  # for schedules: its clock ends where calibration begins
         self.last_loss = ""  # for the progress line; reading it from a GPU stalls it
-        # Both stay on once set. Without LATE_PASSES there is one list: `late` is on from the start.
+        # Both stay on once set. Without LATE_PASSES there is one list, and `late` is on at once.
         self.fake_quant, self.late = False, not s.late_passes
         self.segment = s.train_seq_len  # tokens, by SEGMENT_SCHEDULE
 

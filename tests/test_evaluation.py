@@ -119,8 +119,8 @@ def ledger(scored, targets=20):
 @pytest.mark.parametrize("scored, targets, nll, says", [
     (8, range(4), [1] * 4, "each once"), (8, range(7, 11), [1] * 4, "each once"),
     (8, [9, 9], [1, 1], "each once"), (8, [10, 9], [1, 1], "each once"),
-    (8, range(8, 21), [1] * 13, "target 8 or 20, where the text has 20"), (20, [20], [1], "has 20"),
-    (8, range(-4, 0), [1] * 4, "has 20"), (8, range(-4, 4), [1] * 8, "has 20"),
+    (8, range(8, 21), [1] * 13, "targets 8 to 20 of a text with 20"), (20, [20], [1], "with 20"),
+    (8, range(-4, 0), [1] * 4, "with 20"), (8, range(-4, 4), [1] * 8, "with 20"),
     (8, [8, 9], [1], "1 scores for 2 targets"), (8, [8], [1, 1], "2 scores for 1 targets"),
     *((5, range(5, 10), [1, 1, 1, bad, 1], "target 8 ")
       for bad in (math.nan, math.inf, -math.inf))])
