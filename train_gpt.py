@@ -526,10 +526,11 @@ def near_misses(environ):
             yield f"{name}={environ[name]}: no such setting{hint}"
 
 
-def rules(s, world_size):
-    """Rules: (condition that must hold, settings it concerns, message where it fails)."""
-    T, rows = s.train_seq_len, s.train_batch_tokens // s.train_seq_len
-    last, ends = s.num_layers - 1, [until for _, until in s.segments or ()]
+# A rule: (condition that must hold, settings it concerns, message where it fails).
+
+def model_rules(s):
+    """Rules of the model and of the order of its passes."""
+    T, last, ends = s.train_seq_len, s.num_layers - 1, [until for _, until in s.segments or ()]
     return [
         (s.model_dim % s.num_heads == 0, "MODEL_DIM NUM_HEADS", "must be a multiple of NUM_HEADS"),
         (s.num_heads % s.num_kv_heads == 0, "NUM_HEADS NUM_KV_HEADS",
@@ -549,12 +550,19 @@ def rules(s, world_size):
         (s.segments is not None and sorted({0.0, *ends}) == [0.0, *ends]
          and all((512 if T > 512 else 1) <= tokens < T for tokens, _ in s.segments),
          "SEGMENT_SCHEDULE TRAIN_SEQ_LEN", "must be tokens:fraction, commas between; fewer tokens "
-         "than TRAIN_SEQ_LEN, at least 512 if that is more; fractions between 0 and 1, ascending"),
+         "than TRAIN_SEQ_LEN, 512 or more of longer rows; fractions between 0 and 1, ascending"),
         (not s.segment_schedule or s.doc_attention, "SEGMENT_SCHEDULE DOC_ATTENTION",
          "segments end attention as documents do: set DOC_ATTENTION=1, or empty the first"),
         (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks), "VE_LAYERS",
          f"must be different blocks of 0..{last}, commas between; or empty"),
         (s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "must be 0 or at least 2"),
+    ]
+
+
+def run_rules(s, world_size):
+    """Rules of batches, scoring, files, limits and the quantizer."""
+    T, rows = s.train_seq_len, s.train_batch_tokens // s.train_seq_len
+    return [
         (s.train_batch_tokens % T == 0, "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN",
          "must be a multiple of TRAIN_SEQ_LEN"),
         (s.eval_only or rows % world_size == 0, "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN",
@@ -629,7 +637,7 @@ def resolve_settings(environ, stored=None, world_size=1):
             values[name] = on
     s = Settings(**values)
     broken = [f"{', '.join(f'{n}={getattr(s, n.lower())}' for n in names.split())}: {message}"
-              for holds, names, message in rules(s, world_size) if not holds]
+              for holds, names, message in model_rules(s) + run_rules(s, world_size) if not holds]
     if not broken and s.ttt_enabled and not s.ttt_lora_rank and not any(
             ttt_factor(name, s) for name in parameter_shapes(s)):
         broken = [f"TTT_PARAMS={s.ttt_params}, TTT_OPTIMIZER={s.ttt_optimizer}, TTT_FREEZE_BLOCKS="
