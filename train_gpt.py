@@ -2859,7 +2859,7 @@ class Scorer:
     @torch.no_grad()
     def score(self, begin, end, tick=lambda windows: None, more_of=lambda windows: {}):
         """nll of the targets of windows [begin, end), in order, on every rank. tick(n): called
-        after n windows. more_of(windows): more arguments for the model."""
+        after n windows. more_of(windows of the range): more arguments for the model."""
         fresh = self.last[begin:end] - self.first[begin:end]  # targets that each window scores
         low, high = (begin + n for n in self.rt.part(end - begin))
         place = int(fresh[: low - begin].sum())
@@ -2870,10 +2870,10 @@ class Scorer:
             scored = (last - self.stride).clip(min=start) + np.arange(self.stride)
             new = (scored >= first) & (scored < last)
             new[high - b:] = False
-            rows, targets, at, new, w = (torch.from_numpy(x).to(self.rt.device) for x in (
+            rows, targets, at, new = (torch.from_numpy(x).to(self.rt.device) for x in (
                 self.tokens[start + np.arange(self.length)], self.tokens[scored + 1],
-                scored - start, new, w - begin))
-            scores = self.model(rows, targets, at_BN=at, **more_of(w))[new]
+                scored - start, new))
+            scores = self.model(rows, targets, at_BN=at, **more_of(w - begin))[new]
             out[place: place + len(scores)] = scores
             place += len(scores)
             tick((min(b + self.batch, high) - low) * self.rt.world_size)
@@ -3177,15 +3177,18 @@ class LoraTTT:
 
     def arguments(self, windows):
         """The adapters of these windows of a chunk: window n belongs to stream n."""
-        return dict(adapters=self.pairs(self.params[windows - self.low]))
+        rows, params = windows - self.low, self.params
+        if not np.array_equal(rows, np.arange(len(params))):  # else no copy, as on 8 GPUs
+            params = params[torch.from_numpy(rows).to(params.device)]
+        return dict(adapters=self.pairs(params))
 
     def warm_up(self, scorer):
         """Compile for the one shape of a batch, on the scorer's tokens and random ones."""
         self.begin(scorer)
         scorer.score(*scorer.chunks[0], more_of=self.arguments)
         streams = self.high - self.low
-        rows = torch.randint(self.s.vocab_size, (streams, self.length + 1), device=self.rt.device)
-        self._backward(rows, torch.ones(streams, scorer.stride, device=self.rt.device))
+        rows = torch.randint(self.s.vocab_size, (streams, self.length + 1))
+        self._backward(rows, torch.ones(streams, scorer.stride))
         self._step(self.steps < 0)  # no stream is active
 
     def adapt(self, ledger, span, chunk, chunks, left=math.inf):
@@ -3207,11 +3210,11 @@ class LoraTTT:
             with torch.no_grad():
                 self.params[ended] = self.initial
                 self.squares[ended], self.steps[ended] = 0, 0
-            rows, new = rows.to(rt.device), new.to(rt.device)
             if not skip:
                 self._backward(rows, new / new.sum(1, keepdim=True).clamp(min=1))
         if scored and not skip:
-            self._step(new.any(1, keepdim=True) if len(last) else self.steps < 0)
+            active = new.any(1, keepdim=True).to(rt.device) if len(last) else self.steps < 0
+            self._step(active)
             rt.synchronize()
             self.step_seconds.append(time.perf_counter() - started)
         if chunk % max(1, chunks // 10) == 0 or chunk + 2 == chunks:
@@ -3221,15 +3224,14 @@ class LoraTTT:
 
     def _backward(self, rows, weights):
         """Gradients of each stream's weighted nll of its last targets, in batches of one shape."""
-        stride = self.scorer.stride
-        at = torch.arange(self.length - stride, self.length, device=rows.device)
+        stride, device = self.scorer.stride, self.rt.device
+        at = torch.arange(self.length - stride, self.length, device=device).expand(self.batch, -1)
         for begin in range(0, len(rows), self.batch):
-            stream = torch.arange(begin, begin + self.batch, device=rows.device)
-            inside, stream = (stream < len(rows))[:, None], stream.clamp(max=len(rows) - 1)
-            nll = self.scorer.model(rows[stream, :-1], rows[stream, -stride:],
-                                    at_BN=at.expand(len(stream), -1),
+            stream = np.arange(begin, begin + self.batch).clip(max=len(rows) - 1)
+            x, w = (t[torch.from_numpy(stream)].to(device) for t in (rows, weights))
+            nll = self.scorer.model(x[:, :-1], x[:, -stride:], at_BN=at,
                                     **self.arguments(stream + self.low))
-            (nll * weights[stream] * inside).sum().backward()
+            (nll * w)[: len(rows) - begin].sum().backward()
 
     @torch.no_grad()
     def _step(self, active_N1):

@@ -308,7 +308,7 @@ CHEATS = {
     "the best of all streams' adapters": (["3"], "a choice between scores", (RECORD, """\
         if ttt:
             scores = np.minimum(scores, scorer.score(
-                begin, end, more_of=lambda passes: ttt.arguments(passes.flip(0))))
+                begin, end, more_of=lambda passes: ttt.arguments(passes[::-1].copy())))
 """ + RECORD)),
     "a guess knows its target": (["2"], "away from what the text before it gives", (
         "(guesses == target, kinds", "(guesses == guesses * torch.tensor([[1], [0]]), kinds")),

@@ -22,9 +22,9 @@ ATTENTION = 0.35 * 989e12  # FLOP/s of causal attention
 MEMORY = 0.80 * 3.35e12    # bytes/s
 LAUNCH = 6e-6              # s of the host for a kernel of a compiled graph
 LINKS = 350e9              # bytes/s of a sum over ranks
-# Times that a step reads or writes all numbers of a stream's adapters: 4 to gather them for two
-# passes, 5 for their gradients, 2 for the rule of the rate, 5 for AdamW.
-UPDATE_PASSES = 16
+# Times that a step reads or writes all numbers of a stream's adapters: 3 for their gradients, 2 for
+# the rule of the rate, 5 for AdamW. A batch holds all streams of a rank, so nothing is gathered.
+UPDATE_PASSES = 10
 # (launches, bytes a token) of a pass of the default with its late passes (traffic_sm90.md): of
 # scoring with adapters, of their gradients, of the gradients of weights.
 SCORING, ADAPTING, TRAINING = ((346, 28.78e9 / (32 * 2080)), (478, 49.81e9 / (122 * 544)),
