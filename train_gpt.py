@@ -187,7 +187,8 @@ class Settings:
     parallel_from: Count = 0  # first of those blocks; 0: 8/11 of NUM_LAYERS
     unet_skips: Literal["0", "1", "gated"] = "gated"
         # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
-    # −0.005 to −0.018 at 600 steps of 4 × 128, three seeds; speedrun #81: 65 steps of 1,480 less.
+    # 4 × 128: −0.005 to −0.018 at 600 steps, three seeds; −0.022 at 2,500, one. Speedrun #81: 65
+    # steps of 1,480 less.
     mudd: Flag = 1  # mix earlier outputs, weighted for each token, into the last block's input
         # (with lanes, into its attention's) and into the output
     # Value 1 mixes across documents, a known mistake; bos closes the gate at document starts.
@@ -213,7 +214,8 @@ class Settings:
     embed_wd: Annotated[float, -1.0, 1e18] = 0.085  # the same of embedding tables; -1: ADAM_WD
     # −0.0010 at full scale (#1285); −0.0058 at 300 steps of 4 × 128, one seed.
     muon_row_norm: Flag = 1  # normalize rows before Newton–Schulz (MuonEq-R)
-    # Speedrun #80: −0.0012 nats, 16 runs. −0.003 to −0.016 at 600 steps of 4 × 128, four seeds.
+    # Speedrun #80: −0.0012 nats, 16 runs. 4 × 128: −0.003 to −0.016 at 600 steps, four seeds;
+    # −0.009 at 2,500, one.
     muon_head_pairs: Flag = 1  # orthogonalize Q and K by pairs of heads, not whole
     muon_momentum: Decay = 0.97  # Nesterov momentum after its warm-up
     muon_momentum_warmup_start: Decay = 0.92  # momentum at step 0
