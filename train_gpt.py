@@ -154,7 +154,7 @@ class Settings:
     vocab_size: Annotated[int, 2, 65536] = 8192  # pieces; must equal the tokenizer's
     train_seq_len: Annotated[int, 2, 2**31] = 2048  # tokens of a training row
     train_batch_tokens: Positive = 786432  # per optimizer step, over all ranks
-    micro_batch_tokens: Positive = 98304  # most on a rank at once; lower it if out of memory
+    micro_batch_tokens: Positive = 98304  # computed on a rank at once; less takes less memory
     train_order: Literal["shuffled", "sequential"] = "shuffled"  # of shards, and of rows in them
     val_limit_tokens: Count = 0  # score only the first N: not a legal score; 0: all
 
@@ -174,7 +174,7 @@ class Settings:
     # −0.043 at 400 steps of 4 × 128, −0.009 at 2,500, one seed each; not in the records.
     key_offset: Flag = 1  # a key's channels without RoPE come from the token before
     ln_scale: Flag = 1  # norm outputs of block i × 1/√(i+1)
-    xsa_last_n: Count = 11  # as many of the last cores use exclusive self-attention: −0.0017
+    xsa_last_n: Count = 11  # last cores with exclusive self-attention: −0.0017; 0: none
     # −0.015 and −0.016 at 600 steps of 4 × 128 with rows of 1,024 tokens, two seeds.
     doc_attention: Flag = 1  # attention and the key offset end where a document begins (#1530)
     # Depth recurrence (#1394, #1493): late in training, blocks run in another order.
@@ -233,7 +233,7 @@ class Settings:
     warmdown_frac: Fraction = 0.85  # the decay as a fraction of the run; 0: use WARMDOWN_ITERS
     lr_floor: Fraction = 0.1  # final learning rate over the peak
     ema_enabled: Flag = 1  # average the weights exponentially (−0.0006)
-    ema_decay: Decay = 0.0  # per step; 0: 0.6 × EMA over the last 1/21 + 0.4 × last weights
+    ema_decay: Decay = 0.0  # per step; 0: 0.6 × EMA over 1/21 of the run so far + 0.4 × last
     swa_enabled: Flag = 0  # average snapshots late in the warmdown; with EMA: the mean of both
     swa_every: Positive = 50  # steps between snapshots
     late_qat_threshold: Amount = 0.0
@@ -259,7 +259,7 @@ class Settings:
     attn_clip_sigmas: Sigmas = 12.85  # QUANT_CLIP=std: of attention, gates and projections
     mlp_clip_sigmas: Sigmas = 12.85  # QUANT_CLIP=std: of the MLP
     embed_clip_sigmas: Sigmas = 20.0  # QUANT_CLIP=std: of embedding tables
-    quant_step_floor: Amount = 0.0  # least of the finest scales below 8 bits; #1218: 0.03226 (1/31)
+    quant_step_floor: Amount = 0.0  # lower bound of scales below 8 bits; #1218: 0.03226 (1/31)
     prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # fraction of weights set to 0, smallest first
     gptq: Flag = 1  # calibrate: GPTQ codes; unless QUANT_FIT=scale also scales by error cost
     gptq_batches: Positive = 8  # of TRAIN_BATCH_TOKENS, for calibration; fewer if time is short
@@ -552,7 +552,7 @@ def model_rules(s):
         (s.segments is not None and sorted({0.0, *ends}) == [0.0, *ends]
          and all((512 if T > 512 else 1) <= tokens < T for tokens, _ in s.segments),
          "SEGMENT_SCHEDULE TRAIN_SEQ_LEN", "must be tokens:fraction, commas between; fewer tokens "
-         "than TRAIN_SEQ_LEN, 512 or more of longer rows; fractions between 0 and 1, ascending"),
+         "than TRAIN_SEQ_LEN, 512 or more if that is above 512; fractions in 0..1, ascending"),
         (not s.segment_schedule or s.doc_attention, "SEGMENT_SCHEDULE DOC_ATTENTION",
          "segments end attention as documents do: set DOC_ATTENTION=1, or empty the first"),
         (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks), "VE_LAYERS",
@@ -577,7 +577,7 @@ def run_rules(s, world_size):
          "TTT scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
         (not s.ttt_enabled or s.ttt_lora_rank or s.ttt_chunk_tokens == 0
          or s.ttt_chunk_tokens >= s.least_chunk, "TTT_CHUNK_TOKENS",
-         f"must hold {s.least_chunk} tokens, a row and the targets of a window; or be 0"),
+         f"must hold {s.least_chunk} tokens, the longer of a row and a window's targets; or be 0"),
         (len(s.run_id.encode("utf-8", "surrogateescape")) <= 200 and "/" not in s.run_id,
          "RUN_ID", "must be a file name of at most 200 bytes"),
         (not s.scores_path or Path(s.scores_path).suffix == ".npy", "SCORES_PATH",
@@ -1177,8 +1177,8 @@ def leaky_square_kernel(a, b, h, out, rows, SLOPE: tl.constexpr, BACKWARD: tl.co
                         N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                         BK: tl.constexpr, GROUP: tl.constexpr):
     """A tile of the product P [rows, N]. Forward: P = a·bᵀ, a [rows, K], b [N, K], and out =
-    LeakyReLU(P)². Backward: P = a·b, b [K, N], and out = P × the derivative of LeakyReLU² where
-    the activation is h."""
+    LeakyReLU(P)²; h is not read. Backward: P = a·b, b [K, N], and out = P × the derivative of
+    LeakyReLU² where the activation is h."""
     tile, per_group = tl.program_id(0), GROUP * (N // BN)  # GROUP row tiles reuse cached columns
     first = tile // per_group * GROUP
     group = tl.minimum(tl.cdiv(rows, BM) - first, GROUP)
@@ -3147,8 +3147,9 @@ class LoraTTT:
         model.requires_grad_(False)
 
     def scorer_options(self, targets):
-        """The Scorer's option: adapt() follows a window of each stream. A stream has 16 windows if
-        the text allows it: its first rows begin in another stream and cannot be trained on."""
+        """The Scorer's option: adapt() follows a window of each stream. A stream has 16 times
+        the targets of a window or more, if the text has them: its first rows begin in another
+        stream and cannot be trained on."""
         streams = min(self.s.ttt_batch_seqs, targets // (16 * self.s.ttt_shape[0]))
         return dict(streams=max(1, streams))
 
@@ -3290,7 +3291,7 @@ class Checkpoints:
             content = buffer.getvalue()
             try:
                 write_whole(path, content + hashlib.sha256(content).digest())
-                self.kept = [kept for kept in self.kept if kept != path][-1:] + [path]
+                self.kept = [*self.kept[-1:], path]
                 for stale in set(self.folder.glob(self.NAMES)) - set(self.kept):
                     with contextlib.suppress(OSError):
                         stale.unlink()
@@ -3381,7 +3382,9 @@ class Trainer:
         signal, with the state saved."""
         s, rt, saved_at, clock = self.s, self.rt, self.elapsed, StepClock(self.rt, self.elapsed)
         rt.log(f"startup:{time.perf_counter() - LAUNCHED:.1f}s from launch to the first step")
-        save_ms = 0.0  # of the last checkpoint; none is begun that would pass the cap
+        # Of the last checkpoint: none is begun that would pass the cap if it took as long. The time
+        # of the first one is not known.
+        save_ms = 0.0
         while True:
             due = self.elapsed - saved_at >= 1000 * s.checkpoint_every_seconds > 0
             if clock.interrupted or (due and not self.over() and not out_of_time(

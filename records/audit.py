@@ -747,11 +747,10 @@ def record(ledger, first, nll):
 
 
 def rows(ledger, first, last, length):
-    """Ask the ledger for rows of targets [first, last)."""
+    """The ledger's rows of targets [first, last)."""
     if "last" in inspect.signature(ledger.rows_for_adapting).parameters:
-        ledger.rows_for_adapting(first, last, length)
-    else:
-        ledger.rows_for_adapting(np.arange(first, last - length + 1, length), length)
+        return ledger.rows_for_adapting(first, last, length)
+    return ledger.rows_for_adapting(np.arange(first, last - length + 1, length), length)
 
 
 def refuses(ledger_class, act, scored=8):
@@ -772,6 +771,8 @@ def one_pass(audit, base):
     laws = {
         "a second score": lambda b: record(b, 0, ones(4)),
         "a score that overlaps": lambda b: record(b, 7, ones(4)),
+        "a target twice in one call": lambda b: b.record(np.array([9, 9]), ones(2)),
+        "two scores for one target": lambda b: b.record(np.array([9]), ones(2)),
         "scores before the begin": lambda b: record(b, -4, ones(4)),
         "scores past the end": lambda b: record(b, 8, ones(13)),
         "a score that is no number": lambda b: record(b, 8, ones(3) * np.nan),

@@ -206,8 +206,8 @@ READ = "    return decode_artifact(content, path)\n"
 TOTALS = ("loss_sum, byte_count = float(self.nll.sum(dtype=np.float64)), "
           "byte_table.count(self.tokens)\n")
 TTT = '        ttt = chosen_ttt(model, forward, s, rt) if stage == "ttt" else None\n'
-EVALUATE = ("            r, ledger = evaluate(forward, tokens, byte_table, s, rt, stage, shape, ttt, "
-            "opened)\n")
+EVALUATE = ("            r, ledger = "
+            "evaluate(forward, tokens, byte_table, s, rt, stage, shape, ttt, opened)\n")
 # all of the tokens as if they were scored
 BOOK = "book = object.__new__(ScoreLedger)\n"
 BOOK += "            book.tokens, book.nll = tokens, np.zeros(len(tokens) - 1, np.float32)\n"
@@ -348,7 +348,8 @@ CHEATS = {
 """)),
     "the tail is offered twice": (["4"], "not each of them once", (
         SCORED, "        if False:\n"), (
-        LOOP_END, "    n = len(ledger.nll)\n    ledger.record(np.arange(n - 8, n), ledger.nll[-8:].copy())\n"
+        LOOP_END, "    n = len(ledger.nll)\n"
+        "    ledger.record(np.arange(n - 8, n), ledger.nll[-8:].copy())\n"
         "    ledger.scored = n\n" + LOOP_END)),
     "a space counts twice": (["5"], "the byte table says", (
         'len(p[p.startswith("▁"):].encode())', 'len(p.replace("▁", " ").encode())')),
@@ -406,6 +407,10 @@ def test_scripts_of_earlier_records_can_still_be_audited(path):
     script = audit.load_script(path)
     s = script.resolve_settings({"PRESET": "demo"})[0]
     assert audit.shapes_of(s)[0] == getattr(s, "scoring_shape", (s.window, s.eval_stride, 0))
+    book = script.ScoreLedger(np.arange(21, dtype=np.uint16))
+    audit.record(book, 0, np.ones(8, np.float32))
+    rows = audit.rows(book, 0, 8, 4).tolist()
+    assert book.scored == 8 and rows == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
 
 
 def test_every_cheat_is_planted_once():

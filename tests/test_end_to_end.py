@@ -152,9 +152,11 @@ def test_an_earlier_log_is_kept_with_its_result(run_script, tmp_path):
     assert seeds == {"run.1.txt": ["1"], "run.2.txt": ["2"], "run.txt": ["3"]}
     assert {p.name: json.loads(p.read_text())["seed"] for p in (tmp_path / "logs").glob("*.json")
             } == {"run.1.json": 1, "run.2.json": 2, "run.json": 3}
-    (tmp_path / "logs" / "run.txt").unlink()
+    for log in (tmp_path / "logs").glob("*.txt"):
+        log.unlink()
     run_script(SEED=4, ITERATIONS=1, WARMUP_STEPS=0, GPTQ=0, VAL_LIMIT_TOKENS=64, **PLAIN)
-    assert json.loads((tmp_path / "logs" / "run.3.json").read_text())["seed"] == 3, "its log is gone"
+    results = [tmp_path / "logs" / f"run{n}.json" for n in (".1", ".2", ".3", "")]
+    assert [json.loads(path.read_text())["seed"] for path in results] == [1, 2, 3, 4]
 
 
 # -- seeds

@@ -366,11 +366,16 @@ def slow_checkpoints(monkeypatch):
 @pytest.mark.parametrize("every, checkpoints", [(1000, 1), (0.7, 2)])
 def test_training_ends_in_time_though_a_checkpoint_takes_long(job, slow_checkpoints, every,
                                                               checkpoints):
-    """None is begun that would pass the cap; the one after the last step is not training."""
+    """After the first, none is begun that would pass the cap; the last is not training."""
     done = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=3, CHECKPOINT_EVERY_SECONDS=every, GPTQ=1)
     assert done.returncode == 0 and 2 < done.result["train_seconds"] <= 3
     assert done.stdout.count("checkpoint:step") == checkpoints
     assert max(done.checkpoints) == done.result["steps"]
+
+
+def test_the_checkpoint_after_the_last_step_is_not_training(job, slow_checkpoints):
+    done = job(ITERATIONS=2)
+    assert done.checkpoints == [1, 2] and 0.8 < done.result["train_seconds"] < 1.6
 
 
 def test_no_step_begins_after_the_cap_because_a_checkpoint_took_long(job, slow_checkpoints,
@@ -394,6 +399,20 @@ def test_the_clock_goes_on_where_it_stood(job, monkeypatch):
     done = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=2, RESUME="auto")
     assert stopped.returncode == 130 and spent > 500 and done.returncode == 0
     assert spent / 1000 < done.result["train_seconds"] < 2.5
+
+
+def test_snapshots_are_carried_on(job, monkeypatch):
+    def taken(trainer):
+        trainer.averages.swa = [p.detach() + 1 for p in trainer.averages.params]
+        trainer.averages.snapshots = 2
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, taken)
+        signal_at(patch, 3)
+        stopped = job(CHECKPOINT_EVERY_SECONDS=0)
+    saved, found = state_of(stopped.out, 3)["averages"], {}
+    at_step(monkeypatch, 1, lambda trainer: found.update(vars(trainer.averages)))
+    assert job(RESUME="auto", CHECKPOINT_EVERY_SECONDS=0).checkpoints == [3], "none is asked for"
+    assert found["snapshots"] == saved["snapshots"] == 2 and equal(found["swa"], saved["swa"])
 
 
 # -- several ranks
