@@ -154,7 +154,7 @@ class Settings:
     vocab_size: Annotated[int, 2, 65536] = 8192  # pieces; must equal the tokenizer's
     train_seq_len: Annotated[int, 2, 2**31] = 2048  # tokens of a training row
     train_batch_tokens: Positive = 786432  # per optimizer step, over all ranks
-    micro_batch_tokens: Positive = 98304  # computed on a rank at once; less takes less memory
+    micro_batch_tokens: Positive = 98304  # most that a rank computes at once; lower it to save memory
     train_order: Literal["shuffled", "sequential"] = "shuffled"  # of shards, and of rows in them
     val_limit_tokens: Count = 0  # score only the first N: not a legal score; 0: all
 
@@ -174,7 +174,7 @@ class Settings:
     # −0.043 at 400 steps of 4 × 128, −0.009 at 2,500, one seed each; not in the records.
     key_offset: Flag = 1  # a key's channels without RoPE come from the token before
     ln_scale: Flag = 1  # norm outputs of block i × 1/√(i+1)
-    xsa_last_n: Count = 11  # last cores with exclusive self-attention: −0.0017; 0: none
+    xsa_last_n: Count = 11  # so many of the last cores have exclusive self-attention: −0.0017
     # −0.015 and −0.016 at 600 steps of 4 × 128 with rows of 1,024 tokens, two seeds.
     doc_attention: Flag = 1  # attention and the key offset end where a document begins (#1530)
     # Depth recurrence (#1394, #1493): late in training, blocks run in another order.
@@ -1166,8 +1166,8 @@ def leaky_square_mlp(u_ND, up_RD, down_DR, slope):
 
 # leaky_square_mlp as a Triton kernel, for compiled models on a GPU. It fuses the activation into
 # the first matrix product, and its derivative into the backward product. It stores LeakyReLU(x)²
-# with the sign of x as its last bit; the derivative follows from both. The loss needs no kernel of
-# ours: the compiler's moves as few bytes.
+# with the sign of x as its last bit; the derivative follows from the two. The loss needs no kernel
+# of ours: the compiler's moves as few bytes.
 jit = triton.jit if triton else lambda kernel: kernel
 MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
@@ -1875,7 +1875,7 @@ NEWTON_SCHULZ = {  # a triple (a, b, c) per iteration
 
 def newton_schulz(g_NRC, coefficients, dtype):
     """N matrices with the singular vectors of g and singular values near 1. An iteration is
-    X ← aX + (bA + cA²)X, A = XXᵀ. Tall matrices are transposed before, so that A is small."""
+    X ← aX + (bA + cA²)X, A = XXᵀ. A tall matrix is transposed first, so that A is small."""
     tall = g_NRC.size(1) > g_NRC.size(2)
     x = (g_NRC.mT if tall else g_NRC).to(dtype)
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
@@ -2671,8 +2671,8 @@ def fitted(encoded, budget_bytes, coded, level, start):
     The first of at most 30 trials is `level`; if it is 0 and fits, it is returned. Then log₂(level)
     is searched in log₂(start) ± 24, until at most 0.1 % of the budget is free or the level is known
     to 0.001 octaves. Doubling the level saves at most one bit for each of `coded` codes, so the
-    first move is 8·Δbytes/coded octaves. It doubles after two trials that both fit or both do
-    not."""
+    first move is 8·Δbytes/coded octaves. It doubles after two trials in a row that fit, or
+    that do not."""
     guess, best, octaves_per_byte, fits = math.log2(start), None, 0.0, None
     low, high = guess - 24, guess + 24
     for _ in range(30):

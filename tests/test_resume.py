@@ -368,7 +368,7 @@ def test_training_ends_in_time_though_a_checkpoint_takes_long(job, slow_checkpoi
                                                               checkpoints):
     """After the first, none is begun that would pass the cap; the last is not training."""
     done = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=3, CHECKPOINT_EVERY_SECONDS=every, GPTQ=1)
-    assert done.returncode == 0 and 2 < done.result["train_seconds"] <= 3
+    assert done.returncode == 0 and 1 < done.result["train_seconds"] <= 3
     assert done.stdout.count("checkpoint:step") == checkpoints
     assert max(done.checkpoints) == done.result["steps"]
 
