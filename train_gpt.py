@@ -154,7 +154,7 @@ class Settings:
     vocab_size: Annotated[int, 2, 65536] = 8192  # pieces; must equal the tokenizer's
     train_seq_len: Annotated[int, 2, 2**31] = 2048  # tokens of a training row
     train_batch_tokens: Positive = 786432  # per optimizer step, over all ranks
-    micro_batch_tokens: Positive = 98304  # most that a rank computes at once; lower it to save memory
+    micro_batch_tokens: Positive = 98304  # most that a rank computes at once; lower it for memory
     train_order: Literal["shuffled", "sequential"] = "shuffled"  # of shards, and of rows in them
     val_limit_tokens: Count = 0  # score only the first N: not a legal score; 0: all
 
