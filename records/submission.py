@@ -958,6 +958,12 @@ def check_improvement(sub, against):
     scores = [sub.score(log) for log in sub.scored]  # those that are claimed
     ratio = mean_std([score.loss / score.bpb for score in scores])[0]
     old, old_std, old_n = reference_scores(against, ratio)
+    if Path(against).is_dir():
+        texts = {log.scored_bytes for log in (*sub.scored, *open_submission(against).scored)}
+        texts -= {None}
+        if texts and max(texts) > 1.01 * min(texts):  # the table of pieces errs by less
+            sub.add(WARN, "improvement", f"not of the same text: the logs of the two score "
+                    f"{min(texts):,} to {max(texts):,} bytes")
     new, new_std = mean_std([score.loss for score in scores])
     gain = f"{new:.5f} against {old:.5f} nats: {abs(old - new):.5f} " + (
         "better" if new <= old else "worse") + (

@@ -339,6 +339,18 @@ def test_a_folder_to_beat_and_its_figures_in_nats_or_bpb_are_the_same(sound, tmp
     assert ps == pytest.approx([ps[0]] * 3, rel=0.01) and 0.001 < ps[0] < 0.5
 
 
+@pytest.mark.parametrize("more, warned", [(0.009, False), (0.02, True)])
+def test_a_folder_that_scored_another_text_is_no_fair_record_to_beat(sound, tmp_path, more, warned):
+    """The table of pieces may differ from the text by less than one per cent."""
+    pytest.importorskip("scipy")
+    older = write_folder(tmp_path / "older", lambda seed, loss: log_text(
+        seed, loss + 0.02, byte_count=int(BYTES * (1 + more))))
+    warnings = [text for what, text in found(sound, WARN, against=str(older))
+                if what == "improvement"]
+    assert [f"{BYTES:,} to {int(BYTES * (1 + more)):,}" in text for text in warnings] == (
+        [True] if warned else [])
+
+
 @pytest.mark.parametrize("against", ["nowhere", "1.9,0.1", "1.9,-1,3", "1.9,0.1,3,furlongs"])
 def test_a_senseless_record_to_beat_is_refused(sound, against, capsys):
     assert submission.main(["check", str(sound), "--against", against]) == 2
