@@ -1016,7 +1016,8 @@ def arguments_of(argv):
     parser.add_argument("--data", help="folder with fineweb_val_*.bin (default: DATA_PATH)")
     parser.add_argument("--tokenizer", help="its SentencePiece model (default: TOKENIZER_PATH)")
     parser.add_argument("--targets", type=int, default=0,
-                        help="validation targets that are scored (default: 16 rows)")
+                        help="validation targets that are scored (default: 16 rows; with "
+                             "adapters 32 of their windows, or rows if these are longer)")
     parser.add_argument("--places", type=int, default=2,
                         help="places drawn at random, beside the borders (default: 2)")
     arguments = parser.parse_args(argv)

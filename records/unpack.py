@@ -377,6 +377,9 @@ def readable_source(path):
 
 
 def main(arguments):
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__)
+        return 0
     try:
         [path] = arguments
         sys.stdout.buffer.write(readable_source(path))

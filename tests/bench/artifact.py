@@ -5,7 +5,7 @@ coding them costs.
         [--targets 65536] [--log out.txt]
 
 The weights come from an artifact whose tensors are all fp16, as a run leaves it with
-FP16_KEEP_NAME_PATTERNS=cores,emb,table,proj,blocks,gram and a large ARTIFACT_BUDGET_BYTES.
+FP16_KEEP_NAME_PATTERNS=cores,emb,table,proj,blocks,gram,mixers and a large ARTIFACT_BUDGET_BYTES.
 Calibration uses training rows; scores are taken on the first --targets validation tokens, rows of
 the training length, and choose nothing.
 
