@@ -3333,18 +3333,19 @@ class Checkpoints:
         if self.resuming:
             self.rt.log("resume:no checkpoint, from the beginning")
 
-    def export(self, trained):
-        """Store the facts of training and the artifact's hash: a resumed run skips it."""
+    def export(self, trained, results):
+        """Store the facts of training, with the artifact's hash: a resumed run skips it."""
         with contextlib.suppress(UserError):
-            write_whole(self.folder / "exported.json", compact_json(key=self.key, trained=trained))
+            write_whole(self.folder / "exported.json", compact_json(
+                key=self.key, trained=trained, results=results))
 
     def exported(self, path):
-        """The facts of the training that made the artifact at `path`, with RESUME=auto; or None."""
+        """What `export` stored of the artifact at `path`, with RESUME=auto; or None."""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             note = json.loads((self.folder / "exported.json").read_bytes())
             made = note["key"], note["trained"]["artifact_sha256"]
             if self.resuming and made == (self.key, hashlib.sha256(path.read_bytes()).hexdigest()):
-                return note["trained"]
+                return note["trained"], note["results"]
         return None
 
 
@@ -3673,9 +3674,9 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     rt.log(f"contamination:{repeated} of {documents} sampled training documents begin like "
            "documents of the validation set" + "; no token there is BOS=1" * (not documents))
     checkpoints = Checkpoints(s, rt, stream)
-    if trained := rt.from_rank0(checkpoints.exported(path)):
+    if stored := rt.from_rank0(checkpoints.exported(path)):
         rt.log(f"resume:{path} is finished, on to its evaluation")
-        return trained, {}
+        return stored
 
     def plain(label, late=True):
         scored = functools.partial(forward, late=late)
@@ -3700,12 +3701,13 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
                    train_seconds=trainer.elapsed / 1000,
                    pack_seconds=time.perf_counter() - started,
                    validation_documents_in_training=repeated, **written)
+    results = {"float": floating}
     if rt.rank == 0:
-        checkpoints.export(trained)
+        checkpoints.export(trained, results)
     rt.training = False  # from here on a signal ends the run at once
     if rt.any_rank(rt.signal):
         rt.on_signal()
-    return trained, {"float": floating}
+    return trained, results
 
 
 def facts_of(content):

@@ -359,8 +359,10 @@ def train_tokenizer(settings: Settings, train, key_limit: int) -> bytes:
             pad_id=PAD_ID, bos_id=BOS_ID, eos_id=EOS_ID, unk_id=UNK_ID)
     except (RuntimeError, ValueError) as error:
         reason = str(error).split(") ]")[-1].split("] ")[-1].strip() or str(error)
+        way_out = ("choose a larger vocabulary" if "required_chars" in reason else
+                   "choose a smaller vocabulary (260 at least) or give more text")
         raise DataError(f"--vocab-size {settings.vocab_size}: SentencePiece refuses ({reason}): "
-                        "choose a smaller vocabulary (260 at least) or give more text") from None
+                        f"{way_out}") from None
     return model.getvalue()
 
 
@@ -668,9 +670,12 @@ def build(settings: Settings, train, val=None, source: dict | None = None, finis
         path = settings.tokenizer or Path(temporary) / "tokenizer.model"
         if settings.tokenizer:
             tokenizer = load_tokenizer(path)  # complain before the passes over the text
-            unknown = [mark for mark in CASE_MARKS * settings.fold_case
+            unknown = [mark for mark in CASE_MARKS
                        if tokenizer.piece_to_id(mark) == tokenizer.unk_id()]
-            if unknown:
+            if not unknown and not settings.fold_case:
+                raise DataError(f"--tokenizer {path}: was made for folded case, and has a piece "
+                                "for each of its marks: add --fold-case")
+            if unknown and settings.fold_case:
                 raise DataError(f"--fold-case: {path} has no piece for the mark {unknown[0]!r}: "
                                 "leave out --tokenizer to train one that has, or --fold-case")
         key_limit = val_key_limit(settings, train)
@@ -681,6 +686,7 @@ def build(settings: Settings, train, val=None, source: dict | None = None, finis
         manifest |= finish(folder, load_tokenizer(path)) if finish else {}
         content = json.dumps(manifest, indent=1) + "\n"
         (folder / "manifest.json").write_text(content, encoding="utf-8")
+        check_free(settings)  # another build may have taken the name meanwhile
         if not settings.tokenizer:
             with atomic_write(settings.new_tokenizer) as file:
                 file.write(path.read_bytes())

@@ -11,6 +11,7 @@ of documents.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import re
@@ -43,12 +44,13 @@ class Remote:
     """The dataset repository; a file reaches its place under `data_root` whole or not at all.
 
     A `check(path, hashed)` raises DataError on a bad file; `hashed`: it has the server's hash.
-    Files arrive in `data_root/.download` (same disk, so that moving them is a rename).
+    Files arrive in `data_root/.download/variant` (same disk, so that moving them is a rename; a
+    folder for each variant, so that two may be downloaded at once).
     """
 
-    def __init__(self, data_root: Path, repo_id: str, prefix: str):
+    def __init__(self, data_root: Path, repo_id: str, prefix: str, variant: str):
         self.data_root, self.repo_id, self.prefix = data_root, repo_id, prefix.strip("/")
-        self.staging = data_root / ".download"
+        self.staging = data_root / ".download" / variant
 
     def ensure(self, relative_path: str, check=None) -> None:
         """Fetch a file (named below the prefix) unless it is here and right."""
@@ -231,6 +233,8 @@ def download(remote: Remote, variant: str, train_shards: int, skip_manifest: boo
     for path in DOCS_FILES if with_docs else ():
         remote.ensure(path)
     shutil.rmtree(remote.staging, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another download is at work beside
+        remote.staging.parent.rmdir()
     print(f"{remote.data_root / listed.folder}: {train_shards} train and {val_shards} validation "
           "shards complete")
 
@@ -257,7 +261,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     default = COMMUNITY_REPO_IDS.get(options.variant, DEFAULT_REPO_ID)
     remote = Remote(DATA_ROOT, os.environ.get("MATCHED_FINEWEB_REPO_ID", "").strip() or default,
-                    os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", DEFAULT_PREFIX).strip())
+                    os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", DEFAULT_PREFIX).strip(),
+                    options.variant)
     if options.variant in COMMUNITY_REPO_IDS:
         print(f"{options.variant} from {remote.repo_id}, an export by participants",
               file=sys.stderr)

@@ -29,7 +29,8 @@ ROOT = HERE.parent
 sys.path.append(str(HERE))
 sys.path.append(str(ROOT / "data"))
 from logs import ALIAS, plot_losses, read_logs  # noqa: E402
-from shards import DataError, exit_code_of, read_shard, user_path, write_shard  # noqa: E402
+from shards import (  # noqa: E402
+    DataError, exit_code_of, read_json, read_shard, user_path, write_shard)
 from unpack import readable_source  # noqa: E402
 
 FULL_RUN_STEPS = 7000  # of the published systems on 8×H100; their schedules are made for it
@@ -126,6 +127,11 @@ def lay_out_data(folder, settings, val_tokens):
                         "say DATA_PATH=… and TOKENIZER_PATH=…")
     if not model.is_file():
         raise DataError(f"TOKENIZER_PATH={model}: no such file")
+    manifest = source / "manifest.json"
+    made = read_json(manifest, "a data set's manifest").get("settings") if manifest.exists() else {}
+    if isinstance(made, dict) and made.get("fold_case"):
+        raise DataError(f"DATA_PATH={source}: built with --fold-case, and published scripts count "
+                        "its marks as bytes of text; build it without")
     vocab_size = sentencepiece.SentencePieceProcessor(model_file=str(model)).vocab_size()
     row = int(settings["TRAIN_SEQ_LEN"])
     tokens = read_shard(val[0])[:val_tokens // row * row + 1]
@@ -172,9 +178,12 @@ def their_side(script, out, settings, steps):
 
 def our_side(preset, out, settings, steps):
     sys.path.append(str(ROOT))
-    from train_gpt import resolve_settings
+    from train_gpt import UserError, resolve_settings
 
-    defaults = resolve_settings({"PRESET": preset})[0]
+    try:
+        defaults = resolve_settings({"PRESET": preset})[0]
+    except UserError as problem:
+        raise DataError(f"--ours {preset}: {problem}") from None
     wanted = scaled(settings, lambda name: getattr(defaults, name.lower(), None), steps)
     if int(settings["NUM_LAYERS"]) < defaults.num_layers and re.search(r"\d", defaults.late_passes):
         wanted.setdefault("LATE_PASSES", "auto")  # the preset's passes name blocks
@@ -282,6 +291,15 @@ def main(argv):
     named = {n: os.environ[n] for n in ("DATA_PATH", "TOKENIZER_PATH") if n in os.environ}
     log_every = max(1, steps // 50)
     settings = {**SHAPE, "ITERATIONS": steps, "TRAIN_LOG_EVERY": log_every, **named, **both}
+    for name, value in [*settings.items(), *theirs.items(), *ours.items()]:
+        if name in ("TRAIN_SEQ_LEN", "NUM_LAYERS") and not re.fullmatch("[1-9][0-9]*", str(value)):
+            parser.error(f"{name}={value}: must be a whole number, 1 or more")
+    made = out / ".duel"  # by a duel, which may empty the folders in it
+    if any((out / name).exists() for name in ("data", "theirs", "ours")) and not made.exists():
+        parser.error(f"--out {arguments.out}: holds data, theirs or ours, and not of a duel; say "
+                     "--out with another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    made.touch()
     settings.update(lay_out_data(out / "data", settings, arguments.val_tokens))
     sides = [their_side(arguments.script, out, {**settings, **theirs}, steps),
              our_side(arguments.ours, out, {**settings, **ours}, steps)]

@@ -20,7 +20,7 @@ ALIAS = "final_int8_zlib_roundtrip"  # often a second name of another evaluation
 DIAGNOSTIC = re.compile(r"diag|pre.?quant|post.?(ema|swa|train)|trained_validation|selected_final"
                         r"|last_validation|no_ttt|float", re.I)
 # Settings that may differ between the seeds of one submission.
-NOT_OF_THE_MODEL = re.compile(r"(?i)^(seed|run_id|rank|local_rank|device"
+NOT_OF_THE_MODEL = re.compile(r"(?i)^(seed|run_id|resume|rank|local_rank|device"
                               r"|logfile|.*_(dir|path|files|file|name|time|host|port|tag|date))$")
 STAMP = re.compile(r"^(?:\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?Z?\]?\s*[|:-]?\s*"
                    r"|\[?\d\d:\d\d:\d\d(?:[.,]\d+)?\]?\s+|\[(?:rank|default)\d+\]:?\s*|rank\d+: )+")

@@ -257,9 +257,9 @@ CHECK_OUTPUT = subprocess.check_output
 
 
 def main(arguments):
-    if not arguments:
-        print(__doc__, file=sys.stderr)
-        return 2
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__, file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
     path = Path(arguments[0])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     from unpack import readable_source

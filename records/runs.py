@@ -121,9 +121,12 @@ def is_result(path):
 
 def is_older_log(path):
     """Whether the script kept this log or result of an earlier attempt, as NAME.1.txt beside
-    NAME.txt."""
+    NAME.txt. It then says RUN_ID=NAME, where that of a run of its own may be NAME.1."""
     name = re.sub(r"\.\d+\.(txt|json)$", "", path.name)
-    return name != path.name and path.with_name(f"{name}.txt").exists()
+    if name == path.name or not path.with_name(f"{name}.txt").exists():
+        return False
+    said = rf'^(setting RUN_ID=| *"run_id": "){re.escape(path.stem)}("|\s|$)'
+    return not re.search(said, path.read_text(encoding="utf-8", errors="replace"), re.M)
 
 
 def read_all(paths, read):
@@ -399,7 +402,7 @@ class Grid:
                             "it; or list the values")
         points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
         self.runs = collections.deque(Run(point, seed, out) for seed in seeds for point in points)
-        self.total = len(self.runs)
+        self.total, self.before = len(self.runs), 0
         check_grid(grid, script, self.runs)
         check_different(self.runs)
         if len(points) > 1:
@@ -436,6 +439,7 @@ class Study:
         self._check_same(grid, settings)
         self.cut_off = [t for t in known if t.state == self.states.RUNNING]
         self.begun = sum(t.state == self.states.COMPLETE for t in known)
+        self.before = self.begun * len(seeds)  # runs of earlier sessions, which next() leaves out
 
     def _check(self, grid):
         """Runs with each end and value, beside the others' first values. Raises UserError."""
@@ -490,8 +494,7 @@ class Study:
                 self.study.tell(trial.number, state=self.states.FAIL)
                 self.begun -= 1
                 continue
-            point = {name: value if isinstance(value, str) else f"{value:.6g}"
-                     for name, value in trial.params.items()}
+            point = {name: as_setting(value) for name, value in trial.params.items()}
             runs = [Run(point, seed, self.out, trial=trial.number) for seed in self.seeds]
             if refused := self.script.check(runs):
                 tqdm.write(refusal(refused, len(runs)), file=sys.stderr)
@@ -522,9 +525,13 @@ class Study:
         if not any(t.state == self.states.COMPLETE for t in self.study.trials):
             return "study: no trial was finished"
         best = self.study.best_trial
-        point = " ".join(f"{k}={v if isinstance(v, str) else format(v, '.6g')}"
-                         for k, v in best.params.items())
+        point = " ".join(f"{k}={as_setting(v)}" for k, v in best.params.items())
         return f"study: best {self.objective} bpb {best.value:.4f}, trial {best.number}: {point}"
+
+
+def as_setting(value):
+    """A value that a study drew as the text of a variable; whole numbers with all digits."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 # -- sweep: the runs themselves --------------------------------------------------------------------
@@ -734,12 +741,14 @@ def sweep(arguments, command):
         slots = Slots(script, lock, gpus, arguments.jobs)
         running = Sweep(source, script, slots, arguments.budget_hours)
         running.go()
-    finished = f"{running.done} of {source.total} runs are finished"
+    done = running.done + source.before
+    finished = f"{done} of {source.total} runs are finished"
     if running.interrupts:
         print(f"stopped: {finished}; {again}", file=sys.stderr)
         return 130
-    if running.done:
-        print(as_text(table_rows(found([out], ["logs/*.json"]))))
+    if done:
+        print(as_text(table_rows([path for path in found([out], ["logs/*.json"])
+                                  if not is_older_log(path)])))
     if arguments.study:
         print(source.summary())
     if running.over:
@@ -756,7 +765,8 @@ def sweep(arguments, command):
 
 def conditions(result):
     """What a result depends on besides its seed: all settings, the code, the machine."""
-    settings = {k.upper(): v for k, v in computed_by(result["settings"]).items() if k != "seed"}
+    settings = {k.upper(): v for k, v in computed_by(result["settings"]).items()
+                if k not in ("seed", "resume")}
     of_log = {"run": result["run"]} if "run" in result else {}
     return {**of_log, **settings, "code": result["code_sha256"][:8],
             "gpus": result.get("world_size"), "device": result.get("device")}
@@ -1200,7 +1210,8 @@ from a folder whose validation shard is training text that is held out, for exam
     mkdir data/datasets/tuning && cd data/datasets/tuning
     ln -s ../fineweb10B_sp1024/fineweb_train_0000[0-6]*.bin .
     ln -s ../fineweb10B_sp1024/fineweb_train_000079.bin fineweb_val_000000.bin
-    cd - && DATA_PATH=data/datasets/tuning VAL_LIMIT_TOKENS=4000000 python records/runs.py sweep …
+    cd - && PRESET=sp1024 DATA_PATH=data/datasets/tuning VAL_LIMIT_TOKENS=4000000 \\
+        python records/runs.py sweep …
 """
 
 

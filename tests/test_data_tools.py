@@ -237,6 +237,18 @@ def test_download_brings_everything_and_repeats_nothing(hub):
     assert hub.transfers() == [MANIFEST]
 
 
+def test_a_download_leaves_that_of_another_variant_alone(hub):
+    part = hub.data / ".download" / "sp4096" / "half a shard"
+    part.parent.mkdir(parents=True)
+    part.touch()
+    hub.fetch("--train-shards", 1)
+    assert [*(hub.data / ".download").rglob("*")] == [part.parent, part]
+    part.unlink()
+    part.parent.rmdir()
+    hub.fetch("--train-shards", 2)
+    assert not (hub.data / ".download").exists()
+
+
 def test_broken_connection_goes_on_where_it_stopped(hub):
     hub.files[TRAIN_0] = shard_bytes(5, 6_500_000)  # the hub library writes blocks of 10 MiB
     hub.cut = {TRAIN_0: 12_000_000}
@@ -707,6 +719,38 @@ def test_folded_case_needs_a_tokenizer_with_marks(tmp_path, tokenizer_path):
     with pytest.raises(DataError, match="small.model has no piece for the mark"):
         run_builder(write_jsonl(tmp_path / "t.jsonl", sentences(9)), "--out-root", tmp_path,
                     "--tokenizer", tokenizer_path, "--fold-case")
+
+
+def test_a_tokenizer_with_marks_needs_folded_case(tmp_path):
+    source = write_jsonl(tmp_path / "t.jsonl", [text.title() for text in sentences(60)])
+    run_builder(source, "--out-root", tmp_path, "--vocab-size", 330, "--val-docs", 20,
+                "--fold-case")
+    with pytest.raises(DataError, match="t_330_bpe.model: was made for folded case.*--fold-case"):
+        run_builder(source, "--out-root", tmp_path, "--name", "plain", "--tokenizer",
+                    tmp_path / "tokenizers/t_330_bpe.model")
+
+
+def test_a_script_of_many_characters_is_told_to_take_more_pieces(tmp_path):
+    """SentencePiece wants a piece for each frequent character."""
+    texts = ["".join(chr(0x4e00 + (7 * i + k) % 600) for k in range(200)) for i in range(60)]
+    with pytest.raises(DataError, match="required_chars.*choose a larger vocabulary"):
+        run_builder(write_jsonl(tmp_path / "t.jsonl", texts), "--out-root", tmp_path,
+                    "--vocab-size", 300, "--val-docs", 3)
+
+
+def test_two_builds_of_one_name_at_once_lose_neither(tmp_path, tokenizer_path, monkeypatch):
+    """The second finds the name taken only at its end."""
+    source = write_jsonl(tmp_path / "t.jsonl", sentences(30))
+    target, encode = tmp_path / "datasets/t", build_dataset.encode_splits
+
+    def meanwhile(*arguments):
+        target.mkdir()
+        (target / "marker").touch()
+        return encode(*arguments)
+    monkeypatch.setattr(build_dataset, "encode_splits", meanwhile)
+    with pytest.raises(DataError, match="datasets/t exists already"):
+        run_builder(source, "--out-root", tmp_path, "--tokenizer", tokenizer_path, "--val-docs", 3)
+    assert [p.name for p in target.iterdir()] == ["marker"]
 
 
 def test_documents_are_read_lazily(tokenizer_path):

@@ -152,6 +152,29 @@ def test_the_data_are_not_written_over(corpus, tmp_path):
     assert before == {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("name", ["data", "theirs", "ours"])
+def test_folders_that_no_duel_made_are_not_emptied(corpus, tmp_path, capsys, name):
+    """A checkout has a folder data, whose shards may be others than those of the duel."""
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / name / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        duel.main([str(SCRIPT), f"DATA_PATH={corpus.folder}", f"TOKENIZER_PATH={corpus.model}",
+                   "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2 and "not of a duel" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").rglob("*")] == [name, "notes.txt"]
+
+
+def test_a_data_set_of_folded_case_is_refused(corpus, tmp_path):
+    """Its marks are no bytes of the text, and the scripts would count them."""
+    folder = shutil.copytree(corpus.folder, tmp_path / "folded")
+    (folder / "manifest.json").write_text('{"settings": {"fold_case": true}}')
+    settings = {**duel.SHAPE, "DATA_PATH": folder, "TOKENIZER_PATH": corpus.model}
+    with pytest.raises(duel.DataError, match="fold-case"):
+        duel.lay_out_data(tmp_path / "out" / "data", settings, 512)
+    (folder / "manifest.json").write_text('{"settings": {"fold_case": false}}')
+    duel.lay_out_data(tmp_path / "out" / "data", settings, 512)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("code, words", [
     ("import sys\nsys.exit('the reactor is cold')", "it ended with status 1"),
@@ -190,6 +213,8 @@ def test_a_failure_leaves_ours_in_the_table_and_status_1(corpus, tmp_path):
     (["nowhere.py"], "nowhere.py: no such file"), ([SCRIPT, "lr=3"], "lr=3: not NAME=VALUE"),
     ([SCRIPT, "--out", ROOT / "tests"], "lies in --out"),
     ([SCRIPT, "--steps", "0"], "must be 1 or more"),
+    ([SCRIPT, "TRAIN_SEQ_LEN=1k"], "TRAIN_SEQ_LEN=1k: must be a whole number"),
+    ([SCRIPT, "--ours-only", "NUM_LAYERS=0"], "NUM_LAYERS=0: must be a whole number"),
     ([SCRIPT, "DATA_PATH=nowhere"], "no fineweb_train_*.bin and fineweb_val_*.bin there"),
     ([SCRIPT, f"DATA_PATH={ROOT}", "--ours", "x"], "no fineweb_train_*.bin")])
 def test_wrong_arguments_end_with_status_2(tmp_path, monkeypatch, capsys, arguments, words):
@@ -214,6 +239,11 @@ def test_defaults_shrink_with_the_run_and_what_is_set_stays():
                      "WARMDOWN_ITERS": 350, "SWA_EVERY": 5, "EMA_DECAY": round(0.9965 ** 10, 6),
                      "VE_LAYERS": "3", "LOOP_START": "1", "LOOP_END": "2"}
     assert "VE_LAYERS" not in duel.scaled({"NUM_LAYERS": 11}, duel.default_in(source), 700)
+
+
+def test_an_unknown_preset_is_refused_in_words(tmp_path):
+    with pytest.raises(duel.DataError, match="(?s)--ours pr99: .*unknown"):
+        duel.our_side("pr99", tmp_path, duel.SHAPE, 6)
 
 
 @pytest.mark.parametrize("preset", [p for p in train_gpt.PRESETS if p[:2] in ("pr", "sp")] + [""])

@@ -411,6 +411,20 @@ def test_a_study_is_killed_and_goes_on_to_its_number_of_trials(stub):
     assert len(stub.notes()) == 7
 
 
+def test_whole_numbers_of_a_study_keep_all_their_digits(stub):
+    """The script takes no 1.5e+06. A study that is done says so, and shows its table again."""
+    pytest.importorskip("optuna")
+    asked = ["--grid", "TTT_EPOCHS=1000001..1999999", "--seeds", 1, "--study"]
+    first, again = (stub.sweep(*asked, 2, MAX_WALLCLOCK_SECONDS=9) for _ in range(2))
+    drawn = [t.params["TTT_EPOCHS"] for t in trials(stub)]
+    assert first.status == again.status == 0 and len(stub.notes()) == len({*drawn}) == 2
+    for number in drawn:
+        assert f"TTT_EPOCHS={number}_SEED=1337" in stub.notes() and f"\n{number} " in again.said
+    assert any(f"TTT_EPOCHS={number}\n" in first.said for number in drawn), "the best point"
+    spent = stub.sweep(*asked, 3, "--budget-hours", 1e-7, MAX_WALLCLOCK_SECONDS=9)
+    assert "2 of 3 runs are finished" in spent.said
+
+
 def test_a_point_chosen_twice_is_run_once(stub):
     process = stub.start("--grid", "TTT_EPOCHS=1", "--study", 2, "--jobs", 2, **stub.held(1))
     until(stub.notes)
@@ -506,6 +520,29 @@ def test_the_table_joins_seeds(results, tmp_path, capsys):
     runs.main(["table", str(results)])
     said = capsys.readouterr().out
     assert len(said.splitlines()) == 4 and "abababab" in said and "cdcdcdcd" in said
+
+
+def test_a_resumed_seed_is_of_the_same_setting(results, capsys):
+    again = result(2.4, 3, qk_gain_init=4.0)
+    again["settings"]["resume"] = "auto"
+    (results / "2.json").write_text(json.dumps(again))
+    runs.main(["table", str(results)])
+    said = capsys.readouterr().out
+    assert "1 2 3" in said and "RESUME" not in said
+
+
+def test_a_run_id_with_a_number_at_its_end_is_no_older_attempt(tmp_path, capsys):
+    """v1.1 beside v1 is of its own RUN_ID; v1.2 was kept of an earlier attempt of v1."""
+    (tmp_path / "logs").mkdir()
+    for name, run_id, seed in (("v1", "v1", 1), ("v1.1", "v1.1", 2), ("v1.2", "v1", 3)):
+        one = result(2.0, seed)
+        one["settings"]["run_id"] = run_id
+        (tmp_path / "logs" / f"{name}.json").write_text(json.dumps(one, indent=1))
+        (tmp_path / "logs" / f"{name}.txt").write_text(f"setting RUN_ID={run_id}  (set)\n")
+    assert [p.name for p in runs.runs_in([tmp_path]) if p.suffix == ".json"] == ["v1.1.json",
+                                                                                 "v1.json"]
+    older = [p for p in tmp_path.rglob("*.txt") if runs.is_older_log(p)]
+    assert [p.name for p in older] == ["v1.2.txt"]
 
 
 def test_damaged_foreign_and_repeated_files_are_named_and_left_out(results, capsys):

@@ -441,7 +441,8 @@ def test_a_script_without_a_dry_run_is_not_started(sound):
     assert not list(sound.rglob("started"))
 
 
-@pytest.mark.parametrize("code,status", [(0, PASS), (1, FAIL), (2, UNCHECKED), (None, UNCHECKED)])
+@pytest.mark.parametrize("code, status", [(0, PASS), (1, FAIL), (2, UNCHECKED),
+                                          (None, UNCHECKED)])
 def test_the_audits_exit_status_is_the_finding(sound, tmp_path, monkeypatch, code, status):
     monkeypatch.setattr(submission, "HERE", tmp_path)
     artifact = tmp_path / "a.ptz"
@@ -450,6 +451,19 @@ def test_the_audits_exit_status_is_the_finding(sound, tmp_path, monkeypatch, cod
         (tmp_path / "audit.py").write_text(f"import sys\nprint(sys.argv[2:])\nsys.exit({code})\n")
     text = dict(found(sound, status, run=True, artifacts=[artifact]))["audit"]
     assert ("is not there" if code is None else "train_gpt.py") in text
+
+
+def test_what_takes_too_long_on_this_machine_is_not_checked(sound, tmp_path, monkeypatch):
+    monkeypatch.setattr(submission, "HERE", tmp_path)
+    monkeypatch.setattr(submission, "DRY_RUN_SECONDS", 0.2)
+    monkeypatch.setattr(submission, "AUDIT_SECONDS", 0.2)
+    (tmp_path / "a.ptz").write_bytes(b"")
+    (tmp_path / "audit.py").write_text("import time\ntime.sleep(60)\n")
+    (sound / "train_gpt.py").write_text("import time  # --dry-run\ntime.sleep(60)\n")
+    sub = submission.check(sound, run=True, artifacts=[tmp_path / "a.ptz"])
+    slow = {what: (status, text) for status, what, text in sub.findings if "0.2 s" in text}
+    assert {what: status for what, (status, _) in slow.items()} == {
+        "dry run": UNCHECKED, "audit": UNCHECKED}
 
 
 # -- pack
@@ -496,8 +510,8 @@ def test_what_pack_makes_passes_its_check(runs, pack, tmp_path, capsys):
 def test_the_logs_of_a_resumed_run_are_packed(runs, pack, tmp_path, capsys):
     """Each part is kept, as far back as the parts say that they went on; the check takes the last.
     run.1.txt is of another run of that name; run.4.txt of a start that was refused, run.5.txt of
-    another seed; run.x.txt and 7.txt belong to other runs. Step 500 was lost: run.txt goes on from
-    step 2."""
+    another seed, run.6.txt of another RUN_ID; run.x.txt and 7.txt belong to other runs. Step 500
+    was lost: run.txt goes on from step 2."""
     place = runs()
     logs = place / "42" / "logs"
     text = (logs / "run.txt").read_text()
@@ -512,6 +526,7 @@ def test_the_logs_of_a_resumed_run_are_packed(runs, pack, tmp_path, capsys):
         (logs / name).write_text(unfinished.replace("step:", resumed + "step:", 1))
     (logs / "run.4.txt").write_text(text.partition("step:")[0])
     (logs / "run.5.txt").write_text(log_text(7, 1.9))
+    (logs / "run.6.txt").write_text(text.replace("RUN_ID=r42", "RUN_ID=r42.6"))
     for name in ("run.x.txt", "run.07.txt", "7.txt"):
         (logs / name).write_text(text)
     assert pack(place) == 0, capsys.readouterr()
@@ -523,6 +538,33 @@ def test_the_logs_of_a_resumed_run_are_packed(runs, pack, tmp_path, capsys):
     assert [point[0] for point in run.log.curve] == [1, 2, 7000]
     sub = submission.check(tmp_path / "packed", against=BEATEN)
     assert {s for s, *_ in sub.findings} == {PASS, UNCHECKED}, submission.verdict_lines(sub)
+
+
+def test_a_seed_that_was_resumed_after_its_export_is_packed_beside_the_others(runs, pack, tmp_path):
+    """It has RESUME=auto and, by an older script, no float score."""
+    place = runs(resume="")
+    log, result = (place / "42" / "logs" / f"run.{kind}" for kind in ("txt", "json"))
+    log.write_text(log.read_text().replace("setting RESUME=\n", "setting RESUME=auto  (set)\n"))
+    kept = json.loads(result.read_text())
+    kept["settings"]["resume"] = "auto"
+    for scores in kept["val_bpb"], kept["val_loss"]:
+        del scores["float"]
+    result.write_text(json.dumps(kept))
+    pack(place)
+    sub = submission.check(tmp_path / "packed")
+    assert ("same settings", PASS) in [(what, status) for status, what, _ in sub.findings]
+    assert "float, bpb" not in (tmp_path / "packed" / "README.md").read_text()
+
+
+def test_a_text_with_other_tokens_is_whole_by_its_bytes(runs, pack, tmp_path):
+    """The challenge's validation text by a tokenizer of one's own."""
+    place = runs()
+    for path in place.rglob("run.*"):
+        path.write_text(path.read_text().replace(str(TARGETS), str(TARGETS - 9_000_000)))
+    pack(place)
+    facts = json.loads((tmp_path / "packed" / "submission.json").read_text())
+    assert facts["compliance"]["full_validation_set"] is True
+    assert facts["compliance"]["validation_targets"] == TARGETS - 9_000_000
 
 
 def test_a_packed_script_is_counted_packed_and_read_unpacked(runs, pack, tmp_path):
@@ -668,6 +710,8 @@ def test_index_lists_the_folders_and_keeps_the_text(tmp_path, capsys):
     claim(write_folder(tmp_path / "track_non_record_16mb" / "c"), val_bpb=1.85169, val_bpb_std=None,
           bytes_total=None,
           compliance=dict(full_validation_set=False, validation_targets=507648))
+    claim(write_folder(tmp_path / "track_non_record_16mb" / "d"), seeds=3,  # another's form
+          compliance=dict(full_validation_set=False, validation_targets="a part"))
     readme = tmp_path / "README.md"
     readme.write_text("# Ours\n\nAbove.\n\n| folder |\n|---|\n| gone |\n\nBelow.\n")
     assert submission.index(tmp_path) == 1 and "left out: " in capsys.readouterr().out
@@ -679,6 +723,7 @@ def test_index_lists_the_folders_and_keeps_the_text(tmp_path, capsys):
             "1.1195 ± 0.0004 (3 seeds) | 15,000,") in text
     assert ("| [c](track_non_record_16mb/c) | non-record, 16 MB | 1.8517 (507,648 targets) | ? | "
             "Imagined |") in text
+    assert "| [d](track_non_record_16mb/d) | non-record, 16 MB | 1.1195 ± 0.0004 |" in text
     submission.index(tmp_path)
     assert readme.read_text() == text, "a second time changes nothing"
 

@@ -27,7 +27,7 @@ LINKS = 350e9              # bytes/s of a sum over ranks
 UPDATE_PASSES = 10
 # (launches, bytes a token) of a pass of the default with its late passes (traffic_sm90.md): of
 # scoring with adapters, of their gradients, of the gradients of weights.
-SCORING, ADAPTING, TRAINING = ((346, 28.78e9 / (32 * 2080)), (478, 49.81e9 / (122 * 544)),
+SCORING, ADAPTING, TRAINING = ((336, 30.06e9 / (32 * 2080)), (454, 27.94e9 / (32 * 1056)),
                                (508, 85.80e9 / (48 * 2048)))
 
 

@@ -31,7 +31,7 @@ RUN = dict(PRESET="demo", DEVICE="cpu", RUN_ID="run", MODEL_DIM=64, TRAIN_SEQ_LE
            WARMUP_STEPS=1,
            MAX_WALLCLOCK_SECONDS=0, CHECKPOINT_EVERY_SECONDS=0.1, SWA_ENABLED=1, SWA_EVERY=5,
            GPTQ=1, GPTQ_BATCHES=2,
-           VAL_LIMIT_TOKENS=8192, TTT_CHUNK_TOKENS=2048, RESUME="auto", OMP_NUM_THREADS=1)
+           VAL_LIMIT_TOKENS=8192, RESUME="auto", OMP_NUM_THREADS=1)
 # (which file, how many of them before it, where in write_whole): moments too short to be hit by
 # chance.
 MOMENTS = [("step_", 0, "written"), ("step_", 2, "synced"), ("step_", 2, "replaced"),
@@ -115,14 +115,12 @@ def broken(folder):
 
 
 def outcome(folder):
-    """All that must not depend on interruptions. A run that resumes after its packing has no float
-    score of its own."""
+    """All that must not depend on interruptions."""
     result = json.loads((folder / "logs" / "run.json").read_text())
     return dict(artifact=hashlib.sha256((folder / "final_model.ptz").read_bytes()).hexdigest()[:16],
                 scores=hashlib.sha256((folder / "scores.npy").read_bytes()).hexdigest()[:16],
                 steps=result["steps"],
-                **{f"loss of {kind}": loss for kind,
-                   loss in result["val_loss"].items() if kind != "float"})
+                **{f"loss of {kind}": loss for kind, loss in result["val_loss"].items()})
 
 
 def phase(folder):

@@ -1,4 +1,5 @@
-"""The default and all presets of records side by side, shrunk: same text, seed and tokens a step. No forecast.
+"""The default and all presets of records side by side, shrunk: same text, seed, tokens a step.
+No forecast.
 
     python tests/bench/presets.py --data data/datasets/mix_sp{} --text 0.3 --jobs 2 \\
         --out tests/bench/results/presets.md
