@@ -91,7 +91,11 @@ class Reference:
                 update = np.concatenate([
                     by_svd(u[a: a + rows], train_gpt.NEWTON_SCHULZ[s.muon_coefficients])
                     for a in range(0, len(u), rows)])
-                w *= 1 - s.matrix_lr * lr_scale * s.muon_wd
+                if s.cautious_wd:  # the step subtracts the update: towards 0 where signs agree
+                    decay = np.where(np.sign(w) == np.sign(update), 2 * s.muon_wd * lr_scale, 0)
+                else:
+                    decay = s.muon_wd
+                w *= 1 - s.matrix_lr * lr_scale * decay
                 w -= s.matrix_lr * lr_scale * math.sqrt(max(1, w.shape[0] / w.shape[1])) * update
             else:
                 lr = lr_scale * (s.tied_embed_lr if name.endswith(TABLES) else s.scalar_lr)
@@ -191,6 +195,7 @@ SCHEDULE = [(1.0, 0.9), (1.0, 0.93), (0.7, 0.95), (0.1, 0.95)]
     dict(MUON_COEFFICIENTS="classic", NUM_KV_HEADS=1),
     dict(MUON_COEFFICIENTS="polar", GRAD_CLIP_NORM=0),
     dict(MUON_COEFFICIENTS="polar", MUON_WD=0.3, ADAM_WD=0.2, EMBED_WD=0.4, GRAD_CLIP_NORM=0.01),
+    dict(MUON_WD=0.3, CAUTIOUS_WD=0),
     dict(MUON_ROW_NORM=0, MUON_HEAD_PAIRS=0)])
 def test_steps_equal_the_slow_reference(tiny, variables):
     s = tiny(**variables)
