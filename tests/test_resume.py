@@ -253,14 +253,16 @@ def test_a_new_run_over_an_older_one_keeps_its_own_checkpoints(job, stopped, mon
 
 # -- after training
 
-def test_a_finished_artifact_goes_straight_to_its_evaluation(job, whole, monkeypatch):
-    """Killed while it was scored: nothing is trained again, and every target is scored anew."""
+def test_a_finished_artifact_goes_straight_to_its_evaluation(job, whole, tmp_path, monkeypatch):
+    """Killed while it was scored: nothing is trained again, and every target is scored anew. No
+    empty file stands for scores."""
     def dead(*args):
         raise MemoryError
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "run_evaluations", dead)
         with pytest.raises(MemoryError):
-            job()
+            job(SCORES_PATH=tmp_path / "scores.npy")
+    assert not (tmp_path / "scores.npy").exists()
     monkeypatch.setattr(Trainer, "train", lambda *_: pytest.fail("trained again"))
     again = job(RESUME="auto")
     assert again.returncode == 0 and "is finished, on to its evaluation" in again.stdout
