@@ -209,12 +209,12 @@ class Settings:
     scalar_lr: Amount = 0.02  # AdamW: scales, gates and mixes
     tied_embed_lr: Amount = 0.03  # AdamW, embedding tables
     proj_optimizer: Literal["muon", "adamw"] = "muon"  # of bigram and value projections
-    muon_wd: Amount = 0.095  # decoupled weight decay of Muon, × learning rate
+    muon_wd: Amount = 0.095  # decoupled weight decay of Muon, × learning rate; see CAUTIOUS_WD
     adam_wd: Amount = 0.02  # the same of AdamW
     embed_wd: Annotated[float, -1.0, 1e18] = 0.085  # the same of embedding tables; -1: ADAM_WD
-    # −0.009 at 2,500 steps of 4 × 128, one seed; half of MUON_WD, for all weights: +0.002.
-    cautious_wd: Flag = 1  # Muon decays only weights that its step moves towards 0, by twice as
-        # much, × the fraction of the full learning rate (nanogpt speedrun #43)
+    # −0.009 at 2,500 steps of 4 × 128, one seed; with 0 and MUON_WD=0.05: +0.002.
+    cautious_wd: Flag = 1  # Muon decays only weights that its step moves towards 0, by
+        # 2 × MUON_WD × rate × (rate / full rate) (nanogpt speedrun #43)
     # −0.0010 at full scale (#1285); −0.0058 at 300 steps of 4 × 128, one seed.
     muon_row_norm: Flag = 1  # normalize rows before Newton–Schulz (MuonEq-R)
     # Speedrun #80: −0.0012 nats, 16 runs. 4 × 128: −0.003 to −0.016 at 600 steps, four seeds;

@@ -673,8 +673,8 @@ def build(settings: Settings, train, val=None, source: dict | None = None, finis
             unknown = [mark for mark in CASE_MARKS
                        if tokenizer.piece_to_id(mark) == tokenizer.unk_id()]
             if not unknown and not settings.fold_case:
-                raise DataError(f"--tokenizer {path}: was made for folded case, and has a piece "
-                                "for each of its marks: add --fold-case")
+                raise DataError(f"--tokenizer {path}: has pieces for the marks of folded case: "
+                                "add --fold-case, or leave out --tokenizer to train one without")
             if unknown and settings.fold_case:
                 raise DataError(f"--fold-case: {path} has no piece for the mark {unknown[0]!r}: "
                                 "leave out --tokenizer to train one that has, or --fold-case")

@@ -294,13 +294,13 @@ def main(argv):
     for name, value in [*settings.items(), *theirs.items(), *ours.items()]:
         if name in ("TRAIN_SEQ_LEN", "NUM_LAYERS") and not re.fullmatch("[1-9][0-9]*", str(value)):
             parser.error(f"{name}={value}: must be a whole number, 1 or more")
-    made = out / ".duel"  # by a duel, which may empty the folders in it
-    if any((out / name).exists() for name in ("data", "theirs", "ours")) and not made.exists():
-        parser.error(f"--out {arguments.out}: holds data, theirs or ours, and not of a duel; say "
+    marks = out / ".duel", out / "duel.md"  # of a duel, which may empty the folders beside them
+    found = [name for name in ("data", "theirs", "ours") if (out / name).exists()]
+    if found and not any(mark.exists() for mark in marks):
+        parser.error(f"--out {arguments.out}: holds {', '.join(found)}, which no duel made; say "
                      "--out with another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    made.touch()
     settings.update(lay_out_data(out / "data", settings, arguments.val_tokens))
+    marks[0].touch()
     sides = [their_side(arguments.script, out, {**settings, **theirs}, steps),
              our_side(arguments.ours, out, {**settings, **ours}, steps)]
     for side in sides:

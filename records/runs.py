@@ -123,7 +123,7 @@ def is_older_log(path):
     """Whether the script kept this log or result of an earlier attempt, as NAME.1.txt beside
     NAME.txt. It then says RUN_ID=NAME, where that of a run of its own may be NAME.1."""
     name = re.sub(r"\.\d+\.(txt|json)$", "", path.name)
-    if name == path.name or not path.with_name(f"{name}.txt").exists():
+    if name == path.name or not (path.is_file() and path.with_name(f"{name}.txt").exists()):
         return False
     said = rf'^(setting RUN_ID=| *"run_id": "){re.escape(path.stem)}("|\s|$)'
     return not re.search(said, path.read_text(encoding="utf-8", errors="replace"), re.M)
@@ -439,7 +439,7 @@ class Study:
         self._check_same(grid, settings)
         self.cut_off = [t for t in known if t.state == self.states.RUNNING]
         self.begun = sum(t.state == self.states.COMPLETE for t in known)
-        self.before = self.begun * len(seeds)  # runs of earlier sessions, which next() leaves out
+        self.before = self.begun * len(seeds)  # runs of earlier calls, which next() leaves out
 
     def _check(self, grid):
         """Runs with each end and value, beside the others' first values. Raises UserError."""

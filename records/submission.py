@@ -1272,8 +1272,10 @@ def summary(runs, args, code):
         eval_seconds_under_600=all(r["eval_seconds"] <= CAP_SECONDS for r in results),
         bytes_under_16mb=largest <= CAP_BYTES, three_seeds=len(runs) >= 3,
         full_validation_set=all(
-            official_set(r.get("scored_targets") or 0)
-            or abs((r.get("scored_bytes") or 0) / OFFICIAL_BYTES - 1) <= 0.005 for r in results),
+            official_set(r.get("scored_targets") or 0) or (
+                not r["settings"].get("val_limit_tokens")
+                and abs((r.get("scored_bytes") or 0) / OFFICIAL_BYTES - 1) <= 0.005)
+            for r in results),
         validation_targets=first.get("scored_targets"), validation_bytes=first.get("scored_bytes"))
     return dict(
         author=args.author, github_id=args.github_id, name=args.name, date=args.date,

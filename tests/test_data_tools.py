@@ -725,7 +725,7 @@ def test_a_tokenizer_with_marks_needs_folded_case(tmp_path):
     source = write_jsonl(tmp_path / "t.jsonl", [text.title() for text in sentences(60)])
     run_builder(source, "--out-root", tmp_path, "--vocab-size", 330, "--val-docs", 20,
                 "--fold-case")
-    with pytest.raises(DataError, match="t_330_bpe.model: was made for folded case.*--fold-case"):
+    with pytest.raises(DataError, match="t_330_bpe.model: has pieces for the marks.*add --fold-case"):
         run_builder(source, "--out-root", tmp_path, "--name", "plain", "--tokenizer",
                     tmp_path / "tokenizers/t_330_bpe.model")
 
@@ -738,7 +738,7 @@ def test_a_script_of_many_characters_is_told_to_take_more_pieces(tmp_path):
                     "--vocab-size", 300, "--val-docs", 3)
 
 
-def test_two_builds_of_one_name_at_once_lose_neither(tmp_path, tokenizer_path, monkeypatch):
+def test_a_build_does_not_replace_one_that_ended_meanwhile(tmp_path, tokenizer_path, monkeypatch):
     """The second finds the name taken only at its end."""
     source = write_jsonl(tmp_path / "t.jsonl", sentences(30))
     target, encode = tmp_path / "datasets/t", build_dataset.encode_splits

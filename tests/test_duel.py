@@ -160,8 +160,11 @@ def test_folders_that_no_duel_made_are_not_emptied(corpus, tmp_path, capsys, nam
     with pytest.raises(SystemExit) as ended:
         duel.main([str(SCRIPT), f"DATA_PATH={corpus.folder}", f"TOKENIZER_PATH={corpus.model}",
                    "--out", str(tmp_path / "out")])
-    assert ended.value.code == 2 and "not of a duel" in capsys.readouterr().err
+    assert ended.value.code == 2 and "which no duel made" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").rglob("*")] == [name, "notes.txt"]
+    with pytest.raises(duel.DataError):  # a duel that was refused makes no folder its own
+        duel.main([str(SCRIPT), "DATA_PATH=/nowhere", "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_data_set_of_folded_case_is_refused(corpus, tmp_path):

@@ -541,8 +541,10 @@ def test_a_run_id_with_a_number_at_its_end_is_no_older_attempt(tmp_path, capsys)
         (tmp_path / "logs" / f"{name}.txt").write_text(f"setting RUN_ID={run_id}  (set)\n")
     assert [p.name for p in runs.runs_in([tmp_path]) if p.suffix == ".json"] == ["v1.1.json",
                                                                                  "v1.json"]
-    older = [p for p in tmp_path.rglob("*.txt") if runs.is_older_log(p)]
-    assert [p.name for p in older] == ["v1.2.txt"]
+    (tmp_path / "logs" / "v1.3.txt").write_text("another script's, which names no RUN_ID\n")
+    (tmp_path / "logs" / "v1.4.txt").mkdir()
+    older = [p for p in sorted(tmp_path.rglob("*.txt")) if runs.is_older_log(p)]
+    assert [p.name for p in older] == ["v1.2.txt", "v1.3.txt"]
 
 
 def test_damaged_foreign_and_repeated_files_are_named_and_left_out(results, capsys):

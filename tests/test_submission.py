@@ -565,6 +565,13 @@ def test_a_text_with_other_tokens_is_whole_by_its_bytes(runs, pack, tmp_path):
     facts = json.loads((tmp_path / "packed" / "submission.json").read_text())
     assert facts["compliance"]["full_validation_set"] is True
     assert facts["compliance"]["validation_targets"] == TARGETS - 9_000_000
+    for path in place.rglob("run.json"):
+        result = json.loads(path.read_text())
+        result["settings"]["val_limit_tokens"] = TARGETS - 9_000_000
+        path.write_text(json.dumps(result))
+    pack(place, out="part")
+    facts = json.loads((tmp_path / "part" / "submission.json").read_text())
+    assert facts["compliance"]["full_validation_set"] is False
 
 
 def test_a_packed_script_is_counted_packed_and_read_unpacked(runs, pack, tmp_path):
