@@ -1938,7 +1938,8 @@ class Muon:
 
     @torch.no_grad()
     def finish(self):
-        """Decay the weights and subtract lr·√max(1, rows/columns) times the directions."""
+        """Decay the weights and subtract lr·√max(1, rows/columns) times the directions. Cautious:
+        about half of the weights agree in sign with their direction, hence the factor 2."""
         decay = self.step_size * self.decay
         if not self.cautious:
             torch._foreach_mul_(self.params, 1 - decay)
