@@ -3662,7 +3662,7 @@ def claim_places(s, rt, path, log_path):
             target = Path(s.scores_path).expanduser()
             target.parent.mkdir(parents=True, exist_ok=True)
             open(target, "ab").close()
-            if not target.stat().st_size:  # an interrupted run leaves no empty file
+            if not target.stat().st_size:  # else an interrupted run leaves an empty file
                 target.unlink()
     with explained(f"OUT_DIR: {log_path} cannot be written", "set OUT_DIR to another folder"):
         log_path.parent.mkdir(parents=True, exist_ok=True)

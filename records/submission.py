@@ -1047,7 +1047,7 @@ def check_text(sub, data, tokenizer):
     sub.verdict("bytes of text", problems, f"{listed(dict.fromkeys(good))}, as logged")
 
 
-DRY_RUN_SECONDS, AUDIT_SECONDS = 300, 1800  # on a slow machine; whoever needs more is NOT CHECKED
+DRY_RUN_SECONDS, AUDIT_SECONDS = 300, 1800  # what takes longer is NOT CHECKED
 
 
 def ended(command, cwd, environ, seconds):
