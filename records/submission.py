@@ -56,6 +56,7 @@ SETS = (("SP1024", 1024, 62_021_632), ("SP2048", 2048, 50_905_088), ("SP4096", 4
         ("SP8192", 8192, 40_540_160), ("SP8192 CaseOps", 8192, 47_851_520),
         ("bytes", 256, 151_076_864))
 OFFICIAL_BYTES, ROW = 151_080_891, 8192
+WHOLE_TEXT = 0.005  # bytes of the whole text differ from the official ones by at most this part
 BYTES_FROM = ("text", "pieces")  # how a run counts bytes: by side files of the shards, or by pieces
 LIBRARIES = {"torch", "numpy", "sentencepiece", "triton", "zstandard", "brotli", "tqdm",
              "flash_attn", "flash_attn_interface"}
@@ -481,7 +482,7 @@ def check_validation_set(sub):
             share = sub.score(log).bytes_per_target * log.targets / OFFICIAL_BYTES
             text = f"{log.targets:,} targets, {100 * share:.1f} % of the text by its bytes"
             whole = listed(f"{n:,}" for _, v, n in SETS if v == log.vocabulary)
-            if abs(share - 1) <= 0.005:
+            if abs(share - 1) <= WHOLE_TEXT:
                 good.append(text)
             elif abs(share - 1) <= 0.03:
                 unknown.append(f"{log.name}: {text}: another text or tokenizer, or a part")
@@ -1274,7 +1275,7 @@ def summary(runs, args, code):
         full_validation_set=all(
             official_set(r.get("scored_targets") or 0) or (
                 not r["settings"].get("val_limit_tokens")
-                and abs((r.get("scored_bytes") or 0) / OFFICIAL_BYTES - 1) <= 0.005)
+                and abs((r.get("scored_bytes") or 0) / OFFICIAL_BYTES - 1) <= WHOLE_TEXT)
             for r in results),
         validation_targets=first.get("scored_targets"), validation_bytes=first.get("scored_bytes"))
     return dict(
