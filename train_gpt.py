@@ -554,9 +554,9 @@ def model_rules(s):
         (not s.late_passes or s.late_passes_from < 1, "LATE_PASSES_FROM LATE_PASSES",
          "the late passes would be scored and never trained; lower the first, or empty the second"),
         (s.segments is not None and sorted({0.0, *ends}) == [0.0, *ends]
-         and all((512 if T > 512 else 1) <= tokens < T for tokens, _ in s.segments),
+         and all((1024 if T > 1024 else 1) <= tokens < T for tokens, _ in s.segments),
          "SEGMENT_SCHEDULE TRAIN_SEQ_LEN", "must be tokens:fraction, commas between; fewer tokens "
-         "than TRAIN_SEQ_LEN, 512 or more if that is above 512; fractions in 0..1, ascending"),
+         "than TRAIN_SEQ_LEN, 1024 or more if that is above 1024; fractions in 0..1, ascending"),
         (not s.segment_schedule or s.doc_attention, "SEGMENT_SCHEDULE DOC_ATTENTION",
          "segments end attention as documents do: set DOC_ATTENTION=1, or empty the first"),
         (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks), "VE_LAYERS",
@@ -1327,12 +1327,12 @@ def sdpa(q_BTHE, k_BTKE, v_BTKE, mask=None):
 
 def cumulative_lengths(starts_BT):
     """Where rows and documents start in the flat batch [B·T], int32, for variable-length kernels.
-    Their number is fixed: the rows and max(64, B·T/256) documents, padded with B·T. If there are
-    more, the last ones of a row are joined. FineWeb has a document in 800 tokens, segments have 512
-    or more. The padding takes time: FlashAttention starts thread blocks for it."""
+    Their number is fixed: the rows and 64 + B·T/512 documents, padded with B·T. If there are more,
+    the last ones are joined. FineWeb has a document in 800 tokens, segments have 1,024 or more. The
+    padding takes time: FlashAttention starts thread blocks for it."""
     N, T = starts_BT.numel(), starts_BT.size(1)
     position = torch.arange(N, device=starts_BT.device)
-    documents = torch.where(starts_BT.flatten(), position, N).sort().values[: max(64, N // 256)]
+    documents = torch.where(starts_BT.flatten(), position, N).sort().values[: 64 + N // 512]
     borders = torch.cat((position[::T], documents)).sort().values
     return F.pad(borders, (0, 1), value=N).int()
 
@@ -1441,12 +1441,14 @@ def random_inputs(rt, *shapes):
 
 def choose_kernels(s, rt):
     """({part: name}, Kernels): for each part the kernel that is set, or the first that is correct
-    here. Attention is tried on rows and, if scoring is banded, in windows. Raises UserError."""
-    gpu, N, D, R = rt.device.type == "cuda", 256, s.model_dim, s.mlp_hidden
-    starts = torch.arange(N, device=rt.device)[None] % 100 == 50 if s.doc_attention else None
+    here. Attention is tried on two rows of documents longer than a tile and, if scoring is banded,
+    with a band shorter than these. Raises UserError."""
+    gpu, N, D, R = rt.device.type == "cuda", 1024, s.model_dim, s.mlp_hidden
+    position = torch.arange(2 * N, device=rt.device).view(2, N)
+    starts = position % 700 == 350 if s.doc_attention else None
 
     def as_used(kernel):
-        attend, bands = attention_of(kernel), [0, 128] if s.scoring_shape[2] else [0]
+        attend, bands = attention_of(kernel), [0, 200] if s.scoring_shape[2] else [0]
         return attend and (lambda *qkv: torch.cat([attend(*qkv, band, starts) for band in bands]))
 
     # For documents cuDNN comes last: it would read a mask [B, T, T].
@@ -1457,9 +1459,9 @@ def choose_kernels(s, rt):
                  and R % MLP_TILE["BN"] == D % MLP_TILE["BK"] == 0)  # whole tiles
     parts = {
         "attention": ("attention", "sdpa", attention, as_used((sdpa, visible_mask)),
-                      random_inputs(rt, *((1, N, count, s.head_dim) for count in heads))),
+                      random_inputs(rt, *((2, N, count, s.head_dim) for count in heads))),
         "mlp": ("kernels", "plain", {"triton": LeakySquareMLP.apply} if by_triton else {},
-                leaky_square_mlp, [*random_inputs(rt, (N, D), (R, D), (D, R)), s.leaky_slope])}
+                leaky_square_mlp, [*random_inputs(rt, (256, D), (R, D), (D, R)), s.leaky_slope])}
     names = {}
     for part, (setting, plain, candidates, reference, inputs) in parts.items():
         asked = getattr(s, setting)
@@ -1718,13 +1720,24 @@ class GPT(nn.Module):
         D = self.s.model_dim
         return [(D, D)] * 2 * len(self.passes[True]) + [(self.s.vocab_size, D)]
 
-    def logits(self, tokens_BT, band=0, late=True, adapters=(), at_BN=None, segment=None):
+    def adapter_pairs(self, flat_BP):
+        """[(A [B,r,D], B [B,R,r])] of each of adapter_shapes, from the numbers of each row's
+        adapters, one after the other."""
+        sites = self.adapter_shapes()
+        rank = flat_BP.size(1) // sum(map(sum, sites))
+        shapes = [shape for R, D in sites for shape in ((rank, D), (R, rank))]
+        parts = flat_BP.split([math.prod(shape) for shape in shapes], 1)
+        parts = [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
+        return list(zip(parts[::2], parts[1::2]))
+
+    def logits(self, tokens_BT, band=0, late=True, adapters=None, at_BN=None, segment=None):
         """Next-token logits [B,T,V] after the softcap, fp32; [B,N,V] at positions `at`.
 
         Position t sees tokens 0..t, or in each layer the last `band` keys. `late`: the passes
-        are those after the switch to LATE_PASSES. `adapters`: for each of adapter_shapes a pair
-        (A [B,r,D], B [B,R,r]); B·A·u is added to the output for input u. `segment`: attention ends
-        every so many tokens (a tensor: a number would be compiled in)."""
+        are those after the switch to LATE_PASSES. `adapters` [B,P]: see adapter_pairs; B·A·u is
+        added to the output of each site for its input u. `segment`: attention ends every so many
+        tokens (a tensor: a number would be compiled in)."""
+        pairs = () if adapters is None else self.adapter_pairs(adapters)
         x = x0 = self.embed(tokens_BT)
         values = self.ve(tokens_BT, x.dtype) if self.ve is not None else {}
         first_v, skips, lane, middle, rotary = None, [], None, None, (self.cos, self.sin)
@@ -1739,7 +1752,7 @@ class GPT(nn.Module):
             if self.mixers and i == len(self.passes[late]) - 1:
                 x = mixed = self.mixers[0](x, x0, middle, x)
             block, core = self.blocks[p.block], self.cores[p.core]
-            to_attention, to_mlp = adapters[2 * i: 2 * i + 2] or (None, None)
+            to_attention, to_mlp = pairs[2 * i: 2 * i + 2] or (None, None)
             lane = x if p.form == "lanes" and lane is None else lane
             if p.skip is not None:
                 skip = self.skip_weights[p.skip].to(x.dtype) * skips.pop()
@@ -1763,10 +1776,10 @@ class GPT(nn.Module):
         x = rms_norm(self.mixers[1](x, x0, middle, mixed) if self.mixers else x)
         if at_BN is not None:
             x = x.gather(1, at_BN[..., None].expand(-1, -1, x.size(-1)))
-        cap, raw = self.s.logit_softcap, adapted(linear(x, self.tok_emb), x, *adapters[-1:])
+        cap, raw = self.s.logit_softcap, adapted(linear(x, self.tok_emb), x, *pairs[-1:])
         return cap * torch.tanh(raw.float() / cap) if cap else raw.float()
 
-    def forward(self, tokens_BT, targets_BN, band=0, late=True, adapters=(), at_BN=None,
+    def forward(self, tokens_BT, targets_BN, band=0, late=True, adapters=None, at_BN=None,
                 segment=None):
         """nll of each target, nats, fp32: of all positions, N = T, or of positions `at`. What
         changes during a run is an argument, so that a compiler cannot fold it away."""
@@ -2938,13 +2951,18 @@ class MatchModel:
     pass over the streams in order would give the same scores."""
 
     def __init__(self, tokens, streams, device):
-        target = torch.from_numpy(tokens[1:].astype(np.int64)).to(device)
-        kind = torch.arange(25, device=device).expand(streams, -1)
-        prior = 0.05 * torch.stack((kind > 0, kind % 5 > 0)).double()  # where there is a guess
-        self.streams, self.device, self.runs, self.done, self.gained = streams, device, [], 0, 0.0
-        for guesses, kinds in matches(tokens, device):
-            counts = torch.ones_like(prior[0])
-            self.runs.insert(0, (guesses == target, kinds, prior.clone(), counts))
+        self.streams, self.device, self.done, self.gained = streams, device, 0, 0.0
+        target, N = torch.from_numpy(tokens[1:].astype(np.int64)).to(device), len(tokens) - 1
+        # Of each run, the longest first: which guesses are right, and their kind.
+        self.right = torch.empty(len(RUNS), 2, N, dtype=torch.bool, device=device)
+        self.kinds = torch.empty(len(RUNS), N, dtype=torch.uint8, device=device)
+        for n, (guesses, kinds) in enumerate(matches(tokens, device), 1):
+            self.right[-n], self.kinds[-n] = guesses == target, kinds
+        # Of each run, stream and kind: credits of first and of second guesses, number of matches.
+        kind = torch.arange(25, device=device)
+        prior = torch.stack((kind > 0, kind % 5 > 0, kind >= 0)).double()
+        prior[:2] *= 0.05
+        self.sums = prior[:, None].repeat(len(RUNS), 1, streams, 1)
 
     def mixed(self, first, last, nll):
         """The nll of targets after mixing; range n, [first[n], last[n]), is of stream n. With one
@@ -2961,20 +2979,24 @@ class MatchModel:
 
     def _mix(self, first, last, nll):
         """Mix a range of each stream with the weights so far; then learn from it."""
-        stream, targets, before = (torch.from_numpy(x).to(self.device) for x in (
-            *joined(first, last), nll.astype(np.float64)))
-        mixed = before
-        for hits, kinds, credit, seen in self.runs:
-            place, right = 25 * stream + kinds[targets], hits[:, targets]
-            weights = (credit / seen).flatten(1)[:, place]
-            guessed = (weights * right).sum(0).log()  # -inf: no guess is right
-            mixed = -torch.logaddexp(torch.log1p(-weights.sum(0)) - mixed, guessed)
-            worth = (guessed + mixed).exp() * right
-            for total, new in (*zip(credit, worth), (seen, torch.ones_like(mixed))):
-                sums = seen.new_zeros(seen.numel()).index_add_(0, place, new)
-                total += sums.view_as(seen).cumsum(0)
-        self.gained += float((before - mixed).sum())
-        return mixed.cpu().numpy()
+        before = nll.astype(np.float64)
+        stream, targets, mixed = (torch.from_numpy(x).to(self.device)
+                                  for x in (*joined(first, last), before))
+        right = self.right[:, :, targets]
+        places = (25 * stream + self.kinds[:, targets])[:, None].expand(-1, 3, -1)
+        weights = (self.sums[:, :2] / self.sums[:, 2:]).flatten(2).gather(2, places[:, :2])
+        guessed = (weights * right).sum(1).log()  # -inf: no guess is right
+        steps = []
+        for of_model, of_guesses in zip(torch.log1p(-weights.sum(1)), guessed):
+            mixed = -torch.logaddexp(of_model - mixed, of_guesses)
+            steps.append(mixed)
+        worth = (guessed + torch.stack(steps)).exp()[:, None] * right
+        new = torch.zeros_like(self.sums).flatten(2).scatter_add_(
+            2, places, F.pad(worth, (0, 0, 0, 1), value=1.0))
+        self.sums += new.view_as(self.sums).cumsum(2)
+        after = mixed.cpu().numpy()
+        self.gained += float((before - after).sum())
+        return after
 
 
 def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=None):
@@ -3151,8 +3173,7 @@ class LoraTTT:
 
     def __init__(self, model, s, rt):
         self.s, self.rt, self.step_seconds, self.skipped = s, rt, [], 0
-        self.shapes = [shape for R, D in model.adapter_shapes()
-                       for shape in ((s.ttt_lora_rank, D), (R, s.ttt_lora_rank))]
+        self.shapes, self.rank = model.adapter_shapes(), s.ttt_lora_rank
         self.uphill, self.descend = rt.compiled(adapter_uphill), rt.compiled(adapter_descent)
         model.requires_grad_(False)
 
@@ -3170,9 +3191,9 @@ class LoraTTT:
         self.low, self.high = self.rt.part(scorer.streams)
         self.length = min(scorer.length, self.s.context // 2 + scorer.stride)  # of training rows
         generator, parts = torch.Generator().manual_seed(self.s.seed), []
-        for a, b in zip(self.shapes[::2], self.shapes[1::2]):
-            uniform = 2 * torch.rand(a, generator=generator) - 1
-            parts += [(uniform / math.sqrt(a[1])).flatten(), torch.zeros(math.prod(b))]
+        for R, D in self.shapes:
+            uniform = 2 * torch.rand(self.rank * D, generator=generator) - 1
+            parts += [uniform / math.sqrt(D), torch.zeros(R * self.rank)]
         self.initial = torch.cat(parts).to(self.rt.device)
         held = max(1, self.high - self.low)
         most = max(1, scorer.batch * scorer.length // self.length)
@@ -3182,18 +3203,12 @@ class LoraTTT:
         self.steps = torch.zeros(held, 1, device=self.rt.device)
         self.lr = torch.full((scorer.streams,), self.s.ttt_lr, device=self.rt.device)
 
-    def pairs(self, flat_NP):
-        """[(A [N,r,D], B [N,R,r])] of each site."""
-        parts = flat_NP.split([math.prod(shape) for shape in self.shapes], 1)
-        parts = [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes)]
-        return list(zip(parts[::2], parts[1::2]))
-
     def arguments(self, windows):
         """The adapters of these windows of a chunk: window n belongs to stream n."""
         rows, params = windows - self.low, self.params
         if not np.array_equal(rows, np.arange(len(params))):  # else no copy, as on 8 GPUs
             params = params[torch.from_numpy(rows).to(params.device)]
-        return dict(adapters=self.pairs(params))
+        return dict(adapters=params)
 
     def warm_up(self, scorer):
         """Compile for the one shape of a batch, on the scorer's tokens and random ones."""

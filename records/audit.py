@@ -396,8 +396,11 @@ class Witness:
                 or not own[n].equal(old[n])]
 
     def fingerprints(self, adapters, rows):
-        """For each row a number that tells its adapters (pairs of tensors [rows, ...]) from
-        others; 0: one of each pair is zero, so that they add nothing."""
+        """For each row a number that tells its adapters ([rows, P], or pairs of tensors [rows, ...]
+        in scripts until November 2026) from others; 0: one of each pair is zero, so that they add
+        nothing."""
+        if isinstance(adapters, torch.Tensor):
+            adapters = self.model.adapter_pairs(adapters)
         device = next(self.model.parameters()).device
         total, adds = (torch.zeros(rows, dtype=kind, device=device)
                        for kind in (torch.int64, torch.bool))
@@ -711,14 +714,16 @@ def normalized(audit, base):
     x = torch.from_numpy(audit.tokens[:length].astype(np.int64)).to(device)
     total, (arguments, b) = torch.zeros(length, dtype=torch.float64, device=device), base.last_call
     others = dict(list(arguments.items())[2:])
-    of_row = [[x[b: b + 1] for x in pair] for pair in others.get("adapters") or ()]
+    given = others.get("adapters")  # [rows, P]; in scripts until November 2026 pairs
+    flat = isinstance(given, torch.Tensor)
+    of_row = [[x[b: b + 1] for x in pair] for pair in ([[given]] if flat else given or ())]
     for part in torch.arange(V, device=device).split(max(1, (1 << 24) // (V * length))):
         rows, asked = x.expand(len(part), length), part[:, None].expand(len(part), length)
         if others.get("at_BN") is not None:
             others["at_BN"] = torch.arange(length, device=device).expand(len(part), length)
         if of_row:
-            others["adapters"] = [[x.expand(len(part), *x.shape[1:]) for x in pair]
-                                  for pair in of_row]
+            pairs = [[x.expand(len(part), *x.shape[1:]) for x in pair] for pair in of_row]
+            others["adapters"] = pairs[0][0] if flat else pairs
         total += (-base.original(rows, asked, **others).double()).exp().sum(0)
     told = (f"asked for each of the {V} tokens at {length} positions, the probabilities sum to "
             f"{float(total.min()):.6f} to {float(total.max()):.6f}")

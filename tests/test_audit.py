@@ -311,12 +311,16 @@ CHEATS = {
                 begin, end, more_of=lambda passes: ttt.arguments(passes[::-1].copy())))
 """ + RECORD)),
     "a guess knows its target": (["2"], "away from what the text before it gives", (
-        "(guesses == target, kinds", "(guesses == guesses * torch.tensor([[1], [0]]), kinds")),
+        "= guesses == target, kinds", "= guesses == guesses * torch.tensor([[1], [0]]), kinds")),
     "weights learn before the score": (["2"], "away from what the text before it gives", (
-        "            weights = (credit / seen).flatten(1)[:, place]\n",
-        "            credit[0].view(-1)[place] += right[0]\n"
-        "            weights = (credit / seen).clamp(max=0.4).flatten(1)[:, place]\n"
-        "            weights *= kinds[targets] > 0\n")),
+        "        weights = (self.sums[:, :2] / self.sums[:, 2:]).flatten(2)",
+        "        credit = self.sums[:, :1].flatten(2)\n"
+        "        credit += torch.zeros_like(credit).scatter_add_(\n"
+        "            2, places[:, :1], right[:, :1].double())\n"
+        "        self.sums[:, :1] = credit.view_as(self.sums[:, :1])\n"
+        "        weights = (self.sums[:, :2] / self.sums[:, 2:]).clamp(max=0.4).flatten(2)"),
+        ("        guessed = (weights * right)",
+         "        weights *= self.kinds[:, None, targets] > 0\n        guessed = (weights * right)")),
     "guesses by other tokens": (["2"], "away from what the text before it gives", (
         "MatchModel(tokens, scorer", "MatchModel(np.roll(tokens, -1), scorer")),
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),

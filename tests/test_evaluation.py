@@ -454,7 +454,7 @@ def test_guesses_are_mixed_in_by_what_they_were_worth_before(tiny, variables):
 def test_a_guess_does_not_hide_a_score_that_is_not_finite(tiny, bad):
     w = world(tiny, EVAL_MATCH=1, VAL_LIMIT_TOKENS=320)
     model, match = w.model, train_gpt.MatchModel(w.tokens, 1, "cpu")
-    guessed = np.flatnonzero(np.any([run[0] for run in match.runs], (0, 1)))[-1]
+    guessed = np.flatnonzero(match.right.any(0).any(0))[-1]
 
     def broken(x, y, **kwargs):
         return model(x, y, **kwargs).masked_fill(y == int(w.tokens[guessed + 1]), bad)
@@ -496,9 +496,8 @@ def test_a_very_bad_score_harms_no_later_one():
     """A wrong guess where the model is sure of another token."""
     tokens = np.random.default_rng(0).integers(0, 3, 201).astype(np.uint16)
     match = train_gpt.MatchModel(tokens, 1, "cpu")
-    hits = np.any([run[0] for run in match.runs], (0, 1))
-    wrong = np.flatnonzero(~hits[:100])[-1]
-    assert any(run[1][wrong] for run in match.runs), "a guess, and no right one"
+    wrong = np.flatnonzero(~match.right.any(0).any(0)[:100])[-1]
+    assert match.kinds[:, wrong].any(), "a guess, and no right one"
     bad = match.mixed(np.array([0]), np.array([100]),
                       np.where(np.arange(100) == wrong, 1000.0, 1.0))
     later = match.mixed(np.array([100]), np.array([200]), np.ones(100))
@@ -627,7 +626,7 @@ def lora_reference(w, initial):
             weight[0] = weight[0].detach().requires_grad_()
         weights, row = [weight[0] for weight in stream.state], tokens[start: start + length + 1]
         return w.model(row[None, :-1], row[None, 1:], band=band,
-                       adapters=list(zip(weights[::2], weights[1::2])))[0]
+                       adapters=torch.cat([x.flatten(1) for x in weights], 1))[0]
     while True:
         turn, uphill = turn + 1, 0.0
         for stream in streams:
@@ -673,14 +672,14 @@ def test_adapters_by_document_equal_the_slow_reference(tiny, variables):
     w = world(tiny, **{"VAL_LIMIT_TOKENS": 352, **variables})
     before, ttt = weights(w), adapting(w)
     book = run(w, ttt=ttt)[1]
-    first = ttt.pairs(ttt.initial[None])
+    first = w.model.adapter_pairs(ttt.initial[None])
     reference, rates = lora_reference(w, [x[0] for pair in first for x in pair])
     for (a,), (b,) in first:
         assert 0.5 < a.abs().max() * math.sqrt(a.size(1)) <= 1 and not b.any()
     assert np.abs(book.nll - reference).max() < 1e-4 and not changed(w, before)
     assert (w.tokens == train_gpt.BOS).sum() > 1, "a document ends"
     assert ttt.lr.tolist() == pytest.approx(rates, rel=1e-4)
-    assert all(b.abs().max() > w.s.ttt_lr for _, b in ttt.pairs(ttt.params)), "steps"
+    assert all(b.abs().max() > w.s.ttt_lr for _, b in w.model.adapter_pairs(ttt.params)), "steps"
 
 
 def test_adapting_to_documents_that_repeat_their_own_words_helps(tiny):

@@ -285,7 +285,10 @@ def test_adapters_add_to_each_row_its_own_matrices(tiny, float64, variables):
     pairs = [tuple(0.3 * torch.randn(2, *shape, generator=generator, dtype=torch.float64)
                    for shape in ((3, D), (R, 3))) for R, D in model.adapter_shapes()]
     leaves = [x.requires_grad_() for pair in pairs for x in pair]
-    nll = model(*given, adapters=pairs)
+
+    def flat(pairs):
+        return torch.cat([x.flatten(1) for pair in pairs for x in pair], 1)
+    nll = model(*given, adapters=flat(pairs))
     expected = torch.stack([reference(params, s, row[:-1], row[1:],
                                       added=[b[n] @ a[n] for a, b in pairs])
                             for n, row in enumerate(rows.tolist())])
@@ -294,7 +297,7 @@ def test_adapters_add_to_each_row_its_own_matrices(tiny, float64, variables):
     for mine, slow in zip(*(torch.autograd.grad((x * weights).sum(), leaves)
                             for x in (nll, expected))):
         assert slow.flatten(1).norm(dim=1).min() > 0 and (mine - slow).norm() <= 1e-9 * slow.norm()
-    assert torch.equal(model(*given, adapters=[(a, 0 * b) for a, b in pairs]), model(*given))
+    assert torch.equal(model(*given, adapters=flat((a, 0 * b) for a, b in pairs)), model(*given))
     assert (nll - model(*given)).abs().min() > 1e-6
 
 
@@ -583,11 +586,24 @@ def test_flash_attention_ends_at_documents_by_variable_lengths(tiny, monkeypatch
     y = kernels.attend(q, k, v, kernels.visible(q, 0, many))
     torch.testing.assert_close(y[0], sdpa(q, k, v, 0, many)[0])
     torch.testing.assert_close(y[2], sdpa(q, k, v)[2])
-    whole = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, 256]))
+
+
+def whole_rows(how):
+    rows = torch.tensor([0, 1024, 2048])
+    return {**how, "cu_seqlens_q": rows, "cu_seqlens_k": rows}
+
+
+@pytest.mark.parametrize("wrong", [
+    whole_rows, lambda how: {**how, "window_size": (-1, 0)},
+    lambda how: {**how, "window_size": (how.get("window_size", (-2, 0))[0] + 1, 0)}],
+    ids=["documents meet", "no window", "one key too many"])
+def test_a_kernel_that_is_wrong_in_documents_is_refused(tiny, monkeypatch, wrong):
+    install(monkeypatch, "flash_attn_interface", "flash_attn_func", refuse)
     monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_varlen_func",
-                        lambda *x, **how: varlen(*x, **{**how, **whole, "max_seqlen_q": 256}))
-    names, _ = train_gpt.choose_kernels(tiny(DOC_ATTENTION=1), rt)
-    assert names["attention"] != "fa3", "documents meet"
+                        lambda *x, **how: varlen(*x, **wrong(how)), raising=False)
+    rt = a_rank("cuda")
+    assert train_gpt.choose_kernels(tiny(DOC_ATTENTION=1), rt)[0]["attention"] != "fa3"
+    assert "attention: not fa3: gives another result" in rt.lines
 
 
 @pytest.fixture

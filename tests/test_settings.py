@@ -47,9 +47,9 @@ def test_a_preset_changes_its_row_which_explicit_variables_undo(preset):
 
 OTHER = dict(preset="demo", num_layers=12, model_dim=1024, num_heads=16, num_kv_heads=2,
              rope_dims=8, ve_layers="3", xsa_last_n=4, unique_layers=11, scores_path="a/x.npy",
-             late_passes="0-4,3-10", embed_wd=0.1, train_seq_len=1024, micro_batch_tokens=2048,
+             late_passes="0-4,3-10", embed_wd=0.1, train_seq_len=2048, micro_batch_tokens=2048,
              train_batch_tokens=2048, eval_seq_len=4096, ttt_chunk_tokens=8192,
-             segment_schedule="512:0.1, 1023:.7")
+             segment_schedule="1024:0.1, 2047:.7")
 
 
 def test_every_variable_reaches_its_field_alone():
@@ -206,10 +206,10 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
       for text in ("0-11", "11", "5-3", "-1", "a", ",", "0-9", "1-10,0", "0-99999999999999")),
     *((dict(SEGMENT_SCHEDULE=text),
        f"SEGMENT_SCHEDULE={text}, TRAIN_SEQ_LEN=2048: must be tokens:fraction")
-      for text in ("1024", "1024:1.0", "600:0.5,900:0.2", "600:0.3,900:0.3", "600:.0",
-                   "600:0.1;900:0.2", "600:-0.1", ",", "0:0.5", "511:0.5", "2048:0.5")),
-    (dict(SEGMENT_SCHEDULE="512:0.5", DOC_ATTENTION=0),
-     "SEGMENT_SCHEDULE=512:0.5, DOC_ATTENTION=0: segments end attention as documents do"),
+      for text in ("1024", "1024:1.0", "1100:0.5,1300:0.2", "1100:0.3,1300:0.3",
+                   "1100:.0", "1100:0.1;1300:0.2", "1100:-0.1", ",", "0:0.5", "1023:0.5", "2048:0.5")),
+    (dict(SEGMENT_SCHEDULE="1024:0.5", DOC_ATTENTION=0),
+     "SEGMENT_SCHEDULE=1024:0.5, DOC_ATTENTION=0: segments end attention as documents do"),
     (dict(LATE_PASSES_FROM=1), "LATE_PASSES_FROM=1.0, LATE_PASSES=auto: the late passes would be")]
 
 

@@ -77,7 +77,8 @@ class Smol(nn.Module):
     def norm(self, x, name):
         return F.rms_norm(x, (D,), self.weights[name], 1e-5).bfloat16()
 
-    def forward(self, tokens, targets, band=0, adapters=(), at_BN=None):
+    def forward(self, tokens, targets, band=0, adapters=None, at_BN=None):
+        pairs = () if adapters is None else T.GPT.adapter_pairs(self, adapters)
         (B, length), x = tokens.shape, F.embedding(tokens, self.weights["tok_emb"])
         frequency = 100000.0 ** (-torch.arange(0, E, 2) / E)
         angle = torch.arange(length)[:, None, None] * frequency
@@ -88,7 +89,7 @@ class Smol(nn.Module):
             turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
             return turned.flatten(-2).bfloat16()
         for i in range(BLOCKS):
-            to_attention, to_mlp = adapters[2 * i: 2 * i + 2] or (None, None)
+            to_attention, to_mlp = pairs[2 * i: 2 * i + 2] or (None, None)
             u = self.norm(x, f"blocks.{i}.attn_scale")
             q, k, v = (self.linear(u, f"cores.{i}.attn.{part}").unflatten(-1, (-1, E))
                        for part in "qkv")
@@ -100,7 +101,7 @@ class Smol(nn.Module):
         x = self.norm(x, "skip_weights")
         if at_BN is not None:
             x = x.gather(1, at_BN[..., None].expand(-1, -1, D))
-        logits = T.adapted(self.linear(x, "tok_emb"), x, *adapters[-1:]).float()
+        logits = T.adapted(self.linear(x, "tok_emb"), x, *pairs[-1:]).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
                                reduction="none").view_as(targets)
 
