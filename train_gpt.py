@@ -3551,13 +3551,15 @@ class Trainer:
                    f"graphs_from_cache {hits}")
 
     def measured_reserve(self, rows):
-        """Seconds that GPTQ_BATCHES will take, plus a quarter; at most a tenth of the clock.
-        The first run loads kernels, the second is timed."""
-        parts = rows.split(self.calibration_rows)
-        for _ in range(2):
+        """Seconds that GPTQ_BATCHES will take, plus a quarter; at most a tenth of the clock."""
+        parts, spent = rows.split(self.calibration_rows), []
+        for count in (1, 1, 3):  # the first loads kernels; the sums over ranks come once in each
             clock = StepClock(self.rt)
-            calibrate(self.model, parts[:1], self.rt)
-        seconds = clock.read(exact=True) / 1000 * len(parts) * self.s.gptq_batches
+            calibrate(self.model, parts[:1] * count, self.rt)
+            spent.append(clock.read(exact=True) / 1000)
+        _, one, three = spent
+        part = max((three - one) / 2, three / 12)  # a busy machine may have slowed `one`
+        seconds = one + part * (len(parts) * self.s.gptq_batches - 1)
         return min(1.25 * seconds, 0.1 * self.s.max_wallclock_seconds)
 
     def calibration(self, batches):

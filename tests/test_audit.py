@@ -320,7 +320,8 @@ CHEATS = {
         "        self.sums[:, :1] = credit.view_as(self.sums[:, :1])\n"
         "        weights = (self.sums[:, :2] / self.sums[:, 2:]).clamp(max=0.4).flatten(2)"),
         ("        guessed = (weights * right)",
-         "        weights *= self.kinds[:, None, targets] > 0\n        guessed = (weights * right)")),
+         "        weights *= self.kinds[:, None, targets] > 0\n"
+         "        guessed = (weights * right)")),
     "guesses by other tokens": (["2"], "away from what the text before it gives", (
         "MatchModel(tokens, scorer", "MatchModel(np.roll(tokens, -1), scorer")),
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),

@@ -562,6 +562,18 @@ def test_the_reserve_is_measured_before_the_clock_starts(tiny, variables, least,
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before))
 
 
+def test_what_comes_once_in_a_calibration_is_reserved_once(tiny, monkeypatch):
+    """Half a second, such as sums over ranks; with each micro-batch it would take minutes."""
+    def slow(*arguments, calibrate=train_gpt.calibrate):
+        time.sleep(0.5)
+        return calibrate(*arguments)
+    monkeypatch.setattr(train_gpt, "calibrate", slow)
+    trainer = a_trainer(tiny(GPTQ_BATCHES=50, MAX_WALLCLOCK_SECONDS=600), [])
+    trainer.warm_up()
+    kept = trainer.s.max_wallclock_seconds - trainer.scheduled.max_wallclock_seconds
+    assert 0.6 <= kept < 40, "a tenth of the clock is 60"
+
+
 @pytest.mark.parametrize("share, lists", [(0, {True}), (0.5, {False, True})])
 def test_the_passes_that_will_run_are_warmed_up_and_no_others(tiny, share, lists):
     s, seen = tiny(LATE_PASSES="auto", LATE_PASSES_FROM=share, WARMUP_STEPS=2), []

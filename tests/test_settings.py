@@ -207,7 +207,8 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     *((dict(SEGMENT_SCHEDULE=text),
        f"SEGMENT_SCHEDULE={text}, TRAIN_SEQ_LEN=2048: must be tokens:fraction")
       for text in ("1024", "1024:1.0", "1100:0.5,1300:0.2", "1100:0.3,1300:0.3",
-                   "1100:.0", "1100:0.1;1300:0.2", "1100:-0.1", ",", "0:0.5", "1023:0.5", "2048:0.5")),
+                   "1100:.0", "1100:0.1;1300:0.2", "1100:-0.1", ",", "0:0.5", "1023:0.5",
+                   "2048:0.5")),
     (dict(SEGMENT_SCHEDULE="1024:0.5", DOC_ATTENTION=0),
      "SEGMENT_SCHEDULE=1024:0.5, DOC_ATTENTION=0: segments end attention as documents do"),
     (dict(LATE_PASSES_FROM=1), "LATE_PASSES_FROM=1.0, LATE_PASSES=auto: the late passes would be")]
