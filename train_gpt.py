@@ -1721,8 +1721,8 @@ class GPT(nn.Module):
         return [(D, D)] * 2 * len(self.passes[True]) + [(self.s.vocab_size, D)]
 
     def adapter_pairs(self, flat_BP):
-        """[(A [B,r,D], B [B,R,r])] of each of adapter_shapes, from the numbers of each row's
-        adapters, one after the other."""
+        """[(A [B,r,D], B [B,R,r])] of each of adapter_shapes, of any rank r, from one row of all
+        their numbers for each row of tokens."""
         sites = self.adapter_shapes()
         rank = flat_BP.size(1) // sum(map(sum, sites))
         shapes = [shape for R, D in sites for shape in ((rank, D), (R, rank))]
@@ -3173,7 +3173,7 @@ class LoraTTT:
 
     def __init__(self, model, s, rt):
         self.s, self.rt, self.step_seconds, self.skipped = s, rt, [], 0
-        self.shapes, self.rank = model.adapter_shapes(), s.ttt_lora_rank
+        self.shapes = model.adapter_shapes()
         self.uphill, self.descend = rt.compiled(adapter_uphill), rt.compiled(adapter_descent)
         model.requires_grad_(False)
 
@@ -3192,8 +3192,8 @@ class LoraTTT:
         self.length = min(scorer.length, self.s.context // 2 + scorer.stride)  # of training rows
         generator, parts = torch.Generator().manual_seed(self.s.seed), []
         for R, D in self.shapes:
-            uniform = 2 * torch.rand(self.rank * D, generator=generator) - 1
-            parts += [uniform / math.sqrt(D), torch.zeros(R * self.rank)]
+            uniform = 2 * torch.rand(self.s.ttt_lora_rank * D, generator=generator) - 1
+            parts += [uniform / math.sqrt(D), torch.zeros(R * self.s.ttt_lora_rank)]
         self.initial = torch.cat(parts).to(self.rt.device)
         held = max(1, self.high - self.low)
         most = max(1, scorer.batch * scorer.length // self.length)
