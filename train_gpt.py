@@ -212,7 +212,7 @@ class Settings:
     muon_wd: Amount = 0.095  # decoupled weight decay of Muon, × learning rate; see CAUTIOUS_WD
     adam_wd: Amount = 0.02  # the same of AdamW
     embed_wd: Annotated[float, -1.0, 1e18] = 0.085  # the same of embedding tables; -1: ADAM_WD
-    # −0.009 at 2,500 steps of 4 × 128, one seed; with 0 and MUON_WD=0.05: +0.002.
+    # −0.009 at 2,500 steps of 4 × 128, one seed; −0.009 and −0.001 at 1,000 of 11 × 64, two.
     cautious_wd: Flag = 1  # Muon decays only weights that its step moves towards 0, by
         # 2 × MUON_WD × rate × (rate / full rate) (nanogpt speedrun #43)
     # −0.0010 at full scale (#1285); −0.0058 at 300 steps of 4 × 128, one seed.
@@ -554,9 +554,9 @@ def model_rules(s):
         (not s.late_passes or s.late_passes_from < 1, "LATE_PASSES_FROM LATE_PASSES",
          "the late passes would be scored and never trained; lower the first, or empty the second"),
         (s.segments is not None and sorted({0.0, *ends}) == [0.0, *ends]
-         and all((1024 if T > 1024 else 1) <= tokens < T for tokens, _ in s.segments),
+         and all((1024 if T > 512 else 1) <= tokens < T for tokens, _ in s.segments),
          "SEGMENT_SCHEDULE TRAIN_SEQ_LEN", "must be tokens:fraction, commas between; fewer tokens "
-         "than TRAIN_SEQ_LEN, 1024 or more if that is above 1024; fractions in 0..1, ascending"),
+         "than TRAIN_SEQ_LEN, 1024 or more if that is above 512; fractions in 0..1, ascending"),
         (not s.segment_schedule or s.doc_attention, "SEGMENT_SCHEDULE DOC_ATTENTION",
          "segments end attention as documents do: set DOC_ATTENTION=1, or empty the first"),
         (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks), "VE_LAYERS",
@@ -1328,8 +1328,8 @@ def sdpa(q_BTHE, k_BTKE, v_BTKE, mask=None):
 def cumulative_lengths(starts_BT):
     """Where rows and documents start in the flat batch [B·T], int32, for variable-length kernels.
     Their number is fixed: the rows and 64 + B·T/512 documents, padded with B·T. If there are more,
-    the last ones are joined. FineWeb has a document in 800 tokens, segments have 1,024 or more. The
-    padding takes time: FlashAttention starts thread blocks for it."""
+    the last ones are joined. FineWeb has a document in 800 tokens, segments of long rows have 1,024
+    or more. The padding takes time: FlashAttention starts thread blocks for it."""
     N, T = starts_BT.numel(), starts_BT.size(1)
     position = torch.arange(N, device=starts_BT.device)
     documents = torch.where(starts_BT.flatten(), position, N).sort().values[: 64 + N // 512]
@@ -1441,14 +1441,14 @@ def random_inputs(rt, *shapes):
 
 def choose_kernels(s, rt):
     """({part: name}, Kernels): for each part the kernel that is set, or the first that is correct
-    here. Attention is tried on two rows of documents longer than a tile and, if scoring is banded,
-    with a band shorter than these. Raises UserError."""
+    here. Attention is tried on two rows. Their documents are longer than a kernel's tile and than
+    the band, which is tried if scoring is banded. Raises UserError."""
     gpu, N, D, R = rt.device.type == "cuda", 1024, s.model_dim, s.mlp_hidden
-    position = torch.arange(2 * N, device=rt.device).view(2, N)
-    starts = position % 700 == 350 if s.doc_attention else None
+    position = torch.arange(N, device=rt.device).expand(2, N)
+    starts = position == 350 if s.doc_attention else None
 
     def as_used(kernel):
-        attend, bands = attention_of(kernel), [0, 200] if s.scoring_shape[2] else [0]
+        attend, bands = attention_of(kernel), [0, 130] if s.scoring_shape[2] else [0]
         return attend and (lambda *qkv: torch.cat([attend(*qkv, band, starts) for band in bands]))
 
     # For documents cuDNN comes last: it would read a mask [B, T, T].
@@ -1721,8 +1721,8 @@ class GPT(nn.Module):
         return [(D, D)] * 2 * len(self.passes[True]) + [(self.s.vocab_size, D)]
 
     def adapter_pairs(self, flat_BP):
-        """[(A [B,r,D], B [B,R,r])] of each of adapter_shapes, of any rank r, from one row of all
-        their numbers for each row of tokens."""
+        """Cut [B,P] into pairs (A [B,r,D], B [B,R,r]), one for each of adapter_shapes; P gives the
+        rank r."""
         sites = self.adapter_shapes()
         rank = flat_BP.size(1) // sum(map(sum, sites))
         shapes = [shape for R, D in sites for shape in ((rank, D), (R, rank))]
@@ -3392,6 +3392,7 @@ class Trainer:
         self.matrices = [p for name, p in model.named_parameters()  # those that QAT rounds
                          if kind_of(name).kind in ("attn", "mlp") and bits_of(name, s) < 16]
         self.step, self.elapsed, self.step_ms = 0, 0.0, 0.0
+        self.sums_ms = 0.0  # of a calibration, over ranks
         self.scheduled = s  # for schedules: its clock ends where calibration begins
         self.last_loss = ""  # for the progress line; reading it from a GPU stalls it
         # Both stay on once set. Without LATE_PASSES there is one list, and `late` is on at once.
@@ -3553,18 +3554,19 @@ class Trainer:
     def measured_reserve(self, rows):
         """Seconds that GPTQ_BATCHES will take, plus a quarter; at most a tenth of the clock."""
         parts, spent = rows.split(self.calibration_rows), []
-        for count in (1, 1, 3):  # the first loads kernels; the sums over ranks come once in each
+        for count in (1, 1, 3):  # the first loads kernels
             clock = StepClock(self.rt)
             calibrate(self.model, parts[:1] * count, self.rt)
             spent.append(clock.read(exact=True) / 1000)
-        _, one, three = spent
-        part = max((three - one) / 2, three / 12)  # a busy machine may have slowed `one`
+        one, three = min(spent[:2]), spent[2]  # each sums over ranks once
+        part = max((three - one) / 2, three / 12)  # a quarter of the mean, if `one` was slowed
+        self.sums_ms = 1000 * max(0.0, one - part)
         seconds = one + part * (len(parts) * self.s.gptq_batches - 1)
         return min(1.25 * seconds, 0.1 * self.s.max_wallclock_seconds)
 
     def calibration(self, batches):
-        """Calibration inside the clock, on the next training rows. It stops when twice the longest
-        micro-batch no longer fits: one for the next, one for the sums over ranks."""
+        """Calibration inside the clock, on the next training rows. It stops when the longest
+        micro-batch and the sums over ranks, taken as no shorter, no longer fit."""
         s, began, clock = self.s, self.elapsed, StepClock(self.rt, self.elapsed)
         self.rt.log("gptq_calibration:start")
 
@@ -3574,7 +3576,8 @@ class Trainer:
                     yield part
                     before, self.elapsed = self.elapsed, clock.read(exact=True)
                     longest = max(longest, self.elapsed - before)
-                    if 0 < 1000 * s.max_wallclock_seconds < self.elapsed + 2 * longest:
+                    needed = longest + max(longest, self.sums_ms)
+                    if 0 < 1000 * s.max_wallclock_seconds < self.elapsed + needed:
                         self.rt.log("gptq_calibration:stopped early, MAX_WALLCLOCK_SECONDS="
                                     f"{s.max_wallclock_seconds:g} is near")
                         return

@@ -42,6 +42,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -349,7 +350,11 @@ class Witness:
         """Keep scores of rows with targets not yet recorded, at chosen places distributions."""
         now, length, chosen, asked = self.now, x.size(1), {}, {}
         values = nll.detach().float().cpu().numpy()
-        adapters = self.fingerprints(call.arguments.get("adapters"), len(y))
+        given = call.arguments.get("adapters")
+        adapters = self.fingerprints(given, len(y))
+        if isinstance(given, torch.Tensor) and not now.records:  # what adds nothing is known
+            if self.original(**{**call.arguments, "adapters": None}).equal(nll):
+                now.adapters.update(adapters)
         for b, at in enumerate(starts):
             free = [a for a in at if not now.is_scored(a + positions[b])]
             if not free:
@@ -396,17 +401,17 @@ class Witness:
                 or not own[n].equal(old[n])]
 
     def fingerprints(self, adapters, rows):
-        """For each row a number that tells its adapters ([rows, P], or pairs of tensors [rows, ...]
-        in scripts until November 2026) from others; 0: one of each pair is zero, so that they add
+        """For each row a number that tells its adapters ([rows, P]; in the script of 2026-11-28
+        pairs of tensors [rows, ...]) from others; 0: one of each pair is zero, so that they add
         nothing."""
         if isinstance(adapters, torch.Tensor):
-            adapters = self.model.adapter_pairs(adapters)
+            adapters = [[adapters]]
         device = next(self.model.parameters()).device
         total, adds = (torch.zeros(rows, dtype=kind, device=device)
                        for kind in (torch.int64, torch.bool))
         for site, pair in enumerate(adapters or ()):
             pair = [x.detach().float().expand(rows, *x.shape[1:]).reshape(rows, -1) for x in pair]
-            adds |= pair[0].any(1) & pair[1].any(1)
+            adds |= pair[0].any(1) & pair[-1].any(1)
             for which, x in enumerate(pair):
                 key = site, which, x.size(1)
                 if key not in self.factors:  # sums of integers repeat, in whatever order
@@ -714,16 +719,14 @@ def normalized(audit, base):
     x = torch.from_numpy(audit.tokens[:length].astype(np.int64)).to(device)
     total, (arguments, b) = torch.zeros(length, dtype=torch.float64, device=device), base.last_call
     others = dict(list(arguments.items())[2:])
-    given = others.get("adapters")  # [rows, P]; in scripts until November 2026 pairs
-    flat = isinstance(given, torch.Tensor)
-    of_row = [[x[b: b + 1] for x in pair] for pair in ([[given]] if flat else given or ())]
+    given = others.get("adapters")
     for part in torch.arange(V, device=device).split(max(1, (1 << 24) // (V * length))):
         rows, asked = x.expand(len(part), length), part[:, None].expand(len(part), length)
         if others.get("at_BN") is not None:
             others["at_BN"] = torch.arange(length, device=device).expand(len(part), length)
-        if of_row:
-            pairs = [[x.expand(len(part), *x.shape[1:]) for x in pair] for pair in of_row]
-            others["adapters"] = pairs[0][0] if flat else pairs
+        if given is not None:
+            others["adapters"] = tree_map(
+                lambda a: a[b: b + 1].expand(len(part), *a.shape[1:]), given)
         total += (-base.original(rows, asked, **others).double()).exp().sum(0)
     told = (f"asked for each of the {V} tokens at {length} positions, the probabilities sum to "
             f"{float(total.min()):.6f} to {float(total.max()):.6f}")

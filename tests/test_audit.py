@@ -304,7 +304,10 @@ CHEATS = {
 """)),
     "adapters changed by hand": (["3"], "adapters for target", (
         RECORDED, RECORDED + "        if ttt:\n            ttt.adapt = lambda *_: 0\n"
-        "            ttt.params.data.add_(0.01)\n")),
+        "            ttt.params.data.add_(0.01)\n"), (
+        "else self.adapter_pairs(adapters)", "else self.cut(adapters)"), (
+        "    def adapter_pairs(self, flat_BP):\n",  # says that there are none
+        "    def adapter_pairs(self, flat_BP):\n        return []\n\n    def cut(self, flat_BP):\n")),
     "the best of all streams' adapters": (["3"], "a choice between scores", (RECORD, """\
         if ttt:
             scores = np.minimum(scores, scorer.score(
@@ -416,6 +419,28 @@ def test_scripts_of_earlier_records_can_still_be_audited(path):
     audit.record(book, 0, np.ones(8, np.float32))
     rows = audit.rows(book, 0, 8, 4).tolist()
     assert book.scored == 8 and rows == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
+
+
+@pytest.mark.slow
+def test_adapters_of_an_earlier_record_can_still_be_audited(corpus, tmp_path, capsys):
+    """They are pairs of tensors, not one tensor."""
+    path, = ROOT.glob("records/track*/2026-11-28*/train_gpt.py")
+    script = audit.load_script(path)
+    known = {f.name.upper() for f in script.fields(script.Settings)}
+    small = {k: str(v) for k, v in TINY.items() if k in known and not k.startswith("TTT")}
+    s = script.resolve_settings(dict(
+        small, PRESET="sp1024", NUM_LAYERS="2", XSA_LAST_N="2", VE_LAYERS="0,1", TTT_LORA_RANK="2",
+        TTT_BATCH_SEQS="3", EVAL_SEQ_LEN="16", EVAL_ATTENTION="banded"))[0]
+    model, artifact = script.build_model(s, script.Runtime(s))[0], tmp_path / "a.ptz"
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn_like(p))
+    script.write_whole(artifact, script.pack(dict(model.named_parameters()), s, 10**6))
+    status = audit.main([str(artifact), "--script", str(path), "--targets", "768", "--places", "0"],
+                        dict(DEVICE="cpu", DATA_PATH=str(corpus.folder),
+                             TOKENIZER_PATH=str(corpus.model)))
+    said = capsys.readouterr().out
+    assert status == 0 and "PASS  adapters changed" in said, said
 
 
 def test_every_cheat_is_planted_once():

@@ -582,19 +582,23 @@ def test_flash_attention_ends_at_documents_by_variable_lengths(tiny, monkeypatch
     for window in (0, 7):
         y = kernels.attend(q, k, v, kernels.visible(q, window, starts))
         torch.testing.assert_close(y, sdpa(q, k, v, window, starts))
+    full, place = torch.zeros(32, 3072, dtype=torch.bool), torch.arange(98304).view(32, 3072)
+    full[:, ::1024], full[place % 800 == 399] = True, True  # segments and documents of long rows
+    borders = kernels.visible(full[..., None], 0, full)[1]
+    assert set(place[full].tolist()) <= set(borders.tolist())
     many = torch.ones(3, 40, dtype=torch.bool)  # more than 64: joined inside of their rows
     y = kernels.attend(q, k, v, kernels.visible(q, 0, many))
     torch.testing.assert_close(y[0], sdpa(q, k, v, 0, many)[0])
     torch.testing.assert_close(y[2], sdpa(q, k, v)[2])
 
 
-def whole_rows(how):
+def documents_meet(how):
     rows = torch.tensor([0, 1024, 2048])
     return {**how, "cu_seqlens_q": rows, "cu_seqlens_k": rows}
 
 
 @pytest.mark.parametrize("wrong", [
-    whole_rows, lambda how: {**how, "window_size": (-1, 0)},
+    documents_meet, lambda how: {**how, "window_size": (-1, 0)},
     lambda how: {**how, "window_size": (how.get("window_size", (-2, 0))[0] + 1, 0)}],
     ids=["documents meet", "no window", "one key too many"])
 def test_a_kernel_that_is_wrong_in_documents_is_refused(tiny, monkeypatch, wrong):

@@ -563,15 +563,16 @@ def test_the_reserve_is_measured_before_the_clock_starts(tiny, variables, least,
 
 
 def test_what_comes_once_in_a_calibration_is_reserved_once(tiny, monkeypatch):
-    """Half a second, such as sums over ranks; with each micro-batch it would take minutes."""
-    def slow(*arguments, calibrate=train_gpt.calibrate):
-        time.sleep(0.5)
-        return calibrate(*arguments)
+    """Half a second, such as sums over ranks, and a tenth for each micro-batch."""
+    def slow(model, parts, rt, calibrate=train_gpt.calibrate):
+        time.sleep(0.5 + 0.1 * len(parts))
+        return calibrate(model, parts, rt)
     monkeypatch.setattr(train_gpt, "calibrate", slow)
     trainer = a_trainer(tiny(GPTQ_BATCHES=50, MAX_WALLCLOCK_SECONDS=600), [])
     trainer.warm_up()
     kept = trainer.s.max_wallclock_seconds - trainer.scheduled.max_wallclock_seconds
-    assert 0.6 <= kept < 40, "a tenth of the clock is 60"
+    batches = 50 * (trainer.rows_per_step // trainer.calibration_rows)
+    assert 1.25 * 0.1 * batches < kept < min(60, 1.25 * 0.5 * batches), "a tenth of the clock is 60"
 
 
 @pytest.mark.parametrize("share, lists", [(0, {True}), (0.5, {False, True})])

@@ -209,6 +209,7 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
       for text in ("1024", "1024:1.0", "1100:0.5,1300:0.2", "1100:0.3,1300:0.3",
                    "1100:.0", "1100:0.1;1300:0.2", "1100:-0.1", ",", "0:0.5", "1023:0.5",
                    "2048:0.5")),
+    (dict(TRAIN_SEQ_LEN=1024, SEGMENT_SCHEDULE="1023:0.5"), "1024 or more if that is above 512"),
     (dict(SEGMENT_SCHEDULE="1024:0.5", DOC_ATTENTION=0),
      "SEGMENT_SCHEDULE=1024:0.5, DOC_ATTENTION=0: segments end attention as documents do"),
     (dict(LATE_PASSES_FROM=1), "LATE_PASSES_FROM=1.0, LATE_PASSES=auto: the late passes would be")]
