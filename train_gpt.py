@@ -1941,7 +1941,7 @@ class Muon:
     @torch.no_grad()
     def update(self, lr_scale, momentum):
         """Update the momenta and start to gather the directions, which `finish` applies."""
-        self.lr_scale, self.step_size, self.pending = lr_scale, self.lr * lr_scale, []
+        self.lr_scale, self.pending = lr_scale, []
         for grads, buffer in zip(self.grads, self.momenta):
             buffer.mul_(momentum).add_(grads)
             direction = grads.add(buffer, alpha=momentum)
@@ -1953,7 +1953,8 @@ class Muon:
     def finish(self):
         """Decay the weights and subtract lr·√max(1, rows/columns) times the directions. Cautious:
         about half of the weights agree in sign with their direction, hence the factor 2."""
-        decay = self.step_size * self.decay
+        step_size = self.lr * self.lr_scale
+        decay = step_size * self.decay
         if not self.cautious:
             torch._foreach_mul_(self.params, 1 - decay)
         for ((rows, columns), stack), wait in zip(self.stacks.items(), self.pending):
@@ -1963,7 +1964,7 @@ class Muon:
                 agreeing *= agreeing * directions > 0
                 torch._foreach_add_(weights, agreeing.unbind(), alpha=-2 * self.lr_scale * decay)
             torch._foreach_add_(weights, directions.unbind(),
-                                alpha=-self.step_size * math.sqrt(max(1, rows / columns)))
+                                alpha=-step_size * math.sqrt(max(1, rows / columns)))
 
     def state(self):
         """The momenta of all ranks, [n, R, C] each; a collective."""

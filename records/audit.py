@@ -352,7 +352,8 @@ class Witness:
         values = nll.detach().float().cpu().numpy()
         given = call.arguments.get("adapters")
         adapters = self.fingerprints(given, len(y))
-        if isinstance(given, torch.Tensor) and not now.records:  # what adds nothing is known
+        if isinstance(given, torch.Tensor) and not now.records:
+            # Adapters that change no score add nothing: the scores are the file's.
             if self.original(**{**call.arguments, "adapters": None}).equal(nll):
                 now.adapters.update(adapters)
         for b, at in enumerate(starts):

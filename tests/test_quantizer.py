@@ -575,6 +575,22 @@ def test_what_comes_once_in_a_calibration_is_reserved_once(tiny, monkeypatch):
     assert 1.25 * 0.1 * batches < kept < min(60, 1.25 * 0.5 * batches), "a tenth of the clock is 60"
 
 
+def test_calibration_keeps_time_for_what_comes_once(tiny, monkeypatch):
+    def slow(*arguments, calibrate=train_gpt.calibrate):
+        found = calibrate(*arguments)
+        time.sleep(0.7)
+        return found
+    monkeypatch.setattr(train_gpt, "calibrate", slow)
+    s, lines = tiny(GPTQ_BATCHES=50, MAX_WALLCLOCK_SECONDS=600), []
+    trainer = a_trainer(s, lines)
+    trainer.warm_up()
+    trainer.elapsed = 598_500.0
+    batches = train_gpt.batches_of(SlowRows(s, 0.1), trainer.rt, trainer.rows_per_step)
+    trainer.calibration(batches)
+    batches.close()
+    assert "stopped early" in lines[-2] and 599_200 < trainer.elapsed <= 600_100
+
+
 @pytest.mark.parametrize("share, lists", [(0, {True}), (0.5, {False, True})])
 def test_the_passes_that_will_run_are_warmed_up_and_no_others(tiny, share, lists):
     s, seen = tiny(LATE_PASSES="auto", LATE_PASSES_FROM=share, WARMUP_STEPS=2), []
