@@ -1691,6 +1691,11 @@ class GPT(nn.Module):
         if s.parallel == "lanes":  # of each block and lane: factors of lane, attention, MLP
             self.lanes = nn.Parameter(torch.tensor([[[1.1, 1.0, 1.0]] * 2] * s.num_layers))
         self.mixers = nn.ModuleList(Mixer(s) for _ in range(2 * s.mudd))
+        # Before the first step all passes return multiples of x₀. These gradients are then rounding
+        # errors, of which the optimizers would make whole steps.
+        down = self.cores[0].mlp.down  # 0 before the first step
+        for p in (p for mixer in self.mixers for p in (mixer.write, mixer.bias)):
+            p.register_hook(lambda grad: grad * down.any())
         for name, p in self.named_parameters():  # a shared core's gradient: the mean of its blocks
             if (uses := core_uses(name, s)) > 1:  # as in #537
                 p.register_hook(lambda grad, uses=uses: grad / uses)

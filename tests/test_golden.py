@@ -1,7 +1,8 @@
 """A witness for changes of structure: twenty steps of each system must end where they ended before.
 
 The figures stay until a change is meant to change results; its commit says so. Another kind of CPU
-adds in another order, and training amplifies it: 0.0001 after 10 steps, 0.013 after 15 were seen.
+adds in another order: with the instructions of four kinds losses differed by 0.0005 at most, scores
+by 0.0009.
 """
 import re
 
@@ -19,10 +20,10 @@ SYSTEMS = {"sp1024": dict(XSA_LAST_N=5, TTT_LORA_RANK=0),
            "pr549": dict(CODEC="lzma"), "pr537": dict(CODEC="zstd", UNIQUE_LAYERS=4, TTT_EPOCHS=3)}
 # train_loss at steps 1, 5, 10, 15, 20; model bytes without the code's; bpb of each evaluation
 GOLDEN = {
-    "sp1024": dict(losses=[5.7647, 3.289, 2.617, 1.851, 1.3345], model_bytes=198163,
-                   bpb=dict(float=1.6129, int8=1.61317, banded=1.50909, ttt=1.49157)),
-    "": dict(losses=[5.765, 3.0966, 2.3481, 1.7878, 1.4073], model_bytes=198151,
-             bpb=dict(float=1.62389, int8=1.62392, banded=1.50624, ttt=1.38981)),
+    "sp1024": dict(losses=[5.7647, 3.2891, 2.6126, 1.8505, 1.3349], model_bytes=198159,
+                   bpb=dict(float=1.6125, int8=1.6124, banded=1.5085, ttt=1.4912)),
+    "": dict(losses=[5.765, 3.096, 2.3699, 1.7777, 1.3941], model_bytes=198154,
+             bpb=dict(float=1.6117, int8=1.6113, banded=1.4976, ttt=1.3835)),
     "pr549": dict(losses=[5.7636, 3.317, 2.8842, 2.3058, 1.9284], model_bytes=157953,
                   bpb=dict(float=2.0466, int6=2.04734, sliding=2.02973, ttt=2.0317)),
     "pr537": dict(losses=[5.7636, 3.3199, 2.9355, 2.385, 1.9859], model_bytes=131241,
@@ -38,11 +39,9 @@ def test_twenty_steps_end_where_they_ended(run_script, preset):
     assert done.returncode == 0, done.stderr
     losses = re.findall(r"^step:(?:1|5|10|15|20)/20 train_loss:(\S+)", done.log, re.M)
     then, bpb = GOLDEN[preset], done.result["val_bpb"]
-    losses = [float(x) for x in losses]
-    assert losses[:3] == pytest.approx(then["losses"][:3], abs=1e-3)
-    assert losses[3:] == pytest.approx(then["losses"][3:], abs=0.03)
-    assert done.result["model_bytes"] == pytest.approx(then["model_bytes"], rel=0.01)
-    assert list(bpb) == list(then["bpb"]) and bpb == pytest.approx(then["bpb"], abs=0.01)
+    assert [float(x) for x in losses] == pytest.approx(then["losses"], abs=1e-3)
+    assert done.result["model_bytes"] == pytest.approx(then["model_bytes"], rel=0.002)
+    assert list(bpb) == list(then["bpb"]) and bpb == pytest.approx(then["bpb"], abs=2e-3)
     packed, exact = list(bpb)[1], bpb["float"]
     lost = then["bpb"][packed] - then["bpb"]["float"]
     assert bpb[packed] - exact == pytest.approx(lost, abs=1e-3)

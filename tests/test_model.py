@@ -247,6 +247,21 @@ def test_nll_and_gradients_equal_the_reference(tiny, float64, variables):
     compare_with_reference(tiny(**variables))
 
 
+@torch.no_grad()
+def test_mixers_do_not_learn_from_rounding_errors(tiny):
+    """With the initial weights all passes return multiples of x₀, and no mix of them changes what
+    the last norm returns: the exact gradient is 0."""
+    s = tiny(MUDD=1, PARALLEL="lanes", PARALLEL_FROM=1)
+    model, rows = train_gpt.GPT(s), random_rows(s)
+    train_gpt.init_weights(model, s)
+    for moved in (False, True):
+        with torch.enable_grad():
+            model(rows[:, :-1], rows[:, 1:]).sum().backward()
+        for mixer in model.mixers:
+            assert mixer.write.grad.any() == mixer.bias.grad.any() == moved
+        model.cores[0].mlp.down.normal_(std=0.1)
+
+
 @pytest.mark.parametrize("window", [0, 5])
 def test_with_doc_attention_a_document_is_scored_as_if_alone(tiny, window):
     """Whole rows and windows of keys; without it, what came before is felt."""
