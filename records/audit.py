@@ -128,17 +128,20 @@ class Evaluation:
         self.ledger = ledger
         self.given = np.full(targets, np.nan, np.float32)     # the model's first score of each
         self.recorded = np.full(targets, np.nan, np.float32)  # what the ledger was told
-        self.unmixed = self.recorded.copy()  # the same before guesses were mixed in
+        self.unmixed = self.recorded.copy()  # the same before anything was mixed in
         self.mixed = self.recorded.copy()    # and after
+        self.weight = 0.0         # of the model without adapters, where the script mixes it in
+        self.unadapted, self.blended = self.recorded.copy(), self.recorded.astype(np.float64)
         self.turn_of, self.turn = np.full(targets, -1), -1    # of what is recorded; that runs
         self.records = []         # (first target, how many) of each record
         self.fresh = []           # targets at which a row began to be new
         self.rows = {}            # (length, first place, positions asked) → Rows of this turn
         self.distributions = {}   # target → log-probabilities [V], float64, when it was scored
         self.pending = {}         # the same in the turn that runs, before a row is recorded
+        self.without = {}         # the same of the model without adapters, where it is mixed in
         self.worst = 0.0          # nats between a score and −log p of its distribution
         self.guesses = None       # Guesses, where the script mixes them in
-        self.mixing_error = 0.0   # nats between its mixing and theirs
+        self.mixing_error = 0.0   # nats between its mixing and a recount
         self.adapters = {0}       # fingerprints of adapters seen, 0: they add nothing
         self.updates, self.training_rows = {}, 0  # turn → what changed before it
         self.faults = {}          # check → what was seen first
@@ -153,6 +156,12 @@ class Evaluation:
 
     def fault(self, check, sentence):
         self.faults.setdefault(check, sentence)
+
+    def with_unadapted(self, log_p, log_p0):
+        """log((1 − w)·p + w·p₀), p₀ of the model without adapters; log p without weight or p₀."""
+        if not self.weight or log_p0 is None:
+            return log_p
+        return torch.logaddexp(math.log1p(-self.weight) + log_p, math.log(self.weight) + log_p0)
 
     def close(self):
         """The end of a turn: compare what was recorded with what the model gave. Where a whole row
@@ -180,7 +189,8 @@ class Evaluation:
                 elif place + length == len(self.given):
                     continue
                 self.given[at[wanted]] = score[wanted]
-        self.distributions.update({t: log_p for t, log_p in self.pending.items()
+        self.distributions.update({t: self.with_unadapted(log_p, self.without.get(t))
+                                   for t, log_p in self.pending.items()
                                    if self.turn_of[t] == self.turn})
         ended = (self.turn_of == self.turn) & ~np.isnan(self.recorded)
         for what, told, first in (("the model first gave it", self.unmixed, self.given),
@@ -351,6 +361,8 @@ class Witness:
         now, length, chosen, asked = self.now, x.size(1), {}, {}
         values = nll.detach().float().cpu().numpy()
         given = call.arguments.get("adapters")
+        if now.weight and given is None:
+            return self.pass_without_adapters(starts, positions, values, x, y, nll, call)
         adapters = self.fingerprints(given, len(y))
         if isinstance(given, torch.Tensor) and not now.records:
             # Adapters that change no score add nothing: the scores are the file's.
@@ -377,7 +389,20 @@ class Witness:
         if chosen:
             self.distributions(chosen, x, y, nll, call)
 
-    def distributions(self, chosen, x, y, nll, call):
+    def pass_without_adapters(self, starts, positions, values, x, y, nll, call):
+        """Keep the first score of each target, and at chosen places distributions, of the model
+        without adapters, which the script mixes in."""
+        now, chosen = self.now, {}
+        for b, at in enumerate(starts):
+            for targets in (a + positions[b] for a in at):
+                new = np.isnan(now.unadapted[targets])
+                now.unadapted[targets[new]] = values[b][new]
+                chosen.update({t: (b, i) for i, t in enumerate(targets.tolist())
+                               if new[i] and t in self.places})
+        if chosen:
+            self.distributions(chosen, x, y, nll, call, now.without)
+
+    def distributions(self, chosen, x, y, nll, call, into=None):
         """Log-probabilities at chosen {target: (row, index of its score)}, from logits that see no
         target; and how far the scores are from −log p."""
         names = inspect.signature(self.plain_logits).parameters
@@ -387,7 +412,7 @@ class Witness:
             log_p_NV = logits_BNV[b].double().log_softmax(-1)
             error = (nll[b].double() + log_p_NV.gather(1, y[b].long()[:, None])[:, 0]).abs().max()
             self.now.worst = max(self.now.worst, float(error))
-            self.now.pending[target] = log_p_NV[p].cpu()
+            (self.now.pending if into is None else into)[target] = log_p_NV[p].cpu()
         self.last_call = call.arguments, b
 
     # -- weights and adapters
@@ -468,6 +493,18 @@ class Witness:
         self.evaluations.append(Evaluation(ledger, len(tokens) - 1))
         self.scoring = self.trained = self.foreign = False
 
+    def blend(self, targets, nll, blended):
+        """The script mixed the model without adapters into the scores of these targets."""
+        now = self.now
+        now.unmixed[targets], now.blended[targets] = nll, blended
+        p, p0 = (torch.from_numpy(-x.astype(float)) for x in (nll, now.unadapted[targets]))
+        error = np.abs(-now.with_unadapted(p, p0).numpy() - blended)
+        now.mixing_error = max(now.mixing_error, error.max())
+        if not error.max() < 1e-5:
+            t = targets[error.argmax()]
+            now.fault("mixed", f"target {t} has {now.blended[t]:.6f} after mixing with the first "
+                      f"score without adapters, {error.max():.2g} away from its weight's")
+
     def mix(self, first, last, nll, mixed):
         """The script mixed guesses into the scores of these windows, one of each stream."""
         now, windows = self.now, list(zip(first.tolist(), last.tolist()))
@@ -475,7 +512,12 @@ class Witness:
         if (np.diff(targets) <= 0).any() or not np.isnan(now.mixed[targets]).all():
             now.fault("mixed", f"guesses for targets from {targets.min()} on were mixed in twice, "
                       "or not in the order of the text")
-        now.unmixed[targets], now.mixed[targets] = nll, mixed
+        if not now.weight:
+            now.unmixed[targets] = nll
+        elif not np.array_equal(now.blended[targets], nll):
+            now.fault("mixed", f"guesses for targets from {targets.min()} on are not mixed into "
+                      "what mixing with the model without adapters gave")
+        now.mixed[targets] = mixed
         error = np.abs(now.guesses.mixed(first, last, nll) - mixed)
         now.mixing_error = max(now.mixing_error, error.max())
         if not error.max() < 1e-5:
@@ -496,8 +538,10 @@ class Witness:
                       f"targets from {first} on")
             self.weights = self.snapshot()
         now.recorded[place], now.turn_of[place] = nll, now.turn
-        for kept in (now.unmixed, now.mixed) if now.guesses is None else ():
-            kept[place] = nll
+        if not now.weight and not now.guesses:
+            now.unmixed[place] = now.mixed[place] = nll
+        elif not now.guesses:
+            now.mixed[place] = now.blended[place]
         now.records.append((first, len(nll)))
         self.scoring = False
 
@@ -556,6 +600,7 @@ class Audit:
         with quiet():
             model, ledger_class = script.build_model(self.s, self.rt)[0], script.ScoreLedger
             match_class = getattr(script, "MatchModel", object)
+            base_class = getattr(script, "Unadapted", object)
             witness = Witness(model, tokens, places, self.shipped)
 
             class Watched(ledger_class):
@@ -582,16 +627,28 @@ class Audit:
                     witness.mix(first, last, nll, mixed)
                     return mixed
 
+            class WatchedUnadapted(base_class):
+                def __init__(self, *given):
+                    super().__init__(*given)
+                    witness.now.weight = self.weight
+
+                def mixed(self, targets, nll, needed):
+                    mixed = super().mixed(targets, nll, needed)
+                    witness.blend(targets, nll, mixed)
+                    return mixed
+
             given = dict(model=model, forward=model, path=self.path, s=self.s, rt=self.rt,
                          tokens=tokens, byte_table=self.byte_table, opened=time.perf_counter())
             taken = inspect.signature(script.run_evaluations).parameters
             script.ScoreLedger, script.MatchModel = Watched, WatchedMatches
+            script.Unadapted = WatchedUnadapted
             try:
                 with self.files:
                     results, _ = script.run_evaluations(
                         **{name: value for name, value in given.items() if name in taken})
             finally:
                 script.ScoreLedger, script.MatchModel = ledger_class, match_class
+                script.Unadapted = base_class
                 for name in {"forward", *LOGITS} & vars(model).keys():
                     delattr(model, name)
         for evaluation in witness.evaluations:
@@ -710,12 +767,16 @@ def normalized(audit, base):
     yield NORMALIZED, not (worst[bad] < 1e-4 and seen) and told, told
     if not seen:
         return
-    mixing = {name: e for name, e in zip(base.names, base.evaluations) if e.guesses}
-    if mixing:
-        error = max(e.mixing_error for e in mixing.values())
-        yield (NORMALIZED, base.faults("mixed"), f"{' and '.join(mixing)} mix in guesses by the "
-               f"text before each target, (1 − w₁ − w₂)·p + w₁ or w₂ on the right guess, within "
-               f"{error:.1g} nats of a recount of guesses and weights")
+    error = max(e.mixing_error for e in base.evaluations)
+    guessing, blending = ([name for name, e in zip(base.names, base.evaluations) if chosen(e)]
+                          for chosen in (lambda e: e.guesses, lambda e: e.weight))
+    if guessing or blending:
+        yield (NORMALIZED, base.faults("mixed"), "; ".join(filter(None, (
+            blending and f"{' and '.join(blending)} mixes in the model without adapters, "
+            f"(1 − w)·p + w·p₀, w = {base.evaluations[-1].weight:g}",
+            guessing and f"{' and '.join(guessing)} mix in guesses by the text before each target, "
+            "(1 − w₁ − w₂)·p + w₁ or w₂ on the right guess")))
+            + f"; within {error:.1g} nats of a recount")
     V, length, device = audit.s.vocab_size, min(32, len(audit.tokens) - 1), audit.rt.device
     x = torch.from_numpy(audit.tokens[:length].astype(np.int64)).to(device)
     total, (arguments, b) = torch.zeros(length, dtype=torch.float64, device=device), base.last_call

@@ -91,6 +91,7 @@ def test_the_honest_script_passes(run, artifact, name):
         assert f"PASS  {what} changed" in said and "SKIP" not in said
         assert ("border of a stream" in said) == adapters
     assert ("ttt mix in guesses" in said) == (name not in ("adapters", "packed"))
+    assert ("ttt mixes in the model without adapters" in said) == (name == "guesses")
 
 
 def test_a_file_over_the_cap_fails_and_what_cannot_be_seen_is_said(run, monkeypatch):
@@ -193,7 +194,7 @@ def test_the_recount_of_guesses_equals_the_scripts_over_a_long_text(streams):
 # -- planted
 
 SCORE = "        before = time.perf_counter()\n"
-RECORD = "        ledger.record(joined(first, last)[1], scores)\n"
+RECORD = "        ledger.record(targets, scores)\n"
 RECORDED = "        scoring.append((time.perf_counter() - before) / (end - begin))\n"
 LOOP_END = ("    rt.synchronize()\n    seconds = time.perf_counter() - started\n"
             "    if match:\n")
@@ -307,7 +308,8 @@ CHEATS = {
         "            ttt.params.data.add_(0.01)\n"), (
         "else self.adapter_pairs(adapters)", "else self.cut(adapters)"), (
         "    def adapter_pairs(self, flat_BP):\n",  # says that there are none
-        "    def adapter_pairs(self, flat_BP):\n        return []\n\n    def cut(self, flat_BP):\n")),
+        "    def adapter_pairs(self, flat_BP):\n        return []\n\n"
+        "    def cut(self, flat_BP):\n")),
     "the best of all streams' adapters": (["3"], "a choice between scores", (RECORD, """\
         if ttt:
             scores = np.minimum(scores, scorer.score(
@@ -327,6 +329,15 @@ CHEATS = {
          "        guessed = (weights * right)")),
     "guesses by other tokens": (["2"], "away from what the text before it gives", (
         "MatchModel(tokens, scorer", "MatchModel(np.roll(tokens, -1), scorer")),
+    "the better of the models with adapters and without": (
+        ["2"], "away from its weight's", (
+            "        return -np.logaddexp(math.log1p(-self.weight) + p,",
+            "        return -np.maximum(p, p0) if len(p) else -np.logaddexp(p,")),
+    "the model without adapters knows what the end will be": (
+        ["1", "2"], "ttt scores target", (
+            "            self.nll[joined(*segments)[1]] = self.scorer.score(begin, end)\n",
+            "            self.nll[joined(*segments)[1]] = self.scorer.score(begin, end)\n"
+            "            self.nll -= 1e-3 * float(self.scorer.tokens[-1] % 7)\n")),
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),
     "a bonus for the right token": (["2"], "−log p", (
         NLL, "        right = F.one_hot(targets_BN.flatten(), logits.size(-1))\n"
@@ -407,6 +418,8 @@ scores by chance
 adapters see a chunk before it is scored; the best of all streams' adapters
 adapters of a first run, hidden; adapters changed by hand
 adapters see the tail
+the better of the models with adapters and without
+the model without adapters knows what the end will be
 """.strip().replace(";\n    ", "; ").splitlines()
 
 
@@ -455,6 +468,8 @@ def test_planted_cheats_are_found(run, monkeypatch, names):
         assert script.count(old) == 1, f"the script changed; plant this again: {old}"
         script = script.replace(old, new)
     streams = dict(TTT_LORA_RANK=2, EVAL_STRIDE=32) if "adapters" in names else {}
+    if "without" in names:
+        streams |= dict(EVAL_ATTENTION="banded", EVAL_SEQ_LEN=8, EVAL_STRIDE=8)
     status, failed, said = run(script, "--targets", "128", "--places", "0", TTT_EPOCHS=1, **streams)
     assert status == 1, said
     for conditions, says, *_ in cheats:

@@ -627,6 +627,23 @@ def lora_reference(w, initial):
         weights, row = [weight[0] for weight in stream.state], tokens[start: start + length + 1]
         return w.model(row[None, :-1], row[None, 1:], band=band,
                        adapters=torch.cat([x.flatten(1) for x in weights], 1))[0]
+
+    def mixed(nll):
+        """With the model without adapters, by segments of each stream."""
+        wide, new, band = s.scoring_shape
+        if not band:
+            return nll
+        base = np.full(targets, np.nan)
+        with torch.no_grad():
+            for begin, end in zip([0, *ends], ends):
+                for first in range(begin, end, new):
+                    last = min(first + new, end)
+                    start = max(last - wide, 0)
+                    row = tokens[start: start + wide + 1][None]
+                    base[first:last] = w.model(row[:, :-1], row[:, 1:], band=band)[
+                        0, first - start: last - start]
+        return -np.log((1 - s.ttt_base_weight) * np.exp(-nll)
+                       + s.ttt_base_weight * np.exp(-base))
     while True:
         turn, uphill = turn + 1, 0.0
         for stream in streams:
@@ -635,7 +652,7 @@ def lora_reference(w, initial):
             nll[first:stream.at] = losses(stream, start)[first - start: stream.at - start].detach()
             stream.new = list(range(first, stream.at)) if turn * stride > reach else []
         if all(stream.at == stream.end for stream in streams):
-            return nll, [stream.rate for stream in streams]
+            return mixed(nll), [stream.rate for stream in streams]
         for stream in streams:
             begun = [t for t in stream.new if tokens[t + 1] == train_gpt.BOS]
             if begun:
@@ -661,7 +678,8 @@ def lora_reference(w, initial):
 
 LORA_CASES = {
     "one stream": dict(LANES, TTT_BATCH_SEQS=1, VAL_LIMIT_TOKENS=192, TTT_LR=0.003),
-    "banded": BANDED_LANES,
+    "banded": dict(BANDED_LANES, TTT_BASE_WEIGHT=0),
+    "banded, mixed": dict(BANDED_LANES, TTT_BASE_WEIGHT=0.4),
     # With documents some gradients are zero but for rounding, which AdamW makes whole steps of.
     "few rows a pass": dict(LANES, DOC_ATTENTION=0, EVAL_BATCH_SEQS=2, EVAL_SEQ_LEN=5,
                             EVAL_STRIDE=3, TTT_LR=0.003)}
@@ -724,7 +742,7 @@ def test_warming_up_reads_no_validation_token(tiny, monkeypatch):
             super().__init__(model, tokens, *more, **how)
     monkeypatch.setattr(train_gpt, "Scorer", Watched)
     train_gpt.warm_up_evaluations(w.model, w.model, w.s, w.rt, w.tokens)
-    assert len(seen) == 3  # plain, banded, with adapters
+    assert len(seen) == 4  # plain, banded, with adapters, without them in streams
     assert all(len(x) == len(w.tokens) and (x != w.tokens).mean() > 0.9 for x in seen)
 
 
