@@ -287,9 +287,9 @@ class Settings:
     # LoRA per document: −0.002 to −0.004 (#1530). Weights per chunk: −0.0021 to −0.0033 (#549).
     ttt_lora_rank: Count = 64  # rank of the adapters, reset at each document; 0: train the weights,
         # chunk by chunk. TTT_OPTIMIZER and the settings below it imply 0, unless this is set too.
-    # 0.3 against 0: −0.0029 (4 × 128), −0.0036 (demo), −0.015 (a strong model of 135 M weights).
-    ttt_base_weight: Annotated[float, 0.0, 0.99] = 0.3  # of the model without adapters, mixed with
-        # the one that has them, with EVAL_ATTENTION=banded; 0: not mixed
+    # With guesses: −0.0029 (4 × 128), −0.0036 (demo), −0.0145 (a strong model of 135 M weights).
+    ttt_base_weight: Annotated[float, 0.0, 0.99] = 0.3  # of the base model, without adapters, in
+        # the distribution of adapters, with EVAL_ATTENTION=banded; 0: not mixed in
     ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
     ttt_batch_seqs: Positive = 256  # rows per TTT step, or streams of adapters, over all ranks
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices only
@@ -2881,7 +2881,7 @@ class Scorer:
             targets, self.length, self.stride, streams or 1)
         self.chunks = ([(n, n + streams) for n in range(0, len(self.first), streams)] if streams
                        else chunk_plan(self.first, chunk_tokens))
-        self.tokens = tokens.astype(np.int64)
+        self.tokens = tokens.astype(np.int64, copy=False)
         most = max(-(-(end - begin) // rt.world_size) for begin, end in self.chunks)
         held = -(-s.eval_batch_seqs * s.context // self.length)  # most windows at once
         self.batch = -(-most // -(-most // held))  # equal batches
@@ -2914,9 +2914,9 @@ class Scorer:
         return self.rt.sum_(out).cpu().numpy()
 
 
-class Unadapted:
-    """Mixes the model without adapters, p₀, into the one with them, p: w·p₀ + (1 − w)·p, two full
-    distributions with a fixed weight.
+class BaseModel:
+    """Mixes the base model (the model without adapters, p₀) into the one with them, p: their
+    distribution is w·p₀ + (1 − w)·p, with a fixed weight w.
 
     p₀ needs few passes, in segments as for banded scoring. A stream's next segment is scored when
     its adapters come to it. Each target's p₀ sees the text before it alone, as its p does."""
@@ -2926,25 +2926,28 @@ class Unadapted:
         self.weight, self.done, self.seconds = s.ttt_base_weight, 0, 0.0
         self.nll = np.full(len(tokens) - 1, np.nan, np.float32)
 
-    def mixed(self, targets, nll, needed):
-        """The nll of these targets after mixing; `needed`: so many targets of each stream."""
-        while self.done < min(-(-needed // self.scorer.stride), len(self.scorer.chunks)):
+    def reach(self, targets):
+        """Score the next segments, until these targets have scores."""
+        while np.isnan(self.nll[targets]).any() and self.done < len(self.scorer.chunks):
             started, (begin, end) = time.perf_counter(), self.scorer.chunks[self.done]
             segments = self.scorer.first[begin:end], self.scorer.last[begin:end]
             self.nll[joined(*segments)[1]] = self.scorer.score(begin, end)
             self.done, self.seconds = self.done + 1, time.perf_counter() - started
-        p, p0 = (-x.astype(np.float64) for x in (nll, self.nll[targets]))
-        return -np.logaddexp(math.log1p(-self.weight) + p, math.log(self.weight) + p0)
 
     def seconds_left(self):
         """A forecast for the segments that are left."""
         return self.seconds * (len(self.scorer.chunks) - self.done)
 
+    def mixed(self, targets, nll):
+        """The nll of these targets after mixing."""
+        p, p0 = (-x.astype(np.float64) for x in (nll, self.nll[targets]))
+        return -np.logaddexp(math.log1p(-self.weight) + p, math.log(self.weight) + p0)
 
-def unadapted(model, tokens, streams, s, rt):
-    """An Unadapted where the settings mix it in, else None."""
-    wanted = streams and s.ttt_base_weight and s.scoring_shape[2]
-    return Unadapted(model, tokens, streams, s, rt) if wanted else None
+
+def base_model(model, scorer, s, rt):
+    """The BaseModel for what `scorer` scores, or None where the settings mix none in."""
+    if scorer.streams and s.ttt_base_weight and s.scoring_shape[2]:
+        return BaseModel(model, scorer.tokens, scorer.streams, s, rt)
 
 
 RUNS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens of the runs that matches() looks for
@@ -3051,7 +3054,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=No
     how = ttt.scorer_options(len(tokens) - 1) if ttt else {}
     scorer = Scorer(model, tokens, shape, s, rt, **how)
     ledger, chunks, scoring = ScoreLedger(tokens), scorer.chunks, []
-    base = unadapted(model, tokens, scorer.streams, s, rt)
+    base = base_model(model, scorer, s, rt)
     rt.barrier()  # no clock includes another rank's earlier work
     started = time.perf_counter()
     match = (MatchModel(tokens, scorer.streams or 1, rt.device)
@@ -3061,13 +3064,15 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=No
     limit = 0.98 * s.eval_wallclock_seconds or math.inf  # 2 % for errors of the forecast
     deadline, windows = (opened or started) + limit, len(scorer.first)
     for c, (begin, end) in enumerate(chunks):
-        before = time.perf_counter()
-        scores = scorer.score(begin, end, lambda n: rt.progress(label, (begin + n) / windows),
-                              getattr(ttt, "arguments", lambda windows: {}))
         first, last = scorer.first[begin:end], scorer.last[begin:end]
         targets = joined(first, last)[1]
         if base:
-            scores = base.mixed(targets, scores, (c + 1) * scorer.stride)
+            base.reach(targets)
+        before = time.perf_counter()
+        scores = scorer.score(begin, end, lambda n: rt.progress(label, (begin + n) / windows),
+                              getattr(ttt, "arguments", lambda windows: {}))
+        if base:
+            scores = base.mixed(targets, scores)
         if match and np.isfinite(scores).all():  # the ledger refuses others
             scores = match.mixed(first, last, scores)
         ledger.record(targets, scores)
@@ -3082,7 +3087,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=No
     if match:
         rt.log(f"match:{label} val_loss without guesses "
                f"{(ledger.total + match.gained) / ledger.scored:.6f}")
-    read = sum(len(x.first) * x.length for x in (scorer, base and base.scorer) if x)
+    read = sum(len(x.first) * x.length for x in [scorer] + ([base.scorer] if base else []))
     return dict(ledger.result(byte_table), seconds=seconds, tokens_read=read), ledger
 
 
@@ -3829,7 +3834,7 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
         ttt = chosen_ttt(model, forward, s, rt)
         scorer = Scorer(forward, tokens, s.ttt_shape, s, rt, **ttt.scorer_options(len(tokens) - 1))
         ttt.warm_up(scorer)
-        if base := unadapted(forward, tokens, scorer.streams, s, rt):
+        if base := base_model(forward, scorer, s, rt):
             base.scorer.warm_up()
         model.requires_grad_(True)
     rt.synchronize()

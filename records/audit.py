@@ -130,15 +130,17 @@ class Evaluation:
         self.recorded = np.full(targets, np.nan, np.float32)  # what the ledger was told
         self.unmixed = self.recorded.copy()  # the same before anything was mixed in
         self.mixed = self.recorded.copy()    # and after
-        self.weight = 0.0         # of the model without adapters, where the script mixes it in
-        self.unadapted, self.blended = self.recorded.copy(), self.recorded.astype(np.float64)
+        self.weight = 0.0         # of the base model (without adapters), where it is mixed in
+        self.base = {}            # target → scores by the base model; several where rows read alike
+        self.segments = {}        # row asked of the base model in this turn → its first new target
+        self.blended = np.full(targets, np.nan)  # after mixing with the base model
         self.turn_of, self.turn = np.full(targets, -1), -1    # of what is recorded; that runs
         self.records = []         # (first target, how many) of each record
         self.fresh = []           # targets at which a row began to be new
         self.rows = {}            # (length, first place, positions asked) → Rows of this turn
         self.distributions = {}   # target → log-probabilities [V], float64, when it was scored
         self.pending = {}         # the same in the turn that runs, before a row is recorded
-        self.without = {}         # the same of the model without adapters, where it is mixed in
+        self.of_base = {}         # the same of the base model, where it is mixed in
         self.worst = 0.0          # nats between a score and −log p of its distribution
         self.guesses = None       # Guesses, where the script mixes them in
         self.mixing_error = 0.0   # nats between its mixing and a recount
@@ -157,8 +159,8 @@ class Evaluation:
     def fault(self, check, sentence):
         self.faults.setdefault(check, sentence)
 
-    def with_unadapted(self, log_p, log_p0):
-        """log((1 − w)·p + w·p₀), p₀ of the model without adapters; log p without weight or p₀."""
+    def with_base(self, log_p, log_p0):
+        """log((1 − w)·p + w·p₀), p₀ of the base model; log p without weight or p₀."""
         if not self.weight or log_p0 is None:
             return log_p
         return torch.logaddexp(math.log1p(-self.weight) + log_p, math.log(self.weight) + log_p0)
@@ -189,7 +191,7 @@ class Evaluation:
                 elif place + length == len(self.given):
                     continue
                 self.given[at[wanted]] = score[wanted]
-        self.distributions.update({t: self.with_unadapted(log_p, self.without.get(t))
+        self.distributions.update({t: self.with_base(log_p, self.of_base.get(t))
                                    for t, log_p in self.pending.items()
                                    if self.turn_of[t] == self.turn})
         ended = (self.turn_of == self.turn) & ~np.isnan(self.recorded)
@@ -200,7 +202,11 @@ class Evaluation:
                 t = wrong[0]
                 self.fault("given", f"target {t} was recorded with {told[t]:.6f} where {what} "
                            f"{first[t]:.6f} ({len(wrong)} such)")
-        self.rows, self.pending = {}, {}
+        early = [t for t in self.segments.values() if self.turn_of[t] != self.turn]
+        if early:
+            self.fault("update", f"the base model scored targets from {early[0]} on before their "
+                       "stream came to them")
+        self.rows, self.pending, self.segments = {}, {}, {}
 
 
 class Guesses:
@@ -335,6 +341,9 @@ class Witness:
             self.training_pass(starts, x.size(1))
             return self.original(x, y, *args, **kwargs)
         self.turn_may_begin()
+        if names := self.changed():
+            self.now.fault("update", f"{names[0]} changed between two passes of a turn, when "
+                           f"{self.now.scored} were scored")
         nll = self.original(x, y, *args, **kwargs)
         self.scoring_pass(starts, positions, x, y, nll, call)
         return nll
@@ -362,7 +371,7 @@ class Witness:
         values = nll.detach().float().cpu().numpy()
         given = call.arguments.get("adapters")
         if now.weight and given is None:
-            return self.pass_without_adapters(starts, positions, values, x, y, nll, call)
+            return self.base_pass(starts, positions, values, x, y, nll, call)
         adapters = self.fingerprints(given, len(y))
         if isinstance(given, torch.Tensor) and not now.records:
             # Adapters that change no score add nothing: the scores are the file's.
@@ -389,18 +398,28 @@ class Witness:
         if chosen:
             self.distributions(chosen, x, y, nll, call)
 
-    def pass_without_adapters(self, starts, positions, values, x, y, nll, call):
-        """Keep the first score of each target, and at chosen places distributions, of the model
-        without adapters, which the script mixes in."""
+    def base_pass(self, starts, positions, values, x, y, nll, call):
+        """Keep the scores of targets by the base model, and distributions at chosen places. Each
+        row must be due in this turn (see Evaluation.close); a batch may repeat rows of the turn.
+        Where the text repeats more than a row, it is not known which of the places is meant."""
         now, chosen = self.now, {}
         for b, at in enumerate(starts):
-            for targets in (a + positions[b] for a in at):
-                new = np.isnan(now.unadapted[targets])
-                now.unadapted[targets[new]] = values[b][new]
-                chosen.update({t: (b, i) for i, t in enumerate(targets.tolist())
-                               if new[i] and t in self.places})
+            asked = [(a + positions[b]).tolist() for a in at]
+            if len(at) == 1:
+                key, new = (x.size(1), *asked[0]), [t for t in asked[0] if t not in now.base]
+                if new:
+                    now.segments[key] = new[0]
+                elif key not in now.segments:
+                    now.fault("given", f"the base model was asked again for targets from "
+                              f"{asked[0][0]} on")
+            for targets in asked:
+                for i, t in enumerate(targets):
+                    if t not in now.base or len(at) > 1:
+                        now.base.setdefault(t, []).append(float(values[b][i]))
+                    if t in self.places and t not in now.of_base:
+                        chosen[t] = b, i
         if chosen:
-            self.distributions(chosen, x, y, nll, call, now.without)
+            self.distributions(chosen, x, y, nll, call, now.of_base)
 
     def distributions(self, chosen, x, y, nll, call, into=None):
         """Log-probabilities at chosen {target: (row, index of its score)}, from logits that see no
@@ -494,16 +513,20 @@ class Witness:
         self.scoring = self.trained = self.foreign = False
 
     def blend(self, targets, nll, blended):
-        """The script mixed the model without adapters into the scores of these targets."""
+        """The script mixed the base model into the scores of these targets."""
         now = self.now
+        if not np.isnan(now.blended[targets]).all():
+            now.fault("mixed", f"the base model was mixed twice into targets from {targets.min()} "
+                      "on")
         now.unmixed[targets], now.blended[targets] = nll, blended
-        p, p0 = (torch.from_numpy(-x.astype(float)) for x in (nll, now.unadapted[targets]))
-        error = np.abs(-now.with_unadapted(p, p0).numpy() - blended)
+        error = np.array([min(abs(float(now.with_base(*torch.tensor([-p, -p0]).double())) + told)
+                              for p0 in now.base.get(t, [math.inf]))
+                          for t, p, told in zip(targets.tolist(), nll.tolist(), blended.tolist())])
         now.mixing_error = max(now.mixing_error, error.max())
         if not error.max() < 1e-5:
             t = targets[error.argmax()]
-            now.fault("mixed", f"target {t} has {now.blended[t]:.6f} after mixing with the first "
-                      f"score without adapters, {error.max():.2g} away from its weight's")
+            now.fault("mixed", f"target {t} has {now.blended[t]:.6f} after mixing with its score "
+                      f"by the base model, {error.max():.2g} away from its weight's")
 
     def mix(self, first, last, nll, mixed):
         """The script mixed guesses into the scores of these windows, one of each stream."""
@@ -516,7 +539,7 @@ class Witness:
             now.unmixed[targets] = nll
         elif not np.array_equal(now.blended[targets], nll):
             now.fault("mixed", f"guesses for targets from {targets.min()} on are not mixed into "
-                      "what mixing with the model without adapters gave")
+                      "what mixing with the base model gave")
         now.mixed[targets] = mixed
         error = np.abs(now.guesses.mixed(first, last, nll) - mixed)
         now.mixing_error = max(now.mixing_error, error.max())
@@ -600,7 +623,7 @@ class Audit:
         with quiet():
             model, ledger_class = script.build_model(self.s, self.rt)[0], script.ScoreLedger
             match_class = getattr(script, "MatchModel", object)
-            base_class = getattr(script, "Unadapted", object)
+            base_class = getattr(script, "BaseModel", object)
             witness = Witness(model, tokens, places, self.shipped)
 
             class Watched(ledger_class):
@@ -627,13 +650,16 @@ class Audit:
                     witness.mix(first, last, nll, mixed)
                     return mixed
 
-            class WatchedUnadapted(base_class):
-                def __init__(self, *given):
-                    super().__init__(*given)
-                    witness.now.weight = self.weight
+            class WatchedBase(base_class):
+                def __init__(base, *given, **named):
+                    super().__init__(*given, **named)
+                    if witness.now.weight or base.weight != self.s.ttt_base_weight:
+                        witness.now.fault("mixed", f"a base model of weight {base.weight} beside "
+                                          f"TTT_BASE_WEIGHT={self.s.ttt_base_weight}, or a second")
+                    witness.now.weight = base.weight
 
-                def mixed(self, targets, nll, needed):
-                    mixed = super().mixed(targets, nll, needed)
+                def mixed(base, targets, nll):
+                    mixed = super().mixed(targets, nll)
                     witness.blend(targets, nll, mixed)
                     return mixed
 
@@ -641,14 +667,14 @@ class Audit:
                          tokens=tokens, byte_table=self.byte_table, opened=time.perf_counter())
             taken = inspect.signature(script.run_evaluations).parameters
             script.ScoreLedger, script.MatchModel = Watched, WatchedMatches
-            script.Unadapted = WatchedUnadapted
+            script.BaseModel = WatchedBase
             try:
                 with self.files:
                     results, _ = script.run_evaluations(
                         **{name: value for name, value in given.items() if name in taken})
             finally:
                 script.ScoreLedger, script.MatchModel = ledger_class, match_class
-                script.Unadapted = base_class
+                script.BaseModel = base_class
                 for name in {"forward", *LOGITS} & vars(model).keys():
                     delattr(model, name)
         for evaluation in witness.evaluations:
@@ -772,7 +798,7 @@ def normalized(audit, base):
                           for chosen in (lambda e: e.guesses, lambda e: e.weight))
     if guessing or blending:
         yield (NORMALIZED, base.faults("mixed"), "; ".join(filter(None, (
-            blending and f"{' and '.join(blending)} mixes in the model without adapters, "
+            blending and f"{' and '.join(blending)} mixes in the base model (without adapters), "
             f"(1 − w)·p + w·p₀, w = {base.evaluations[-1].weight:g}",
             guessing and f"{' and '.join(guessing)} mix in guesses by the text before each target, "
             "(1 − w₁ − w₂)·p + w₁ or w₂ on the right guess")))

@@ -91,7 +91,7 @@ def test_the_honest_script_passes(run, artifact, name):
         assert f"PASS  {what} changed" in said and "SKIP" not in said
         assert ("border of a stream" in said) == adapters
     assert ("ttt mix in guesses" in said) == (name not in ("adapters", "packed"))
-    assert ("ttt mixes in the model without adapters" in said) == (name == "guesses")
+    assert ("ttt mixes in the base model" in said) == (name == "guesses")
 
 
 def test_a_file_over_the_cap_fails_and_what_cannot_be_seen_is_said(run, monkeypatch):
@@ -195,6 +195,9 @@ def test_the_recount_of_guesses_equals_the_scripts_over_a_long_text(streams):
 
 SCORE = "        before = time.perf_counter()\n"
 RECORD = "        ledger.record(targets, scores)\n"
+REACH = "            base.reach(targets)\n"
+BLENDED = "            scores = base.mixed(targets, scores)\n"
+SEGMENT = "            self.nll[joined(*segments)[1]] = self.scorer.score(begin, end)\n"
 RECORDED = "        scoring.append((time.perf_counter() - before) / (end - begin))\n"
 LOOP_END = ("    rt.synchronize()\n    seconds = time.perf_counter() - started\n"
             "    if match:\n")
@@ -329,15 +332,34 @@ CHEATS = {
          "        guessed = (weights * right)")),
     "guesses by other tokens": (["2"], "away from what the text before it gives", (
         "MatchModel(tokens, scorer", "MatchModel(np.roll(tokens, -1), scorer")),
-    "the better of the models with adapters and without": (
-        ["2"], "away from its weight's", (
-            "        return -np.logaddexp(math.log1p(-self.weight) + p,",
-            "        return -np.maximum(p, p0) if len(p) else -np.logaddexp(p,")),
-    "the model without adapters knows what the end will be": (
-        ["1", "2"], "ttt scores target", (
-            "            self.nll[joined(*segments)[1]] = self.scorer.score(begin, end)\n",
-            "            self.nll[joined(*segments)[1]] = self.scorer.score(begin, end)\n"
-            "            self.nll -= 1e-3 * float(self.scorer.tokens[-1] % 7)\n")),
+    "base model: the better of two scores": (["2"], "away from its weight's", (
+        "        return -np.logaddexp(math.log1p(-self.weight) + p,",
+        "        return -np.maximum(p, p0) if len(p) else -np.logaddexp(p,")),
+    "base model: knows what the end will be": (["1", "2"], "ttt scores target", (
+        SEGMENT, SEGMENT + "            self.nll -= 1e-3 * float(self.scorer.tokens[-1] % 7)\n")),
+    "base model: mixed twice, the second time with the true scores": (
+        ["2"], "was mixed twice into targets", (
+            RECORD, "        if base:\n            base.mixed(targets, raw)\n" + RECORD), (
+            BLENDED, "            raw = scores\n"
+            "            scores = base.mixed(targets, np.float32(0.9) * raw)\n")),
+    "base model: the rate follows a look at all of the text": (
+        ["3"], "before their stream came to them", (REACH, REACH + """\
+            if not c:
+                base.reach(np.arange(len(tokens) - 1))
+                ttt.lr *= 2.0 if base.nll.mean() < 9 else 0.5
+""")),
+    "base model: its weight follows a look at all of the text": (
+        ["2"], "or a second", (REACH, """\
+            if not c:
+                base.reach(np.arange(len(tokens) - 1))
+                better = replace(s, ttt_base_weight=0.9 if base.nll.mean() < 99 else 0.1)
+                base = base_model(model, scorer, better, rt)
+""" + REACH)),
+    "base model: other weights for its passes": (["3"], "changed between two passes", (
+        SEGMENT, "            weight = self.scorer.model.func.tok_emb.data\n"
+        "            kept = weight.clone()\n"
+        "            weight *= 1 + 0.1 * (self.done > 0)\n" + SEGMENT
+        + "            weight[:] = kept\n")),
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),
     "a bonus for the right token": (["2"], "−log p", (
         NLL, "        right = F.one_hot(targets_BN.flatten(), logits.size(-1))\n"
@@ -418,8 +440,11 @@ scores by chance
 adapters see a chunk before it is scored; the best of all streams' adapters
 adapters of a first run, hidden; adapters changed by hand
 adapters see the tail
-the better of the models with adapters and without
-the model without adapters knows what the end will be
+base model: the better of two scores; base model: other weights for its passes
+base model: knows what the end will be
+base model: mixed twice, the second time with the true scores
+base model: the rate follows a look at all of the text
+base model: its weight follows a look at all of the text
 """.strip().replace(";\n    ", "; ").splitlines()
 
 
@@ -468,8 +493,8 @@ def test_planted_cheats_are_found(run, monkeypatch, names):
         assert script.count(old) == 1, f"the script changed; plant this again: {old}"
         script = script.replace(old, new)
     streams = dict(TTT_LORA_RANK=2, EVAL_STRIDE=32) if "adapters" in names else {}
-    if "without" in names:
-        streams |= dict(EVAL_ATTENTION="banded", EVAL_SEQ_LEN=8, EVAL_STRIDE=8)
+    if "base model" in names:
+        streams |= dict(TTT_LORA_RANK=2) | dict(EVAL_ATTENTION="banded", EVAL_SEQ_LEN=8, EVAL_STRIDE=8)
     status, failed, said = run(script, "--targets", "128", "--places", "0", TTT_EPOCHS=1, **streams)
     assert status == 1, said
     for conditions, says, *_ in cheats:

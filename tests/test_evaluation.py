@@ -629,7 +629,7 @@ def lora_reference(w, initial):
                        adapters=torch.cat([x.flatten(1) for x in weights], 1))[0]
 
     def mixed(nll):
-        """With the model without adapters, by segments of each stream."""
+        """With the base model, by segments of each stream."""
         wide, new, band = s.scoring_shape
         if not band:
             return nll
@@ -700,6 +700,30 @@ def test_adapters_by_document_equal_the_slow_reference(tiny, variables):
     assert all(b.abs().max() > w.s.ttt_lr for _, b in w.model.adapter_pairs(ttt.params)), "steps"
 
 
+def test_the_base_model_scores_a_segment_when_its_stream_comes_to_it(tiny, monkeypatch):
+    """A pass of its rows takes a second here, and adapters are told the seconds that are left for
+    them. What it reads is counted."""
+    w, rows, left = world(tiny, **BANDED_LANES, VAL_LIMIT_TOKENS=352, TTT_BATCH_SEQS=1), [], []
+    forward, ttt = w.model.forward, adapting(w)
+    with Clock() as clock:
+        def watched(x, *arguments, adapters=None, **more):
+            if adapters is None:
+                rows.append(x[0, -1].item())
+                clock.now += 1.0
+            return forward(x, *arguments, adapters=adapters, **more)
+
+        def adapt(ledger, span, chunk, chunks, time_left):
+            left.append((span[1], len(rows), clock.now + time_left))
+        monkeypatch.setattr(w.model, "forward", watched)
+        monkeypatch.setattr(ttt, "adapt", adapt)
+        result, _ = run(w, ttt=ttt)
+    segments = -(-352 // 8)  # two windows of four tokens each, after a prefix of one
+    assert len(rows) == segments and [n for _, n, _ in left] == [-(-t // 8) for t, _, _ in left]
+    limit = 0.98 * w.s.eval_wallclock_seconds
+    assert [end for _, _, end in left] == [limit - (segments - n) for _, n, _ in left]
+    assert result["tokens_read"] == segments * 12 + 352 // 4 * 8
+
+
 def test_adapting_to_documents_that_repeat_their_own_words_helps(tiny):
     """By documents of four tokens each; what one teaches is of no use to the next."""
     w, rng = world(tiny, **LANES | dict(TTT_LR=0.03, TTT_LORA_RANK=4)), np.random.default_rng(1)
@@ -742,7 +766,7 @@ def test_warming_up_reads_no_validation_token(tiny, monkeypatch):
             super().__init__(model, tokens, *more, **how)
     monkeypatch.setattr(train_gpt, "Scorer", Watched)
     train_gpt.warm_up_evaluations(w.model, w.model, w.s, w.rt, w.tokens)
-    assert len(seen) == 4  # plain, banded, with adapters, without them in streams
+    assert len(seen) == 4  # plain, banded, adapters, the base model in streams
     assert all(len(x) == len(w.tokens) and (x != w.tokens).mean() > 0.9 for x in seen)
 
 

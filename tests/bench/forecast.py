@@ -63,7 +63,7 @@ def parts(s):
     length, stride, band = s.ttt_shape
     yield "scoring of TTT", *scored(length, stride, band or s.context / 2)
     if s.ttt_lora_rank and s.ttt_base_weight and band:
-        yield "the model without adapters", *scored(*s.scoring_shape)
+        yield "the base model beside adapters", *scored(*s.scoring_shape)
     if s.ttt_lora_rank:  # forward again, and the gradients of activations and adapters alone
         length = min(length, s.context // 2 + stride)
         tokens = mine * length / stride
