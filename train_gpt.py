@@ -288,8 +288,8 @@ class Settings:
     ttt_lora_rank: Count = 64  # rank of the adapters, reset at each document; 0: train the weights,
         # chunk by chunk. TTT_OPTIMIZER and the settings below it imply 0, unless this is set too.
     # With guesses: −0.0029 (4 × 128), −0.0036 (demo), −0.0145 (a strong model of 135 M weights).
-    ttt_base_weight: Annotated[float, 0.0, 0.99] = 0.3  # of the base model, without adapters, in
-        # the distribution of adapters, with EVAL_ATTENTION=banded; 0: not mixed in
+    ttt_base_weight: Annotated[float, 0.0, 0.99] = 0.3  # part of TTT's probability that the base
+        # model (without adapters) gives, where EVAL_ATTENTION=banded; 0: none
     ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
     ttt_batch_seqs: Positive = 256  # rows per TTT step, or streams of adapters, over all ranks
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices only

@@ -494,7 +494,7 @@ def test_planted_cheats_are_found(run, monkeypatch, names):
         script = script.replace(old, new)
     streams = dict(TTT_LORA_RANK=2, EVAL_STRIDE=32) if "adapters" in names else {}
     if "base model" in names:
-        streams |= dict(TTT_LORA_RANK=2) | dict(EVAL_ATTENTION="banded", EVAL_SEQ_LEN=8, EVAL_STRIDE=8)
+        streams = dict(TTT_LORA_RANK=2, EVAL_ATTENTION="banded", EVAL_SEQ_LEN=8, EVAL_STRIDE=8)
     status, failed, said = run(script, "--targets", "128", "--places", "0", TTT_EPOCHS=1, **streams)
     assert status == 1, said
     for conditions, says, *_ in cheats:
