@@ -892,8 +892,9 @@ GET_DATA = ("python data/cached_challenge_fineweb.py --variant sp8192 (or sp4096
             "own, python data/build_dataset.py --demo makes those of PRESET=demo")
 
 
-def open_shard(path):
-    """The tokens of a shard, uint16, memory-mapped. Raises UserError if it is incomplete."""
+def open_shard(path, whole=False):
+    """The tokens of a shard, uint16, memory-mapped. Raises UserError if it is incomplete, or if one
+    of 64 aligned spans of 1,024 tokens is a hole of zeros; with `whole`, if any span is."""
     with explained(f"{path} cannot be read", GET_DATA):
         size = path.stat().st_size
         header = np.fromfile(path, "<i4", 256)
@@ -903,7 +904,15 @@ def open_shard(path):
         raise UserError(f"{path}: {size} bytes, begins with {magic}, {version} and promises "
                         f"{count} tokens = {expected} bytes; a shard begins with {SHARD_MAGIC}, "
                         f"{SHARD_VERSION}; delete it and get it again: {GET_DATA}")
-    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
+    tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
+    spans = tokens[: count // 1024 * 1024].reshape(-1, 1024)
+    every = 1 if whole else max(1, len(spans) // 64)
+    holes = np.flatnonzero(~spans[::every].any(1))
+    if len(holes):
+        where = int(holes[0]) * 1024 * every
+        raise UserError(f"{path}: tokens {where} to {where + 1024} are all 0: damaged; delete it "
+                        f"and fetch it again: {GET_DATA}")
+    return tokens
 
 
 def shard_paths(s, split):
@@ -914,16 +923,6 @@ def shard_paths(s, split):
         raise UserError(f"DATA_PATH={s.data_path}: no fineweb_{split}_*.bin in {folder}; "
                         + GET_DATA)
     return paths
-
-
-def check_content(tokens, path, every=1):
-    """Raise UserError if an aligned span of 1,024 tokens is constant; check every `every`-th."""
-    spans = tokens[: len(tokens) // 1024 * 1024].reshape(-1, 1024)[::every]
-    holes = np.flatnonzero((spans == spans[:, :1]).all(1))
-    if len(holes):
-        where = int(holes[0]) * 1024 * every
-        raise UserError(f"{path}: tokens {where} to {where + 1024} are all {tokens[where]}: "
-                        f"damaged; delete it and fetch it again: {GET_DATA}")
 
 
 def sample_parts(tokens):
@@ -959,8 +958,6 @@ class TrainStream:
     def __init__(self, s):
         self.s, self.paths = s, shard_paths(s, "train")
         self.shards = [open_shard(p) for p in self.paths]
-        for path, tokens in zip(self.paths, self.shards):
-            check_content(tokens, path, every=max(1, len(tokens) >> 16))  # 64 spans of a shard
         self.row_counts = np.array([(len(t) - 1) // s.train_seq_len for t in self.shards])
         self.epoch_rows = int(self.row_counts.sum())
         if not self.epoch_rows:
@@ -1016,10 +1013,9 @@ def load_validation(s):
     """Validation tokens, uint16 [⌊(N−1)/T⌋·T + 1], N those on disk, at most VAL_LIMIT_TOKENS + 1.
     Raises UserError."""
     paths = shard_paths(s, "val")
-    parts = [np.asarray(open_shard(p)) for p in paths]
+    parts = [np.asarray(open_shard(p, whole=True)) for p in paths]
     for path, part in zip(paths, parts):
         check_tokens(part, s.vocab_size, path)
-        check_content(part, path)
     tokens = np.concatenate(parts)
     if s.val_limit_tokens:
         tokens = tokens[: s.val_limit_tokens + 1]
@@ -1082,10 +1078,7 @@ class ByteTable:
         paths = sorted(find_upward(s.data_path).glob("fineweb_val_bytes_*.bin"))
         if not paths:
             return None
-        parts = [np.asarray(open_shard(p)) for p in paths]
-        for path, part in zip(paths, parts):
-            check_content(np.where(part, np.arange(len(part)), 0), path)  # a hole is zeros
-        counts = np.concatenate(parts)
+        counts = np.concatenate([open_shard(p, whole=True) for p in paths])
         tokens = sum(len(open_shard(p)) for p in shard_paths(s, "val"))
         text = manifest_of(s, "splits", "val", "utf8_bytes")
         total = int(counts.sum(dtype=np.int64))
