@@ -1506,12 +1506,6 @@ def pass_list(s, late=False):
     return passes
 
 
-def core_uses(name, s):
-    """How many blocks have this parameter."""
-    core = re.match(r"cores\.(\d+)", name)
-    return sum(p.core == int(core[1]) for p in pass_list(s)) if core else 1
-
-
 def matrix(rows, columns):
     return nn.Parameter(torch.full((rows, columns), math.nan))  # init_weights fills every one
 
@@ -1692,9 +1686,11 @@ class GPT(nn.Module):
         down = self.cores[0].mlp.down  # 0 before the first step
         for p in (p for mixer in self.mixers for p in (mixer.write, mixer.bias)):
             p.register_hook(lambda grad: grad * down.any())
-        for name, p in self.named_parameters():  # a shared core's gradient: the mean of its blocks
-            if (uses := core_uses(name, s)) > 1:  # as in #537
-                p.register_hook(lambda grad, uses=uses: grad / uses)
+        for n, core in enumerate(self.cores):
+            blocks = sum(p.core == n for p in self.passes[False])
+            for p in core.parameters() if blocks > 1 else ():
+                p.blocks = blocks  # its gradient is the mean over them, as in #537
+                p.register_hook(lambda grad, blocks=blocks: grad / blocks)
         longest = max(s.train_seq_len, s.context, s.scoring_shape[0], s.ttt_shape[0])
         for name, table in zip(("cos", "sin"), rotary_tables(s, longest)):
             self.register_buffer(name, table, persistent=False)
@@ -2353,7 +2349,7 @@ def calibrate(model, batches_of_rows, rt):
         nll.sum().backward()
         for name, p in model.named_parameters():
             if kind_of(name).bits:
-                grad = p.grad.float() * core_uses(name, model.s)  # undo the hook's mean
+                grad = p.grad.float() * getattr(p, "blocks", 1)  # undo the hook's mean
                 square, (by_row, by_column) = grad.square(), energies.get(name, (0, 0))
                 energies[name] = by_row + square.mean(1), by_column + square.mean(0)
             p.grad = None
