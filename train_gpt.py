@@ -1908,8 +1908,7 @@ class Muon:
     sharded = True
 
     def __init__(self, params, lr, decay, s, rt):
-        self.params, self.lr, self.decay, self.rt = params, lr, decay, rt
-        self.row_norm, self.cautious = s.muon_row_norm, s.cautious_wd
+        self.params, self.lr, self.decay, self.s, self.rt = params, lr, decay, s, rt
         self.orthogonalize = rt.compiled(functools.partial(
             newton_schulz, coefficients=NEWTON_SCHULZ[s.muon_coefficients], dtype=rt.dtype))
         self.stacks = {}  # {shape: [(parameter, slice of its rows)]}
@@ -1922,41 +1921,36 @@ class Muon:
                         for shape, stack in self.stacks.items()]
 
     def reduce(self):
-        """Start to sum the gradients over ranks."""
-        self.pending = []
+        """Start to sum the gradients over ranks; returns a function that waits for this rank's part
+        of the sums, tensors that may be scaled in place."""
+        pending = []
         for stack in self.stacks.values():
             grads = [torch.zeros_like(p[part]) if p.grad is None else p.grad[part]
                      for p, part in stack]
             grads += [torch.zeros_like(grads[0])] * (-len(stack) % self.rt.world_size)
-            self.pending.append(self.rt.reduce_scatter(torch.stack(grads)))
+            pending.append(self.rt.reduce_scatter(torch.stack(grads)))
+        return lambda: [wait().float() for wait in pending]
 
-    def gradients(self):
-        """This rank's part of the summed gradients, tensors that may be scaled in place."""
-        self.grads = [wait().float() for wait in self.pending]
-        return self.grads
-
-    @torch.no_grad()
-    def update(self, lr_scale, momentum):
+    def update(self, grads, lr_scale, momentum):
         """Update the momenta and start to gather the directions, which `finish` applies."""
         self.lr_scale, self.pending = lr_scale, []
-        for grads, buffer in zip(self.grads, self.momenta):
-            buffer.mul_(momentum).add_(grads)
-            direction = grads.add(buffer, alpha=momentum)
-            if self.row_norm:
+        for grad, buffer in zip(grads, self.momenta):
+            buffer.mul_(momentum).add_(grad)
+            direction = grad.add(buffer, alpha=momentum)
+            if self.s.muon_row_norm:
                 direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-7)
             self.pending.append(self.rt.all_gather(self.orthogonalize(direction)))
 
-    @torch.no_grad()
     def finish(self):
         """Decay the weights and subtract lr·√max(1, rows/columns) times the directions. Cautious:
         about half of the weights agree in sign with their direction, hence the factor 2."""
         step_size = self.lr * self.lr_scale
         decay = step_size * self.decay
-        if not self.cautious:
+        if not self.s.cautious_wd:
             torch._foreach_mul_(self.params, 1 - decay)
         for ((rows, columns), stack), wait in zip(self.stacks.items(), self.pending):
             weights, directions = [p[part] for p, part in stack], wait().float()[: len(stack)]
-            if self.cautious and decay:
+            if self.s.cautious_wd and decay:
                 agreeing = torch.stack(weights)
                 agreeing *= agreeing * directions > 0
                 torch._foreach_add_(weights, agreeing.unbind(), alpha=-2 * self.lr_scale * decay)
@@ -1991,15 +1985,13 @@ class TorchGroup:
 
     def reduce(self):
         grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.params]
-        self.pending = self.rt.sum_later(torch.cat(grads))
+        wait = self.rt.sum_later(torch.cat(grads))
+        return lambda: [g.view_as(p) for p, g in zip(
+            self.params, wait().split([p.numel() for p in self.params]))]
 
-    def gradients(self):
-        parts = self.pending().split([p.numel() for p in self.params])
-        for p, g in zip(self.params, parts):
-            p.grad = g.view_as(p)
-        return [p.grad for p in self.params]
-
-    def update(self, lr_scale, momentum):
+    def update(self, grads, lr_scale, momentum):
+        for p, grad in zip(self.params, grads):
+            p.grad = grad
         self.optimizer.param_groups[0]["lr"] = self.lr * lr_scale
         self.optimizer.step()
 
@@ -2023,9 +2015,7 @@ class Optimizers:
         """Sum over ranks, clip, update, drop the gradients; returns the global norm (a tensor).
 
         All sums are in flight at once; AdamW computes during Muon's all-gather."""
-        for group in self.groups:
-            group.reduce()
-        grads = [group.gradients() for group in self.groups]
+        grads = [wait() for wait in [group.reduce() for group in self.groups]]
         squares = torch.zeros(2, device=self.params[0].device)  # of groups: not sharded, sharded
         for group, parts in zip(self.groups, grads):
             squares[int(group.sharded)] += torch.stack(torch._foreach_norm(parts)).square().sum()
@@ -2033,8 +2023,8 @@ class Optimizers:
         if self.clip_norm:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([g for parts in grads for g in parts], factor)
-        for group in sorted(self.groups, key=lambda group: not group.sharded):
-            group.update(lr_scale, momentum)
+        for group, parts in sorted(zip(self.groups, grads), key=lambda pair: not pair[0].sharded):
+            group.update(parts, lr_scale, momentum)
         for group in self.groups:
             group.finish()
         for p in self.params:
