@@ -1932,28 +1932,29 @@ class Muon:
         return lambda: [wait().float() for wait in pending]
 
     def update(self, grads, lr_scale, momentum):
-        """Update the momenta and start to gather the directions, which `finish` applies."""
-        self.lr_scale, self.pending = lr_scale, []
+        """Update the momenta, start to gather the directions; returns a function to apply them."""
+        pending = []
         for grad, buffer in zip(grads, self.momenta):
             buffer.mul_(momentum).add_(grad)
             direction = grad.add(buffer, alpha=momentum)
             if self.s.muon_row_norm:
                 direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-            self.pending.append(self.rt.all_gather(self.orthogonalize(direction)))
+            pending.append(self.rt.all_gather(self.orthogonalize(direction)))
+        return lambda: self.apply(pending, lr_scale)
 
-    def finish(self):
+    def apply(self, pending, lr_scale):
         """Decay the weights and subtract lr·√max(1, rows/columns) times the directions. Cautious:
         about half of the weights agree in sign with their direction, hence the factor 2."""
-        step_size = self.lr * self.lr_scale
+        step_size = self.lr * lr_scale
         decay = step_size * self.decay
         if not self.s.cautious_wd:
             torch._foreach_mul_(self.params, 1 - decay)
-        for ((rows, columns), stack), wait in zip(self.stacks.items(), self.pending):
+        for ((rows, columns), stack), wait in zip(self.stacks.items(), pending):
             weights, directions = [p[part] for p, part in stack], wait().float()[: len(stack)]
             if self.s.cautious_wd and decay:
                 agreeing = torch.stack(weights)
                 agreeing *= agreeing * directions > 0
-                torch._foreach_add_(weights, agreeing.unbind(), alpha=-2 * self.lr_scale * decay)
+                torch._foreach_add_(weights, agreeing.unbind(), alpha=-2 * lr_scale * decay)
             torch._foreach_add_(weights, directions.unbind(),
                                 alpha=-step_size * math.sqrt(max(1, rows / columns)))
 
@@ -1994,9 +1995,7 @@ class TorchGroup:
             p.grad = grad
         self.optimizer.param_groups[0]["lr"] = self.lr * lr_scale
         self.optimizer.step()
-
-    def finish(self):
-        """The step was complete in `update`."""
+        return lambda: None  # the step is complete
 
 
 OPTIMIZERS = {"muon": Muon, "adamw": TorchGroup, "sgd": functools.partial(TorchGroup, sgd=True)}
@@ -2023,10 +2022,10 @@ class Optimizers:
         if self.clip_norm:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([g for parts in grads for g in parts], factor)
-        for group, parts in sorted(zip(self.groups, grads), key=lambda pair: not pair[0].sharded):
-            group.update(parts, lr_scale, momentum)
-        for group in self.groups:
-            group.finish()
+        started = [group.update(parts, lr_scale, momentum) for group, parts in sorted(
+            zip(self.groups, grads), key=lambda pair: not pair[0].sharded)]
+        for finish in started:
+            finish()
         for p in self.params:
             p.grad = None
         return norm
