@@ -706,7 +706,7 @@ class Runtime:
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.compile = s.compile == "1" or (s.compile == "auto" and cuda)
-        self.log_path, self.console, self.phase = None, True, ("", 0.0, 0.0)
+        self.log_path, self.phase = None, ("", 0.0, 0.0)
         self.terminal = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))
         self.training, self.signal = False, 0
         if cuda:
@@ -807,14 +807,14 @@ class Runtime:
             self.phase = label, now, now
         _, start, last = self.phase
         due = now - last >= (0.5 if self.terminal else 10)
-        if fraction > 0 and due and self.console and self.rank == 0:
+        if fraction > 0 and due and self.rank == 0:
             self.phase = label, start, now
             left = max(0, (now - start) * (1 - fraction) / fraction)
             printed(f"progress:{label} {facts}{100 * fraction:.0f}% remaining:{left:.0f}s",
                     sys.stderr, end="" if self.terminal else "\n")
 
     def log(self, line="", console=True):
-        """Log a line on rank 0. A console or file that fails is dropped; the run continues."""
+        """Log a line on rank 0. A file that fails is dropped; the run continues."""
         if self.rank:
             return
         try:
@@ -824,24 +824,22 @@ class Runtime:
         except OSError as problem:
             path, self.log_path = self.log_path, None
             self.log(f"{path}: no more lines are written ({problem.strerror}); the run goes on")
-        if console and self.console:
-            self.console = printed(line, sys.stdout)
+        if console:
+            printed(line, sys.stdout)
 
 
 def printed(line, stream, end="\n"):
-    """Print, on a terminal over the progress line; escape what the stream cannot encode. False if
-    the stream is closed."""
+    """Print, on a terminal over the progress line; escape what the stream cannot encode. A stream
+    that fails leads nowhere from then on; the run continues."""
     encoding = getattr(stream, "encoding", None) or "utf-8"  # None where it was closed before
     try:
         line = "\r\033[K" * stream.isatty() + line
         print(line.encode(encoding, "backslashreplace").decode(encoding), end=end, file=stream,
               flush=True)
-        return True
     except (AttributeError, OSError, ValueError):
         # Python's flush at exit must not fail either.
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return False
+        with contextlib.suppress(AttributeError, OSError, ValueError), open(os.devnull, "w") as f:
+            os.dup2(f.fileno(), stream.fileno())
 
 
 class StepClock:
