@@ -1690,8 +1690,7 @@ class GPT(nn.Module):
                 p.blocks = blocks  # its gradient is the mean over them, as in #537
                 p.register_hook(lambda grad, blocks=blocks: grad / blocks)
         longest = max(s.train_seq_len, s.context, s.scoring_shape[0], s.ttt_shape[0])
-        for name, table in zip(("cos", "sin"), rotary_tables(s, longest)):
-            self.register_buffer(name, table, persistent=False)
+        self.cos, self.sin = (nn.Buffer(t, persistent=False) for t in rotary_tables(s, longest))
 
     def embed(self, tokens_BT):
         """Normalized sum of token and bigram embeddings [B,T,D]. The smear gate mixes in the token
