@@ -147,7 +147,7 @@ def user_path(text: str) -> Path:
 
 
 def exit_code_of(main, arguments, unread: int = 0) -> int:
-    """Run `main(arguments)`; what the user can mend becomes one line on stderr and exit code 2.
+    """Run `main(arguments)`; what the user can mend is told on stderr, with exit code 2.
 
     Else the code is what `main` returns (None: 0), or `unread` where the reader of its output went
     away before it could. Carriage returns, which scripts saved on Windows leave behind arguments,
@@ -165,7 +165,11 @@ def exit_code_of(main, arguments, unread: int = 0) -> int:
     except BrokenPipeError:  # the reader of stdout is gone, as with "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        needs = Path(sys.argv[0]).with_name("requirements.txt")
+        print(f"error: {error.name} is not installed: pip install -r {needs}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / "data"))
 sys.path.append(str(ROOT / "records"))
-from shards import exit_code_of, user_path  # noqa: E402
+from shards import DataError, exit_code_of, user_path  # noqa: E402
 from unpack import readable_source  # noqa: E402
 
 # Prose and code: literal contexts of three bits serve best; the dictionary holds the whole file.
@@ -260,12 +260,8 @@ def main(argv):
                 print(line)
         else:
             pack_script(arguments.script, arguments.out, arguments.minify, write_whole)
-        return 0
-    except BrokenPipeError:
-        raise
-    except (UserError, OSError, ValueError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    except (UserError, ValueError) as problem:
+        raise DataError(str(problem)) from problem
 
 
 if __name__ == "__main__":

@@ -1261,19 +1261,10 @@ def build_parser():
 
 
 def main(argv):
-    """Exit status: 0 done, 1 a run failed, 2 something that the user can mend, 130 interrupted."""
+    """Exit status: 0 done, 1 a run failed, 130 interrupted."""
     split = argv.index("--") if "--" in argv else len(argv)
     arguments = build_parser().parse_args(argv[:split])
-    try:
-        return arguments.do(arguments, argv[split + 1:])
-    except BrokenPipeError:
-        raise
-    except ImportError as problem:
-        problem = f"{problem.name} is not installed: pip install -r records/requirements.txt"
-        print(f"error: {problem}", file=sys.stderr)
-    except (UserError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-    return 2
+    return arguments.do(arguments, argv[split + 1:])
 
 
 if __name__ == "__main__":

@@ -1524,27 +1524,14 @@ def arguments(argv):
 
 def main(argv):
     args = arguments(argv)
-    try:
-        if args.command == "pack":
-            return pack(args)
-        if args.command == "index":
-            return index()
-        sub = check(args.folder, args.against, args.run, args.artifact, args.data, args.tokenizer,
-                    args.logs)
-        print("\n".join(verdict_lines(sub)))
-        return exit_status(sub)
-    except BrokenPipeError:
-        raise
-    except Problem as problem:
-        text = str(problem)
-    except ImportError as problem:
-        text = f"{problem.name} is not installed: pip install -r records/requirements.txt"
-    except OSError as problem:
-        text = f"{problem.filename or 'output'}: {problem.strerror}; nothing was left half written"
-    except KeyboardInterrupt:
-        text = "interrupted; nothing was left half written"
-    print(f"error: {text}", file=sys.stderr)
-    return 2
+    if args.command == "pack":
+        return pack(args)
+    if args.command == "index":
+        return index()
+    sub = check(args.folder, args.against, args.run, args.artifact, args.data, args.tokenizer,
+                args.logs)
+    print("\n".join(verdict_lines(sub)))
+    return exit_status(sub)
 
 
 if __name__ == "__main__":

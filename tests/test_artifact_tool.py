@@ -26,9 +26,13 @@ import train_gpt  # noqa: E402
 SCRIPT = ROOT / "train_gpt.py"
 
 
+def status_of(arguments):
+    return artifact.exit_code_of(artifact.main, arguments)
+
+
 def told(capsys, *arguments):
     """(status, standard output, standard error) of the tool."""
-    status = artifact.main([str(a) for a in arguments])
+    status = status_of([str(a) for a in arguments])
     return status, *capsys.readouterr()
 
 
@@ -40,7 +44,7 @@ def packed(tmp_path_factory):
     folder, source = tmp_path_factory.mktemp("packed"), train_gpt.SHIPPED
     readable, path = folder / "readable.py", folder / "small" / "train_gpt.py"
     readable.write_bytes(source)
-    assert artifact.main(["pack-code", str(readable), "-o", str(path)]) == 0
+    assert status_of(["pack-code", str(readable), "-o", str(path)]) == 0
     return SimpleNamespace(path=path, readable=readable, source=source, content=path.read_bytes())
 
 
@@ -122,8 +126,8 @@ def small(packed, tmp_path_factory):
     """A minified packed copy of the script, the source in it, and what the tool said."""
     folder, said = tmp_path_factory.mktemp("minified"), io.StringIO()
     with contextlib.redirect_stdout(said):
-        assert artifact.main(["pack-code", str(packed.readable), "--minify", "-o",
-                              str(folder / "train_gpt.py")]) == 0
+        artifact.main(["pack-code", str(packed.readable), "--minify", "-o",
+                       str(folder / "train_gpt.py")])
     path = folder / "train_gpt.py"
     return SimpleNamespace(path=path, content=path.read_bytes(), said=said.getvalue(),
                            source=artifact.readable_source(path))

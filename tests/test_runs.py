@@ -19,6 +19,11 @@ from conftest import ROOT, environment
 sys.path.insert(0, str(ROOT / "records"))
 import runs  # noqa: E402
 
+
+def status_of(arguments):
+    return runs.exit_code_of(runs.main, arguments)
+
+
 # A script with the face of train_gpt.py that scores what can be computed by hand. It notes its
 # starts and ends, so that tests see what ran, when, and with which variables; HOLD=file:n lets it
 # wait while there is the file and n runs have begun.
@@ -130,7 +135,7 @@ def stub(tmp_path, monkeypatch, capsys):
             for name, value in variables.items():
                 patch.setenv(name, str(value))
             capsys.readouterr()
-            return SimpleNamespace(status=runs.main(arguments(flags)),
+            return SimpleNamespace(status=status_of(arguments(flags)),
                                    **dict(zip(("said", "errors"), capsys.readouterr())))
 
     def notes(what="start"):
@@ -314,7 +319,7 @@ def test_commands_that_start_nothing_are_refused(stub, tmp_path, monkeypatch, ca
     (tmp_path / "torchrun").chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert runs.main(["sweep", "--gpus", "0,1", "--out", "out", "--", *command]) == 2
+    assert status_of(["sweep", "--gpus", "0,1", "--out", "out", "--", *command]) == 2
     assert words in capsys.readouterr().err and stub.notes() == []
 
 
@@ -460,7 +465,7 @@ def test_the_training_script_is_swept(corpus, tmp_path, capsys):
     result = json.loads(next(folder.glob("*.json")).read_text())
     [log] = runs.read_curves(next(folder.glob("*.txt")))
     assert done.stdout.splitlines()[-1].endswith(f"  {list(result['val_bpb'].values())[-1]:.4f}")
-    assert runs.main(["table", str(tmp_path / "out")]) == 0
+    assert status_of(["table", str(tmp_path / "out")]) == 0
     assert not capsys.readouterr().err, "no other file of the run is taken for a result"
     assert result["settings"]["matrix_lr"] == 0.05
     assert log.settings["ITERATIONS"] == "2" and log.tokens_per_step == 384
@@ -494,7 +499,7 @@ def results(tmp_path):
 
 
 def test_the_table_joins_seeds(results, tmp_path, capsys):
-    status = runs.main(["table", str(results), "--csv", str(tmp_path / "t.csv"), "--markdown",
+    status = status_of(["table", str(results), "--csv", str(tmp_path / "t.csv"), "--markdown",
                         str(tmp_path / "t.md")])
     said = capsys.readouterr().out.splitlines()
     assert status == 0 and len(said) == 3
@@ -511,13 +516,13 @@ def test_the_table_joins_seeds(results, tmp_path, capsys):
     markdown = (tmp_path / "t.md").read_text().splitlines()
     assert len(markdown) == 4
     assert all(line.count("|") == markdown[0].count("|") for line in markdown)
-    runs.main(["table", str(results), "--sort=-last_bpb"])
+    status_of(["table", str(results), "--sort=-last_bpb"])
     assert capsys.readouterr().out.splitlines()[1].startswith("4.0 ")
-    assert runs.main(["table", str(results), "--sort", "bpp"]) == 2
+    assert status_of(["table", str(results), "--sort", "bpp"]) == 2
     assert "--sort bpp" in (said := capsys.readouterr().err) and "quantized_bpb" in said
     other = {**result(1.9, 9, qk_gain_init=4.0), "code_sha256": "cd" * 32}
     (results / "5.json").write_text(json.dumps(other))
-    runs.main(["table", str(results)])
+    status_of(["table", str(results)])
     said = capsys.readouterr().out
     assert len(said.splitlines()) == 4 and "abababab" in said and "cdcdcdcd" in said
 
@@ -526,7 +531,7 @@ def test_a_resumed_seed_is_of_the_same_setting(results, capsys):
     again = result(2.4, 3, qk_gain_init=4.0)
     again["settings"]["resume"] = "auto"
     (results / "2.json").write_text(json.dumps(again))
-    runs.main(["table", str(results)])
+    status_of(["table", str(results)])
     said = capsys.readouterr().out
     assert "1 2 3" in said and "RESUME" not in said
 
@@ -554,7 +559,7 @@ def test_damaged_foreign_and_repeated_files_are_named_and_left_out(results, caps
     (results / "nan.json").write_text(json.dumps(result(float("nan"))))
     (results / "binary.json").write_bytes(b"\xff\xfe\x00")
     (results / "copy.json").write_text((results / "0.json").read_text())
-    assert runs.main(["table", str(results), str(results / "0.json")]) == 0
+    assert status_of(["table", str(results), str(results / "0.json")]) == 0
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 3 and "1 2 3" in said.out
     for name in ("cut", "foreign", "list", "nan", "binary", "copy"):
@@ -567,7 +572,7 @@ def test_damaged_foreign_and_repeated_files_are_named_and_left_out(results, caps
     (["plot", ".", "--out", "p"], "no logs and no results")])
 def test_nothing_to_show_is_said(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
-    assert runs.main(arguments) == 2 and words in capsys.readouterr().err
+    assert status_of(arguments) == 2 and words in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -604,7 +609,7 @@ def test_damaged_logs_are_named_and_the_rest_is_plotted(tmp_path, results, capsy
     for end in ("txt", "json"):
         (logs / f"good.1.{end}").write_text("an earlier attempt, not drawn")
     (logs / "bad.txt").write_bytes(b"\xff" * 100)
-    assert runs.main(["plot", str(tmp_path), "--out", str(tmp_path / "plots")]) == 0
+    assert status_of(["plot", str(tmp_path), "--out", str(tmp_path / "plots")]) == 0
     said = capsys.readouterr()
     assert "bad.txt" in said.err and "good" not in said.err
     pictures = list((tmp_path / "plots").iterdir())
@@ -615,7 +620,7 @@ def test_presets_side_by_side_make_no_table_of_forty_columns(tmp_path, capsys):
     for preset in "xyz":
         r = result(2.0, 1, preset=preset, **{f"name{i}": preset for i in range(40)})
         (tmp_path / f"{preset}.json").write_text(json.dumps(r))
-    runs.main(["table", str(tmp_path), "--csv", str(tmp_path / "t.csv")])
+    status_of(["table", str(tmp_path), "--csv", str(tmp_path / "t.csv")])
     said = capsys.readouterr().out
     assert said.startswith("PRESET  seeds") and "40 more settings differ" in said
     assert "NAME39" in (tmp_path / "t.csv").read_text()
@@ -653,7 +658,7 @@ def published(tmp_path):
 
 
 def test_the_table_reads_published_logs(published, capsys):
-    assert runs.main(["table", *map(str, published)]) == 0
+    assert status_of(["table", *map(str, published)]) == 0
     said = capsys.readouterr()
     rows = [re.split("  +", line)[:3] for line in said.out.splitlines()[1:4]]
     assert rows == [["mine", "1 2", "9"], ["colons/train", "1 2 3", "9"],
@@ -680,7 +685,7 @@ def test_folders_side_by_side_have_a_legend_that_tells_them_apart(published, tmp
     assert runs.labels_of_logs(logs) == ["colons, train_ablation", *["colons, train"] * 3,
                                          "mine", "mine"]
     assert runs.labels_of_logs(logs[-2:]) == ["all runs"] * 2
-    assert runs.main(["plot", *map(str, published), "--out", str(tmp_path / "p")]) == 0
+    assert status_of(["plot", *map(str, published), "--out", str(tmp_path / "p")]) == 0
     assert {p.name for p in (tmp_path / "p").iterdir()} >= {"loss.png", "bpb.png", "bytes.png"}
     assert capsys.readouterr().err == ""
 

@@ -19,6 +19,11 @@ sys.path.insert(0, str(ROOT / "records"))
 import submission  # noqa: E402
 from submission import FAIL, PASS, UNCHECKED, WARN  # noqa: E402
 
+
+def status_of(arguments):
+    return submission.exit_code_of(submission.main, arguments)
+
+
 TARGETS, BYTES, MODEL_BYTES = 62_021_632, 151_080_891, 15_000_000
 LOSSES = {1337: 1.8901, 42: 1.8909, 2025: 1.8897}
 BEATEN = "1.9000,0.0006,3"  # nats
@@ -270,7 +275,7 @@ def test_a_sound_folder_passes(sound):
     sub = submission.check(sound, against=BEATEN)
     assert {(s, what) for s, what, _ in sub.findings if s != PASS} == {
         (UNCHECKED, what) for what in ("artifact", "bytes of text", "README's figures")}
-    assert submission.main(["check", str(sound), "--against", BEATEN]) == 0
+    assert status_of(["check", str(sound), "--against", BEATEN]) == 0
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -280,7 +285,7 @@ def test_the_planted_fault_is_found(sound, fault, capsys):
     assert [text for name, text in found(sound, status)
             if name == what and re.search(pattern, text)], found(sound, status)
     failed = found(sound, FAIL, against=BEATEN)
-    assert submission.main(["check", str(sound), "--against", BEATEN]) == (1 if failed else 0)
+    assert status_of(["check", str(sound), "--against", BEATEN]) == (1 if failed else 0)
     assert f"{status:<11}  {what}" in capsys.readouterr().out
 
 
@@ -353,7 +358,7 @@ def test_a_folder_that_scored_another_text_is_no_fair_record_to_beat(sound, tmp_
 
 @pytest.mark.parametrize("against", ["nowhere", "1.9,0.1", "1.9,-1,3", "1.9,0.1,3,furlongs"])
 def test_a_senseless_record_to_beat_is_refused(sound, against, capsys):
-    assert submission.main(["check", str(sound), "--against", against]) == 2
+    assert status_of(["check", str(sound), "--against", against]) == 2
     assert against in capsys.readouterr().err
 
 
@@ -422,7 +427,7 @@ def test_bytes_are_counted_again_where_the_data_is(sound, scored, case, status, 
 def test_data_that_cannot_be_counted_is_refused(sound, scored, capsys, case, options, words):
     given = {**scored(**case), **options}
     flags = [text for key, value in given.items() if value for text in (f"--{key}", value)]
-    assert submission.main(["check", str(sound), *flags]) == 2
+    assert status_of(["check", str(sound), *flags]) == 2
     assert capsys.readouterr().err.startswith("error: --data ")
     with pytest.raises(submission.Problem, match=words):
         submission.check(sound, **given)
@@ -476,8 +481,8 @@ ARGUMENTS = ["--name", "Imagined, again", "--author", "Ada", "--github-id", "ada
 def pack(tmp_path):
     pytest.importorskip("matplotlib")
     def run(*places, out="packed", more=()):
-        return submission.main(["pack", *map(str, places), *ARGUMENTS, "--out", str(tmp_path / out),
-                                *more])
+        return status_of(["pack", *map(str, places), *ARGUMENTS, "--out", str(tmp_path / out),
+                          *more])
     return run
 
 
@@ -643,9 +648,9 @@ def test_a_real_run_packs_checks_and_starts(run_once, corpus, tmp_path_factory, 
     out = tmp_path_factory.mktemp("real")
     done = run_once(OUT_DIR=out, SEED=42, ITERATIONS=2, EVAL_STRIDE=32, TTT_EPOCHS=1)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert submission.main(["pack", str(out), "--name", "Tiny", "--author", "Ada",
-                            "--github-id", "ada", "--out", str(tmp_path / "packed"),
-                            "--with-artifact"]) == 0, capsys.readouterr()
+    assert status_of(["pack", str(out), "--name", "Tiny", "--author", "Ada",
+                      "--github-id", "ada", "--out", str(tmp_path / "packed"),
+                      "--with-artifact"]) == 0, capsys.readouterr()
     sub = submission.check(tmp_path / "packed", run=True, data=str(corpus.folder))
     statuses = {what: status for status, what, _ in sub.findings}
     warned = {what for what, s in statuses.items() if s == WARN}
@@ -660,7 +665,7 @@ def test_names_of_any_bytes_are_packed(runs, pack, tmp_path):
     name = os.fsdecode(b"caf\xc3\xa9\xff")
     assert pack(runs(), out=name, more=["--blurb", name]) == 0
     assert json.loads((tmp_path / name / "submission.json").read_text())["blurb"] == name
-    assert submission.main(["check", str(tmp_path / name)]) == 0
+    assert status_of(["check", str(tmp_path / name)]) == 0
 
 
 # -- surroundings of the tools
