@@ -128,13 +128,13 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path, what: str) -> dict:
+def read_json(path: Path, what: str, **options) -> dict:
     """The JSON object in a file, which should be `what`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), **options)
     except FileNotFoundError:
         raise DataError(f"{path} is not there; it should be {what}") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError, ArithmeticError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); it should be {what}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}; it should be {what}")

@@ -13,7 +13,6 @@ import contextlib
 import fnmatch
 import functools
 import hashlib
-import json
 import math
 import re
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE.parent / "data")]
+import shards  # noqa: E402
 from logs import DIAGNOSTIC, half_unit, read_logs  # noqa: E402
 from shards import DataError as Problem  # noqa: E402
 from unpack import readable_source  # noqa: E402
@@ -67,29 +67,7 @@ def markdown_table(head, rows):
 
 def read_json(path):
     """The object in a JSON file, floats as Decimal, which keeps their digits. Raises Problem."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_float=Decimal)
-    except (ValueError, ArithmeticError, RecursionError) as problem:  # also 1e9999999999999999999
-        raise Problem(f"{path}: no JSON: {problem}") from None
-    except OSError as problem:
-        raise Problem(f"{path}: cannot be read: {problem.strerror}") from None
-    if not isinstance(value, dict):
-        raise Problem(f"{path}: holds {type(value).__name__} where an object {{…}} belongs")
-    return value
-
-
-def refusing(read):
-    """`read`, but Problem where it raises ValueError."""
-    @functools.wraps(read)
-    def call(*given):
-        try:
-            return read(*given)
-        except ValueError as problem:
-            raise Problem(str(problem)) from None
-    return call
-
-
-readable_source, read_logs = refusing(readable_source), refusing(read_logs)
+    return shards.read_json(path, "an object {…}", parse_float=Decimal)
 
 
 # -- what submission.json claims -------------------------------------------------------------------
@@ -343,7 +321,7 @@ def open_script(sub, there):
     name = sub.script.name
     try:
         sub.source = readable_source(sub.script)
-    except Problem as problem:
+    except ValueError as problem:
         sub.add(UNCHECKED, "wrapper", f"{name}: {problem}: nothing is known of what it holds")
         return
     try:

@@ -388,13 +388,9 @@ def finish(log):
 
 
 def read_logs(path, name=None):
-    """[Log] of the runs in a file, at least one. Raises ValueError where it cannot be read."""
+    """[Log] of the runs in a file, at least one. Raises OSError."""
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as problem:
-        raise ValueError(f"{path}: cannot be read: {problem.strerror}") from problem
-    source, lines = without_source(content)
+    source, lines = without_source(path.read_bytes())
     runs, logs = split_runs(lines), []
     for i, run in enumerate(runs):
         called = (name or path.name) + (f" (run {i + 1} of {len(runs)})" if len(runs) > 1 else "")

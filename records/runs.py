@@ -46,7 +46,7 @@ sys.path += [str(ROOT / "records"), str(ROOT / "data")]
 from folder import markdown_table, mean_std, number  # noqa: E402
 from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, pyplot_for_files, read_logs  # noqa: E402
 from shards import DataError as UserError  # noqa: E402
-from shards import atomic_write, exit_code_of  # noqa: E402
+from shards import atomic_write, exit_code_of, read_json  # noqa: E402
 
 FIRST_SEEDS = (1337, 42, 2025)
 RECORD_BYTES = 16_000_000
@@ -67,18 +67,14 @@ NUMBERS = ("steps", "train_seconds", "eval_seconds", "code_bytes", "model_bytes"
 
 
 def read_result(path):
-    """A run's result (dict) from its JSON file. Raises ValueError on a damaged or foreign one."""
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise ValueError(f"{path}: not readable as JSON ({problem})") from problem
-    fields = result if isinstance(result, dict) else {}
+    """A run's result (dict) from its JSON file. Raises UserError on a damaged or foreign one."""
+    result = read_json(path, "a result of the training script")
     kinds = dict(settings=dict, val_bpb=dict, code_sha256=str)
-    lacking = [k for k, kind in kinds.items() if not isinstance(fields.get(k), kind)]
-    lacking += [k for k in NUMBERS if number(fields.get(k)) is None]
-    if lacking or not fields["val_bpb"] or None in map(number, fields["val_bpb"].values()):
-        raise ValueError(f"{path}: no result of the training script (bad or missing: "
-                         f"{', '.join(lacking[:3] or ['val_bpb'])})")
+    lacking = [k for k, kind in kinds.items() if not isinstance(result.get(k), kind)]
+    lacking += [k for k in NUMBERS if number(result.get(k)) is None]
+    if lacking or not result["val_bpb"] or None in map(number, result["val_bpb"].values()):
+        raise UserError(f"{path}: no result of the training script (bad or missing: "
+                        f"{', '.join(lacking[:3] or ['val_bpb'])})")
     return result
 
 
@@ -134,7 +130,7 @@ def read_all(paths, read):
     for path in paths:
         try:
             yield path, read(path)
-        except ValueError as problem:
+        except (UserError, OSError) as problem:
             print(f"skipped: {problem}", file=sys.stderr)
 
 
@@ -334,7 +330,7 @@ class Script:
         path = run.folder / "logs" / f"{run.name}.json"
         try:
             result = read_result(path)
-        except ValueError:
+        except UserError:
             return None
         same = (result["code_sha256"] == self.sha256
                 and computed_by(result["settings"]) == computed_by(run.settings))
@@ -791,9 +787,9 @@ KINDS = ((DIAGNOSTIC.pattern, "float"), ("ttt", "ttt"), ("sliding", "sliding"),
 
 
 def result_of_log(log):
-    """A text log as a result file, None for what it does not say. Raises ValueError: no score."""
+    """A text log as a result file, None for what it does not say. Raises UserError: no score."""
     if not log.scores:
-        raise ValueError(f"{log.path}: {log.name} has no final score")
+        raise UserError(f"{log.path}: {log.name} has no final score")
     settings = {k.lower(): v for k, v in log.settings.items() if not NOT_OF_THE_MODEL.match(k)}
     scores = {}
     for key in (*log.scores, log.key):  # the one that counts is the last
@@ -828,7 +824,7 @@ def told_apart(results):
 
 
 def read_results(path):
-    """The results in a result file or a text log. Raises ValueError where there is none."""
+    """The results in a result file or a text log. Raises UserError, OSError: there is none."""
     if path.suffix == ".json":
         return [read_result(path)]
     return [result_of_log(log) for log in read_logs(path)]
@@ -993,10 +989,10 @@ def table(arguments, _):
 # -- plot ------------------------------------------------------------------------------------------
 
 def read_curves(path):
-    """[Log] with array `curve` [points, 4]: step, loss, milliseconds, rate. Raises ValueError."""
+    """[Log] with array `curve` [points, 4]: step, loss, milliseconds, rate. Raises UserError."""
     logs = [log for log in read_logs(path) if log.curve]
     if not logs:
-        raise ValueError(f"{path}: holds no lines step:S/N train_loss:… or S/N train_loss: …")
+        raise UserError(f"{path}: holds no lines step:S/N train_loss:… or S/N train_loss: …")
     for log in logs:
         log.curve = np.array(log.curve)
     return logs

@@ -44,10 +44,11 @@ sys.path.append(str(ROOT / "data"))
 from folder import (BPB, CODE, FAIL, LOSS, MODEL, NON_RECORD, PASS, RECORD, STD,  # noqa: E402
                     TOTAL, UNCHECKED, UNPARSED, WARN, Problem, adapts_on_validation, defaults_of,
                     figure, listed, markdown_table, mean_std, meaning, modules_imported, names_read,
-                    number, open_submission, parsed, read_json, read_logs, readable_source, said,
-                    sha256, texts_of)
-from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, Log, agree, half_unit, plot_losses  # noqa: E402
+                    number, open_submission, parsed, read_json, said, sha256, texts_of)
+from logs import (DIAGNOSTIC, NOT_OF_THE_MODEL, Log, agree, half_unit, plot_losses,  # noqa: E402
+                  read_logs)
 from shards import atomic_write, exit_code_of  # noqa: E402
+from unpack import readable_source  # noqa: E402
 
 CAP_BYTES, CAP_SECONDS, MARGIN_NATS, MOST_P = 16_000_000, 600, 0.005, 0.01
 # Validation targets by vocabulary, and the UTF-8 bytes of their text. Sets are cut to whole rows of
@@ -1437,7 +1438,10 @@ def pack(args):
         folder = Path(scratch) / target.name
         folder.mkdir()
         fill_folder(folder, runs, facts, code, args.with_artifact)
-        source = readable_source(folder / "train_gpt.py")
+        try:
+            source = readable_source(folder / "train_gpt.py")
+        except ValueError as problem:
+            raise Problem(str(problem)) from None
         for verdict in (["…"], None):  # the check looks at the README too
             sub = None if verdict else check(folder)
             text = readme_text(runs, facts, source, verdict or verdict_lines(sub))

@@ -379,7 +379,7 @@ def test_hardware_passes_where_number_and_device_are_known(tmp_path, text, statu
 def test_what_nobody_can_read_is_said(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('{"val_bpb": 1e9999999999999999999999}')
-    with pytest.raises(submission.Problem, match="x.json: no JSON"):
+    with pytest.raises(submission.Problem, match="x.json: cannot be read as JSON"):
         submission.read_json(path)
     function = ast.Name("ttt", ast.Load())
     for _ in range(3000):

@@ -616,7 +616,7 @@ REFUSALS = {
     "the log of another run": (lambda p: edited_result(p, val_bpb={"ttt": 1.0}),
         r"not the result of run\.txt: val_bpb 1\.0"),
     "half a result": (lambda p: (p / "42" / "logs" / "run.json").write_text('{"seed": 42'),
-        r"run\.json: no JSON"),
+        r"run\.json: cannot be read as JSON"),
     "a lost script": (lambda p: [change(p, f, "^import torch$", "") for f in
         p.glob("*/logs/*.txt")], "no script has the sha256.*--script"),
     "a folder in the way": (lambda p: (p.parent / "packed").mkdir(), "is there already"),
