@@ -875,21 +875,15 @@ def sample(result_path: Path, manifest_path: Path, tokens: int = 200, heat: floa
 def loss_picture(result_path: Path) -> str:
     """Draw the training loss of the log beside a result; says where, or why not."""
     sys.path.append(str(DATA_ROOT.parent / "records"))
-    try:
-        import matplotlib
-        from runs import read_curves
-        log = read_curves(result_path.with_suffix(".txt"))[0]
-    except (ImportError, ValueError) as problem:
-        return f"No picture: {problem}"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axis.plot(log.curve[:, 0], log.curve[:, 1], marker=".", lw=1.2)
-    axis.set(xlabel="step", ylabel="training loss, nats per token", title=result_path.stem)
-    axis.grid(alpha=0.3)
     picture = result_path.with_suffix(".png")
-    figure.savefig(picture, dpi=130)
-    pyplot.close(figure)
+    try:
+        from logs import plot_losses, read_logs
+        log = read_logs(result_path.with_suffix(".txt"))[0]
+        if not log.curve:
+            return f"No picture: {log.path} has no steps of a training"
+        plot_losses(picture, {result_path.stem: log})
+    except (ImportError, OSError) as problem:
+        return f"No picture: {problem}"
     return f"Training loss by step: {picture}"
 
 
