@@ -5,9 +5,9 @@
 
 pack-code writes one Python file of a third of the size that unpacks the readable script, byte for
 byte, and runs it; a script in a wrapper is unpacked first. A run counts that file's bytes and hash;
-its log holds the readable source. With --minify the packed source is the script without comments,
-docstrings and annotations of functions: it computes the same, a log holds it in place of the
-readable one, and its first line names the SHA-256 of the readable one, to be published beside it.
+its log holds the readable source. With --minify the packed source is the script without comments
+and docstrings: it computes the same, a log holds it in place of the readable one, and its first
+line names the SHA-256 of the readable one, to be published beside it.
 inspect prints what every tensor got and costs.
 """
 from __future__ import annotations
@@ -16,12 +16,12 @@ import argparse
 import ast
 import base64
 import hashlib
-import itertools
 import lzma
 import pickle
 import platform
 import re
 import sys
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -82,70 +82,41 @@ def pack_code(source):
                          ".encode('latin1')").encode("latin1")
 
 
-class Plainer(ast.NodeTransformer):
-    """Drops docstrings, and annotations that nothing reads: a decorator may read those of its
-    function, Triton those that say constexpr, and a dataclass those of its attributes. What the
-    script itself may read stays: docstrings where it says `.__doc__`, a class whose text it looks
-    for in its source ("class Settings:")."""
-
-    def __init__(self, source):
-        self.docstrings, self.module = b".__doc__" in source, b"__doc__" in source
-        self.in_function = False
-        self.as_written = {name for node in ast.walk(ast.parse(source))
-                           if isinstance(node, ast.Constant) and isinstance(node.value, str)
-                           for name in re.findall(r"\bclass (\w+)", node.value)}
-
-    def without_docstring(self, node):
-        outside, self.in_function = self.in_function, not isinstance(node, ast.ClassDef)
-        self.generic_visit(node)
-        self.in_function = outside
-        if not self.docstrings and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-        return node
-
-    def visit_Module(self, node):
-        return self.generic_visit(node) if self.module else self.without_docstring(node)
-
-    visit_ClassDef = without_docstring
-
-    def visit_FunctionDef(self, node):
-        if not node.decorator_list:
-            node.returns = None
-            for argument in ast.walk(node.args):
-                if isinstance(argument, ast.arg) and "constexpr" not in ast.unparse(argument):
-                    argument.annotation = None
-        return self.without_docstring(node)
-
-    visit_AsyncFunctionDef = visit_FunctionDef
-
-    def visit_AnnAssign(self, node):
-        return ast.Assign([node.target], node.value) if self.in_function and node.value else node
-
-
 def minified(source):
-    """A script's source (bytes) without comments, needless spaces and what Plainer drops; the rest
-    of its syntax tree is the same. Its first line names the readable source. Raises ValueError."""
+    """A script's source (bytes) without comments, docstrings and needless spaces; the rest of its
+    syntax tree is the same, and so is the text of a class that it looks for in its source ("class
+    Settings:"). Its first line names the readable source. Raises ValueError."""
     try:
         import python_minifier
     except ImportError as problem:
         raise ValueError("--minify needs python-minifier: pip install -r records/requirements.txt"
                          ) from problem
+    switches = signature(python_minifier.minify).parameters.values()
+    off = {switch.name: False for switch in switches if switch.default is True}
+    off["remove_annotations"] = False  # a decorator or a dataclass may read them
     try:
-        plainer, tree = Plainer(source), ast.parse(source)
+        tree = ast.parse(source)
+        small = python_minifier.minify(source, **off, remove_literal_statements=True)
     except SyntaxError as problem:
         raise ValueError(f"--minify: line {problem.lineno} is no Python "
                          f"{platform.python_version()} ({problem.msg})") from problem
-    lines, parts = source.decode().splitlines(True), []
-    def as_written(node):
-        return isinstance(node, ast.ClassDef) and node.name in plainer.as_written
+    wanted = {name for node in ast.walk(tree)
+              if isinstance(node, ast.Constant) and isinstance(node.value, str)
+              for name in re.findall(r"\bclass (\w+)", node.value)}
 
-    for written, group in itertools.groupby(plainer.visit(tree).body, as_written):
-        for nodes in ([node] for node in group) if written else [list(group)]:
-            first = min(n.lineno for n in (nodes[0], *getattr(nodes[0], "decorator_list", [])))
-            parts.append("".join(lines[first - 1: nodes[0].end_lineno]).rstrip() if written else
-                         python_minifier.unparse(ast.Module(nodes, [])))
+    def classes(tree):
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name in wanted:
+                first = min(n.lineno for n in (node, *node.decorator_list))
+                yield slice(first - 1, node.end_lineno)
+
+    written, lines, made = source.decode().split("\n"), small.split("\n"), ast.parse(small)
+    for there, here in reversed([*zip(classes(tree), classes(made))]):
+        lines[here] = written[there]
+    if b"__doc__" in source and ast.get_docstring(tree) and not ast.get_docstring(made):
+        lines = written[:tree.body[0].end_lineno] + lines  # the module's, which it reads by name
     digest = hashlib.sha256(source).hexdigest()
-    return "\n".join([f"# minified; SHA-256 of the readable source: {digest}", *parts, ""]).encode()
+    return "\n".join([f"# minified; SHA-256 of the readable source: {digest}", *lines, ""]).encode()
 
 
 def pack_script(script, out, minify, write_whole):

@@ -196,16 +196,16 @@ def kernel(x: int, BLOCK: tl.constexpr): return f"# {x!r:>{BLOCK}} 'text'"
 
 def test_minify_drops_what_nothing_reads_and_keeps_the_rest(tmp_path, capsys):
     path = tmp_path / "many.py"
-    path.write_bytes(MANY)
+    path.write_bytes(MANY + f"# {hashlib.sha512().hexdigest()}: so long that it counts".encode())
     assert told(capsys, "pack-code", path, "--minify", "-o", tmp_path / "p.py")[0] == 0
     text = artifact.readable_source(tmp_path / "p.py").decode()
-    for gone in ("Module", "Nothing", "Docstring", "comment", "schema", "total:", "->int"):
+    for gone in ("Module", "Nothing", "Docstring", "comment", "schema"):
         assert gone not in text
     assert 'class Settings:\n    """Kept."""\n    depth: int = 3  # kept, too\n' in text
     plain = ast.unparse(ast.parse(text))
-    for kept in ("name: str = ''", "def grow(self, by=1, *more, last=0.5, **rest):",
-                 "def op(x: torch.Tensor) -> torch.Tensor:", "total = by",
-                 "def kernel(x, BLOCK: tl.constexpr):", "class Empty(Exception):\n    pass"):
+    for kept in ("name: str = ''", "def op(x: torch.Tensor) -> torch.Tensor:",
+                 "def grow(self, by: int=1, *more: int, last: float=0.5, **rest: str) -> int:",
+                 "def kernel(x: int, BLOCK: tl.constexpr):", "class Empty(Exception):"):
         assert kept in plain
     assert "return f" in plain and "# {x!r:>{BLOCK}}" in plain
 
