@@ -12,7 +12,6 @@ of documents.
 
 import argparse
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ import sentencepiece
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.utils import (EntryNotFoundError, LocalEntryNotFoundError,
                                    RepositoryNotFoundError)
+from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
 from shards import (DataError, check_content, check_shard, exit_code_of, read_json, sha256_file)
@@ -128,10 +128,7 @@ def first_line(error: BaseException) -> str:
 
 def file_hash(path: Path, like: str) -> str:
     """The hash of a file of the kind of `like`: SHA-256, or Git's SHA-1 of a blob."""
-    if len(like) == 64:
-        return sha256_file(path)
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return sha256_file(path) if len(like) == 64 else git_hash(path.read_bytes())
 
 
 def vocab_size_of(variant: str) -> int:
