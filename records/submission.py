@@ -974,12 +974,9 @@ def check_improvement(sub, against):
         sub.add(sub.severity, "improvement",
                 f"{gain}; a single run has no spread, so there is no p")
         return
-    if not new_std and not old_std:
-        p = 0.0 if old - new > MARGIN_NATS else 1.0
-    else:
-        from scipy.stats import ttest_ind_from_stats
-        p = ttest_ind_from_stats(old - MARGIN_NATS, old_std, old_n, new, new_std, len(scores),
-                                 equal_var=False, alternative="greater").pvalue
+    from scipy.stats import ttest_ind_from_stats
+    p = ttest_ind_from_stats(old - MARGIN_NATS, old_std, old_n, new, new_std, len(scores),
+                             equal_var=False, alternative="greater").pvalue
     gain += f"; Welch's p = {p:.3g} for {MARGIN_NATS} or less"
     sub.verdict("improvement", [not p < MOST_P and f"{gain}, must be < {MOST_P}"], gain,
                 sub.severity)
