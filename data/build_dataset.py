@@ -42,8 +42,8 @@ import zstandard
 from tqdm import tqdm
 
 import demo_corpus
-from shards import (BOS_ID, EOS_ID, MAX_VOCAB_SIZE, PAD_ID, UNK_ID, DataError, atomic_write,
-                    exit_code_of, read_json, read_shard, sha256_file, user_path, write_shard)
+from shards import (BOS_ID, EOS_ID, MAX_VOCAB_SIZE, PAD_ID, UNK_ID, DataError, exit_code_of,
+                    read_json, read_shard, sha256_file, user_path, write_shard, write_whole)
 
 DATA_ROOT = Path(__file__).resolve().parent
 COMPRESSED_SUFFIXES = {".gz", ".xz", ".zst", ".bz2"}
@@ -688,8 +688,7 @@ def build(settings: Settings, train, val=None, source: dict | None = None, finis
         (folder / "manifest.json").write_text(content, encoding="utf-8")
         check_free(settings)  # another build may have taken the name meanwhile
         if not settings.tokenizer:
-            with atomic_write(settings.new_tokenizer) as file:
-                file.write(path.read_bytes())
+            write_whole(settings.new_tokenizer, path.read_bytes())
         publish(folder, settings.target)
     return manifest
 

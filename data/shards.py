@@ -122,6 +122,12 @@ def atomic_write(path: Path):
         raise
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write bytes so that `path` holds either its old content or all of the new."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file in hex."""
     with open(path, "rb") as file:

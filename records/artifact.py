@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / "data"))
 sys.path.append(str(ROOT / "records"))
-from shards import DataError, exit_code_of, user_path  # noqa: E402
+from shards import DataError, exit_code_of, user_path, write_whole  # noqa: E402
 from unpack import readable_source  # noqa: E402
 
 # Prose and code: literal contexts of three bits serve best; the dictionary holds the whole file.
@@ -119,7 +119,7 @@ def minified(source):
     return "\n".join([f"# minified; SHA-256 of the readable source: {digest}", *lines, ""]).encode()
 
 
-def pack_script(script, out, minify, write_whole):
+def pack_script(script, out, minify):
     """Pack a script into a file and say what that saves. Raises OSError, ValueError."""
     source = readable = readable_source(script)
     packed, said = pack_code(readable), ""
@@ -223,14 +223,14 @@ def main(argv):
                       help="weights before quantization: an artifact with 16 bits, or a state dict")
     look.add_argument("--code", type=user_path, default=ROOT / "train_gpt.py", help="the script")
     arguments = parser.parse_args(argv)
-    from train_gpt import UserError, write_whole
+    from train_gpt import UserError
 
     try:
         if arguments.command == "inspect":
             for line in inspect(arguments.artifact, arguments.float, arguments.code):
                 print(line)
         else:
-            pack_script(arguments.script, arguments.out, arguments.minify, write_whole)
+            pack_script(arguments.script, arguments.out, arguments.minify)
     except (UserError, ValueError) as problem:
         raise DataError(str(problem)) from problem
 

@@ -46,19 +46,13 @@ sys.path += [str(ROOT / "records"), str(ROOT / "data")]
 from folder import markdown_table, mean_std, number  # noqa: E402
 from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, pyplot_for_files, read_logs  # noqa: E402
 from shards import DataError as UserError  # noqa: E402
-from shards import atomic_write, exit_code_of, read_json  # noqa: E402
+from shards import atomic_write, exit_code_of, read_json, write_whole  # noqa: E402
 
 FIRST_SEEDS = (1337, 42, 2025)
 RECORD_BYTES = 16_000_000
 PLACE = ("run_id", "out_dir", "scores_path")  # they name a run and its place, not what it computes
 # Folders without results: the script as it ran, runs of other code, states of training.
 ASIDE = ("code", "earlier", "checkpoints")
-
-
-def write_whole(path, content):
-    """Write bytes so that `path` holds either its old content or all of the new."""
-    with atomic_write(path) as file:
-        file.write(content)
 
 
 # -- results ---------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ from folder import (BPB, CODE, FAIL, LOSS, MODEL, NON_RECORD, PASS, RECORD, STD,
                     number, open_submission, parsed, read_json, said, sha256, texts_of)
 from logs import (DIAGNOSTIC, NOT_OF_THE_MODEL, Log, agree, half_unit, plot_losses,  # noqa: E402
                   read_logs)
-from shards import atomic_write, exit_code_of  # noqa: E402
+from shards import exit_code_of, write_whole  # noqa: E402
 from unpack import readable_source  # noqa: E402
 
 CAP_BYTES, CAP_SECONDS, MARGIN_NATS, MOST_P = 16_000_000, 600, 0.005, 0.01
@@ -1482,8 +1482,7 @@ def index(records=HERE):
     old = re.search(r"^\|.*?(?=^(?!\|)|\Z)", text, re.M | re.S)
     new = markdown_table(["folder", "track", "val_bpb", "bytes", "what"], rows) + "\n"
     text = text[:old.start()] + new + text[old.end():] if old else text.rstrip("\n") + "\n\n" + new
-    with atomic_write(readme) as file:
-        file.write(text.encode(**UTF8))
+    write_whole(readme, text.encode(**UTF8))
     print(*(f"left out: {p}" for p in problems), f"{readme}: {len(rows)} folders", sep="\n")
     return int(bool(problems))
 
