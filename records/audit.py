@@ -38,6 +38,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import sentencepiece
@@ -666,17 +667,12 @@ class Audit:
             given = dict(model=model, forward=model, path=self.path, s=self.s, rt=self.rt,
                          tokens=tokens, byte_table=self.byte_table, opened=time.perf_counter())
             taken = inspect.signature(script.run_evaluations).parameters
-            script.ScoreLedger, script.MatchModel = Watched, WatchedMatches
-            script.BaseModel = WatchedBase
-            try:
-                with self.files:
-                    results, _ = script.run_evaluations(
-                        **{name: value for name, value in given.items() if name in taken})
-            finally:
-                script.ScoreLedger, script.MatchModel = ledger_class, match_class
-                script.BaseModel = base_class
-                for name in {"forward", *LOGITS} & vars(model).keys():
-                    delattr(model, name)
+            watched = dict(ScoreLedger=Watched, MatchModel=WatchedMatches, BaseModel=WatchedBase)
+            with mock.patch.multiple(script, create=True, **watched), self.files:
+                results, _ = script.run_evaluations(
+                    **{name: value for name, value in given.items() if name in taken})
+            for name in {"forward", *LOGITS} & vars(model).keys():
+                delattr(model, name)
         for evaluation in witness.evaluations:
             evaluation.close()
             evaluation.kept = np.array(evaluation.ledger.nll, np.float32)
