@@ -402,18 +402,16 @@ def read_logs(path, name=None):
 
 # -- pictures --------------------------------------------------------------------------------------
 
-def pyplot_for_files():
-    """Matplotlib that draws into files."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
+def subplots(down=1, across=1, size=(8, 4.5), **options):
+    """(figure, axes), to be saved as a file: needs no display, and nothing keeps it open."""
+    from matplotlib.figure import Figure
+    figure = Figure(size, layout="constrained")
+    return figure, figure.subplots(down, across, **options)
 
 
 def plot_losses(path, logs, title=None):
     """Training and validation loss of {name: log} over steps, as PNG."""
-    pyplot = pyplot_for_files()
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure, axes = subplots()
     for i, (name, log) in enumerate(logs.items()):
         kinds = ((log.curve, "-", "training"), (log.validation, "o", "validation"))
         for points, form, what in kinds:
@@ -424,5 +422,4 @@ def plot_losses(path, logs, title=None):
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False)
-    figure.savefig(path)
-    pyplot.close(figure)
+    figure.savefig(path, dpi=120)

@@ -44,7 +44,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "records"), str(ROOT / "data")]
 from folder import markdown_table, mean_std, number  # noqa: E402
-from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, pyplot_for_files, read_logs  # noqa: E402
+from logs import DIAGNOSTIC, NOT_OF_THE_MODEL, read_logs, subplots  # noqa: E402
 from shards import DataError as UserError  # noqa: E402
 from shards import atomic_write, exit_code_of, read_json, write_whole  # noqa: E402
 
@@ -1021,9 +1021,10 @@ def labels_of(several, between=" "):
     return [between.join(parts + more) if parts else "all runs" for parts in told]
 
 
-def colours(pyplot, count):
+def colours(count):
     """Ten well told apart colours while they suffice, else a scale."""
-    few, many = map(pyplot.get_cmap, ("tab10", "turbo"))
+    from matplotlib import colormaps
+    few, many = colormaps["tab10"], colormaps["turbo"]
     return [few(i) if count <= 10 else many(0.05 + 0.9 * i / (count - 1)) for i in range(count)]
 
 
@@ -1034,13 +1035,12 @@ def throughput(log):
     return step[1:][rises], log.tokens_per_step * np.diff(step)[rises] / np.diff(ms)[rises] * 1000
 
 
-def curve_figure(pyplot, title, logs, panels):
+def curve_figure(title, logs, panels):
     """Panels (x label, y label, log → x and y) with a colour per setting and a line per seed."""
     texts = labels_of_logs(logs)
     different = dict.fromkeys(texts)
-    shades = dict(zip(different, colours(pyplot, len(different))))
-    fig, axes = pyplot.subplots(len(panels), 1, figsize=(9, 3.8 * len(panels) + 1),
-                                layout="constrained", squeeze=False)
+    shades = dict(zip(different, colours(len(different))))
+    fig, axes = subplots(len(panels), size=(9, 3.8 * len(panels) + 1), squeeze=False)
     for axis, (across, upward, xy) in zip(axes[:, 0], panels):
         late = []  # after the first tenth: decides the height, or the fall before would flatten it
         for log, text in zip(logs, texts):
@@ -1061,26 +1061,26 @@ def curve_figure(pyplot, title, logs, panels):
     return fig
 
 
-def curves(pyplot, logs):
+def curves(logs):
     """{file name: figure} of what changes during training."""
-    figures = {"loss.png": curve_figure(pyplot, "Training loss", logs, [
+    figures = {"loss.png": curve_figure("Training loss", logs, [
         ("step", "nats per token", lambda log: log.curve[:, :2].T),
         ("training time, seconds", "nats per token",
          lambda log: (log.curve[:, 2] / 1000, log.curve[:, 1]))])}
     if scaled := [log for log in logs if np.isfinite(log.curve[:, 3]).any()]:
-        figures["lr_scale.png"] = curve_figure(pyplot, "Learning-rate scale", scaled, [
+        figures["lr_scale.png"] = curve_figure("Learning-rate scale", scaled, [
             ("step", "share of the full rate", lambda log: log.curve[:, [0, 3]].T)])
     if timed := [log for log in logs if log.tokens_per_step and len(throughput(log)[0])]:
-        figures["throughput.png"] = curve_figure(pyplot, "Throughput between log lines", timed, [
+        figures["throughput.png"] = curve_figure("Throughput between log lines", timed, [
             ("step", "tokens per second", throughput)])
     return figures
 
 
-def rows_figure(pyplot, rows, title, across):
+def rows_figure(rows, title, across):
     """(figure, axis) with a place for every row of the table, the first on top."""
     labels = labels_of([settings_in(row) for row in rows], "\n")
     height = max(0.6, 0.2 * (1 + labels[0].count("\n")))
-    fig, axis = pyplot.subplots(figsize=(9, 1.8 + height * len(rows)), layout="constrained")
+    fig, axis = subplots(size=(9, 1.8 + height * len(rows)))
     axis.set_yticks(range(len(rows)), labels, fontsize=8)
     axis.set(title=title, xlabel=across, ylim=(len(rows) - 0.5, -0.5))
     axis.grid(alpha=0.3)
@@ -1088,12 +1088,12 @@ def rows_figure(pyplot, rows, title, across):
     return fig, axis
 
 
-def scores(pyplot, rows):
+def scores(rows):
     """Every bpb of every setting: a point per seed, mean and standard deviation."""
     across = "bits per byte (dots: seeds; diamond and bar: their mean ± standard deviation)"
-    fig, axis = rows_figure(pyplot, rows, "Scores, best last one first", across)
+    fig, axis = rows_figure(rows, "Scores, best last one first", across)
     kinds = [name for name in rows[0] if name.endswith("_bpb") and name != "last_bpb"]
-    for i, (kind, shade) in enumerate(zip(kinds, colours(pyplot, len(kinds)))):
+    for i, (kind, shade) in enumerate(zip(kinds, colours(len(kinds)))):
         there = [(y + 0.16 * (i - (len(kinds) - 1) / 2), row[kind]) for y, row in enumerate(rows)
                  if row[kind]]
         means, stds = zip(*(mean_std(values) for _, values in there))
@@ -1106,14 +1106,13 @@ def scores(pyplot, rows):
     return fig
 
 
-def score_by_setting(pyplot, rows):
+def score_by_setting(rows):
     """The last bpb against each setting that differs; None where none does."""
     names = telling([settings_in(row) for row in rows], 9)
     if not names:
         return None
     across, down = min(3, len(names)), -(-len(names) // 3)
-    fig, axes = pyplot.subplots(down, across, figsize=(4.2 * across, 3.4 * down),
-                                layout="constrained", squeeze=False, sharey=True)
+    fig, axes = subplots(down, across, (4.2 * across, 3.4 * down), squeeze=False, sharey=True)
     for axis, name in itertools.zip_longest(axes.flat, names):
         if name is None:
             axis.axis("off")
@@ -1143,10 +1142,10 @@ def score_by_setting(pyplot, rows):
     return fig
 
 
-def sizes(pyplot, rows):
+def sizes(rows):
     """Bytes of the largest seed against the cap of a record."""
     across = "bytes, code + model of the largest seed (dashed: 16,000,000)"
-    fig, axis = rows_figure(pyplot, rows, "Size", across)
+    fig, axis = rows_figure(rows, "Size", across)
     most = [max(row["total_bytes"], default=0) for row in rows]
     bars = axis.barh(range(len(rows)), most, height=0.6,
                      color=["tab:red" if n > RECORD_BYTES else "tab:blue" for n in most])
@@ -1160,15 +1159,15 @@ def sizes(pyplot, rows):
 
 def plot(arguments, _):
     """Write the PNGs. Raises UserError where there is nothing to plot."""
-    pyplot, paths = pyplot_for_files(), runs_in(arguments.inputs)
+    paths = runs_in(arguments.inputs)
     texts = [p for p in paths if p.suffix != ".json"]
     logs = [log for _, several in read_all(texts, read_curves) for log in several]
     finished = {log.path for log in logs if log.scores}
     rows = table_rows([p for p in paths if p.suffix == ".json" or p in finished])
-    figures = curves(pyplot, logs) if logs else {}
+    figures = curves(logs) if logs else {}
     if rows:
-        figures |= {"bpb.png": scores(pyplot, rows), "bytes.png": sizes(pyplot, rows),
-                    "bpb_by_setting.png": score_by_setting(pyplot, rows)}
+        figures |= {"bpb.png": scores(rows), "bytes.png": sizes(rows),
+                    "bpb_by_setting.png": score_by_setting(rows)}
     if not figures:
         raise UserError(f"{' '.join(arguments.inputs)}: no logs and no results of runs there")
     for name, figure in figures.items():
