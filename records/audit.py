@@ -1119,19 +1119,18 @@ def arguments_of(argv):
 
 
 def main(argv, environ):
-    """Exit status: 0 nothing failed, 1 a check failed, 2 unusable input, said in words."""
-    arguments, mine = arguments_of(argv), (DataError,)
+    """Exit status: 0 nothing failed, 1 a check failed. Raises DataError on unusable input."""
+    arguments = arguments_of(argv)
+    if environ.get("WORLD_SIZE", "1") != "1":
+        raise DataError(f"WORLD_SIZE={environ['WORLD_SIZE']}: the audit is one process; "
+                        "start it without torchrun")
+    for path in (arguments.script, arguments.artifact):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+    script = load_script(arguments.script)
+    paths = (("DATA_PATH", arguments.data), ("TOKENIZER_PATH", arguments.tokenizer))
+    environ = {**environ, **{k: v for k, v in paths if v}}
     try:
-        if environ.get("WORLD_SIZE", "1") != "1":
-            raise DataError(f"WORLD_SIZE={environ['WORLD_SIZE']}: the audit is one process; "
-                           "start it without torchrun")
-        for path in (arguments.script, arguments.artifact):
-            if not path.is_file():
-                raise DataError(f"{path}: no such file")
-        script = load_script(arguments.script)
-        mine = (DataError, script.UserError, torch.OutOfMemoryError)
-        paths = (("DATA_PATH", arguments.data), ("TOKENIZER_PATH", arguments.tokenizer))
-        environ = {**environ, **{k: v for k, v in paths if v}}
         s, environ, own_chunk = settings_for(script, arguments.artifact, environ, arguments.targets)
         audit, condition, seen = Audit(script, arguments.artifact, s, environ), None, Counter()
         # sums that repeat
@@ -1145,9 +1144,8 @@ def main(argv, environ):
             first = wrong[0] if wrong and isinstance(wrong, list) else wrong or good
             print(f"  {status}  {first}", flush=True)
             seen[status] += 1
-    except mine as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    except (script.UserError, torch.OutOfMemoryError) as problem:
+        raise DataError(str(problem)) from None
     if seen["FAIL"]:
         print(f"\n{seen['FAIL']} of {seen.total()} checks failed")
         return 1

@@ -2,6 +2,7 @@
 found."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,8 @@ def run(corpus, artifact, tmp_path, capsys):
         environ = {"DEVICE": "cpu", "EVAL_ATTENTION": "window", "DATA_PATH": str(corpus.folder),
                    "TOKENIZER_PATH": str(corpus.model),
                    **{k: str(v) for k, v in variables.items()}}
-        status = audit.main([str(path), "--script", str(tmp_path / "train_gpt.py"), *flags],
-                            environ)
+        status = audit.exit_code_of(partial(audit.main, environ=environ), [
+            str(path), "--script", str(tmp_path / "train_gpt.py"), *flags])
         out, err = capsys.readouterr()
         failed, condition = {}, None
         for line in out.splitlines():
