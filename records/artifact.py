@@ -86,13 +86,9 @@ def minified(source):
     """A script's source (bytes) without comments, docstrings and needless spaces; the rest of its
     syntax tree is the same, and so is the text of a class that it looks for in its source ("class
     Settings:"). Its first line names the readable source. Raises ValueError."""
-    try:
-        import python_minifier
-    except ImportError as problem:
-        raise ValueError("--minify needs python-minifier: pip install -r records/requirements.txt"
-                         ) from problem
+    import python_minifier
     switches = signature(python_minifier.minify).parameters.values()
-    off = {switch.name: False for switch in switches if switch.default is True}
+    off = {switch.name: False for switch in switches if switch.default is True}  # renaming …
     off["remove_annotations"] = False  # a decorator or a dataclass may read them
     try:
         tree = ast.parse(source)
