@@ -41,10 +41,9 @@ ENDS_A_RUN = re.compile(r"Total submission size|^\S* ?val_loss|_exact|^seconds:|
 BLOCK_BEGINS = re.compile(r"\W*hyper.?parameters\W*$", re.I)
 BLOCK_LINE = re.compile(r"\s+(\w+)\s?[:=]\s?(.*)$")
 SETTING = re.compile(r"setting (\w+)=(.*?)(  \(set\))?$")
-# Optimizer steps over whole epochs of a text that the same line does not score: in this order. One
-# pattern with .* between them would try all pairs on a long line.
-ADAPTS = [re.compile(part, re.I)
-          for part in (r"ttt\w*?[\s:_-]", r"epochs?[\s:=]*\d+/\d", r"\bloss")]
+# Optimizer steps over whole epochs of a text that the same line does not score. What (?>…) has found
+# stays found: it does not try all pairs on a long line.
+ADAPTS = re.compile(r"(?>.*?ttt\w*?[\s:_-])(?>.*?epochs?[\s:=]*\d+/\d).*?\bloss", re.I)
 SCORES_INSIDE = re.compile(r"(?<![\w])(?:running_)?(?:bpb|bb|rb)\s?[:=]\s*\d", re.I)
 CALIBRATES = re.compile(r"^(?=.*(?:gptq|hessian))(?=.*(?:calibrat|collect))", re.I)
 CALIBRATED = re.compile(r"\bin ([\d.]+)\s?(ms|s)\b")
@@ -322,18 +321,6 @@ def read_fields(log, line):
                 log.code_sizes.append(value)
 
 
-def adapts_in(line):
-    """Whether a line tells of optimizer steps on a text that it does not score."""
-    lower, end = line.lower(), 0
-    if "epoch" not in lower or "loss" not in lower:
-        return False
-    for part in ADAPTS:
-        if not (found := part.search(line, end)):
-            return False
-        end = found.end()
-    return True
-
-
 def read_run(log, lines):
     """Fill a Log from the lines of its run."""
     block = scored_inside = False
@@ -354,7 +341,7 @@ def read_run(log, lines):
             if key and adapts and not scored_inside:
                 log.adapted.setdefault(key, adapts)
         else:
-            adapts = adapts or (line.strip() if adapts_in(line) else None)
+            adapts = adapts or (line.strip() if ADAPTS.match(line) else None)
             scored_inside = scored_inside or bool(adapts and SCORES_INSIDE.search(line))
             if "train_time" in line and (found := WORD.search(line)):
                 read_step(log, line, int((re.search(r"step:\s*(\d+)", line) or [0, 0])[1]))
