@@ -7,6 +7,7 @@ result. Its statements are read as data; only the pure functions named below are
 """
 from __future__ import annotations
 
+import argparse
 import ast
 import base64
 import bz2
@@ -376,18 +377,15 @@ def readable_source(path):
     raise ValueError(f"{path}: more than {MOST_WRAPPERS} wrappers inside one another")
 
 
-def main(arguments):
-    if {"-h", "--help"} & {*arguments}:
-        print(__doc__)
-        return 0
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", type=Path)
     try:
-        [path] = arguments
-        sys.stdout.buffer.write(readable_source(path))
-        return 0
+        sys.stdout.buffer.write(readable_source(parser.parse_args(argv).script))
     except (OSError, ValueError) as problem:
-        print(f"error: {problem}" if len(arguments) == 1 else __doc__, file=sys.stderr)
-        return 2
+        parser.exit(2, f"error: {problem}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
