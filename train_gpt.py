@@ -2898,7 +2898,8 @@ class BaseModel:
 
     def __init__(self, model, tokens, streams, s, rt):
         self.scorer = Scorer(model, tokens, s.scoring_shape, s, rt, streams=streams)
-        self.weight, self.done, self.seconds = s.ttt_base_weight, 0, 0.0
+        self.weight, self.done = s.ttt_base_weight, 0
+        self.seconds_left = 0.0  # a forecast for the segments that are left
         self.nll = np.full(len(tokens) - 1, np.nan, np.float32)
 
     def reach(self, targets):
@@ -2907,11 +2908,8 @@ class BaseModel:
             started, (begin, end) = time.perf_counter(), self.scorer.chunks[self.done]
             segments = self.scorer.first[begin:end], self.scorer.last[begin:end]
             self.nll[joined(*segments)[1]] = self.scorer.score(begin, end)
-            self.done, self.seconds = self.done + 1, time.perf_counter() - started
-
-    def seconds_left(self):
-        """A forecast for the segments that are left."""
-        return self.seconds * (len(self.scorer.chunks) - self.done)
+            self.done, seconds = self.done + 1, time.perf_counter() - started
+            self.seconds_left = seconds * (len(self.scorer.chunks) - self.done)
 
     def mixed(self, targets, nll):
         """The nll of these targets after mixing."""
@@ -3054,7 +3052,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=No
         scoring.append((time.perf_counter() - before) / (end - begin))
         if ttt and c + 1 < len(chunks):
             rest = statistics.median(scoring[-9:]) * (windows - end)
-            rest += base.seconds_left() if base else 0.0
+            rest += base.seconds_left if base else 0.0
             span = int(first[0]), int(last[-1])
             ttt.adapt(ledger, span, c, len(chunks), deadline - time.perf_counter() - rest)
     rt.synchronize()
