@@ -3434,13 +3434,10 @@ class Trainer:
         signal, with the state saved."""
         s, rt, saved_at, clock = self.s, self.rt, self.elapsed, StepClock(self.rt, self.elapsed)
         rt.log(f"startup:{time.perf_counter() - LAUNCHED:.1f}s from launch to the first step")
-        # Of the last checkpoint: none is begun that would pass the cap if it took as long. The time
-        # of the first one is not known.
-        save_ms = 0.0
+        save_ms = 0.0  # of the last checkpoint; none is begun that would pass the cap if as slow
         while True:
             due = self.elapsed - saved_at >= 1000 * s.checkpoint_every_seconds > 0
-            if clock.interrupted or (due and not self.over() and not out_of_time(
-                    self.scheduled, self.step, self.elapsed, save_ms)):
+            if clock.interrupted or (due and not self.over(least_ms=save_ms)):
                 before, problem = self.elapsed, self.checkpoints.save(self)
                 if clock.interrupted:
                     raise KeyboardInterrupt(f"interrupted at step {self.step}; " + (
@@ -3476,10 +3473,11 @@ class Trainer:
         rt.log(f"{'ema' if 'EMA' in applied else 'average'}:applying "
                f"{applied or 'no average, but the last'} weights")
 
-    def over(self, steps=1):
-        """Is training over, because ITERATIONS are done or so many `steps` no longer fit?"""
+    def over(self, steps=1, least_ms=0.0):
+        """Is training over, because ITERATIONS are done or so many `steps`, each of at least
+        `least_ms`, no longer fit?"""
         return self.step >= self.s.iterations > 0 or out_of_time(
-            self.scheduled, self.step, self.elapsed, self.step_ms, steps)
+            self.scheduled, self.step, self.elapsed, max(self.step_ms, least_ms), steps)
 
     def train_step(self, rows):
         """One step. Returns (mean nll of this rank's tokens, norm of all gradients, lr_scale)."""
