@@ -3355,13 +3355,12 @@ class Checkpoints:
         """With RESUME=auto load the newest whole state. Raises UserError if its key differs."""
         found = sorted(self.folder.glob(self.NAMES), reverse=True) if self.resuming else ()
         for path in found:
-            with explained(f"RESUME=auto: {path} cannot be read", "move it away"):
-                content = path.read_bytes()
-            if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-                self.rt.log(f"resume:{path} is damaged and left out")
-                continue
             with explained(f"RESUME=auto: {path} is no state of this run",
                            "move it away, or set another OUT_DIR", kinds=Exception):
+                content = path.read_bytes()
+                if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+                    self.rt.log(f"resume:{path} is damaged and left out")
+                    continue
                 state = torch.load(io.BytesIO(content[:-32]), map_location=self.rt.device,
                                    weights_only=True)
                 other = [f"{name.upper()}={state['key'].get(name)}, not {value}"
