@@ -3316,7 +3316,7 @@ class Checkpoints:
     AVERAGES = ("ema", "swa", "snapshots")  # of its averages
 
     def __init__(self, s, rt, stream):
-        self.resuming, self.rt, self.kept = bool(s.resume), rt, []
+        self.rt, self.kept = rt, []
         self.folder = Path(s.out_dir).expanduser() / "checkpoints"
         data = [[p.name, len(t), hashlib.sha256(t[: 1 << 16].tobytes()).hexdigest()]
                 for p, t in zip(stream.paths, stream.shards)]
@@ -3352,9 +3352,8 @@ class Checkpoints:
         return self.rt.from_rank0(problem)
 
     def resume(self, trainer):
-        """With RESUME=auto load the newest whole state. Raises UserError if its key differs."""
-        found = sorted(self.folder.glob(self.NAMES), reverse=True) if self.resuming else ()
-        for path in found:
+        """Load the newest whole state. Raises UserError if its key differs."""
+        for path in sorted(self.folder.glob(self.NAMES), reverse=True):
             with explained(f"RESUME=auto: {path} is no state of this run",
                            "move it away, or set another OUT_DIR", kinds=Exception):
                 content = path.read_bytes()
@@ -3379,8 +3378,7 @@ class Checkpoints:
             self.kept = [path]
             self.rt.log(f"resume:step {trainer.step} train_time:{trainer.elapsed:.0f}ms")
             return
-        if self.resuming:
-            self.rt.log("resume:no checkpoint, from the beginning")
+        self.rt.log("resume:no checkpoint, from the beginning")
 
     def export(self, trained, results):
         """Store the facts of training, with the artifact's hash: a resumed run skips it."""
@@ -3389,11 +3387,11 @@ class Checkpoints:
                 key=self.key, trained=trained, results=results))
 
     def exported(self, path):
-        """What `export` stored of the artifact at `path`, with RESUME=auto; or None."""
+        """What `export` stored of the artifact at `path`, or None."""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             note = json.loads((self.folder / "exported.json").read_bytes())
-            made = note["key"], note["trained"]["artifact_sha256"]
-            if self.resuming and made == (self.key, hashlib.sha256(path.read_bytes()).hexdigest()):
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            if (note["key"], note["trained"]["artifact_sha256"]) == (self.key, sha256):
                 return note["trained"], note["results"]
         return None
 
@@ -3728,7 +3726,7 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     rt.log(f"contamination:{repeated} of {documents} sampled training documents begin like "
            "documents of the validation set" + "; no token there is BOS=1" * (not documents))
     checkpoints = Checkpoints(s, rt, stream)
-    if stored := rt.from_rank0(checkpoints.exported(path)):
+    if stored := rt.from_rank0(s.resume and checkpoints.exported(path)):
         rt.log(f"resume:{path} is finished, on to its evaluation")
         return stored
 
@@ -3739,7 +3737,8 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     rt.training = True
     trainer = Trainer(model, forward, s, rt, checkpoints)
     trainer.warm_up()
-    checkpoints.resume(trainer)
+    if s.resume:
+        checkpoints.resume(trainer)
     with contextlib.closing(
             batches_of(stream, rt, trainer.rows_per_step, trainer.step)) as reader:
         batches = itertools.chain([next(reader)], reader)  # the first is read before the clock
