@@ -3152,14 +3152,13 @@ class WeightTTT:
                         f"time={time.perf_counter() - self.started:.1f}s")
 
     def _backward(self, batch):
-        """This rank's part of the gradients of the batch's mean nll. Compiled micro-batches have
-        one shape: a shorter one is padded, and its padding is ignored."""
+        """This rank's part of the gradients of the batch's mean nll, in micro-batches of one
+        shape: a short one repeats a row, whose second nll is ignored."""
         begin, end = self.rt.part(len(batch))
-        mine = batch[begin:end].to(self.rt.device)
-        for rows in mine.split(self.micro_rows) if len(mine) else ():
-            missing = self.micro_rows - len(rows) if self.rt.compile else 0
-            x = torch.cat((rows, rows[:1].expand(missing, -1)))
-            nll = self.forward(x[:, :-1], x[:, 1:])[: len(rows)]
+        for at in range(begin, end, self.micro_rows):
+            rows = torch.arange(at, at + self.micro_rows).clamp(max=end - 1)
+            x = batch[rows].to(self.rt.device)
+            nll = self.forward(x[:, :-1], x[:, 1:])[: end - at]
             (nll.sum() / batch[:, 1:].numel()).backward()
 
 
