@@ -3209,8 +3209,7 @@ class LoraTTT:
         return dict(streams=max(1, streams))
 
     def begin(self, scorer):
-        """Make the adapters of this rank's n streams, [n, P], a row for each, and the state of
-        their optimizer. A rank without a stream holds one row: scoring and the step need one."""
+        """Make the adapters of this rank's n streams, [n, P], and their optimizer's state."""
         self.scorer, self.started = scorer, time.perf_counter()
         self.low, self.high = self.rt.part(scorer.streams)
         self.length = min(scorer.length, self.s.context // 2 + scorer.stride)  # of training rows
@@ -3219,9 +3218,9 @@ class LoraTTT:
             uniform = 2 * torch.rand(self.s.ttt_lora_rank * D, generator=generator) - 1
             parts += [uniform / math.sqrt(D), torch.zeros(R * self.s.ttt_lora_rank)]
         self.initial = torch.cat(parts).to(self.rt.device)
-        held = max(1, self.high - self.low)
-        most = max(1, scorer.batch * scorer.length // self.length)
-        self.batch = -(-held // -(-held // most))  # equal batches
+        held, most = self.high - self.low, scorer.batch * scorer.length // self.length
+        batches = -(-held // most) or 1  # a rank may have no stream
+        self.batch = -(-held // batches) or 1
         self.params = self.initial.repeat(held, 1).requires_grad_()
         self.squares = torch.zeros_like(self.params)
         self.steps = torch.zeros(held, 1, device=self.rt.device)
@@ -3238,9 +3237,8 @@ class LoraTTT:
         """Compile for the one shape of a batch, on the scorer's tokens and random ones."""
         self.begin(scorer)
         scorer.score(*scorer.chunks[0], more_of=self.arguments)
-        streams = self.high - self.low
-        rows = torch.randint(self.s.vocab_size, (streams, self.length + 1))
-        self._backward(rows, torch.ones(streams, scorer.stride))
+        rows = torch.randint(self.s.vocab_size, (len(self.params), self.length + 1))
+        self._backward(rows, torch.ones(len(rows), scorer.stride))
         self._step(self.steps < 0)  # no stream is active
 
     def adapt(self, ledger, span, chunk, chunks, left=math.inf):
@@ -3253,7 +3251,7 @@ class LoraTTT:
         skip = rt.any_rank(skip and rt.rank == 0)  # rank 0's clock decides
         scored = (chunk + 1) * scorer.stride > length
         self.skipped += skip
-        if scored and len(last):  # earlier rows would begin in another stream's unscored targets
+        if scored:  # earlier rows would begin in another stream's unscored targets
             rows = ledger.rows_for_adapting(last - length, length)
             new = torch.arange(scorer.stride, 0, -1) <= torch.from_numpy(last - first)[:, None]
             ends = new & (rows[:, -scorer.stride:] == BOS)
@@ -3264,11 +3262,9 @@ class LoraTTT:
                 self.squares[ended], self.steps[ended] = 0, 0
             if not skip:
                 self._backward(rows, new / new.sum(1, keepdim=True).clamp(min=1))
-        if scored and not skip:
-            active = new.any(1, keepdim=True).to(rt.device) if len(last) else self.steps < 0
-            self._step(active)
-            rt.synchronize()
-            self.step_seconds.append(time.perf_counter() - started)
+                self._step(new.any(1, keepdim=True).to(rt.device))
+                rt.synchronize()
+                self.step_seconds.append(time.perf_counter() - started)
         if chunk % max(1, chunks // 10) == 0 or chunk + 2 == chunks:
             rt.log(f"  ttt_lora [{chunk + 1}/{chunks}] streams={scorer.streams} val_loss="
                    f"{ledger.total / ledger.scored:.6f} lr={self.lr.median():.2e} late="
@@ -3291,12 +3287,11 @@ class LoraTTT:
         p, uphill = self.params.detach(), torch.zeros_like(self.lr)
         mine = slice(self.low, self.high)
         grad = torch.zeros_like(p) if self.params.grad is None else self.params.grad
-        uphill[mine] = self.uphill(p, self.initial, grad)[: self.high - self.low]
+        uphill[mine] = self.uphill(p, self.initial, grad)
         change = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # a time for each step so far
         self.lr *= torch.exp(-change * self.rt.sum_(uphill).cumsum(0).sign())
         self.steps += active_N1
-        rates = F.pad(self.lr[mine], (0, len(p) - self.high + self.low))[:, None] * active_N1
-        self.descend(p, grad, self.squares, self.steps, rates, active_N1)
+        self.descend(p, grad, self.squares, self.steps, self.lr[mine, None] * active_N1, active_N1)
         self.params.grad = None
 
 
