@@ -2101,10 +2101,9 @@ class WeightAverage:
     behind (nanogpt speedrun, track 3; −0.0012 to −0.0019 at 400 steps of 4 × 128, six runs)."""
 
     def __init__(self, model, s):
-        self.s, self.params = s, list(model.parameters())
+        self.s, self.params = s, [p.detach() for p in model.parameters()]
         self.ema, self.swa, self.snapshots = None, None, 0
 
-    @torch.no_grad()
     def update(self, step, left):
         """After step `step`, from 1; `left`: of the warmdown. True at SWA's first snapshot."""
         params, d = self.params, self.s.ema_decay
@@ -2119,7 +2118,6 @@ class WeightAverage:
             return self.snapshots == 1
         return False
 
-    @torch.no_grad()
     def apply(self):
         """Give the model its averaged weights; returns "EMA", "SWA", "EMA and SWA", or ""."""
         averages = {"EMA": self.ema, "SWA": self.swa}
