@@ -2739,9 +2739,8 @@ def check_shapes(expected, tensors, path):
 def load_quantized(model, tensors, path):
     """Give `model` the artifact's weights: every parameter, no other name, no other shape."""
     check_shapes({name: tuple(p.shape) for name, p in model.named_parameters()}, tensors, path)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(tensors[name].weights())
+    for name, p in model.named_parameters():
+        p.data.copy_(tensors[name].weights())
 
 
 def size_forecast(s):
@@ -3255,9 +3254,8 @@ class LoraTTT:
             ends = new & (rows[:, -scorer.stride:] == BOS)
             new &= ends.flip(1).cumsum(1).flip(1) == 0  # what follows the last BOS is trained on
             ended = ends.any(1)
-            with torch.no_grad():
-                self.params[ended] = self.initial
-                self.squares[ended], self.steps[ended] = 0, 0
+            self.params.data[ended] = self.initial
+            self.squares[ended], self.steps[ended] = 0, 0
             if not skip:
                 self._backward(rows, new / new.sum(1, keepdim=True).clamp(min=1))
                 self._step(new.any(1, keepdim=True).to(rt.device))
@@ -3279,7 +3277,6 @@ class LoraTTT:
                                     **self.arguments(stream + self.low))
             (nll * w)[: len(rows) - begin].sum().backward()
 
-    @torch.no_grad()
     def _step(self, active_N1):
         """Update the rates of all streams; then one step of AdamW for the `active` streams."""
         p, uphill = self.params.detach(), torch.zeros_like(self.lr)
