@@ -3093,8 +3093,7 @@ class WeightTTT:
         self.optimizers = Optimizers([make(params, factor * s.ttt_lr, 0.0, tuned, rt)
                                       for factor, params in groups.items()], 1.0, rt)
         rows = min(s.ttt_batch_seqs, s.ttt_chunk_tokens // s.train_seq_len)
-        self.micro_rows = max(1, min(-(-rows // rt.world_size),
-                                     s.micro_batch_tokens // s.train_seq_len))
+        self.micro_rows = min(-(-rows // rt.world_size), s.micro_batch_tokens // s.train_seq_len)
 
     def scorer_options(self, targets):
         """The Scorer's option: what it scores between two calls of adapt()."""
@@ -3126,9 +3125,9 @@ class WeightTTT:
         if self.step_seconds:
             epoch = max(statistics.median(self.step_seconds[-9:]) * len(batches), 1e-9)
             affordable = max(left / (chunks - 1 - chunk) / epoch, min(1.0, left / epoch))
-            epochs = max(0, min(epochs, int(min(affordable, 1e9))))
+            epochs = int(max(0, min(epochs, affordable)))
         epochs = self.rt.from_rank0(epochs if left > 0 else 0)
-        across = 0.5 * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
+        across = 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
         steps = len(batches) * epochs
         started = time.perf_counter()
         for k in range(steps):
