@@ -2829,20 +2829,13 @@ def joined(first, last):
     return n, np.arange(len(n)) + (first - np.cumsum(counts) + counts)[n]
 
 
-def chunk_plan(first, chunk):
-    """Ranges of windows [(begin, end)]: the first targets of a range lie in the same stretch of
-    `chunk` targets."""
-    borders = [0, *(np.flatnonzero(np.diff(first // chunk)) + 1).tolist(), len(first)]
-    return list(zip(borders, borders[1:]))
-
-
 class Scorer:
     """Scores the validation tokens in windows, split over ranks in batches of one fixed shape.
 
     shape = (length, stride, band): a window reads `length` tokens and scores `stride` of them, the
     last ones except where the text begins. With a band, each query attends to the last `band` keys.
-    `chunks` are the ranges of windows scored between two calls of adapt(): chunk_tokens targets, or
-    with streams (see window_plan) one window of each stream."""
+    `chunks` are the ranges of windows scored between two calls of adapt(): those that begin to
+    score in a stretch of chunk_tokens targets, or with streams (see window_plan) one of each."""
 
     def __init__(self, model, tokens, shape, s, rt, chunk_tokens=1 << 22, streams=0):
         (length, stride, band), targets = shape, len(tokens) - 1
@@ -2851,8 +2844,9 @@ class Scorer:
         self.model = functools.partial(model, band=band)
         self.start, self.first, self.last = window_plan(
             targets, self.length, self.stride, streams or 1)
-        self.chunks = ([(n, n + streams) for n in range(0, len(self.first), streams)] if streams
-                       else chunk_plan(self.first, chunk_tokens))
+        turn = np.arange(len(self.first)) // streams if streams else self.first // chunk_tokens
+        borders = [0, *(np.flatnonzero(np.diff(turn)) + 1).tolist(), len(turn)]
+        self.chunks = list(zip(borders, borders[1:]))
         self.tokens = tokens.astype(np.int64, copy=False)
         most = max(-(-(end - begin) // rt.world_size) for begin, end in self.chunks)
         held = -(-s.eval_batch_seqs * s.context // self.length)  # most windows at once

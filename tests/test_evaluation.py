@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 import train_gpt
 from conftest import environment, on_ranks
-from train_gpt import LedgerError, ScoreLedger, chunk_plan, window_plan
+from train_gpt import LedgerError, ScoreLedger, window_plan
 
 sdpa = train_gpt.attention_of(train_gpt.attention_kernel("sdpa"))
 
@@ -25,6 +25,13 @@ def plans(draw):
     """(targets, length, stride) with targets ≥ length ≥ stride."""
     length = draw(st.integers(1, 60))
     return draw(st.integers(length, 700)), length, draw(st.integers(1, length))
+
+
+def chunks_of(targets, length, stride, chunk_tokens):
+    """The ranges of windows that a Scorer scores between two adaptations."""
+    s, tokens = train_gpt.Settings(device="cpu"), np.zeros(targets + 1, np.uint16)
+    rt = train_gpt.Runtime(s)
+    return train_gpt.Scorer(print, tokens, (length, stride, 0), s, rt, chunk_tokens).chunks
 
 
 @settings(max_examples=100)
@@ -39,7 +46,7 @@ def test_every_target_is_in_one_window_and_every_window_in_one_chunk(plan, chunk
         times[first:last] += 1
     assert (times == 1).all() and (np.diff(firsts) > 0).all()
     assert len(starts) == math.ceil(targets / stride)
-    chunks = chunk_plan(firsts, chunk)
+    chunks = chunks_of(*plan, chunk)
     assert [w for begin, end in chunks for w in range(begin, end)] == list(range(len(firsts)))
     stretches = [{int(f) // chunk for f in firsts[begin:end]} for begin, end in chunks]
     assert all(len(s) == 1 for s in stretches) and len(set.union(*stretches)) == len(chunks)
@@ -100,7 +107,7 @@ def test_every_target_gets_its_own_score_and_all_but_the_last_chunk_are_trained_
     result, book = train_gpt.evaluate(model, tokens, table, s, rt, "test", plan, onlooker)
     assert (book.nll == tokens[1:]).all()
     length = min(prefix + segment, targets)
-    count = len(chunk_plan(window_plan(targets, length, segment)[1], segment + chunk))
+    count = len(chunks_of(targets, length, min(segment, targets), segment + chunk))
     ends = [last for _, last, *_ in onlooker.given]
     assert [first for first, *_ in onlooker.given] == [0, *ends[:-1]][:len(ends)]
     assert all(end < targets for end in ends)

@@ -13,9 +13,8 @@ from test_evaluation import BANDED, Clock, run, slow_ttt, world
 
 def chunks_of(w):
     """How many chunks the plan makes; an epoch of each is one step."""
-    targets = len(w.tokens) - 1
-    return len(train_gpt.chunk_plan(train_gpt.window_plan(targets, *w.s.scoring_shape[:2])[1],
-                                    w.s.ttt_chunk_tokens))
+    return len(train_gpt.Scorer(w.model, w.tokens, w.s.scoring_shape, w.s, w.rt,
+                                w.s.ttt_chunk_tokens).chunks)
 
 
 def timed(tiny, seconds, pass_seconds=0.0, **variables):
