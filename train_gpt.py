@@ -3492,10 +3492,9 @@ class Trainer:
             p.data.copy_(self.int6(w))
         for micro in rows.split(self.micro_rows):
             x, y = micro[:, :-1].long(), micro[:, 1:].long()
-            nll = self.forward(x, y, late=late, segment=segment)
-            nll = nll.sum() / self.s.train_batch_tokens
-            nll.backward()
-            loss += nll.detach()
+            part = self.forward(x, y, late=late, segment=segment).sum() / self.s.train_batch_tokens
+            part.backward()
+            loss += part.detach()
         for p, w in zip(self.matrices, exact):
             p.data.copy_(w)
         return loss * self.rt.world_size, self.optimizers.step(scale, momentum)
