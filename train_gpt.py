@@ -3309,9 +3309,8 @@ class Checkpoints:
     def save(self, trainer):
         """Write the state; remove all but this run's last two. A collective of all ranks. Returns
         "", or why it could not be written. Raises UserError where a weight is not finite."""
-        averages = {name: getattr(trainer.averages, name) for name in self.AVERAGES}
         state = dict({name: getattr(trainer, name) for name in self.CARRIED}, key=self.key,
-                     averages=averages,
+                     averages={name: getattr(trainer.averages, name) for name in self.AVERAGES},
                      optimizers=[group.state() for group in trainer.optimizers.groups],
                      model=[p.detach() for p in trainer.model.parameters()])
         if not all(torch.isfinite(p).all() for p in state["model"]):
