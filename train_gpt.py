@@ -2213,16 +2213,15 @@ def compensation(hessian_CC, s):
     hessian = hessian_CC.double()[order][:, order]
     diagonal, damp = hessian.diagonal(), 0.01 * hessian.diagonal().mean()  # diagonal is a view
     diagonal += diagonal == 0  # inputs that are always 0
-    while True:
+    failed = True
+    while failed:  # not positive definite: few calibration rows
         diagonal += damp
-        try:
-            factor = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1).mT  # Vᵀ
-            pivots = factor.diagonal()
-            return order, (factor / pivots[:, None]).float(), pivots.square().float()
-        except torch.linalg.LinAlgError:  # not positive definite: few calibration rows
-            damp *= 10
-            if not torch.isfinite(damp):
-                raise
+        factor, failed = torch.linalg.cholesky_ex(
+            hessian.flip(0, 1), check_errors=not torch.isfinite(damp))
+        damp *= 10
+    factor = factor.flip(0, 1).mT  # Vᵀ
+    pivots = factor.diagonal()
+    return order, (factor / pivots[:, None]).float(), pivots.square().float()
 
 
 # Trellis-coded quantization (Marcellin, Fischer 1990). Let u_j = (code_j + u_{j−4}) mod 2, and 0
