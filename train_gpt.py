@@ -3311,7 +3311,7 @@ class Checkpoints:
         state = dict({name: getattr(trainer, name) for name in self.CARRIED}, key=self.key,
                      averages={name: getattr(trainer.averages, name) for name in self.AVERAGES},
                      optimizers=[group.state() for group in trainer.optimizers.groups],
-                     model=[p.detach() for p in trainer.model.parameters()])
+                     model=trainer.weights)
         if not all(torch.isfinite(p).all() for p in state["model"]):
             raise diverged(f"step {trainer.step}: weights are not finite", trainer.s)
         path, problem = self.folder / f"step_{trainer.step:07d}.pt", ""
@@ -3349,8 +3349,7 @@ class Checkpoints:
                                             strict=True):
                         group.load(saved)
                     vars(trainer.averages).update(state["averages"])
-                    for p, saved in zip(trainer.model.parameters(), state["model"], strict=True):
-                        p.data.copy_(saved)
+                    torch._foreach_copy_(trainer.weights, state["model"])
                     vars(trainer).update({name: state[name] for name in self.CARRIED})
             if other:
                 raise UserError(f"RESUME=auto: {path} was made with {'; '.join(other)}: set these, "
@@ -3390,6 +3389,7 @@ class Trainer:
         self.calibration_rows = min(self.micro_rows, 8)
         self.optimizers = training_optimizers(model, s, rt)
         self.averages = WeightAverage(model, s)
+        self.weights = [p.detach() for p in model.parameters()]
         self.int6 = rt.compiled(int6)
         self.matrices = [p for name, p in model.named_parameters()  # those that QAT rounds
                          if kind_of(name).kind in ("attn", "mlp") and bits_of(name, s) < 16]
@@ -3524,7 +3524,7 @@ class Trainer:
         """Run every compiled variant on random tokens, unless WARMUP_STEPS=0; then restore weights
         and optimizers. No compilation is timed. Sets the time to keep for calibration."""
         s, rt = self.s, self.rt
-        kept = [p.detach().clone() for p in self.model.parameters()]
+        kept = [w.clone() for w in self.weights]
         rows = torch.randint(  # of the type of batches_of: compiled code depends on strides
             s.vocab_size, (self.rows_per_step // rt.world_size, s.train_seq_len + 1),
             dtype=torch.int32, device=rt.device)
@@ -3540,8 +3540,7 @@ class Trainer:
         if s.gptq and s.max_wallclock_seconds:
             cap = s.max_wallclock_seconds
             self.scheduled = replace(s, max_wallclock_seconds=cap - self.measured_reserve(rows))
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.model.parameters()), kept)
+        torch._foreach_copy_(self.weights, kept)
         self.optimizers = training_optimizers(self.model, s, rt)
         if rt.compile:
             counted = torch._dynamo.utils.counters
