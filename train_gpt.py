@@ -287,9 +287,9 @@ class Settings:
     # LoRA per document: −0.002 to −0.004 (#1530). Weights per chunk: −0.0021 to −0.0033 (#549).
     ttt_lora_rank: Count = 64  # rank of the adapters, reset at each document; 0: train the weights,
         # chunk by chunk. TTT_OPTIMIZER and the settings below it imply 0, unless this is set too.
-    # With guesses: −0.0029 (4 × 128), −0.0036 (demo), −0.0145 (a strong model of 135 M weights).
+    # With guesses: −0.0032 (4 × 128), −0.0038 (demo), −0.0012 (a strong model of 135 M weights).
     ttt_base_weight: Annotated[float, 0.0, 0.99] = 0.3  # part of TTT's probability that the base
-        # model (without adapters) gives, where EVAL_ATTENTION=banded; 0: none
+        # model (without adapters) gives; 0: none
     ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
     ttt_batch_seqs: Positive = 256  # rows per TTT step, or streams of adapters, over all ranks
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices only
@@ -320,10 +320,14 @@ class Settings:
 
     @property
     def ttt_shape(self):
-        """The scoring_shape of TTT; adapters score EVAL_STRIDE targets at a time."""
+        """The scoring_shape of TTT. Adapters score EVAL_STRIDE targets at a time. Their windows have
+        no band, since many models need the first token of a row (Xiao et al. 2023)."""
         if not self.ttt_lora_rank or not self.scoring_shape[2]:
             return self.scoring_shape
-        return self.context + self.eval_stride, self.eval_stride, self.context
+        return self.context + self.eval_stride, self.eval_stride, 0
+
+    # Of the base model beside adapters: it scores the second halves of windows.
+    base_shape = property(lambda s: (s.context, -(-s.context // 2), 0))
 
     @property
     def late_order(self):
@@ -406,7 +410,7 @@ PRESETS["pr1855"] = dict(
     quant_fit="scale", quant_clip="std", attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=16,
     mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0, gptq_act_order=1,
     gptq_batches=2, eval_attention="window", eval_stride=48, eval_match=0, ttt_lora_rank=80,
-    ttt_lr=1.8e-4)
+    ttt_base_weight=0.0, ttt_lr=1.8e-4)
 PRESETS["pr1493"] = dict(
     PRESETS["pr1855"], doc_attention=0, parallel="one", parallel_from=7, smear_gate="0",
     gated_attention="0", muon_coefficients="classic", qk_gain_init=5.25, matrix_lr=0.022,
@@ -2883,21 +2887,22 @@ class BaseModel:
     """Mixes the base model (the model without adapters, p₀) into the one with them, p: their
     distribution is w·p₀ + (1 − w)·p, with a fixed weight w.
 
-    p₀ needs few passes, in segments as for banded scoring. A stream's next segment is scored when
-    its adapters come to it. Each target's p₀ sees the text before it alone, as its p does."""
+    p₀ needs few passes: it scores half a window at once, behind the other half. A stream's next
+    targets are scored when its adapters come to them. Each p₀ sees the text before its target
+    alone, as p does."""
 
     def __init__(self, model, tokens, streams, s, rt):
-        self.scorer = Scorer(model, tokens, s.scoring_shape, s, rt, streams=streams)
+        self.scorer = Scorer(model, tokens, s.base_shape, s, rt, streams=streams)
         self.weight, self.done = s.ttt_base_weight, 0
-        self.seconds_left = 0.0  # a forecast for the segments that are left
+        self.seconds_left = 0.0  # a forecast for the windows that are left
         self.nll = np.full(len(tokens) - 1, np.nan, np.float32)
 
     def reach(self, targets):
-        """Score the next segments, until these targets have scores."""
+        """Score the next windows, until these targets have scores."""
         while np.isnan(self.nll[targets]).any() and self.done < len(self.scorer.chunks):
             started, (begin, end) = time.perf_counter(), self.scorer.chunks[self.done]
-            segments = self.scorer.first[begin:end], self.scorer.last[begin:end]
-            self.nll[joined(*segments)[1]] = self.scorer.score(begin, end)
+            windows = self.scorer.first[begin:end], self.scorer.last[begin:end]
+            self.nll[joined(*windows)[1]] = self.scorer.score(begin, end)
             self.done, seconds = self.done + 1, time.perf_counter() - started
             self.seconds_left = seconds * (len(self.scorer.chunks) - self.done)
 
@@ -2909,7 +2914,7 @@ class BaseModel:
 
 def base_model(model, scorer, s, rt):
     """The BaseModel for what `scorer` scores, or None where the settings mix none in."""
-    if scorer.streams and s.ttt_base_weight and s.scoring_shape[2]:
+    if scorer.streams and s.ttt_base_weight:
         return BaseModel(model, scorer.tokens, scorer.streams, s, rt)
 
 

@@ -198,7 +198,7 @@ SCORE = "        before = time.perf_counter()\n"
 RECORD = "        ledger.record(targets, scores)\n"
 REACH = "            base.reach(targets)\n"
 BLENDED = "            scores = base.mixed(targets, scores)\n"
-SEGMENT = "            self.nll[joined(*segments)[1]] = self.scorer.score(begin, end)\n"
+SEGMENT = "            self.nll[joined(*windows)[1]] = self.scorer.score(begin, end)\n"
 RECORDED = "        scoring.append((time.perf_counter() - before) / (end - begin))\n"
 LOOP_END = ("    rt.synchronize()\n    seconds = time.perf_counter() - started\n"
             "    if match:\n")

@@ -636,10 +636,8 @@ def lora_reference(w, initial):
                        adapters=torch.cat([x.flatten(1) for x in weights], 1))[0]
 
     def mixed(nll):
-        """With the base model, by segments of each stream."""
-        wide, new, band = s.scoring_shape
-        if not band:
-            return nll
+        """With the base model, by windows of each stream."""
+        wide, new, band = s.base_shape
         base = np.full(targets, np.nan)
         with torch.no_grad():
             for begin, end in zip([0, *ends], ends):
@@ -686,7 +684,7 @@ def lora_reference(w, initial):
 LORA_CASES = {
     "one stream": dict(LANES, TTT_BATCH_SEQS=1, VAL_LIMIT_TOKENS=192, TTT_LR=0.003),
     "banded": dict(BANDED_LANES, TTT_BASE_WEIGHT=0),
-    "banded, mixed": dict(BANDED_LANES, TTT_BASE_WEIGHT=0.4),
+    "mixed": dict(BANDED_LANES, TTT_BASE_WEIGHT=0.4),
     # With documents some gradients are zero but for rounding, which AdamW makes whole steps of.
     "few rows a pass": dict(LANES, DOC_ATTENTION=0, EVAL_BATCH_SEQS=2, EVAL_SEQ_LEN=5,
                             EVAL_STRIDE=3, TTT_LR=0.003)}
@@ -707,7 +705,7 @@ def test_adapters_by_document_equal_the_slow_reference(tiny, variables):
     assert all(b.abs().max() > w.s.ttt_lr for _, b in w.model.adapter_pairs(ttt.params)), "steps"
 
 
-def test_the_base_model_scores_a_segment_when_its_stream_comes_to_it(tiny, monkeypatch):
+def test_the_base_model_scores_a_window_when_its_stream_comes_to_it(tiny, monkeypatch):
     """A pass of its rows takes a second here, and adapters are told the seconds that are left for
     them. What it reads is counted."""
     w, rows, left = world(tiny, **BANDED_LANES, VAL_LIMIT_TOKENS=352, TTT_BATCH_SEQS=1), [], []
@@ -724,11 +722,11 @@ def test_the_base_model_scores_a_segment_when_its_stream_comes_to_it(tiny, monke
         monkeypatch.setattr(w.model, "forward", watched)
         monkeypatch.setattr(ttt, "adapt", adapt)
         result, _ = run(w, ttt=ttt)
-    segments = -(-352 // 8)  # two windows of four tokens each, after a prefix of one
-    assert len(rows) == segments and [n for _, n, _ in left] == [-(-t // 8) for t, _, _ in left]
+    windows = 352 // 2  # of four tokens, two of them scored
+    assert len(rows) == windows and [n for _, n, _ in left] == [-(-t // 2) for t, _, _ in left]
     limit = 0.98 * w.s.eval_wallclock_seconds
-    assert [end for _, _, end in left] == [limit - (segments - n) for _, n, _ in left]
-    assert result["tokens_read"] == segments * 12 + 352 // 4 * 8
+    assert [end for _, _, end in left] == [limit - (windows - n) for _, n, _ in left]
+    assert result["tokens_read"] == windows * 4 + 352 // 4 * 8
 
 
 def test_adapting_to_documents_that_repeat_their_own_words_helps(tiny):

@@ -85,7 +85,7 @@ def test_adapters_with_every_tenth_step_late_end_in_time(tiny, step, share):
     """128 passes of 0.2 s and 124 steps, some half a second late, in 60 s; a step of 100 s is the
     only one and hinders no scoring."""
     w, result, book = timed(tiny, lambda n: step + 0.5 * (n % 10 == 9), 0.2, TTT_LORA_RANK=2,
-                            TTT_BATCH_SEQS=1, EVAL_WALLCLOCK_SECONDS=60)
+                            TTT_BASE_WEIGHT=0, TTT_BATCH_SEQS=1, EVAL_WALLCLOCK_SECONDS=60)
     assert w.clock.now <= max(60, step + 128 * 0.2 + 1e-6) and len(w.epochs) == 127
     assert share <= sum(w.epochs) / 124 < 1 and not np.isnan(book.nll).any()
     assert result["seconds"] == pytest.approx(w.clock.now)

@@ -47,23 +47,23 @@ def seconds_of(s, tokens, heads, passes, keys, kind):
 
 def parts(s):
     """(name, tokens over all ranks, seconds, GPU seconds) of each part."""
-    targets, (length, stride, band) = TARGETS[s.vocab_size], s.scoring_shape
-    batch = max(1, s.eval_batch_seqs * s.context // length)
+    targets = TARGETS[s.vocab_size]
+    batch = max(1, s.eval_batch_seqs * s.context // s.scoring_shape[0])
     mine = targets / RANKS
 
-    def scored(length, stride, keys):
+    def scored(length, stride, band=0):
         tokens = mine * length / stride
-        passes = tokens / (batch * length)
+        passes, keys = tokens / (batch * length), band or length / 2
         return tokens * RANKS, *seconds_of(s, tokens, mine, passes, keys, SCORING)
 
-    yield "plain", *scored(s.context, s.context, s.context / 2)
-    yield "full context", *scored(length, stride, band or s.context / 2)
+    yield "plain", *scored(s.context, s.context)
+    yield "full context", *scored(*s.scoring_shape)
     if not s.ttt_enabled:
         return
-    length, stride, band = s.ttt_shape
-    yield "scoring of TTT", *scored(length, stride, band or s.context / 2)
-    if s.ttt_lora_rank and s.ttt_base_weight and band:
-        yield "the base model beside adapters", *scored(*s.scoring_shape)
+    length, stride, _ = s.ttt_shape
+    yield "scoring of TTT", *scored(*s.ttt_shape)
+    if s.ttt_lora_rank and s.ttt_base_weight:
+        yield "the base model beside adapters", *scored(*s.base_shape)
     if s.ttt_lora_rank:  # forward again, and the gradients of activations and adapters alone
         length = min(length, s.context // 2 + stride)
         tokens = mine * length / stride

@@ -9,7 +9,7 @@ The model is SmolLM2-135M-Instruct in 4 bits (30 blocks of 576 channels, 49,152 
 tokens of training). text.jsonl: a JSON object with "text" a line. The last targets are scored, what
 is before them is text before (`match`) or calibrates (`pack`, the 65,664 tokens before).
 `match`: windows of 2,048, stride 1,024; what EVAL_MATCH gains after more and more text.
-`adapters`: windows of 512, banded, without and with them. `pack`: the bpb that rules lose at equal
+`adapters`: windows of 512, without and with them. `pack`: the bpb that rules lose at equal
 bytes, in windows of 1,024. Standard errors (±) take targets for independent.
 """
 from __future__ import annotations
@@ -166,7 +166,8 @@ def main():
               f"± {error:.5f}, {time.perf_counter() - started:.0f} s", flush=True)
 
     started = time.perf_counter()
-    _, ledger = T.evaluate(*given, "alone", s.scoring_shape)
+    shape = s.base_shape if arguments.what == "adapters" else s.scoring_shape
+    _, ledger = T.evaluate(*given, "alone", shape)
     told(f"alone, {len(scored) - 1} targets, {size} bytes", ledger.nll, ledger)
     if arguments.what == "match":
         for count in sorted({0, min(before, 3_000_000), before}):
