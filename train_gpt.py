@@ -320,8 +320,8 @@ class Settings:
 
     @property
     def ttt_shape(self):
-        """The scoring_shape of TTT. Adapters score EVAL_STRIDE targets at a time, in windows with no
-        band: many models need the first token of a row (Xiao et al. 2023)."""
+        """The scoring_shape of TTT. Adapters score EVAL_STRIDE targets at a time. Their windows
+        have no band, since many models need the first token of a row (Xiao et al. 2023)."""
         if not self.ttt_lora_rank or not self.scoring_shape[2]:
             return self.scoring_shape
         return self.context + self.eval_stride, self.eval_stride, 0
