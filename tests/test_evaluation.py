@@ -615,15 +615,16 @@ def test_ttt_equals_the_slow_reference(tiny, variables):
 
 
 def lora_reference(w, initial):
-    """nll, and the last learning rate of each stream: stream by stream, a row at a time, AdamW
-    without momentum in plain words. The rate of a stream rises where, for it and all earlier
-    streams, all moves since the document began go down the new gradients, else it falls."""
+    """nll, and the last learning rate and sharpness of each stream: stream by stream, a row at a
+    time, AdamW without momentum in plain words. The rate of a stream rises where, for it and all
+    earlier streams, all moves since the document began go down the new gradients, else it falls.
+    Its sharpness goes down the gradients of the same streams."""
     s, tokens, targets = w.s, torch.from_numpy(w.tokens.astype(np.int64)), len(w.tokens) - 1
     length, stride, band = s.ttt_shape
     reach = min(length, s.context // 2 + stride)  # of a row to train on
     count = max(1, min(s.ttt_batch_seqs, targets // (16 * length)))
     ends = [targets * (n + 1) // count for n in range(count)]
-    streams = [SimpleNamespace(at=begin, end=end, rate=s.ttt_lr, steps=0,
+    streams = [SimpleNamespace(at=begin, end=end, rate=s.ttt_lr, steps=0, sharp=torch.zeros(1),
                              state=[[x[None].clone(), 0] for x in initial])
              for begin, end in zip([0, *ends], ends)]
     nll, turn, taken = np.full(targets, np.nan), 0, 0
@@ -632,8 +633,10 @@ def lora_reference(w, initial):
         for weight in stream.state:
             weight[0] = weight[0].detach().requires_grad_()
         weights, row = [weight[0] for weight in stream.state], tokens[start: start + length + 1]
+        stream.sharp = stream.sharp.detach().requires_grad_()
+        rest = torch.zeros(1, train_gpt.SHARPNESS - 1), stream.sharp[None]
         return w.model(row[None, :-1], row[None, 1:], band=band,
-                       adapters=torch.cat([x.flatten(1) for x in weights], 1))[0]
+                       adapters=torch.cat([*(x.flatten(1) for x in weights), *rest], 1))[0]
 
     def mixed(nll):
         """With the base model, by windows of each stream."""
@@ -650,14 +653,14 @@ def lora_reference(w, initial):
         return -np.log((1 - s.ttt_base_weight) * np.exp(-nll)
                        + s.ttt_base_weight * np.exp(-base))
     while True:
-        turn, uphill = turn + 1, 0.0
+        turn, uphill, too_sharp = turn + 1, 0.0, 0.0
         for stream in streams:
             first, stream.at = stream.at, min(stream.at + stride, stream.end)
             start = max(stream.at - length, 0)
             nll[first:stream.at] = losses(stream, start)[first - start: stream.at - start].detach()
             stream.new = list(range(first, stream.at)) if turn * stride > reach else []
         if all(stream.at == stream.end for stream in streams):
-            return mixed(nll), [stream.rate for stream in streams]
+            return mixed(nll), [(stream.rate, stream.sharp.item()) for stream in streams]
         for stream in streams:
             begun = [t for t in stream.new if tokens[t + 1] == train_gpt.BOS]
             if begun:
@@ -667,11 +670,15 @@ def lora_reference(w, initial):
                 start = stream.at - reach
                 row = losses(stream, start, reach)
                 loss = sum(row[t - start] for t in stream.new) / len(stream.new)
-                stream.grads = torch.autograd.grad(loss, [weight[0] for weight in stream.state])
+                *stream.grads, blame = torch.autograd.grad(
+                    loss, [*(weight[0] for weight in stream.state), stream.sharp])
+                too_sharp += float(blame)
                 uphill += sum(float((g * (weight[0].detach() - x)).sum())
                               for g, weight, x in zip(stream.grads, stream.state, initial))
             if turn * stride > reach:
                 stream.rate *= math.exp(-np.sign(uphill) * 0.3 / math.sqrt(taken + 1))
+                down = -np.sign(too_sharp) * 0.03 / math.sqrt(taken + 1)
+                stream.sharp = stream.sharp.detach() + down
             stream.steps += bool(stream.new)
             for n, (p, square) in enumerate(stream.state if stream.new else ()):
                 square = 0.999 * square + 0.001 * stream.grads[n] ** 2
@@ -696,12 +703,14 @@ def test_adapters_by_document_equal_the_slow_reference(tiny, variables):
     before, ttt = weights(w), adapting(w)
     book = run(w, ttt=ttt)[1]
     first = w.model.adapter_pairs(ttt.initial[None])
-    reference, rates = lora_reference(w, [x[0] for pair in first for x in pair])
+    reference, ends = lora_reference(w, [x[0] for pair in first for x in pair])
     for (a,), (b,) in first:
         assert 0.5 < a.abs().max() * math.sqrt(a.size(1)) <= 1 and not b.any()
     assert np.abs(book.nll - reference).max() < 1e-4 and not changed(w, before)
     assert (w.tokens == train_gpt.BOS).sum() > 1, "a document ends"
+    rates, sharpness = zip(*ends)
     assert ttt.lr.tolist() == pytest.approx(rates, rel=1e-4)
+    assert ttt.sharpness.tolist() == pytest.approx(sharpness, abs=1e-6) and any(sharpness)
     assert all(b.abs().max() > w.s.ttt_lr for _, b in w.model.adapter_pairs(ttt.params)), "steps"
 
 

@@ -301,8 +301,10 @@ def test_adapters_add_to_each_row_its_own_matrices(tiny, float64, variables):
                    for shape in ((3, D), (R, 3))) for R, D in model.adapter_shapes()]
     leaves = [x.requires_grad_() for pair in pairs for x in pair]
 
-    def flat(pairs):
-        return torch.cat([x.flatten(1) for pair in pairs for x in pair], 1)
+    def flat(pairs, sharpness=0.0):
+        rest = torch.zeros(2, train_gpt.SHARPNESS, dtype=torch.float64)
+        rest[:, -1] = sharpness
+        return torch.cat([*(x.flatten(1) for pair in pairs for x in pair), rest], 1)
     nll = model(*given, adapters=flat(pairs))
     expected = torch.stack([reference(params, s, row[:-1], row[1:],
                                       added=[b[n] @ a[n] for a, b in pairs])
@@ -312,7 +314,13 @@ def test_adapters_add_to_each_row_its_own_matrices(tiny, float64, variables):
     for mine, slow in zip(*(torch.autograd.grad((x * weights).sum(), leaves)
                             for x in (nll, expected))):
         assert slow.flatten(1).norm(dim=1).min() > 0 and (mine - slow).norm() <= 1e-9 * slow.norm()
-    assert torch.equal(model(*given, adapters=flat((a, 0 * b) for a, b in pairs)), model(*given))
+    nothing = [(a, 0 * b) for a, b in pairs]
+    assert torch.equal(model(*given, adapters=flat(nothing)), model(*given))
+    sharper = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    logits = model.logits(given[0]) * (1 + sharper[:, None, None])
+    torch.testing.assert_close(
+        model(*given, adapters=flat(nothing, sharper)),
+        logits.logsumexp(-1) - logits.gather(-1, given[1][..., None])[..., 0])
     assert (nll - model(*given)).abs().min() > 1e-6
 
 

@@ -102,6 +102,7 @@ class Smol(nn.Module):
         if at_BN is not None:
             x = x.gather(1, at_BN[..., None].expand(-1, -1, D))
         logits = T.adapted(self.linear(x, "tok_emb"), x, *pairs[-1:]).float()
+        logits = logits if adapters is None else logits * (1 + adapters[:, -1:, None])
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
                                reduction="none").view_as(targets)
 
