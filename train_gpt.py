@@ -2968,7 +2968,7 @@ class MatchModel:
     pass over the streams in order would give the same scores."""
 
     def __init__(self, tokens, streams, device):
-        self.streams, self.device, self.gained = streams, device, 0.0
+        self.streams, self.device, self.done, self.gained = streams, device, 0, 0.0
         target, N = torch.from_numpy(tokens[1:].astype(np.int64)).to(device), len(tokens) - 1
         # Of each run, the longest first: which guesses are right, and their kind.
         self.right = torch.empty(len(RUNS), 2, N, dtype=torch.bool, device=device)
@@ -2987,11 +2987,11 @@ class MatchModel:
         so far."""
         if self.streams > 1:
             return self._mix(first, last, nll)
-        out, begin = [], first[:1]
-        while len(nll):
-            part, nll = np.split(nll, [max(512, begin[0] // 64)])
+        out, begin, end = [], first[:1], last[-1]
+        while begin[0] < end:
+            part, nll = np.split(nll, [max(512, self.done // 64)])
             out.append(self._mix(begin, begin + len(part), part))
-            begin = begin + len(part)
+            begin, self.done = begin + len(part), self.done + len(part)
         return np.concatenate(out)
 
     def _mix(self, first, last, nll):
