@@ -3967,19 +3967,20 @@ def main(argv, environ):
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # under nohup
                 signal.signal(number, rt.on_signal)
-        with explained("GPU memory ran out", f"lower MICRO_BATCH_TOKENS={s.micro_batch_tokens} "
-                       "(training; 32768 should suit 24 GB) or EVAL_BATCH_SEQS="
-                       f"{s.eval_batch_seqs} (scoring and TTT)", kinds=torch.OutOfMemoryError):
-            run_job(s, rt, explicit)
+        run_job(s, rt, explicit)
         rt.close()
         return 0
     except KeyboardInterrupt as problem:
         text = str(problem) or "interrupted"
         rt.log(text) if rt else printed(text, sys.stdout)
         return 130
-    except (UserError, LedgerError) as problem:
+    except (UserError, LedgerError, torch.OutOfMemoryError) as problem:
         if rank:  # where all ranks fail, rank 0 prints, and torchrun ends the others meanwhile
             time.sleep(5)
+        if isinstance(problem, torch.OutOfMemoryError):
+            problem = ("GPU memory ran out; lower MICRO_BATCH_TOKENS="
+                       f"{s.micro_batch_tokens} (training; 32768 should suit 24 GB) or "
+                       f"EVAL_BATCH_SEQS={s.eval_batch_seqs} (scoring and TTT): {problem}")
         printed(f"error{f' on rank {rank}' if rank else ''}: {problem}", sys.stderr)
         return 2
 
