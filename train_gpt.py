@@ -3822,9 +3822,11 @@ def run_evaluations(model, forward, path, s, rt, tokens, byte_table, opened, sha
         stages.append(("ttt", "legal_ttt", s.ttt_shape, ""))
     for stage, key, shape, note in stages:
         ttt = chosen_ttt(model, forward, s, rt) if stage == "ttt" else None
-        hint = f"lower TTT_LR={s.ttt_lr}?" if ttt else "did the run that made the file diverge?"
-        with explained(f"{path}, {stage}", hint, LedgerError, LedgerError):
+        try:
             r, ledger = evaluate(forward, tokens, byte_table, s, rt, stage, shape, ttt, opened)
+        except LedgerError as problem:
+            hint = f"; lower TTT_LR={s.ttt_lr}?" if ttt else ""
+            raise LedgerError(f"{path}, {stage}: {problem}{hint}") from problem
         results[stage] = r
         for suffix, digits in (("", 4), ("_exact", 8)):
             rt.log(f"{key}{suffix} val_loss:{r['val_loss']:.{digits}f} "
