@@ -273,12 +273,13 @@ class Settings:
     # == Evaluation
     eval_seq_len: Count = 0  # tokens of a scoring window; 0: TRAIN_SEQ_LEN
     # LoRA TTT, 64 → 32: −0.003 (4 × 128) and −0.008 (demo) in less than twice the time.
-    eval_stride: Count = 32  # tokens scored per sliding window or, with EVAL_ATTENTION=banded, per
-        # step of the adapters; 0: plain scoring only
+    eval_stride: Count = 32  # tokens scored per sliding window or step of the adapters; 0: plain
+        # scoring only
     # Tokens read for each that is scored: 32 in windows of stride 64, 1.5 in banded segments.
     eval_attention: Literal["banded", "window"] = "banded"
         # window: windows with stride EVAL_STRIDE; banded: segments of 2 × EVAL_SEQ_LEN tokens, each
-        # after EVAL_SEQ_LEN tokens of context; a query sees the last EVAL_SEQ_LEN keys
+        # after EVAL_SEQ_LEN tokens of context; a query sees the last EVAL_SEQ_LEN keys. Adapters
+        # read windows of EVAL_SEQ_LEN + EVAL_STRIDE tokens instead
     # −0.075 in the demo; −0.001 to −0.003 for a model at 1.10 bpb.
     eval_match: Flag = 1  # mix in guesses by matches in the text before, where windows overlap
     eval_wallclock_seconds: Amount = 600.0  # since opening the artifact; caps TTT; 0: no limit
@@ -307,7 +308,7 @@ class Settings:
     mlp_hidden = property(lambda s: int(s.mlp_mult * s.model_dim))
     cores = property(lambda s: s.unique_layers or s.num_layers)
     ve_blocks = property(lambda s: block_list(s.ve_layers, s.num_layers))  # in the order given
-    context = property(lambda s: s.eval_seq_len or s.train_seq_len)  # keys a query sees in scoring
+    context = property(lambda s: s.eval_seq_len or s.train_seq_len)  # of a scored target
     # Smallest TTT chunk: the larger of a training row and a window's targets.
     least_chunk = property(lambda s: max(s.train_seq_len, s.scoring_shape[1]))
 
@@ -3353,7 +3354,7 @@ class Checkpoints:
     def resume(self, trainer):
         """Load the newest whole state. Raises UserError if its key differs."""
         for path in sorted(self.folder.glob(self.NAMES), reverse=True):
-            with explained(f"RESUME=auto: {path} is no state of this run",
+            with explained(f"RESUME=auto: {path} cannot be read or is no state of this run",
                            "move it away, or set another OUT_DIR", kinds=Exception):
                 content = path.read_bytes()
                 if hashlib.sha256(content[:-32]).digest() != content[-32:]:

@@ -174,8 +174,8 @@ def exit_code_of(main, arguments, unread: int = 0) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        needs = Path(sys.argv[0]).with_name("requirements.txt")
-        print(f"error: {error.name} is not installed: pip install -r {needs}", file=sys.stderr)
+        print(f"error: {error.name} is not installed: pip install -r requirements.txt, and the "
+              "requirements.txt of the tool's folder", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)

@@ -133,6 +133,7 @@ class Evaluation:
         self.mixed = self.recorded.copy()    # and after
         self.weight = 0.0         # of the base model (without adapters), where it is mixed in
         self.base = {}            # target → scores by the base model; several where rows read alike
+        self.of_one_row = set()   # targets with such a score of a row that occurs once in the text
         self.segments = {}        # row asked of the base model in this turn → its first new target
         self.blended = np.full(targets, np.nan)  # after mixing with the base model
         self.turn_of, self.turn = np.full(targets, -1), -1    # of what is recorded; that runs
@@ -407,7 +408,8 @@ class Witness:
         for b, at in enumerate(starts):
             asked = [(a + positions[b]).tolist() for a in at]
             if len(at) == 1:
-                key, new = (x.size(1), *asked[0]), [t for t in asked[0] if t not in now.base]
+                key = x.size(1), *asked[0]
+                new = [t for t in asked[0] if t not in now.of_one_row]
                 if new:
                     now.segments[key] = new[0]
                 elif key not in now.segments:
@@ -415,10 +417,12 @@ class Witness:
                               f"{asked[0][0]} on")
             for targets in asked:
                 for i, t in enumerate(targets):
-                    if t not in now.base or len(at) > 1:
+                    if len(at) > 1 or t not in now.of_one_row:
                         now.base.setdefault(t, []).append(float(values[b][i]))
                     if t in self.places and t not in now.of_base:
                         chosen[t] = b, i
+            if len(at) == 1:
+                now.of_one_row.update(asked[0])
         if chosen:
             self.distributions(chosen, x, y, nll, call, now.of_base)
 

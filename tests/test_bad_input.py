@@ -301,8 +301,8 @@ FOREIGN = {
     "code": lambda b: sealed(b"cos\nsystem\n(S'touch owned'\ntR."),
     "an object": lambda b: saved(SimpleNamespace(a=1)), "a list": lambda b: saved([1, 2])}
 CHECKPOINTS = [case(f"checkpoint: {name}", checkpoint(content), (
-    "{w.out}/checkpoints/step_0000002.pt is no state of this run", "another OUT_DIR"))
-    for name, content in FOREIGN.items()]
+    "{w.out}/checkpoints/step_0000002.pt cannot be read or is no state of this run",
+    "another OUT_DIR")) for name, content in FOREIGN.items()]
 
 
 def test_an_empty_checkpoint_is_left_out(world):

@@ -107,7 +107,8 @@ def test_every_target_gets_its_own_score_and_all_but_the_last_chunk_are_trained_
     result, book = train_gpt.evaluate(model, tokens, table, s, rt, "test", plan, onlooker)
     assert (book.nll == tokens[1:]).all()
     length = min(prefix + segment, targets)
-    count = len(chunks_of(targets, length, min(segment, targets), segment + chunk))
+    firsts = window_plan(targets, length, segment)[1]
+    count = len({int(first) // (segment + chunk) for first in firsts})
     ends = [last for _, last, *_ in onlooker.given]
     assert [first for first, *_ in onlooker.given] == [0, *ends[:-1]][:len(ends)]
     assert all(end < targets for end in ends)
@@ -768,6 +769,17 @@ def test_tail_and_muon_choose_their_parameters(tiny):
     assert {"tok_emb", "blocks.0.mlp_scale"} <= tail and "blocks.0.resid_mix" not in tail
     assert kinds(chosen(**MUON)) == {"attn", "mlp", "proj", "mix"}
     assert "bigram.proj" in chosen(**MUON)
+
+
+def test_guesses_behind_text_that_was_not_mixed_learn_as_often(tiny):
+    tokens = np.random.default_rng(1).integers(2, 9, 36_001).astype(np.uint16)
+    nll, device = np.full(2000, 2.0, np.float32), torch.device("cpu")
+    at_once = train_gpt.MatchModel(tokens, 1, device).mixed(
+        np.array([34_000]), np.array([36_000]), nll)
+    by_hand = train_gpt.MatchModel(tokens, 1, device)
+    parts = [by_hand.mixed(np.array([a]), np.array([min(a + 512, 36_000)]), nll[:36_000 - a][:512])
+             for a in range(34_000, 36_000, 512)]
+    assert np.array_equal(at_once, np.concatenate(parts))
 
 
 def test_warming_up_reads_no_validation_token(tiny, monkeypatch):
