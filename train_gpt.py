@@ -308,7 +308,7 @@ class Settings:
     mlp_hidden = property(lambda s: int(s.mlp_mult * s.model_dim))
     cores = property(lambda s: s.unique_layers or s.num_layers)
     ve_blocks = property(lambda s: block_list(s.ve_layers, s.num_layers))  # in the order given
-    context = property(lambda s: s.eval_seq_len or s.train_seq_len)  # of a scored target
+    context = property(lambda s: s.eval_seq_len or s.train_seq_len)  # tokens before a target
     # Smallest TTT chunk: the larger of a training row and a window's targets.
     least_chunk = property(lambda s: max(s.train_seq_len, s.scoring_shape[1]))
 
@@ -1660,7 +1660,7 @@ class Mixer(nn.Module):
         return x_BTD + sum(c * other for c, other in zip(factors.split(1, dim=-1), others))
 
 
-SHARPNESS = 16  # numbers of adapters beside their pairs: one is used, 16 keep rows aligned
+AFTER_PAIRS = 16  # numbers of adapters behind their pairs: one is used, 16 keep rows aligned
 
 
 class GPT(nn.Module):
@@ -1724,11 +1724,11 @@ class GPT(nn.Module):
 
     def adapter_pairs(self, flat_BP):
         """Cut [B,P] into pairs (A [B,r,D], B [B,R,r]), one for each of adapter_shapes; P gives the
-        rank r. The last of SHARPNESS more numbers multiplies the logits by 1 plus itself."""
+        rank r. AFTER_PAIRS numbers follow; the last, s, multiplies the logits by 1 + s."""
         sites = self.adapter_shapes()
         rank = flat_BP.size(1) // sum(map(sum, sites))
         shapes = [shape for R, D in sites for shape in ((rank, D), (R, rank))]
-        *parts, _ = flat_BP.split([*map(math.prod, shapes), SHARPNESS], 1)
+        *parts, _ = flat_BP.split([*map(math.prod, shapes), AFTER_PAIRS], 1)
         parts = [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
         return list(zip(parts[::2], parts[1::2]))
 
@@ -3194,8 +3194,8 @@ class LoraTTT:
     in h, rates end far too low.
 
     Adapters tend to be too sure. So each stream has a sharpness s, 0 at first: logits × (1 + s).
-    The sign of its gradient, summed over the same streams, moves it by 0.1·HYPER/√n. It stays where
-    a document ends. Gain: 0.0022 (demo), 0.0028 (a strong model), nothing at 4 × 128."""
+    The sign of its gradient, summed over the same streams, moves s by 0.1·HYPER/√n. No document
+    resets s. Gain: 0.0022 (demo), 0.0028 (a strong model), nothing at 4 × 128."""
     HYPER = 0.3
 
     def __init__(self, model, s, rt):
@@ -3220,7 +3220,7 @@ class LoraTTT:
         for R, D in self.shapes:
             uniform = 2 * torch.rand(self.s.ttt_lora_rank * D, generator=generator) - 1
             parts += [uniform / math.sqrt(D), torch.zeros(R * self.s.ttt_lora_rank)]
-        self.initial = torch.cat([*parts, torch.zeros(SHARPNESS)]).to(self.rt.device)
+        self.initial = torch.cat([*parts, torch.zeros(AFTER_PAIRS)]).to(self.rt.device)
         held, most = self.high - self.low, scorer.batch * scorer.length // self.length
         batches = -(-held // most) or 1  # a rank may have no stream
         self.batch = -(-held // batches) or 1
@@ -3241,7 +3241,7 @@ class LoraTTT:
         """Compile for the one shape of a batch, on the scorer's tokens and random ones."""
         self.begin(scorer)
         scorer.score(*scorer.chunks[0], more_of=self.arguments)
-        rows = torch.randint(self.s.vocab_size, (len(self.params), self.length + 1))
+        rows = torch.randint(self.s.vocab_size, (len(self.params), self.length + 1))  # of weight 0
         self._backward(rows, torch.zeros(len(rows), scorer.stride))
         self._step(self.steps < 0)  # no stream is active
 
@@ -3431,7 +3431,7 @@ class Trainer:
         signal, with the state saved."""
         s, rt, saved_at, clock = self.s, self.rt, self.elapsed, StepClock(self.rt, self.elapsed)
         rt.log(f"startup:{time.perf_counter() - LAUNCHED:.1f}s from launch to the first step")
-        save_ms = 0.0  # of the last checkpoint; none is begun that would pass the cap if as slow
+        save_ms = 0.0  # of the last checkpoint; the next begins only if as much is left
         while True:
             due = self.elapsed - saved_at >= 1000 * s.checkpoint_every_seconds > 0
             if clock.interrupted or (due and not self.over(least_ms=save_ms)):

@@ -134,7 +134,7 @@ class Evaluation:
         self.weight = 0.0         # of the base model (without adapters), where it is mixed in
         self.base = {}            # target → scores by the base model; several where rows read alike
         self.of_one_row = set()   # targets with such a score of a row that occurs once in the text
-        self.segments = {}        # row asked of the base model in this turn → its first new target
+        self.windows = {}         # row asked of the base model in this turn → its first new target
         self.blended = np.full(targets, np.nan)  # after mixing with the base model
         self.turn_of, self.turn = np.full(targets, -1), -1    # of what is recorded; that runs
         self.records = []         # (first target, how many) of each record
@@ -204,11 +204,11 @@ class Evaluation:
                 t = wrong[0]
                 self.fault("given", f"target {t} was recorded with {told[t]:.6f} where {what} "
                            f"{first[t]:.6f} ({len(wrong)} such)")
-        early = [t for t in self.segments.values() if self.turn_of[t] != self.turn]
+        early = [t for t in self.windows.values() if self.turn_of[t] != self.turn]
         if early:
             self.fault("update", f"the base model scored targets from {early[0]} on before their "
                        "stream came to them")
-        self.rows, self.pending, self.segments = {}, {}, {}
+        self.rows, self.pending, self.windows = {}, {}, {}
 
 
 class Guesses:
@@ -411,8 +411,8 @@ class Witness:
                 key = x.size(1), *asked[0]
                 new = [t for t in asked[0] if t not in now.of_one_row]
                 if new:
-                    now.segments[key] = new[0]
-                elif key not in now.segments:
+                    now.windows[key] = new[0]
+                elif key not in now.windows:
                     now.fault("given", f"the base model was asked again for targets from "
                               f"{asked[0][0]} on")
             for targets in asked:

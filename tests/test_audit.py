@@ -198,7 +198,7 @@ SCORE = "        before = time.perf_counter()\n"
 RECORD = "        ledger.record(targets, scores)\n"
 REACH = "            base.reach(targets)\n"
 BLENDED = "            scores = base.mixed(targets, scores)\n"
-SEGMENT = "            self.nll[joined(*windows)[1]] = self.scorer.score(begin, end)\n"
+WINDOWS = "            self.nll[joined(*windows)[1]] = self.scorer.score(begin, end)\n"
 RECORDED = "        scoring.append((time.perf_counter() - before) / (end - begin))\n"
 LOOP_END = ("    rt.synchronize()\n    seconds = time.perf_counter() - started\n"
             "    if match:\n")
@@ -337,7 +337,7 @@ CHEATS = {
         "        return -np.logaddexp(math.log1p(-self.weight) + p,",
         "        return -np.maximum(p, p0) if len(p) else -np.logaddexp(p,")),
     "base model: knows what the end will be": (["1", "2"], "ttt scores target", (
-        SEGMENT, SEGMENT + "            self.nll -= 1e-3 * float(self.scorer.tokens[-1] % 7)\n")),
+        WINDOWS, WINDOWS + "            self.nll -= 1e-3 * float(self.scorer.tokens[-1] % 7)\n")),
     "base model: mixed twice, the second time with the true scores": (
         ["2"], "was mixed twice into targets", (
             RECORD, "        if base:\n            base.mixed(targets, raw)\n" + RECORD), (
@@ -357,9 +357,9 @@ CHEATS = {
                 base = base_model(model, scorer, better, rt)
 """ + REACH)),
     "base model: other weights for its passes": (["3"], "changed between two passes", (
-        SEGMENT, "            weight = self.scorer.model.func.tok_emb.data\n"
+        WINDOWS, "            weight = self.scorer.model.func.tok_emb.data\n"
         "            kept = weight.clone()\n"
-        "            weight *= 1 + 0.1 * (self.done > 0)\n" + SEGMENT
+        "            weight *= 1 + 0.1 * (self.done > 0)\n" + WINDOWS
         + "            weight[:] = kept\n")),
     "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),
     "a bonus for the right token": (["2"], "−log p", (

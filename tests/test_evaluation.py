@@ -635,7 +635,7 @@ def lora_reference(w, initial):
             weight[0] = weight[0].detach().requires_grad_()
         weights, row = [weight[0] for weight in stream.state], tokens[start: start + length + 1]
         stream.sharp = stream.sharp.detach().requires_grad_()
-        rest = torch.zeros(1, train_gpt.SHARPNESS - 1), stream.sharp[None]
+        rest = torch.zeros(1, train_gpt.AFTER_PAIRS - 1), stream.sharp[None]
         return w.model(row[None, :-1], row[None, 1:], band=band,
                        adapters=torch.cat([*(x.flatten(1) for x in weights), *rest], 1))[0]
 

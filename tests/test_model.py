@@ -302,7 +302,7 @@ def test_adapters_add_to_each_row_its_own_matrices(tiny, float64, variables):
     leaves = [x.requires_grad_() for pair in pairs for x in pair]
 
     def flat(pairs, sharpness=0.0):
-        rest = torch.zeros(2, train_gpt.SHARPNESS, dtype=torch.float64)
+        rest = torch.zeros(2, train_gpt.AFTER_PAIRS, dtype=torch.float64)
         rest[:, -1] = sharpness
         return torch.cat([*(x.flatten(1) for pair in pairs for x in pair), rest], 1)
     nll = model(*given, adapters=flat(pairs))
