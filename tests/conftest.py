@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "records")]
 import train_gpt  # noqa: E402
 
 # The same examples in every run, so that a change alone decides whether the suite passes.

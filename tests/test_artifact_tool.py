@@ -19,9 +19,8 @@ import torch
 from conftest import ROOT, environment, left, run_main
 from hypothesis import given, settings, strategies as st
 
-sys.path.insert(0, str(ROOT / "records"))
-import artifact  # noqa: E402
-import train_gpt  # noqa: E402
+import artifact
+import train_gpt
 
 SCRIPT = ROOT / "train_gpt.py"
 

@@ -1,7 +1,6 @@
 """The audit: honest scripts pass, and every cheat that is planted in a copy of the script is
 found."""
 
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,11 +10,9 @@ import sentencepiece
 import torch
 from conftest import ROOT, TINY, VOCAB, write_shard
 
+import audit
 import train_gpt
-
-sys.path.insert(0, str(ROOT / "records"))
-import audit  # noqa: E402
-from artifact import pack_code  # noqa: E402
+from artifact import pack_code
 
 SCRIPT = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 

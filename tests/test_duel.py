@@ -12,10 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, clean_environ
 
-sys.path.insert(0, str(ROOT / "records"))
-import duel  # noqa: E402
-import on_cpu  # noqa: E402
-import train_gpt  # noqa: E402
+import duel
+import on_cpu
+import train_gpt
 
 SCRIPT = ROOT / "tests" / "cuda_only_script.py"
 SMALL = dict(NUM_LAYERS=2, MODEL_DIM=32, TRAIN_SEQ_LEN=32, EVAL_SEQ_LEN=32, EVAL_STRIDE=8,

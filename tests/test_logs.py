@@ -1,15 +1,11 @@
 """records/logs.py: both published forms of logs, and what their authors did to them, read alike."""
 
 import math
-import sys
 import time
 
 import pytest
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "records"))
-import logs  # noqa: E402
+import logs
 
 COLON = """\
 W0325 00:33:17.1 673732 torch/distributed/run.py:852] Setting OMP_NUM_THREADS environment variable

@@ -7,15 +7,11 @@ import json
 import lzma
 import math
 import re
-import sys
 
 import pytest
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "records"))
-import submission  # noqa: E402
-from submission import FAIL, PASS, UNCHECKED, WARN  # noqa: E402
+import submission
+from submission import FAIL, PASS, UNCHECKED, WARN
 
 BPB = {42: 1.11941234, 1337: 1.11984321, 7: 1.11912345}
 MEAN, STD = sum(BPB.values()) / 3, 0.00036276

@@ -16,8 +16,7 @@ import pytest
 
 from conftest import ROOT, environment
 
-sys.path.insert(0, str(ROOT / "records"))
-import runs  # noqa: E402
+import runs
 
 
 def status_of(arguments):

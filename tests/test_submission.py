@@ -12,12 +12,11 @@ import sys
 
 import pytest
 
-import train_gpt
 from conftest import ROOT, VOCAB, write_shard
 
-sys.path.insert(0, str(ROOT / "records"))
-import submission  # noqa: E402
-from submission import FAIL, PASS, UNCHECKED, WARN  # noqa: E402
+import submission
+import train_gpt
+from submission import FAIL, PASS, UNCHECKED, WARN
 
 
 def status_of(arguments):

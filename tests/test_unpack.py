@@ -14,9 +14,8 @@ from contextlib import redirect_stdout
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "records"))
-import artifact  # noqa: E402
-import unpack  # noqa: E402
+import artifact
+import unpack
 
 SOURCE = b'''"""A script."""
 from __future__ import annotations
