@@ -372,11 +372,7 @@ def test_hardware_passes_where_number_and_device_are_known(tmp_path, text, statu
     assert "hardware" in dict(said(checked(tmp_path, files), status))
 
 
-def test_what_nobody_can_read_is_said(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text('{"val_bpb": 1e9999999999999999999999}')
-    with pytest.raises(submission.Problem, match="x.json: cannot be read as JSON"):
-        submission.read_json(path)
+def test_a_call_too_deep_to_be_read_is_no_adaptation():
     function = ast.Name("ttt", ast.Load())
     for _ in range(3000):
         function = ast.Attribute(function, "a", ast.Load())
