@@ -1,152 +1,153 @@
-"""A tiny CUDA-only training script in the published manner, for the tests of records/duel.py."""
-import glob
+"""A CUDA-only script in the published manner, for the tests of records/duel.py: it calls what such
+scripts call of CUDA, then it trains a tiny model, stores it and scores it."""
+import copy
 import io
 import math
 import os
 import subprocess
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
-import sentencepiece as spm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import zstandard
+from flash_attn.cute.interface import flash_attn_func as flash_attn_4_func
+from flash_attn.flash_attn_interface import flash_attn_varlen_func
 from flash_attn_interface import flash_attn_func as flash_attn_3_func
-from torch import Tensor, nn
+from kernels import get_kernel
+from torch import nn
+from torch.backends.cuda import enable_cudnn_sdp, enable_math_sdp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-
-class Hyperparameters:
-    data_path = os.environ.get("DATA_PATH", "./data")
-    tokenizer_path = os.environ.get("TOKENIZER_PATH", "./model")
-    run_id = os.environ.get("RUN_ID", "run")
-    seed = int(os.environ.get("SEED", 1337))
-    vocab_size = int(os.environ.get("VOCAB_SIZE", 1024))
-    num_layers = int(os.environ.get("NUM_LAYERS", 9))
-    model_dim = int(os.environ.get("MODEL_DIM", 512))
-    num_heads = int(os.environ.get("NUM_HEADS", 8))
-    num_kv_heads = int(os.environ.get("NUM_KV_HEADS", 4))
-    train_seq_len = int(os.environ.get("TRAIN_SEQ_LEN", 1024))
-    train_batch_tokens = int(os.environ.get("TRAIN_BATCH_TOKENS", 524288))
-    iterations = int(os.environ.get("ITERATIONS", 20000))
-    warmdown_iters = int(os.environ.get("WARMDOWN_ITERS", 3500))
-    lr = float(os.environ.get("TIED_EMBED_LR", 0.01))
+ITERATIONS, SEED, VOCAB_SIZE, DIM, T, BATCH_TOKENS = (int(os.environ[name]) for name in (
+    "ITERATIONS", "SEED", "VOCAB_SIZE", "MODEL_DIM", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS"))
+WARMDOWN = int(os.environ.get("WARMDOWN_ITERS", 3500))
+HEADS = int(os.environ.get("NUM_HEADS", 8))
+RANK = int(os.environ["RANK"])
+if not torch.cuda.is_available():
+    raise RuntimeError("CUDA is required")
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+torch.cuda.set_device(device)
+dist.init_process_group("nccl", device_id=device)
+dist.barrier()
 
 
-class Block(nn.Module):
-    def __init__(self, args):
-        super().__init__()
-        self.heads, self.kv_heads = args.num_heads, args.num_kv_heads
-        head, dim = args.model_dim // args.num_heads, args.model_dim
-        self.qkv = nn.Linear(dim, (self.heads + 2 * self.kv_heads) * head, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+def call_devices():
+    assert torch.device("cuda:0").type == torch.device(type="cuda", index=0).type == "cpu"
+    assert isinstance(torch.device("cpu"), torch.device)
+    assert torch.device(torch.device("cuda")).type
+    x = torch.randn(2, 8, 4, 16, device="cuda", generator=torch.Generator(device="cuda"))
+    assert x.to("cuda", non_blocking=True).cuda().pin_memory().device == torch.device("cuda:0")
+    stream, (a, b) = torch.cuda.Stream(), (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    enable_math_sdp(False), enable_cudnn_sdp(True)
+    with torch.cuda.stream(stream), sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        a.record(), stream.wait_stream(torch.cuda.current_stream())
+        b.record(stream), b.synchronize()
+        F.scaled_dot_product_attention(x, x, x)
+    assert a.elapsed_time(b) >= 0 and torch.cuda.get_device_capability() == (9, 0)
+    assert torch.cuda.get_device_properties(0).multi_processor_count and torch.cuda.mem_get_info()[0]
+    assert "no GPU" in subprocess.check_output(["nvidia-smi"]).decode()
+    assert subprocess.run("nvidia-smi -L", shell=True, capture_output=True).returncode == 0
+    assert torch.cuda.max_memory_allocated() == 0 and torch.cuda.get_device_name(0) == "CPU"
+    return x
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = self.qkv(F.rms_norm(x, (D,))).view(B, T, -1, D // self.heads).split(
-            [self.heads, self.kv_heads, self.kv_heads], dim=2)
-        return x + self.out(flash_attn_3_func(q, k, v, causal=True).reshape(B, T, D))
+
+def call_collectives():
+    flat, part, whole = torch.ones(4, device="cuda"), torch.empty(4), torch.empty(4)
+    dist.reduce_scatter_tensor(part, flat, op=dist.ReduceOp.AVG)
+    dist.all_gather_into_tensor(whole, part)
+    dist.broadcast(flat, 0)
+    assert whole.tolist() == [1.0] * 4 and dist.get_world_size() == 1
+
+
+def call_attention(x):
+    assert callable(flash_attn_varlen_func)
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 8, 8, device="cuda")
+    y = flex_attention(*(x.transpose(1, 2) for _ in range(3)), block_mask=mask).transpose(1, 2)
+    for function in (flash_attn_4_func, get_kernel("any/kernel").flash_attn_func):
+        torch.testing.assert_close(function(x, x, x, causal=True), y)
+
+
+def call_autograd(x):
+    @torch.compile(dynamic=False, fullgraph=True)
+    def double(x):
+        return 2 * x
+
+    kept_by = torch.inference_mode(lambda: torch.inference_mode()(double)(x))
+    with torch.inference_mode(), torch.inference_mode(mode=False):
+        kept = double(x)
+    for table in (kept_by(), kept):  # that later training reads
+        (table * torch.ones((), device="cuda", requires_grad=True)).sum().backward()
+    with torch.amp.autocast("cuda", enabled=False), torch.cuda.amp.autocast(enabled=False):
+        assert nn.Linear(16, 16, device="cuda").to(torch.device("cuda"))(x).dtype == torch.float32
+    torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
 
 
 class GPT(nn.Module):
-    def __init__(self, args):
+    def __init__(self):
         super().__init__()
-        self.emb = nn.Embedding(args.vocab_size, args.model_dim)
+        self.emb, self.qkv = nn.Embedding(VOCAB_SIZE, DIM), nn.Linear(DIM, 3 * DIM, bias=False)
         nn.init.normal_(self.emb.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(args) for _ in range(args.num_layers))
 
     def forward(self, x, y):
         h = self.emb(x)
-        for block in self.blocks:
-            h = block(h)
-        return F.cross_entropy(F.linear(F.rms_norm(h, (h.size(-1),)), self.emb.weight).float()
-                               .flatten(0, 1), y.flatten())
-
-
-def tokens_of(pattern):
-    [path] = sorted(glob.glob(pattern))[:1]
-    return torch.from_numpy(np.fromfile(path, "<u2", offset=1024).astype(np.int64))
+        q, k, v = self.qkv(h).view(*x.shape, 3, HEADS, -1).unbind(2)
+        h = h + flash_attn_3_func(q, k, v, causal=True).flatten(2)
+        return F.cross_entropy(F.linear(h, self.emb.weight).float().flatten(0, 1), y.flatten())
 
 
 def main():
-    args, code = Hyperparameters(), Path(__file__).read_text(encoding="utf-8")
-    if not torch.cuda.is_available():
-        raise RuntimeError("CUDA is required")
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group(backend="nccl", device_id=device)
-    dist.barrier()
-    os.makedirs("logs", exist_ok=True)
+    code = Path(__file__).read_bytes()
+    train, val = (torch.from_numpy(np.fromfile(path, "<u2", offset=1024).astype(np.int64)) for path
+                  in (Path(os.environ["DATA_PATH"], f"fineweb_{split}_000000.bin")
+                      for split in ("train", "val")))
+    torch.manual_seed(SEED), torch.cuda.manual_seed_all(SEED)
+    base = GPT().to(device)
+    model = DDP(torch.compile(base, mode="max-autotune"), device_ids=[RANK],
+                broadcast_buffers=False)
+    optimizer = torch.optim.AdamW(base.parameters(), lr=0.01, fused=True, capturable=True)
 
-    def log0(text, console=True):
-        if console:
-            print(text)
-        with open(f"logs/{args.run_id}.txt", "a", encoding="utf-8") as f:
-            print(text, file=f)
-
-    log0(code, console=False)
-    log0("=" * 100, console=False)
-    log0(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout, console=False)
-    tokenizer = spm.SentencePieceProcessor(model_file=args.tokenizer_path)
-    assert tokenizer.vocab_size() == args.vocab_size
-    torch.manual_seed(args.seed)
-    torch.cuda.manual_seed_all(args.seed)
-    base = GPT(args).to(device).bfloat16()
-    for p in base.parameters():
-        p.data = p.data.float()
-    model = DDP(torch.compile(base, dynamic=False, fullgraph=True), device_ids=[local_rank])
-    optimizer = torch.optim.AdamW(base.parameters(), lr=args.lr, fused=True)
-    train = tokens_of(os.path.join(args.data_path, "fineweb_train_*.bin")).pin_memory()
-    val = tokens_of(os.path.join(args.data_path, "fineweb_val_*.bin"))
-    T, rows = args.train_seq_len, args.train_batch_tokens // args.train_seq_len
-    log0(f"seed:{args.seed} warmdown:{args.warmdown_iters}")
+    def batch(tokens, starts):
+        return (torch.stack([tokens[i + j: i + j + T] for i in starts]).cuda() for j in (0, 1))
 
     def validate(key, digits=4):
-        nll, count = torch.zeros((), device="cuda", dtype=torch.float64), 0
-        with torch.inference_mode(), torch.autocast(device_type="cuda", dtype=torch.bfloat16):
-            for i in range(0, (len(val) - 1) // T * T, T):
-                x, y = (val[None, i + j: i + j + T].to("cuda", non_blocking=True) for j in (0, 1))
-                nll += model(x, y).double()
-                count += 1
-        loss = (nll / count).item()
-        log0(f"{key} val_loss:{loss:.{digits}f} val_bpb:{loss / math.log(2) / 2.5:.{digits}f}")
+        with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(*batch(val, range(0, (len(val) - 1) // T * T, T))).item()
+        print(f"{key} val_loss:{loss:.{digits}f} val_bpb:{loss / math.log(2) / 2.5:.{digits}f}")
 
-    start, event = time.perf_counter(), torch.cuda.Event(enable_timing=True)
-    event.record()
-    for step in range(args.iterations):
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (args.iterations - step) / args.warmdown_iters)
-        at = torch.randint(len(train) - T - 1, (rows,), device="cuda").tolist()
-        x, y = (torch.stack([train[i + j: i + j + T] for i in at]).cuda() for j in (0, 1))
-        with torch.autocast(device_type="cuda", dtype=torch.bfloat16, enabled=True):
-            loss = model(x, y)
+    print(f"seed:{SEED} warmdown:{WARMDOWN}")
+    start = time.perf_counter()
+    for step in range(1, ITERATIONS + 1):
+        at = torch.randint(len(train) - T - 1, (BATCH_TOKENS // T,), device="cuda").tolist()
+        with torch.autocast(device_type="cuda", dtype=torch.bfloat16):
+            loss = model(*batch(train, at))
         loss.backward()
         for p in base.parameters():
             dist.all_reduce(p.grad, op=dist.ReduceOp.AVG)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
-        ms = 1000 * (time.perf_counter() - start)
-        log0(f"step:{step + 1}/{args.iterations} train_loss:{loss.item():.4f} "
-             f"train_time:{ms:.0f}ms step_avg:{ms / (step + 1):.2f}ms")
-    validate(f"step:{args.iterations}/{args.iterations}")
+        print(f"step:{step}/{ITERATIONS} train_loss:{loss.item():.4f} "
+              f"train_time:{1000 * (time.perf_counter() - start):.0f}ms")
+    copy.deepcopy(optimizer.state_dict())
+    validate(f"step:{ITERATIONS}/{ITERATIONS}")
     buffer = io.BytesIO()
-    torch.save({n: p.to(torch.float16) for n, p in base.state_dict().items()}, buffer)
-    blob = zstandard.ZstdCompressor(level=3).compress(buffer.getvalue())
-    log0(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 1024 // 1024} MiB")
-    log0(f"Serialized model int6+zstd: {len(blob)} bytes")
-    log0(f"Code size: {len(code.encode('utf-8'))} bytes")
-    state = torch.load(io.BytesIO(zstandard.ZstdDecompressor().decompress(blob)),
-                       map_location="cuda")
-    base.load_state_dict(state)
+    torch.save({n: p.half() for n, p in base.state_dict().items()}, buffer)
+    blob = zlib.compress(buffer.getvalue())
+    print(f"Serialized model int6+zlib: {len(blob)} bytes\nCode size: {len(code)} bytes")
+    base.load_state_dict(torch.load(io.BytesIO(zlib.decompress(blob)), map_location="cuda"))
     validate("final_int6_roundtrip_exact", 8)
     validate("final_int6_sliding_window_exact", 8)
-    assert rank == 0 and dist.get_world_size() == 1
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    x = call_devices()
+    call_collectives()
+    call_attention(x)
+    call_autograd(x)
     main()
