@@ -47,13 +47,16 @@ def bpb_of(loss, targets=TARGETS, byte_count=BYTES):
     return loss / math.log(2) * targets / byte_count
 
 
+def settings_of(seed, **more):
+    return dict(preset="", run_id=f"r{seed}", seed=seed, out_dir=f"runs/{seed}", iterations=9000,
+                vocab_size=1024, matrix_lr=0.025, **more)
+
+
 def log_text(seed, loss, code=SOURCE.encode(), targets=TARGETS, byte_count=BYTES,
              explicit=("iterations",), way="pieces", **settings):
     """A log as train_gpt.py writes it, of an imagined run."""
-    values = dict(preset="", run_id=f"r{seed}", seed=seed, out_dir=f"runs/{seed}", iterations=9000,
-                  vocab_size=1024,
-                  matrix_lr=0.025, **settings)
-    lines = [f"setting {k.upper()}={v}" + "  (set)" * (k in explicit) for k, v in values.items()]
+    lines = [f"setting {k.upper()}={v}" + "  (set)" * (k in explicit)
+             for k, v in settings_of(seed, **settings).items()]
     lines += [f"run:r{seed} preset:none device:NVIDIA H100 80GB HBM3 world_size:8 dtype:bfloat16 "
               f"compile:1 seed:{seed}",
               f"attention:sdpa validation_targets:{targets} bytes_from:{way}"]
@@ -78,20 +81,13 @@ def log_text(seed, loss, code=SOURCE.encode(), targets=TARGETS, byte_count=BYTES
 def result_of(seed, loss, code=SOURCE.encode(), **settings):
     """The result file of the same run."""
     kinds = {"float": loss + 0.03, "int6": loss + 0.04, "sliding": loss + 0.005, "ttt": loss}
-    own = dict(preset="", run_id=f"r{seed}", seed=seed, out_dir=f"runs/{seed}", iterations=9000,
-               vocab_size=1024,
-               matrix_lr=0.025)
-    return dict(preset="", settings={**own, **settings}, seed=seed, world_size=8,
-                device="NVIDIA H100 80GB HBM3",
-                versions=dict(torch="2.13.0+cu128", numpy="2.4.6"),
-                code_sha256=submission.sha256(code), code_bytes=len(code),
-                model_bytes=MODEL_BYTES, total_bytes=MODEL_BYTES + len(code), steps=7100,
-                train_seconds=599.95,
+    return dict(preset="", settings=settings_of(seed, **settings), seed=seed, world_size=8,
+                device="NVIDIA H100 80GB HBM3", versions=dict(torch="2.13.0+cu128", numpy="2.4.6"),
+                code_sha256=submission.sha256(code), code_bytes=len(code), model_bytes=MODEL_BYTES,
+                total_bytes=MODEL_BYTES + len(code), steps=7100, train_seconds=599.95,
                 pack_seconds=20.0, eval_seconds=510.0, scored_targets=TARGETS, scored_bytes=BYTES,
-                bytes_from="pieces",
-                val_loss=kinds,
-                val_bpb={k: bpb_of(v) for k, v in kinds.items()}, ledger_sha256="",
-                artifact="final_model.ptz")
+                bytes_from="pieces", val_loss=kinds, ledger_sha256="", artifact="final_model.ptz",
+                val_bpb={k: bpb_of(v) for k, v in kinds.items()})
 
 
 @pytest.fixture
@@ -200,8 +196,6 @@ FAULTS = {  # what is planted: how, and the finding that must name it
     "no date": (lambda f: claim(f, date="soon"), WARN, "submission.json", "'soon'"),
     "unknown track": (lambda f: claim(f, track="track_5min"), WARN, "track", "track_5min"),
     "oversize model": (lambda f: grown(f, 15_999_999), FAIL, "bytes", "exceeds 16,000,000 by"),
-    "oversize code": (lambda f: script(f, "#" * 1_000_000), FAIL, "bytes",
-        "seed 42: 16,000,.* exceeds"),
     "code changed after the run": (lambda f: (f / "train_gpt.py").write_text(SOURCE + "# more\n"),
         FAIL, "same code", "train_seed42"),
     "other code, one seed": (lambda f: change(f, LOG, "^code_sha256:....", "code_sha256:dead"),
@@ -231,7 +225,6 @@ FAULTS = {  # what is planted: how, and the finding that must name it
         r"\+16\.7 %"),
     "part of the validation set": (lambda f: counted_otherwise(f, 2_554_000, 2**20), FAIL,
         "validation set", "1,048,576 targets"),
-    "score no log has": (lambda f: claim(f, val_bpb=1.1), FAIL, "val_bpb", "no mean of the logs"),
     "score of another evaluation": (lambda f: claim(f, val_bpb=round(bpb_of(sum(LOSSES.values()) / 3
         + 0.005), 6)), WARN, "val_bpb", "mean of final_int6_sliding_window"),
     "loss no log has": (lambda f: claim(f, val_loss=1.88), FAIL, "val_loss", "no mean"),
@@ -378,17 +371,18 @@ def test_an_artifact_has_the_bytes_of_its_seed(sound, tmp_path):
 def scored(sound, corpus, tmp_path):
     """scored(way, side, more) → options of a check on data with side files or without; the logs
     have the bytes of its first 900 targets and some more, counted in that way."""
-    def make(way, side=None, more=0, manifest="{}", damage=lambda content: content):
+    def make(way, side=None, more=0, manifest="{}", targets=900, tokens=None):
         data = shutil.copytree(corpus.folder, tmp_path / "data")
         (data / "manifest.json").write_text(manifest)
         table = train_gpt.ByteTable(train_gpt.Settings(
             data_path=str(data), tokenizer_path=str(corpus.model), vocab_size=VOCAB))
         count = int(sum(side[1:901]) if side else table.count(corpus.tokens[:901])) + more
+        if tokens:
+            write_shard(data / "fineweb_val_000000.bin", tokens)
         if side:
-            write_shard(path := data / "fineweb_val_bytes_000000.bin", side)
-            path.write_bytes(damage(path.read_bytes()))
+            write_shard(data / "fineweb_val_bytes_000000.bin", side)
         for seed, loss in LOSSES.items():
-            text = log_text(seed, loss, targets=900, byte_count=count, way=way)
+            text = log_text(seed, loss, targets=targets, byte_count=count, way=way)
             text = text.replace("VOCAB_SIZE=1024", f"VOCAB_SIZE={VOCAB}")
             (sound / f"train_seed{seed}.log").write_text(text.replace(" bytes_from:\n", "\n"))
         return dict(data=str(data), tokenizer=str(corpus.model))
@@ -415,10 +409,8 @@ def test_bytes_are_counted_again_where_the_data_is(sound, scored, case, status, 
 
 @pytest.mark.parametrize("case,options,words", [
     (dict(way="text", side=SIDE[1:]), {}, "1030 entries, 3090 bytes in all, for 1031 tokens"),
-    (dict(way="text", side=SIDE, manifest='{"splits": {"val": {"utf8_bytes": 3094}}}'), {},
-     "3093 bytes in all, for 1031 tokens and 3094 bytes of text"),
-    (dict(way="text", side=SIDE, damage=lambda c: c[:-1]), {},
-     "val_bytes_000000.bin: 3085 bytes, begins with .* promises 1031"),
+    (dict(way="pieces", tokens=[3] * 1031), {}, "tokens are unknown pieces"),
+    (dict(way="pieces", targets=2000), {}, "1,030 validation targets, the logs have 2,000"),
     (dict(way="pieces"), dict(data="nowhere"), "nowhere: DATA_PATH="),
     (dict(way="pieces"), dict(tokenizer="none.model"), "none.model: no such file"),
     (dict(way="pieces"), dict(tokenizer=None), "names no tokenizer; give it with --tokenizer"),
@@ -429,13 +421,6 @@ def test_data_that_cannot_be_counted_is_refused(sound, scored, capsys, case, opt
     assert status_of(["check", str(sound), *flags]) == 2
     assert capsys.readouterr().err.startswith("error: --data ")
     with pytest.raises(submission.Problem, match=words):
-        submission.check(sound, **given)
-
-
-def test_too_few_tokens_are_said(sound, scored):
-    given = scored("pieces")
-    change(sound, LOG, "targets:900", "targets:2000")
-    with pytest.raises(submission.Problem, match="1,030 validation targets, the logs have 2,000"):
         submission.check(sound, **given)
 
 
