@@ -4,59 +4,9 @@ import math
 import time
 
 import pytest
+from published_logs import BPB, TEMPLATES, log_text
 
 import logs
-
-COLON = """\
-W0325 00:33:17.1 673732 torch/distributed/run.py:852] Setting OMP_NUM_THREADS environment variable
-val_loader:shards pattern=./data/datasets/fineweb10B_sp4096/fineweb_val_*.bin tokens:44847104
-world_size:8 grad_accum_steps:1
-train_batch_tokens:524288 train_seq_len:4096 max_wallclock_seconds:600.000
-seed:42
-warmup_step:1/20
-step:0/20000 val_loss:6.93 val_bpb:4.10 train_time:0ms step_avg:0.01ms
-step:1/20000 train_loss:6.9 train_time:100ms step_avg:100.00ms lr_scale:1.0000
-step:500/20000 train_loss:2.4 train_time:50000ms step_avg:100.00ms
-step:5999/20000 val_loss:1.95 val_bpb:1.15 train_time:599900ms step_avg:100.00ms
-stopping_early: wallclock_cap train_time:599900ms step:5999/20000
-gptq:collected 67 Hessians in 3.5s
-DIAGNOSTIC post_ema val_loss:1.9344 val_bpb:1.1457 eval_time:2255ms
-Serialized model: 106178569 bytes
-Code size: 79975 bytes
-Total submission size: 106258544 bytes
-Serialized model int6+zstd: 15896578 bytes (payload:26658144 payload_ratio:3.94x)
-Total submission size int6+zstd: 15976553 bytes
-final_int6_roundtrip val_loss:1.9456 val_bpb:1.1523 eval_time:7750ms
-final_sliding_window stride:64 val_loss:1.9057 val_bpb:1.1287 eval_time:83873ms
-final_sliding_window_exact stride:64 val_loss:1.90573712 val_bpb:1.12868785
-"""
-BLOCK = """\
-Hyperparameters:
-  logfile: logs/r42.txt
-  matrix_lr: 0.026
-  seed: 42
-  train_batch_tokens: 524288
-  vocab_size: 4096
-  world_size: 8
-val_tokens: 44847104
-1/20000 train_loss: 6.9 train_time: 0.0m tok/s: 12770775
-500/20000 train_loss: 2.4 train_time: 0.8m tok/s: 8111933
-5999/20000 val_loss: 1.95 val_bpb: 1.15
-stopping_early: wallclock_cap train_time: 599900ms step: 5999/20000
-diagnostic pre-quantization post-ema val_loss:1.9344 val_bpb:1.1457 eval_time:6721ms
-Code size (uncompressed): 131887 bytes
-Code size (compressed): 79975 bytes
-GPTQ:collecting Hessians from calibration data...
-GPTQ:collected 67 Hessians in 3.5s
-Serialized model quantized+brotli: 15896578 bytes
-Total submission size quantized+brotli: 15976553 bytes
-quantized val_loss:1.9456 val_bpb:1.1523 eval_time:10116ms
-ttp: b777/782 bl:2.3239 bb:1.0890 rl:2.3239 rb:1.0890 dl:8452-9229 gd:0
-quantized_ttt_phased val_loss:1.90573712 val_bpb:1.12868785 eval_time:83873ms
-total_eval_time:83.9s
-"""
-FORMS = {"colon": COLON, "block": BLOCK}
-
 
 def read(tmp_path, text, name="train.log"):
     content = text if isinstance(text, bytes) else text.encode("utf-8")
@@ -75,26 +25,28 @@ def stamped(text):
                                    lambda t: f"import os\nx = "
                                              f"1\n{'=' * 100}\nversions\n{'=' * 100}\n{t}"],
                          ids=["plain", "stamped", "CRLF", "bar", "UTF-16", "source"])
-@pytest.mark.parametrize("form", FORMS)
-def test_both_forms_say_the_same(tmp_path, form, dress):
-    [log] = read(tmp_path, dress(FORMS[form]))
-    assert (log.seed, log.world_size, log.vocabulary, log.targets) == (42, 8, 4096, 44847104)
+@pytest.mark.parametrize("form, vocabulary", [("colon", 1024), ("block", 8192)])
+def test_both_forms_say_the_same(tmp_path, form, vocabulary, dress):
+    [log] = read(tmp_path, dress(log_text(
+        42, form, code=79_975, model=15_896_578, train=599_900, calibration=3.5, loss=1.90573712,
+        bpb=1.12868785, evaluation=83_873)))
+    assert (log.seed, log.world_size, log.vocabulary) == (42, 8, vocabulary)
+    assert log.targets == TEMPLATES[form][0]
     assert (log.model_bytes, log.total_bytes, log.code_bytes) == (15896578, 15976553, 79975)
     assert (log.train_seconds, log.calibration_seconds, log.steps) == (599.9, 3.5, 5999)
     assert log.step_seconds == pytest.approx(0.1, rel=1e-3) and log.tokens_per_step == 524288
     assert (log.score.loss, log.score.bpb, log.score.seconds) == (1.90573712, 1.12868785, 83.873)
-    assert log.key == dict(colon="final_sliding_window", block="quantized_ttt_phased")[form]
+    assert log.key == dict(colon="final_int6_sliding_window", block="quantized_ttt_phased")[form]
     assert [point[:2] for point in log.curve] == [(1, 6.9), (500, 2.4)]
     assert log.curve[1][2] == pytest.approx(50_000, rel=0.05) and not log.adapted
     assert log.source in (None, b"import os\nx = 1")
 
 
-@pytest.mark.parametrize("first,second", [(COLON, COLON.replace("seed:42", "seed:7")),
-                                          (BLOCK, BLOCK.replace("seed: 42", "seed: 7"))])
-def test_runs_appended_to_one_file_are_split(tmp_path, first, second):
-    runs = read(tmp_path, first + second + first)
-    assert [log.seed for log in runs] == [42, 7, 42]
-    assert all(log.score.bpb == 1.12868785 and len(log.curve) == 2 for log in runs)
+@pytest.mark.parametrize("form", TEMPLATES)
+def test_runs_appended_to_one_file_are_split(tmp_path, form):
+    runs = read(tmp_path, "".join(log_text(seed, form) for seed in (42, 7, 42)))
+    assert [(log.seed, log.score.bpb) for log in runs] == [(s, BPB[s]) for s in (42, 7, 42)]
+    assert all(len(log.curve) == 2 for log in runs)
     assert runs[1].name == "train.log (run 2 of 3)"
 
 
@@ -126,8 +78,8 @@ def test_what_is_no_evaluation_gives_no_score(tmp_path, line):
     ("ttt:start chunks=474 epochs=3 lr=0.1", False), ("loss ttt epoch 1/2 of", False),
     ("TTT pass, epochs = 1/2, mean loss 0.6", True)])
 def test_adapting_before_scoring_is_told_from_scoring_first(tmp_path, lines, adapted):
-    text = COLON.replace("final_sliding", f"{lines}\nfinal_sliding", 1)
-    assert set(read(tmp_path, text)[0].adapted) == ({"final_sliding_window"} if adapted else set())
+    text = log_text(42).replace("final_int6_sliding", f"{lines}\nfinal_int6_sliding", 1)
+    assert [*read(tmp_path, text)[0].adapted] == ["final_int6_sliding_window"] * adapted
 
 
 @pytest.mark.parametrize("name,said,seed", [

@@ -5,79 +5,17 @@ import ast
 import base64
 import json
 import lzma
-import math
 import re
 
 import pytest
+from published_logs import BPB, SOURCE, log_text
 
 import submission
 from submission import FAIL, PASS, UNCHECKED, WARN
 
-BPB = {42: 1.11941234, 1337: 1.11984321, 7: 1.11912345}
-MEAN, STD = sum(BPB.values()) / 3, 0.00036276
-SOURCE = """import os
-import sys
-
-class Hyperparameters:
-    seed = int(os.environ.get("SEED", 1337))
-    matrix_lr = float(os.environ.get("MATRIX_LR", 0.04))
-    ttt_lr = float(os.environ.get("TTT_LR", 0.01))
-
-def adapt(model, val_tokens):
-    return model, val_tokens
-"""
+MEAN = sum(BPB.values()) / 3
 ADAPTING = SOURCE + "adapt(None, val_tokens=[])\n"
 WRAPPER = "import lzma as L,base64 as B\nexec(L.decompress(B.b85decode({!r})))\n"
-TEMPLATES = {  # SP1024 in name:value lines, CaseOps in name: value lines
-    "colon": (62_021_632, """\
-val_loader:shards pattern=./data/datasets/fineweb10B_sp1024/fineweb_val_*.bin tokens:{targets}
-world_size:8 grad_accum_steps:1
-seed:{seed}
-step:1/20000 train_loss:6.9 train_time:100ms step_avg:100.00ms
-step:5999/20000 val_loss:1.95 val_bpb:1.1500 train_time:{train}ms step_avg:100.00ms
-stopping_early: wallclock_cap train_time:{train}ms step:5999/20000
-gptq:calibrated 68 layers in 0.0s
-Serialized model: 106178569 bytes
-Code size: {code} bytes
-Serialized model int6+zstd: {model} bytes (payload:26658144)
-Total submission size int6+zstd: {total} bytes
-final_int6_roundtrip val_loss:{other:.4f} val_bpb:1.1400 eval_time:300000ms
-final_int6_sliding_window val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:64 eval_time:{evaluation}ms
-final_int6_sliding_window_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}
-"""),
-    "block": (47_851_520, """\
-Hyperparameters:
-  logfile: logs/{seed}.txt
-  matrix_lr: 0.026
-  seed: {seed}
-  val_doc_fraction: 1.0
-  vocab_size: 8192
-  world_size: 8
-val_tokens: {targets}
-1/20000 train_loss: 6.9 train_time: 0.0m tok/s: 12770775
-5999/20000 val_loss: 1.95 val_bpb: 1.1500
-stopping_early: wallclock_cap train_time: {train}ms step: 5999/20000
-diagnostic pre-quantization post-ema val_loss:{other:.8f} val_bpb:1.1400 eval_time:400000ms
-Code size (uncompressed): 131887 bytes
-Code size (compressed): {code} bytes
-GPTQ:collected 67 Hessians in 0.0s
-Serialized model quantized+brotli: {model} bytes
-Total submission size quantized+brotli: {total} bytes
-quantized_ttt_phased val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{evaluation}ms
-total_eval_time:{evaluation}ms
-""")}
-
-
-def log_text(seed, form="colon", code=len(SOURCE), model=15_900_000, byte_count=151_076_000,
-             **changes):
-    targets, template = TEMPLATES[form]
-    ratio = math.log(2) * byte_count / targets
-    bpb = changes.pop("bpb", BPB.get(seed, 1.12))
-    values = dict(seed=seed, targets=targets, train=595_000, evaluation=400_000, code=code,
-                  model=model,
-                  total=code + model, bpb=bpb, loss=bpb * ratio, other=1.14 * ratio)
-    return template.format(**{**values, **changes})
-
 
 def write(folder, files):
     for name, content in files.items():
