@@ -111,13 +111,6 @@ def test_a_script_that_reads_its_file_as_bytes_or_not_at_all_stays_small(reads):
     assert artifact.pack_code(source).startswith(b"#coding:latin1")
 
 
-def test_a_wrapped_script_is_packed_once(packed, capsys, tmp_path):
-    path, code = tmp_path / "wrapped.py", base64.b64encode(zlib.compress(packed.source))
-    path.write_bytes(b"import base64, zlib\nexec(zlib.decompress(base64.b64decode('%b')))" % code)
-    status, _, _ = told(capsys, "pack-code", path, "-o", tmp_path / "p.py")
-    assert status == 0 and (tmp_path / "p.py").read_bytes() == packed.content
-
-
 # -- minified
 
 @pytest.fixture(scope="module")
@@ -248,12 +241,6 @@ def jit(function):  # what Triton's decorator does: the function's source is par
     return scope[function.__name__]
 
 assert jit(T.code_limit)(6) == 31
-import torch
-u, up, down = (torch.randn(shape) / 8 for shape in ((5, 64), (256, 64), (64, 256)))
-if T.triton:  # interpreted
-    torch.testing.assert_close(T.LeakySquareMLP.apply(u, up, down, 0.5),
-                               T.leaky_square_mlp(u, up, down, 0.5))
-assert jit(T.out_of_time).__code__.co_names == T.out_of_time.__code__.co_names
 try:
     T.code_limit("six")
 except TypeError as problem:

@@ -621,12 +621,16 @@ def test_lines_that_are_no_json_are_refused(tmp_path, content):
         read(file_of(tmp_path / "t.jsonl", content), "body")
 
 
-@pytest.mark.parametrize("path", ["/dev/null", "-", "pipe"])
-def test_what_cannot_be_read_again_is_refused(tmp_path, monkeypatch, path):
+AGAIN = "is not a regular file.*save it to a file"
+
+
+@pytest.mark.parametrize("path, message", [("/dev/null", AGAIN), ("-", AGAIN), ("pipe", AGAIN),
+                                           (".", "is a folder"), ("none", "is not there")])
+def test_what_cannot_be_read_twice_is_refused(tmp_path, monkeypatch, path, message):
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=f"{path} is not a regular file.*save it to a file"):
-        run_builder(path)
+    with pytest.raises(DataError, match=f"{path} {message}"):
+        run_builder(path, "--name", "x")
 
 
 @pytest.mark.parametrize("separator, expected", [
@@ -640,7 +644,7 @@ def test_plain_text_is_cut_where_help_says(tmp_path, separator, expected):
 
 def test_with_folded_case_the_script_counts_the_bytes_of_the_text(tmp_path):
     """Training and validation come back, the split is that of the plain text, and the script takes
-    tokens, tokenizer and side files."""
+    tokens, tokenizer and side files. Folded case and a tokenizer with marks need each other."""
     texts = [text.title() for text in sentences(60)]
     source = write_jsonl(tmp_path / "t.jsonl", texts)
     options = ("--out-root", tmp_path, "--vocab-size", 330, "--val-docs", 20)
@@ -659,15 +663,11 @@ def test_with_folded_case_the_script_counts_the_bytes_of_the_text(tmp_path):
     table.check_text(tokens, path)
     assert (table.source, table.count(tokens)) == (
         "text", sum(len(t.encode()) for t in texts if folded(t) in set(map(folded, back[1]))))
-    with pytest.raises(DataError, match="t_330_bpe.model: has pieces for the marks.*--fold-case"):
-        run_builder(source, *options, "--name", "none", "--tokenizer",
-                    tmp_path / "tokenizers/t_330_bpe.model")
-
-
-def test_folded_case_needs_a_tokenizer_with_marks(tmp_path, tokenizer_path):
-    with pytest.raises(DataError, match="small.model has no piece for the mark"):
-        run_builder(write_jsonl(tmp_path / "t.jsonl", sentences(9)), "--out-root", tmp_path,
-                    "--tokenizer", tokenizer_path, "--fold-case")
+    for name, flags, says in (("t", [], "has pieces for the marks.*add --fold-case"),
+                              ("plain", ["--fold-case"], "has no piece for the mark")):
+        with pytest.raises(DataError, match=f"/{name}_330_bpe.model:? {says}"):
+            run_builder(source, *options, "--name", "none", "--tokenizer",
+                        tmp_path / f"tokenizers/{name}_330_bpe.model", *flags)
 
 
 def test_a_build_does_not_replace_one_that_ended_meanwhile(tmp_path, tokenizer_path, monkeypatch):
@@ -743,7 +743,7 @@ def test_what_cannot_be_built_is_explained(tmp_path, texts, arguments, message):
     assert not list((tmp_path / "datasets").glob("*")) and not (tmp_path / "tokenizers").exists()
 
 
-def test_unusable_tokenizers_and_paths(tmp_path, monkeypatch, tokenizer_path):
+def test_unusable_tokenizers_are_refused(tmp_path, monkeypatch, tokenizer_path):
     (tmp_path / "junk.model").write_bytes(b"junk")
     with pytest.raises(DataError, match="not a SentencePiece model"):
         build_dataset.load_tokenizer(tmp_path / "junk.model")
@@ -758,9 +758,6 @@ def test_unusable_tokenizers_and_paths(tmp_path, monkeypatch, tokenizer_path):
     (tmp_path / "foreign.model").write_bytes(foreign.getvalue())
     with pytest.raises(DataError, match="BOS has id 2, shards need 1"):
         build_dataset.load_tokenizer(tmp_path / "foreign.model")
-    for path, message in ((tmp_path, "is a folder"), (tmp_path / "none", "is not there")):
-        with pytest.raises(DataError, match=message):
-            build_dataset.FileDocuments([path])
 
 
 # ---- demo and report ------------------------------------------------------------------------

@@ -57,7 +57,8 @@ def test_runs_appended_to_one_file_are_split(tmp_path, form):
     ("final eval: val_bpb=1.1, val_loss=1.9", "final_eval", 1.9, 1.1),
     ("post_train_ema decay:0.997 val_loss: 1.9 val_bpb: 1.1 eval_time:9ms", "post_train_ema", 1.9,
      1.1),
-    ("slot: loss 1.9 bpb 1.1", "slot", 1.9, 1.1)])
+    ("slot: loss 1.9 bpb 1.1", "slot", 1.9, 1.1),
+    ("ttt val_loss:1.9 val_bpb:1.1\ndiagnostic val_loss:2.0 val_bpb:1.2", "ttt", 1.9, 1.1)])
 def test_scores_are_named_by_their_words(tmp_path, line, key, loss, bpb):
     [log] = read(tmp_path, line)
     assert (log.key, log.score.loss, log.score.bpb) == (key, loss, bpb)
