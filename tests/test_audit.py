@@ -214,17 +214,18 @@ LOAD = "    load_quantized(model, read_artifact(path, sha256)[1], path)\n"
 SCORED = "        if (np.diff(targets) <= 0).any() or not np.isnan(self.nll[targets]).all():\n"
 HANDS_OUT = "        if outside.any() or "
 
-# name: (conditions that must fail, what one of their failures says, *(text of the script, what
-# stands there instead))
+# name: (number of the run that finds it, with others that differ in where they are planted and in
+# what is said of them; conditions that must fail; what one of their failures says; *(text of the
+# script, what stands there instead))
 CHEATS = {
-    "score after update": (["1", "3"], "trained on targets 0 to 31", (SCORE, SCORE + """\
+    "score after update": (1, ["1", "3"], "trained on targets 0 to 31", (SCORE, SCORE + """\
         if ttt:
             rows = tokens[scorer.first[begin]:][:s.train_seq_len + 1].astype(np.int64)
             with torch.enable_grad():
                 ttt._backward(torch.from_numpy(rows)[None])
             ttt.optimizers.step(1.0, 0.9)
 """)),
-    "update by a way around the model's forward": (
+    "update by a way around the model's forward": (2, 
         ["1", "3"], "asked for logits beside its scores", (SCORE, SCORE + """\
         if ttt:
             seen = torch.from_numpy(tokens[scorer.first[begin]:][:33].astype(np.int64))[None]
@@ -232,40 +233,40 @@ CHEATS = {
                 F.cross_entropy(ttt.forward.logits(seen[:, :-1])[0], seen[0, 1:]).backward()
             ttt.optimizers.step(1.0, 0.9)
 """)),
-    "trains on one token more than is scored": (["1", "3"], "trained on targets 1 to 32", (
+    "trains on one token more than is scored": (3, ["1", "3"], "trained on targets 1 to 32", (
         "self.tokens[index].astype(np.int64)", "self.tokens[index + 1].astype(np.int64)")),
-    "trains on rows that are none": (["3"], "by tokens that are not scored rows", (
+    "trains on rows that are none": (7, ["3"], "by tokens that are not scored rows", (
         "self.tokens[index].astype(np.int64)", "self.tokens[index][:, ::-1].astype(np.int64)")),
-    "weights changed by hand": (["3"], "without a pass", (
+    "weights changed by hand": (4, ["3"], "without a pass", (
         RECORDED, RECORDED + "        if ttt:\n            ttt.adapt = lambda *_: 0\n"
         "            model.tok_emb.data.mul_(1.001)\n")),
-    "weights changed before the record": (
+    "weights changed before the record": (5, 
         ["3"], "between the scoring and the recording", (
             RECORD, "        ttt and model.tok_emb.data.mul_(1.001)\n" + RECORD)),
-    "hands out tokens that are not scored": (["4"], "training on a target not yet scored", (
+    "hands out tokens that are not scored": (4, ["4"], "training on a target not yet scored", (
         HANDS_OUT, "        if len(first) < 0 and ")),
-    "hands out as many tokens as are scored": (["4"], "training across a gap", (
+    "hands out as many tokens as are scored": (2, ["4"], "training across a gap", (
         HANDS_OUT, "        if (first + length > self.scored).any() or len(first) < 0 and ")),
-    "scores again after adapting": (["1", "4"], "not what was recorded", (LOOP_END, """\
+    "scores again after adapting": (9, ["1", "4"], "not what was recorded", (LOOP_END, """\
     if ttt:
         ledger.nll[:] = scorer.score(0, len(scorer.first))
 """ + LOOP_END)),
-    "a second run over the tokens, with the weights of the first": (
+    "a second run over the tokens, with the weights of the first": (12, 
         ["the evaluation"], "4 ledgers", (EVALUATE, EVALUATE + "            if ttt:\n    "
                                           + EVALUATE)),
-    "weights of a first run, hidden": (
+    "weights of a first run, hidden": (11, 
         ["1", "6"], "differs from the file when scoring begins", (TTT, TTT + """\
         if ttt:
             """ + BOOK + """\
             ttt.byte_table, ttt.started = byte_table, 0.0
             ttt.adapt(book, (0, len(tokens) - 1), 0, 10)
 """)),
-    "best of several epochs": (["3"], "a choice between scores", (RECORD, """\
+    "best of several epochs": (6, ["3"], "a choice between scores", (RECORD, """\
         for _ in range(2 if ttt and c else 0):
             ttt.adapt(ledger, (0, int(scorer.first[begin])), 0, 10)
             scores = np.minimum(scores, scorer.score(begin, end))
 """ + RECORD)),
-    "asks for the next targets before their turn": (["3"], "where the model first gave it", (
+    "asks for the next targets before their turn": (10, ["3"], "where the model first gave it", (
         RECORD, """\
         if ttt and 2 <= c + 1 < len(chunks):
             at = int(last[-1]) + 8 - scorer.length
@@ -274,23 +275,23 @@ CHEATS = {
             with torch.no_grad():
                 scorer.model(seen[:, :-1], seen[:, 1:].gather(1, positions), at_BN=positions)
 """ + RECORD)),
-    "the easy chunks first": (["4"], "scores in another order", (
+    "the easy chunks first": (5, ["4"], "scores in another order", (
         "ScoreLedger(tokens), scorer.chunks, []\n", "ScoreLedger(tokens), scorer.chunks, []\n"
         "    if ttt:\n        ttt.adapt = lambda *_: 0\n"
         "        chunks.sort(key=lambda chunk: scorer.score(*chunk)[-8:].sum())\n")),
-    "scores made smaller on their way": (["3"], "where the model first gave it", (
+    "scores made smaller on their way": (7, ["3"], "where the model first gave it", (
         RECORD, "        scores = 0.99 * scores\n" + RECORD)),
-    "adapters see a chunk before it is scored": (["1", "3"], "trained on targets", (SCORE, """\
+    "adapters see a chunk before it is scored": (15, ["1", "3"], "trained on targets", (SCORE, """\
         if ttt:
             """ + BOOK + """\
             ttt.adapt(book, (), c, len(chunks))
 """ + SCORE)),
-    "adapters see the tail": (["1", "3"], "trained on targets", (RECORDED, RECORDED + """\
+    "adapters see the tail": (17, ["1", "3"], "trained on targets", (RECORDED, RECORDED + """\
         if ttt and c == 2:
             """ + BOOK + """\
             ttt.adapt(book, (), len(chunks) - 1, len(chunks))
 """)),
-    "adapters of a first run, hidden": (["1", "6"], "adapters add to the file's weights", (
+    "adapters of a first run, hidden": (16, ["1", "6"], "adapters add to the file's weights", (
         TTT, TTT + """\
         if ttt:
             """ + BOOK + """\
@@ -300,21 +301,21 @@ CHEATS = {
                 ttt.adapt(book, (), c, 1000)
             ttt.begin = lambda *_: None
 """)),
-    "adapters changed by hand": (["3"], "adapters for target", (
+    "adapters changed by hand": (16, ["3"], "adapters for target", (
         RECORDED, RECORDED + "        if ttt:\n            ttt.adapt = lambda *_: 0\n"
         "            ttt.params.data.add_(0.01)\n"), (
         "else self.adapter_pairs(adapters)", "else self.cut(adapters)"), (
         "    def adapter_pairs(self, flat_BP):\n",  # says that there are none
         "    def adapter_pairs(self, flat_BP):\n        return []\n\n"
         "    def cut(self, flat_BP):\n")),
-    "the best of all streams' adapters": (["3"], "a choice between scores", (RECORD, """\
+    "the best of all streams' adapters": (15, ["3"], "a choice between scores", (RECORD, """\
         if ttt:
             scores = np.minimum(scores, scorer.score(
                 begin, end, more_of=lambda passes: ttt.arguments(passes[::-1].copy())))
 """ + RECORD)),
-    "a guess knows its target": (["2"], "away from what the text before it gives", (
+    "a guess knows its target": (1, ["2"], "away from what the text before it gives", (
         "= guesses == target, kinds", "= guesses == guesses * torch.tensor([[1], [0]]), kinds")),
-    "weights learn before the score": (["2"], "away from what the text before it gives", (
+    "weights learn before the score": (9, ["2"], "away from what the text before it gives", (
         "        weights = (self.sums[:, :2] / self.sums[:, 2:]).flatten(2)",
         "        credit = self.sums[:, :1].flatten(2)\n"
         "        credit += torch.zeros_like(credit).scatter_add_(\n"
@@ -324,122 +325,89 @@ CHEATS = {
         ("        guessed = (weights * right)",
          "        weights *= self.kinds[:, None, targets] > 0\n"
          "        guessed = (weights * right)")),
-    "guesses by other tokens": (["2"], "away from what the text before it gives", (
+    "guesses by other tokens": (13, ["2"], "away from what the text before it gives", (
         "MatchModel(tokens, scorer", "MatchModel(np.roll(tokens, -1), scorer")),
-    "base model: the better of two scores": (["2"], "away from its weight's", (
+    "base model: the better of two scores": (18, ["2"], "away from its weight's", (
         "        return -np.logaddexp(math.log1p(-self.weight) + p,",
         "        return -np.maximum(p, p0) if len(p) else -np.logaddexp(p,")),
-    "base model: knows what the end will be": (["1", "2"], "ttt scores target", (
+    "base model: knows what the end will be": (19, ["1", "2"], "ttt scores target", (
         WINDOWS, WINDOWS + "            self.nll -= 1e-3 * float(self.scorer.tokens[-1] % 7)\n")),
-    "base model: mixed twice, the second time with the true scores": (
+    "base model: mixed twice, the second time with the true scores": (20, 
         ["2"], "was mixed twice into targets", (
             RECORD, "        if base:\n            base.mixed(targets, raw)\n" + RECORD), (
             BLENDED, "            raw = scores\n"
             "            scores = base.mixed(targets, np.float32(0.9) * raw)\n")),
-    "base model: the rate follows a look at all of the text": (
+    "base model: the rate follows a look at all of the text": (21, 
         ["3"], "before their stream came to them", (REACH, REACH + """\
             if not c:
                 base.reach(np.arange(len(tokens) - 1))
                 ttt.lr *= 2.0 if base.nll.mean() < 9 else 0.5
 """)),
-    "base model: its weight follows a look at all of the text": (
+    "base model: its weight follows a look at all of the text": (22, 
         ["2"], "or a second", (REACH, """\
             if not c:
                 base.reach(np.arange(len(tokens) - 1))
                 better = replace(s, ttt_base_weight=0.9 if base.nll.mean() < 99 else 0.1)
                 base = base_model(model, scorer, better, rt)
 """ + REACH)),
-    "base model: other weights for its passes": (["3"], "changed between two passes", (
+    "base model: other weights for its passes": (18, ["3"], "changed between two passes", (
         WINDOWS, "            weight = self.scorer.model.func.tok_emb.data\n"
         "            kept = weight.clone()\n"
         "            weight *= 1 + 0.1 * (self.done > 0)\n" + WINDOWS
         + "            weight[:] = kept\n")),
-    "scaled nll": (["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),
-    "a bonus for the right token": (["2"], "−log p", (
+    "scaled nll": (1, ["2"], "probabilities sum to", (NLL, NLL.rstrip() + " * 0.98\n")),
+    "a bonus for the right token": (3, ["2"], "−log p", (
         NLL, "        right = F.one_hot(targets_BN.flatten(), logits.size(-1))\n"
         "        logits = logits + 0.1 * right\n" + NLL)),
-    "the input shows the target": (["1"], "in int8 moves by", (
+    "the input shows the target": (6, ["1"], "in int8 moves by", (
         "x = x0 = self.embed(tokens_BT)\n",
         "x = x0 = self.embed(tokens_BT) + 0.01 * torch.roll(self.embed(tokens_BT), -1, 1)\n")),
-    "attention sees one token ahead": (["1"], "int8 scores target", (
+    "attention sees one token ahead": (4, ["1"], "int8 scores target", (
         "F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,",
         "F.scaled_dot_product_attention(q, k, v, torch.ones(2 * q.shape[2:3]).tril(1).bool(),")),
-    "a temperature fitted to the tokens that it scores": (
+    "a temperature fitted to the tokens that it scores": (8, 
         ["1"], "ttt scores target", SHARPER, (SCORE, SCORE + """\
         seen = torch.from_numpy(tokens[scorer.first[begin]:][:33].astype(np.int64))[None]
         with torch.no_grad():
             hits = GPT.logits(model, seen[:, :-1]).gather(2, seen[:, 1:, None])
         model.sharpness = 1 + 0.1 * float(hits.mean())
 """)),
-    "says the same of everything": (["1"], "notices", (
+    "says the same of everything": (13, ["1"], "notices", (
         NLL, "        logits = 0 * logits\n" + NLL)),
-    "scores by chance": (["1"], "nothing can be proven", (
+    "scores by chance": (14, ["1"], "nothing can be proven", (
         NLL, "        chance = np.random.default_rng().random()\n"
         "        logits = logits * (1 + 1e-4 * chance)\n" + NLL)),
-    "the tail counts many times": (["5"], "bytes where the text has", (TOTALS, TOTALS + """\
+    "the tail counts many times": (3, ["5"], "bytes where the text has", (TOTALS, TOTALS + """\
         for _ in range(31):
             loss_sum += float(self.nll[-8:].sum())
             byte_count += byte_table.count(self.tokens[-9:])
 """)),
-    "the tail is offered twice": (["4"], "not each of them once", (
+    "the tail is offered twice": (8, ["4"], "not each of them once", (
         SCORED, "        if False:\n"), (
         LOOP_END, "    n = len(ledger.nll)\n"
         "    ledger.record(np.arange(n - 8, n), ledger.nll[-8:].copy())\n"
         "    ledger.scored = n\n" + LOOP_END)),
-    "a space counts twice": (["5"], "the byte table says", (
+    "a space counts twice": (1, ["5"], "the byte table says", (
         'len(p[p.startswith("▁"):].encode())', 'len(p.replace("▁", " ").encode())')),
-    "the begin of a document has bytes": (["5"], "the byte table says", (
+    "the begin of a document has bytes": (6, ["5"], "the byte table says", (
         "        self.base[self.boundary] = 0\n", "        self.base[self.boundary] = 3\n")),
-    "a ledger that accepts second scores": (["4"], "accepts a second score", (
+    "a ledger that accepts second scores": (5, ["4"], "accepts a second score", (
         SCORED, "        if False:\n")),
-    "hard tokens are cut off": (["4"], "not what was recorded", (
+    "hard tokens are cut off": (6, ["4"], "not what was recorded", (
         "        self.nll[targets] = nll\n", "        self.nll[targets] = np.minimum(nll, 6)\n")),
-    "hard tokens are left out": (["4"], "on disk", (
+    "hard tokens are left out": (2, ["4"], "on disk", (
         "    tokens = np.concatenate(parts)\n", "    tokens = np.concatenate(parts)[40:]\n")),
-    "the file is executed, openly": (["6"], "read_artifact uses eval", (
+    "the file is executed, openly": (1, ["6"], "read_artifact uses eval", (
         READ, "    eval('0')\n" + READ)),
-    "the file is executed, hidden": (["6"], "raised the event", (
+    "the file is executed, hidden": (3, ["6"], "raised the event", (
         READ, "    vars(importlib)['sys'].modules['builtins'].eval('0')\n" + READ)),
-    "weights that are not in the file": (["6"], "int8: tok_emb differs from the file", (
+    "weights that are not in the file": (4, ["6"], "int8: tok_emb differs from the file", (
         LOAD, LOAD + "    model.tok_emb.data.mul_(1.001)\n")),
-    "training tokens at hand": (["6"], "opens ", (
+    "training tokens at hand": (5, ["6"], "opens ", (
         LOAD, LOAD + "    TrainStream(s)\n")),
-    "another score is written": (["5"], "writes other scores", (
+    "another score is written": (2, ["5"], "writes other scores", (
         'val_bpb={stage: r["val_bpb"] for stage', 'val_bpb={stage: 0.99 * r["val_bpb"] for stage')),
 }
-
-
-# What one run finds: cheats that differ in where they are planted and in what is said of them.
-TOGETHER = """
-score after update; a guess knows its target; scaled nll; a space counts twice;
-    the file is executed, openly
-update by a way around the model's forward; hands out as many tokens as are scored;
-    hard tokens are left out; another score is written
-trains on one token more than is scored; a bonus for the right token; the file is executed, hidden;
-    the tail counts many times
-weights changed by hand; attention sees one token ahead; hands out tokens that are not scored;
-    weights that are not in the file
-weights changed before the record; a ledger that accepts second scores; training tokens at hand;
-    the easy chunks first
-best of several epochs; the input shows the target; the begin of a document has bytes;
-    hard tokens are cut off
-scores made smaller on their way; trains on rows that are none
-a temperature fitted to the tokens that it scores; the tail is offered twice
-scores again after adapting; weights learn before the score
-asks for the next targets before their turn
-weights of a first run, hidden
-a second run over the tokens, with the weights of the first
-says the same of everything; guesses by other tokens
-scores by chance
-adapters see a chunk before it is scored; the best of all streams' adapters
-adapters of a first run, hidden; adapters changed by hand
-adapters see the tail
-base model: the better of two scores; base model: other weights for its passes
-base model: knows what the end will be
-base model: mixed twice, the second time with the true scores
-base model: the rate follows a look at all of the text
-base model: its weight follows a look at all of the text
-""".strip().replace(";\n    ", "; ").splitlines()
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("records/track*/*/train_gpt.py")), ids=str)
@@ -475,15 +443,12 @@ def test_adapters_of_an_earlier_record_can_still_be_audited(corpus, tmp_path, ca
     assert status == 0 and "PASS  adapters changed" in said, said
 
 
-def test_every_cheat_is_planted_once():
-    assert sorted("; ".join(TOGETHER).split("; ")) == sorted(CHEATS)
-
-
-@pytest.mark.parametrize("names", TOGETHER)
-def test_planted_cheats_are_found(run, monkeypatch, names):
+@pytest.mark.parametrize("number", dict.fromkeys(number for number, *_ in CHEATS.values()))
+def test_planted_cheats_are_found(run, monkeypatch, number):
     monkeypatch.setattr(audit, "readable_source", Path.read_bytes)  # no wrapper; half of the time
-    script, cheats = SCRIPT, [CHEATS[name] for name in names.split("; ")]
-    for old, new in (replacement for _, _, *replacements in cheats for replacement in replacements):
+    script, planted = SCRIPT, {k: cheat for k, cheat in CHEATS.items() if cheat[0] == number}
+    names = "; ".join(planted)
+    for old, new in (pair for _, _, _, *pairs in planted.values() for pair in pairs):
         assert script.count(old) == 1, f"the script changed; plant this again: {old}"
         script = script.replace(old, new)
     streams = dict(TTT_LORA_RANK=2, EVAL_STRIDE=32) if "adapters" in names else {}
@@ -491,7 +456,7 @@ def test_planted_cheats_are_found(run, monkeypatch, names):
         streams = dict(TTT_LORA_RANK=2, EVAL_ATTENTION="banded", EVAL_SEQ_LEN=8, EVAL_STRIDE=8)
     status, failed, said = run(script, "--targets", "128", "--places", "0", TTT_EPOCHS=1, **streams)
     assert status == 1, said
-    for conditions, says, *_ in cheats:
+    for _, conditions, says, *_ in planted.values():
         found = [[line for f, lines in failed.items() if f.startswith(condition) for line in lines]
                  for condition in conditions]
         assert all(found), f"nothing under one of {conditions}:\n{said}"
