@@ -424,35 +424,28 @@ def test_data_that_cannot_be_counted_is_refused(sound, scored, capsys, case, opt
         submission.check(sound, **given)
 
 
-def test_a_script_without_a_dry_run_is_not_started(sound):
-    (sound / "train_gpt.py").write_text("open('started', 'w')\n")
-    assert "dry run" in [what for what, _ in found(sound, UNCHECKED, run=True)]
+@pytest.mark.parametrize("script, says", [
+    ("open('started', 'w')", "knows no --dry-run"),
+    ("import time  # --dry-run\ntime.sleep(60)", "not done after 0.2 s")])
+def test_a_dry_run_is_of_a_script_that_knows_it_and_not_for_long(sound, monkeypatch, script, says):
+    monkeypatch.setattr(submission, "DRY_RUN_SECONDS", 0.2)
+    (sound / "train_gpt.py").write_text(script)
+    assert says in dict(found(sound, UNCHECKED, run=True))["dry run"]
     assert not list(sound.rglob("started"))
 
 
-@pytest.mark.parametrize("code, status", [(0, PASS), (1, FAIL), (2, UNCHECKED),
-                                          (None, UNCHECKED)])
-def test_the_audits_exit_status_is_the_finding(sound, tmp_path, monkeypatch, code, status):
+@pytest.mark.parametrize("code, seconds, status, says", [
+    ("sys.exit(0)", 60, PASS, "train_gpt.py"), ("sys.exit(1)", 60, FAIL, "exit status 1"),
+    ("sys.exit(2)", 60, UNCHECKED, "train_gpt.py"), ("", 60, UNCHECKED, "is not there"),
+    ("time.sleep(60)", 0.2, UNCHECKED, "not done after 0.2 s")])
+def test_the_audits_exit_status_is_the_finding(sound, tmp_path, monkeypatch, code, seconds, status,
+                                               says):
     monkeypatch.setattr(submission, "HERE", tmp_path)
-    artifact = tmp_path / "a.ptz"
-    artifact.write_bytes(b"")
-    if code is not None:
-        (tmp_path / "audit.py").write_text(f"import sys\nprint(sys.argv[2:])\nsys.exit({code})\n")
-    text = dict(found(sound, status, run=True, artifacts=[artifact]))["audit"]
-    assert ("is not there" if code is None else "train_gpt.py") in text
-
-
-def test_what_takes_too_long_on_this_machine_is_not_checked(sound, tmp_path, monkeypatch):
-    monkeypatch.setattr(submission, "HERE", tmp_path)
-    monkeypatch.setattr(submission, "DRY_RUN_SECONDS", 0.2)
-    monkeypatch.setattr(submission, "AUDIT_SECONDS", 0.2)
-    (tmp_path / "a.ptz").write_bytes(b"")
-    (tmp_path / "audit.py").write_text("import time\ntime.sleep(60)\n")
-    (sound / "train_gpt.py").write_text("import time  # --dry-run\ntime.sleep(60)\n")
-    sub = submission.check(sound, run=True, artifacts=[tmp_path / "a.ptz"])
-    slow = {what: (status, text) for status, what, text in sub.findings if "0.2 s" in text}
-    assert {what: status for what, (status, _) in slow.items()} == {
-        "dry run": UNCHECKED, "audit": UNCHECKED}
+    monkeypatch.setattr(submission, "AUDIT_SECONDS", seconds)
+    (artifact := tmp_path / "a.ptz").write_bytes(b"")
+    if code:
+        (tmp_path / "audit.py").write_text(f"import sys, time\nprint(sys.argv[2:])\n{code}\n")
+    assert says in dict(found(sound, status, run=True, artifacts=[artifact]))["audit"]
 
 
 # -- pack
