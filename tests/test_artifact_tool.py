@@ -2,7 +2,6 @@
 adds up."""
 
 import ast
-import base64
 import contextlib
 import hashlib
 import importlib.util
@@ -11,7 +10,6 @@ import lzma
 import re
 import subprocess
 import sys
-import zlib
 from types import SimpleNamespace
 
 import pytest

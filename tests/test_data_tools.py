@@ -9,7 +9,6 @@ import lzma
 import os
 import re
 import struct
-import sys
 import tarfile
 import threading
 from collections import Counter
