@@ -71,7 +71,7 @@ def folded(text: str) -> str:
 
 
 def run_builder(*arguments) -> None:
-    build_dataset.main([str(a) for a in (*arguments, "--workers", 1) if a is not None])
+    build_dataset.main([str(a) for a in ("--workers", 1, *arguments)])
 
 
 # ---- shards ---------------------------------------------------------------------------------
@@ -409,9 +409,9 @@ def test_a_manifest_of_unknown_form_is_refused(manifest):
 
 def test_built_dataset_round_trips_and_its_manifest_counts(tmp_path):
     texts = sentences(80)
-    source = write_jsonl(tmp_path / "tales.jsonl", texts)
+    source = write_jsonl(tmp_path / "tales.jsonl", texts, field="body")
     run_builder(source, "--out-root", tmp_path, "--vocab-size", 400, "--val-docs", 9,
-                "--shard-tokens", 1000)
+                "--shard-tokens", 1000, "--text-field", "body")
     folder, tokenizer = tmp_path / "datasets/tales", tmp_path / "tokenizers/tales_400_bpe.model"
     train, val = texts_of(folder, "train", tokenizer), texts_of(folder, "val", tokenizer)
     assert Counter(train + val) == Counter(map(folded, texts)) and len(val) == 9
@@ -732,6 +732,7 @@ def test_existing_dataset_is_kept_unless_forced(tmp_path, tokenizer_path, monkey
     (sentences(3), ["--vocab-size", 300, "--val-fraction", 1e-9], "fell to validation"),
     (sentences(3), ["--name", "../up"], "--name '../up'"),
     (sentences(3), ["--val-fraction", 1.5], "--val-fraction 1.5"),
+    (sentences(3), ["--workers", 0], "--workers 0"),
     (sentences(3), ["--vocab-size", 65537], "--vocab-size 65537"),
     (sentences(3), ["--tokenizer", "none.model"], "No such file or directory: 'none.model'"),
     (sentences(3), ["--demo"], "--demo has its own text")])
