@@ -225,7 +225,7 @@ CHEATS = {
                 ttt._backward(torch.from_numpy(rows)[None])
             ttt.optimizers.step(1.0, 0.9)
 """)),
-    "update by a way around the model's forward": (2, 
+    "update by a way around the model's forward": (2,
         ["1", "3"], "asked for logits beside its scores", (SCORE, SCORE + """\
         if ttt:
             seen = torch.from_numpy(tokens[scorer.first[begin]:][:33].astype(np.int64))[None]
@@ -240,7 +240,7 @@ CHEATS = {
     "weights changed by hand": (4, ["3"], "without a pass", (
         RECORDED, RECORDED + "        if ttt:\n            ttt.adapt = lambda *_: 0\n"
         "            model.tok_emb.data.mul_(1.001)\n")),
-    "weights changed before the record": (5, 
+    "weights changed before the record": (5,
         ["3"], "between the scoring and the recording", (
             RECORD, "        ttt and model.tok_emb.data.mul_(1.001)\n" + RECORD)),
     "hands out tokens that are not scored": (4, ["4"], "training on a target not yet scored", (
@@ -251,10 +251,10 @@ CHEATS = {
     if ttt:
         ledger.nll[:] = scorer.score(0, len(scorer.first))
 """ + LOOP_END)),
-    "a second run over the tokens, with the weights of the first": (12, 
+    "a second run over the tokens, with the weights of the first": (12,
         ["the evaluation"], "4 ledgers", (EVALUATE, EVALUATE + "            if ttt:\n    "
                                           + EVALUATE)),
-    "weights of a first run, hidden": (11, 
+    "weights of a first run, hidden": (11,
         ["1", "6"], "differs from the file when scoring begins", (TTT, TTT + """\
         if ttt:
             """ + BOOK + """\
@@ -332,18 +332,18 @@ CHEATS = {
         "        return -np.maximum(p, p0) if len(p) else -np.logaddexp(p,")),
     "base model: knows what the end will be": (19, ["1", "2"], "ttt scores target", (
         WINDOWS, WINDOWS + "            self.nll -= 1e-3 * float(self.scorer.tokens[-1] % 7)\n")),
-    "base model: mixed twice, the second time with the true scores": (20, 
+    "base model: mixed twice, the second time with the true scores": (20,
         ["2"], "was mixed twice into targets", (
             RECORD, "        if base:\n            base.mixed(targets, raw)\n" + RECORD), (
             BLENDED, "            raw = scores\n"
             "            scores = base.mixed(targets, np.float32(0.9) * raw)\n")),
-    "base model: the rate follows a look at all of the text": (21, 
+    "base model: the rate follows a look at all of the text": (21,
         ["3"], "before their stream came to them", (REACH, REACH + """\
             if not c:
                 base.reach(np.arange(len(tokens) - 1))
                 ttt.lr *= 2.0 if base.nll.mean() < 9 else 0.5
 """)),
-    "base model: its weight follows a look at all of the text": (22, 
+    "base model: its weight follows a look at all of the text": (22,
         ["2"], "or a second", (REACH, """\
             if not c:
                 base.reach(np.arange(len(tokens) - 1))
@@ -365,7 +365,7 @@ CHEATS = {
     "attention sees one token ahead": (4, ["1"], "int8 scores target", (
         "F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,",
         "F.scaled_dot_product_attention(q, k, v, torch.ones(2 * q.shape[2:3]).tril(1).bool(),")),
-    "a temperature fitted to the tokens that it scores": (8, 
+    "a temperature fitted to the tokens that it scores": (8,
         ["1"], "ttt scores target", SHARPER, (SCORE, SCORE + """\
         seen = torch.from_numpy(tokens[scorer.first[begin]:][:33].astype(np.int64))[None]
         with torch.no_grad():
