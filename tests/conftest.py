@@ -1,6 +1,7 @@
 """What the tests share: a tiny corpus with its tokenizer, tiny settings, ways to run the script."""
 
 import contextlib
+import errno
 import io
 import json
 import multiprocessing
@@ -189,6 +190,28 @@ def on_ranks(ranks, said, act, *arguments):
     for process in started:
         process.join(200)
     assert [process.exitcode for process in started] == [0] * ranks, Path(said).read_text()
+
+
+def disk_full(patch, word):
+    """The disk is full when a file with `word` in its path is flushed."""
+    real = os.fsync
+
+    def fsync(number):
+        if word in os.readlink(f"/proc/self/fd/{number}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(number)
+    patch.setattr(os, "fsync", fsync)
+
+
+@torch.no_grad()
+def a_model(s, noise=0.1, **kernels):
+    """A model with noise on its initial weights, the same each time."""
+    torch.manual_seed(5)
+    model = train_gpt.GPT(s, kernels=train_gpt.Kernels(**kernels))
+    train_gpt.init_weights(model, s)
+    for p in model.parameters():
+        p.add_(noise * torch.randn_like(p))
+    return model
 
 
 class Device(str):

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, a_rank, clean_environ, environment
+from conftest import ROOT, a_model, a_rank, clean_environ, environment
 from hypothesis import example, given, settings as hypothesis_settings, strategies as st
 
 import train_gpt
@@ -189,11 +189,7 @@ def test_a_model_computes_with_kernels_what_it_does_without(tiny, monkeypatch):
     def counted(*arguments):
         calls.append(arguments)
         return triton_mlp(*arguments)
-    model = train_gpt.GPT(s, torch.float32, train_gpt.Kernels(mlp=counted))
-    train_gpt.init_weights(model, s)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
+    model = a_model(s, 0.05, mlp=counted)
     tokens = torch.randint(s.vocab_size, (2, 33))
 
     def outcome():
