@@ -17,36 +17,13 @@ paces_ms = st.floats(0.01, 10**5)
 caps = st.floats(0.1, 10**5)
 
 
-@st.composite
-def runs(draw):
-    """Settings that end by iterations, by the clock, or by whichever is first."""
-    ends = draw(st.sampled_from(["iterations", "clock", "both"]))
-    return replace(PUBLISHED, lr_floor=draw(st.floats(0, 1)),
-                   warmdown_iters=draw(st.integers(0, 10**5)),
-                   iterations=0 if ends == "clock" else draw(st.integers(1, 10**5)),
-                   max_wallclock_seconds=0.0 if ends == "iterations" else draw(caps))
-
-
 @quick
-@given(runs(), st.integers(0, 2 * 10**5), st.floats(0.001, 10**9))
-def test_lr_scale_lies_between_the_floor_and_one(s, step, elapsed):
-    assert s.lr_floor <= train_gpt.lr_scale(s, step, elapsed if step else 0.0) <= 1
-
-
-@quick
-@given(runs(), st.integers(0, 10**5), st.integers(1, 1000), paces_ms)
-def test_lr_scale_never_rises_at_a_steady_pace(s, step, more, pace):
-    assert (train_gpt.lr_scale(s, step + more, (step + more) * pace)
-            <= train_gpt.lr_scale(s, step, step * pace) + 1e-9)
-
-
-@quick
-@given(st.integers(1, 10**4), st.integers(1, 10**4), st.integers(1, 10**4))
+@given(st.integers(1, 10**4), st.integers(0, 10**4), st.integers(1, 10**4))
 def test_by_iterations_it_is_the_published_line(total, warmdown, step):
     assume(warmdown <= total and step <= total)
     s = replace(PUBLISHED, lr_floor=0.0, warmdown_iters=warmdown, iterations=total,
                 max_wallclock_seconds=0.0)
-    expected = min((total - step) / warmdown, 1)
+    expected = min((total - step) / warmdown, 1) if warmdown else 1
     assert train_gpt.lr_scale(s, step, 1.0) == pytest.approx(expected, abs=1e-12)
 
 
@@ -201,17 +178,3 @@ def test_without_an_average_weights_stay_as_trained(s):
     model, history, average, _ = trained(s, 40, late)
     assert average.apply() == ""
     assert (flat(model) == history[-1]).all()
-
-
-def test_averages_do_not_alias_the_weights():
-    """The average of n equal weights stays itself when the weights go on."""
-    model = Toy()
-    s = replace(PUBLISHED, ema_decay=0.9, swa_enabled=1, swa_every=1)
-    average = train_gpt.WeightAverage(model, s)
-    before = flat(model)
-    average.update(1, 0.0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-    average.apply()
-    np.testing.assert_allclose(flat(model), before, atol=1e-6)
