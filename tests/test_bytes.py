@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import sentencepiece
 from conftest import VOCAB, WORDS, write_shard
 from hypothesis import example, given, settings, strategies as st
 
-from train_gpt import BOS, ByteTable, UserError, bits_per_byte, resolve_settings
+from train_gpt import BOS, ByteTable, UserError, resolve_settings
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +58,6 @@ def test_an_unused_piece_is_a_boundary(tiny, corpus, monkeypatch):
     for target in range(VOCAB):
         count = bytes_of_target(corpus.tokenizer, 300, target)
         assert table.count(np.array([300, target])) == count
-
-
-def test_bytes_are_those_of_the_decoded_documents(corpus, table):
-    documents = np.split(corpus.tokens, np.flatnonzero(corpus.tokens == BOS))[1:]
-    sizes = [len(text.encode("utf-8")) for text in corpus.documents]
-    assert [table.count(document) for document in documents] == sizes
-    assert table.count(corpus.tokens) == sum(sizes)
-    nll = np.full(len(corpus.tokens) - 1, math.log(VOCAB))  # a model that knows nothing
-    assert bits_per_byte(nll.sum(), table.count(corpus.tokens)) == pytest.approx(
-        len(nll) * math.log2(VOCAB) / sum(sizes), rel=1e-12)
 
 
 SOME_TEXT = st.one_of(st.sampled_from(WORDS), st.text(min_size=1, max_size=6))
@@ -187,12 +176,3 @@ def test_unknown_pieces_are_refused_whatever_their_bytes(tiny, tmp_path, corpus)
         with pytest.raises(UserError, match="x: 1 tokens are unknown pieces, .*fallback"):
             table.check_text(tokens, "x")
         assert table.source == source
-
-
-# -- what is refused, and the score
-
-def test_bits_per_byte_by_hand():
-    for nats, count, bits in ((0.0, 5, 0.0), (8 * math.log(2), 4, 2.0), (1.0, 1, 1 / math.log(2)),
-                              (np.float32(3.0), 2, 2.1640425613334453)):
-        assert bits_per_byte(nats, count) == pytest.approx(bits, rel=1e-14)
-        assert type(bits_per_byte(nats, count)) is float
