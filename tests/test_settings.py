@@ -212,7 +212,11 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(TRAIN_SEQ_LEN=1024, SEGMENT_SCHEDULE="1023:0.5"), "1024 or more if that is above 512"),
     (dict(SEGMENT_SCHEDULE="1024:0.5", DOC_ATTENTION=0),
      "SEGMENT_SCHEDULE=1024:0.5, DOC_ATTENTION=0: segments end attention as documents do"),
-    (dict(LATE_PASSES_FROM=1), "LATE_PASSES_FROM=1.0, LATE_PASSES=auto: the late passes would be")]
+    (dict(LATE_PASSES_FROM=1), "LATE_PASSES_FROM=1.0, LATE_PASSES=auto: the late passes would be"),
+    (dict(GPTQ_ACT_ORDER=1), "QUANT_FIT=trellis, GPTQ_ACT_ORDER=1: a trellis takes columns in"),
+    (dict(PRUNE_FRAC=0.1), "QUANT_FIT=trellis, PRUNE_FRAC=0.1: codes of a trellis have no zeros"),
+    *((dict(variables, TTT_OPTIMIZER="muon", TTT_FREEZE_BLOCKS=11), "leave nothing to adapt")
+      for variables in (dict(TTT_PARAMS="tail"), dict(MUDD=0)))]
 
 
 def test_contradictions_are_named():
