@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import a_model
 from hypothesis import given, settings, strategies as st
 
 import train_gpt
@@ -344,45 +345,6 @@ def test_codes_of_a_trellis_are_those_of_the_slow_search(tiny):
         assert found.tolist() == expected
 
 
-def entropy(codes):
-    """Bits a code."""
-    shares = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
-    return -(shares * np.log2(shares)).sum()
-
-
-@pytest.mark.parametrize("inputs, most", [("white", 0.81), ("correlated", 0.72)])
-def test_a_trellis_has_a_fifth_less_error_at_the_same_entropy(tiny, inputs, most):
-    """Less again where inputs are correlated: 16 paths find better compensation than one."""
-    w, x = gaussian(64, 256), torch.eye(256) if inputs == "white" else correlated(256)
-    hessian = x.T @ x
-    prepared, scales = train_gpt.compensation(hessian, tiny()), torch.full((64,), 0.36)
-    errors, entropies = [], []
-    for trellis in (False, True):
-        codes = train_gpt.gptq_codes(w, scales, 8, *prepared, trellis)
-        off = w - train_gpt.Quantized(8, codes, scales, torch.ones(256), trellis).weights()
-        errors.append(float(((off @ hessian) * off).sum()))
-        entropies.append(entropy(codes))
-    assert errors[1] < most * errors[0] and -0.05 < entropies[1] - entropies[0] < 0.01
-
-
-@pytest.mark.parametrize("deviation", [0.45, 0.7, 1.0, 2.0])  # of weights in scales
-def test_a_trellis_wins_down_to_one_bit(tiny, deviation):
-    """Against rounding at the scale that has the same entropy."""
-    def rounded(deviation):
-        return train_gpt.to_codes(w, torch.full((64,), 1 / deviation), 8)
-    w, scales = gaussian(64, 256), torch.full((64,), 1 / deviation)
-    prepared = train_gpt.compensation(torch.eye(256), tiny())
-    codes = train_gpt.gptq_codes(w, scales, 8, *prepared, trellis=True)
-    low, high = 0.1, 10.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        more = entropy(rounded(middle)) > entropy(codes)
-        low, high = (low, middle) if more else (middle, high)
-    stored = train_gpt.Quantized(8, codes, scales, torch.ones(256), True).weights()
-    error = (w - stored).square().mean()
-    assert error < 0.83 * (w - rounded(low) / low).square().mean()
-
-
 @pytest.mark.parametrize("bits", ALL_BITS)
 @pytest.mark.parametrize("columns", [*range(1, 10), 64, 65, 130])
 def test_codes_of_a_trellis_use_their_range_whatever_the_size_of_weights(tiny, bits, columns):
@@ -425,27 +387,10 @@ def test_rows_that_a_trellis_would_spoil_are_zeros(tiny):
     assert not stored.weights()[2:].any() and not stored.codes[2:].any()
 
 
-def test_a_trellis_refuses_what_it_cannot_keep(tiny):
-    for conflict in (dict(GPTQ_ACT_ORDER=1), dict(PRUNE_FRAC=0.1)):
-        with pytest.raises(train_gpt.UserError, match="QUANT_FIT=trellis.*set QUANT_FIT=level"):
-            tiny(**conflict)
-        tiny(QUANT_FIT="level", **conflict)
-
-
 def some_rows(s, count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = count, s.train_seq_len + 1
     return torch.randint(s.vocab_size, shape, generator=generator, dtype=torch.int32)
-
-
-def trained_a_little(s):
-    """A model whose zero matrices have become something."""
-    model, _ = train_gpt.build_model(s, train_gpt.Runtime(s))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    return model
 
 
 def calibrated_names(model):
@@ -455,7 +400,7 @@ def calibrated_names(model):
 def test_calibration_is_what_explicit_gradients_and_inputs_say(tiny):
     """Energies pass by pass from autograd; Hessians from the inputs of each matrix' product."""
     s, passes = tiny(TRAIN_SEQ_LEN=16, BIGRAM_VOCAB_SIZE=32), [2, 3, 1]
-    model = trained_a_little(s)
+    model = a_model(s, 0.05)
     rows = some_rows(s, sum(passes)).split(passes)
     found = train_gpt.calibrate(model, rows, train_gpt.Runtime(s))
     parameters = dict(model.named_parameters())
@@ -512,7 +457,7 @@ class SlowRows:
 
 
 def a_trainer(s, lines):
-    rt, model = train_gpt.Runtime(s), trained_a_little(s)
+    rt, model = train_gpt.Runtime(s), a_model(s, 0.05)
     rt.log = lambda line, **_: lines.append(line)
     return train_gpt.Trainer(model, model, s, rt, None)
 
@@ -562,30 +507,21 @@ def test_the_reserve_is_measured_before_the_clock_starts(tiny, variables, least,
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before))
 
 
-def test_what_comes_once_in_a_calibration_is_reserved_once(tiny, monkeypatch):
+def test_what_comes_once_in_a_calibration_is_reserved_once_and_gets_its_time(tiny, monkeypatch):
     """Half a second, such as sums over ranks, and a tenth for each micro-batch."""
     def slow(model, parts, rt, calibrate=train_gpt.calibrate):
-        time.sleep(0.5 + 0.1 * len(parts))
-        return calibrate(model, parts, rt)
-    monkeypatch.setattr(train_gpt, "calibrate", slow)
-    trainer = a_trainer(tiny(GPTQ_BATCHES=50, MAX_WALLCLOCK_SECONDS=600), [])
-    trainer.warm_up()
-    kept = trainer.s.max_wallclock_seconds - trainer.scheduled.max_wallclock_seconds
-    batches = 50 * (trainer.rows_per_step // trainer.calibration_rows)
-    assert 1.25 * 0.1 * batches < kept < min(60, 1.25 * 0.5 * batches), "a tenth of the clock is 60"
-
-
-def test_calibration_keeps_time_for_what_comes_once(tiny, monkeypatch):
-    def slow(*arguments, calibrate=train_gpt.calibrate):
-        found = calibrate(*arguments)
-        time.sleep(0.7)
+        found = calibrate(model, (time.sleep(0.1) or part for part in parts), rt)
+        time.sleep(0.5)
         return found
     monkeypatch.setattr(train_gpt, "calibrate", slow)
     s, lines = tiny(GPTQ_BATCHES=50, MAX_WALLCLOCK_SECONDS=600), []
     trainer = a_trainer(s, lines)
     trainer.warm_up()
+    kept = trainer.s.max_wallclock_seconds - trainer.scheduled.max_wallclock_seconds
+    parts = 50 * (trainer.rows_per_step // trainer.calibration_rows)
+    assert 1.25 * 0.1 * parts < kept < min(60, 1.25 * 0.5 * parts), "a tenth of the clock is 60"
     trainer.elapsed = 598_500.0
-    batches = train_gpt.batches_of(SlowRows(s, 0.1), trainer.rt, trainer.rows_per_step)
+    batches = train_gpt.batches_of(SlowRows(s), trainer.rt, trainer.rows_per_step)
     trainer.calibration(batches)
     batches.close()
     assert "stopped early" in lines[-2] and 599_200 < trainer.elapsed <= 600_100
