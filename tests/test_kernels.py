@@ -43,13 +43,15 @@ def weighted(function, tensors, *constants):
        slope=st.sampled_from([0.0, 0.5, 0.75, 1.0]), seed=st.integers(0, 99),
        kind=st.sampled_from([(torch.float32, 1e-5), (torch.float16, 1e-2)]))
 def test_the_mlp_kernel_is_the_plain_mlp(rows, tile, slope, kind, seed):
-    """Rows that fill no tile as well; in 16 bits the errors are those of rounding. Triton's
-    interpreter cannot multiply bfloat16."""
+    """Rows that fill no tile as well, and transposes; in 16 bits the errors are those of rounding.
+    Triton's interpreter cannot multiply bfloat16."""
     dtype, tolerance = kind
     generator = torch.Generator().manual_seed(seed)
     u, up, down = (torch.randn(shape, generator=generator) / 8
                    for shape in ((rows, 32), (64, 32), (32, 64)))
     u, up, down = (x.to(dtype) for x in (8 * u, up, down))
+    if seed % 2:
+        u, up, down = (x.mT.contiguous().mT for x in (u, up, down))
     with mock.patch.object(train_gpt, "MLP_TILE", tile):
         mine = weighted(triton_mlp, [u, up, down], slope)
     for a, b in zip(mine, in_float64(leaky_square_mlp, [u, up, down], slope), strict=True):
@@ -70,15 +72,6 @@ def test_an_activation_is_rounded_to_a_number_whose_last_bit_is_the_sign_of_its_
     error = (found.double() - exact) / ((bits + 1).view(torch.float16) - found).double()
     assert error.abs().max() <= 1 and abs(error.mean()) < 0.05
     assert LeakySquareMLP.product(u, inputs, u, 32, 0.5, False)[0].isnan().all()
-
-
-def test_inputs_of_any_layout_are_taken():
-    """Slices and transposes, as a model may hand them in."""
-    u = torch.randn(20, 40)[:, 4:36]
-    up, down = torch.randn(32, 64).mT / 8, torch.randn(64, 32).mT / 8
-    for a, b in zip(weighted(triton_mlp, [u, up, down], 0.5),
-                    in_float64(leaky_square_mlp, [u, up, down], 0.5), strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
 FOR_A_HOPPER = f"""

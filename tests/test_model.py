@@ -1,4 +1,4 @@
-"""The model: each formula against a slow float64 reference; causality, initial weights, kernels."""
+"""The model: each formula against a slow float64 reference; initial weights, kernels."""
 
 import math
 import re
@@ -92,7 +92,7 @@ def mixed_value(p, s, i, v, first):
     return g * first + (1 - g) * v
 
 
-def attention(p, s, i, u, row, first):
+def attention(p, s, i, u, row, first, starts, band):
     """Output [T, D] of block i's attention, and its V [T, K, E] before the value residual."""
     T, H, K, E = len(row), s.num_heads, s.num_kv_heads, s.head_dim
     core = f"cores.{i % s.cores}.attn."
@@ -109,13 +109,11 @@ def attention(p, s, i, u, row, first):
         kh = rotated(rms(k[:, g * E:(g + 1) * E]), s)
         if s.key_offset:
             r = s.rope_dims or E
-            stays = [t == 0 or (s.doc_attention and row[t] == train_gpt.BOS) for t in range(T)]
-            kh = torch.stack([torch.cat((kh[t, :r], kh[t if stays[t] else t - 1, r:]))
+            kh = torch.stack([torch.cat((kh[t, :r], kh[t if t in starts else t - 1, r:]))
                               for t in range(T)])
         rows = []
         for t in range(T):
-            begins = [j for j in range(t + 1) if s.doc_attention and row[j] == train_gpt.BOS]
-            begin = max(begins, default=0)
+            begin = max(*(j for j in starts if j <= t), t + 1 - band if band else 0)
             share = torch.softmax(qh[t] @ kh[begin: t + 1].T / math.sqrt(E), 0)
             y = share @ v[begin: t + 1, g]
             if i % s.cores >= s.cores - s.xsa_last_n:
@@ -140,11 +138,13 @@ def mixed(p, site, x, *others):
                         for t in range(len(x))])
 
 
-def reference(p, s, row, targets, added=None):
+def reference(p, s, row, targets, added=None, band=0, segment=None):
     """nll [T] of one row from parameters {name: float64}, and what is `added` to attention and MLP
-    of each pass, and to the table for the logits, [R, D] each."""
+    of each pass, and to the table for the logits, [R, D] each. A query sees `band` keys; attention
+    ends where a document or a segment begins."""
     added = added or [torch.zeros(shape, dtype=torch.float64) for shape in GPT(s).adapter_shapes()]
-
+    starts = [t for t, token in enumerate(row) if t == 0 or s.doc_attention and (
+        token == train_gpt.BOS or segment and t % segment == 0)]
     x0 = x = embedded(p, s, row)
     order = range(s.num_layers)
     if s.late_passes:
@@ -168,7 +168,7 @@ def reference(p, s, row, targets, added=None):
                 x = x + skip
         z = p[f"blocks.{i}.resid_mix"][0] * x + p[f"blocks.{i}.resid_mix"][1] * x0
         scale = 1 / math.sqrt(i + 1) if s.ln_scale else 1.0
-        attn, own = attention(p, s, i, scale * rms(z), row, first)
+        attn, own = attention(p, s, i, scale * rms(z), row, first, starts, band)
         first = own if n == 0 else first
         attn = p[f"blocks.{i}.attn_scale"] * attn + scale * rms(z) @ added[2 * n].T
         read = {"0": z + attn, "one": z, "lanes": lane}[form]
@@ -247,6 +247,12 @@ def test_nll_and_gradients_equal_the_reference(tiny, float64, variables):
     compare_with_reference(tiny(**variables))
 
 
+@pytest.mark.parametrize("documents, how", [
+    (0, dict(band=3)), (1, dict(band=3)), (1, dict(band=4, segment=torch.tensor(6)))])
+def test_bands_and_segments_equal_the_reference(tiny, float64, documents, how):
+    compare_with_reference(tiny(DOC_ATTENTION=documents), **how)
+
+
 @torch.no_grad()
 def test_mixers_do_not_learn_from_rounding_errors(tiny):
     """With the initial weights all passes return multiples of x₀, and no mix of them changes what
@@ -260,30 +266,6 @@ def test_mixers_do_not_learn_from_rounding_errors(tiny):
         for mixer in model.mixers:
             assert mixer.write.grad.any() == mixer.bias.grad.any() == moved
         model.cores[0].mlp.down.normal_(std=0.1)
-
-
-def test_with_doc_attention_a_document_is_scored_as_if_alone(tiny):
-    """Also in windows of keys; without it, what came before is felt."""
-    for on in (1, 0):
-        s = tiny(DOC_ATTENTION=on, BIGRAM_VOCAB_SIZE=0, SMEAR_GATE="embed", PARALLEL="lanes",
-                 PARALLEL_FROM=1)
-        model, rows = randomized(s), random_rows(s, length=24)
-        rows[:, [7, 19]] = train_gpt.BOS
-        together = model(rows[:, :-1], rows[:, 1:], band=5)
-        alone = [model(part[:, :-1], part[:, 1:], band=5)
-                 for part in (rows[:, a: b + 1] for a, b in ((0, 7), (7, 19), (19, 24)))]
-        assert torch.allclose(together, torch.cat(alone, 1), rtol=1e-5, atol=1e-5) == bool(on)
-
-
-def test_a_segment_is_scored_as_if_alone(tiny):
-    """Documents inside it still end attention."""
-    s = tiny(DOC_ATTENTION=1, BIGRAM_VOCAB_SIZE=0, SMEAR_GATE="0")
-    model, rows = randomized(s), random_rows(s, length=24)
-    rows[:, 10] = train_gpt.BOS
-    together = model(rows[:, :-1], rows[:, 1:], segment=torch.tensor(9))
-    alone = [model(part[:, :-1], part[:, 1:])
-             for part in (rows[:, a: b + 1] for a, b in ((0, 9), (9, 18), (18, 24)))]
-    assert torch.allclose(together, torch.cat(alone, 1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("variables", [
@@ -329,31 +311,6 @@ def test_rotary_tables_are_exact_where_long_rows_end():
     angle = 2047 * (10000 * 2 ** (16 / 14)) ** (-torch.arange(8, dtype=torch.float64) / 8)
     assert cos.shape == sin.shape == (2048, 8) and cos.dtype == torch.float32
     assert (cos[-1] - angle.cos()).abs().max() < 1e-7 > (sin[-1] - angle.sin()).abs().max()
-
-
-# -- causality
-
-@pytest.mark.parametrize("variables", [
-    dict(SMEAR_GATE=1, UNIQUE_LAYERS=2, XSA_LAST_N=2, DOC_ATTENTION=0), dict(),
-    dict(DOC_ATTENTION=0, VALUE_RESIDUAL="sigmoid", GATED_ATTENTION="sparse")])
-def test_a_token_changes_no_score_before_it(tiny, variables):
-    """Bit for bit: token t is the target of position t − 1 and is read from position t on."""
-    s = tiny(**variables)
-    model, row = randomized(s), random_rows(s, count=1, length=24)[0]
-    for new in (train_gpt.BOS, 7):
-        flipped = row.repeat(25, 1)
-        flipped.diagonal().copy_(torch.where(row == new, new + 1, new))
-        with torch.no_grad():
-            before = model(row[None, :-1].expand(25, -1), row[None, 1:].expand(25, -1))
-            after = model(flipped[:, :-1], flipped[:, 1:])
-        for t in range(25):
-            past = slice(max(t - 1, 0))
-            assert torch.equal(before[t, past], after[t, past]), f"token {t} is seen from before"
-            changed = before[t] != after[t]
-            assert changed[max(t - 1, 0)], f"token {t} changes nothing"
-            ends = new == train_gpt.BOS or s.doc_attention  # a document, before the row does
-            seen = changed[t:].any() if ends else changed[t:].all()
-            assert seen or t == 24, f"token {t} is not seen later"
 
 
 # -- settings that are let through

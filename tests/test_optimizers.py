@@ -2,6 +2,7 @@
 
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -104,9 +105,9 @@ class ThreadRank:
 
     def exchange(self, x):
         self.board[self.rank] = x.clone()
-        self.barrier.wait(60)
+        self.barrier.wait(30)
         everyone = list(self.board)
-        self.barrier.wait(60)
+        self.barrier.wait(30)
         return everyone
 
     def sum_(self, x):
@@ -143,26 +144,20 @@ def random_grads(model, steps, size=0.05):
 def run_on_ranks(s, ranks, grads, schedule):
     """Models and norms of all ranks after those steps; each has an uneven part of each gradient."""
     board, barrier = [None] * ranks, threading.Barrier(ranks)
-    shares = np.random.default_rng(2).dirichlet(np.ones(ranks))
-    models, norms, problems = [a_model(s) for _ in range(ranks)], [[] for _ in range(ranks)], []
+    shares = np.random.default_rng(2).dirichlet(np.ones(ranks)).astype(np.float32)
+    models = [a_model(s) for _ in range(ranks)]
 
-    def work(rank):
-        try:
-            rt = ThreadRank(rank, board, barrier) if ranks > 1 else train_gpt.Runtime(s)
-            optimizers = train_gpt.training_optimizers(models[rank], s, rt)
-            for g, (scale, momentum) in zip(grads, schedule):
-                for n, p in models[rank].named_parameters():
-                    p.grad = torch.from_numpy(g[n] * np.float32(shares[rank]))
-                norms[rank].append(float(optimizers.step(scale, momentum)))
-                assert all(p.grad is None for p in models[rank].parameters())
-        except BaseException as problem:
-            problems.append(problem)
-            barrier.abort()
-    threads = [threading.Thread(target=work, args=(r,)) for r in range(ranks)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
-    assert not problems, problems
-    return models, norms
+    def work(rank, model):
+        rt, norms = ThreadRank(rank, board, barrier) if ranks > 1 else train_gpt.Runtime(s), []
+        optimizers = train_gpt.training_optimizers(model, s, rt)
+        for g, (scale, momentum) in zip(grads, schedule):
+            for n, p in model.named_parameters():
+                p.grad = torch.from_numpy(g[n] * shares[rank])
+            norms.append(float(optimizers.step(scale, momentum)))
+            assert all(p.grad is None for p in model.parameters())
+        return norms
+    with ThreadPoolExecutor(ranks) as pool:
+        return models, list(pool.map(work, range(ranks), models))
 
 
 SCHEDULE = [(1.0, 0.9), (1.0, 0.93), (0.7, 0.95), (0.1, 0.95)]
