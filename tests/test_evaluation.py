@@ -13,10 +13,8 @@ from hypothesis import given, settings, strategies as st
 
 import train_gpt
 from conftest import environment, on_ranks
+from test_optimizers import by_svd
 from train_gpt import LedgerError, ScoreLedger, window_plan
-
-sdpa = train_gpt.attention_of(train_gpt.attention_kernel("sdpa"))
-
 
 # -- plans ----------------------------------------------------------------------------------------
 
@@ -224,24 +222,37 @@ class Clock:
         train_gpt.time = self.real
 
 
-def slow_ttt(w, clock, seconds):
-    """A real one whose step n takes seconds(n) by this clock; `taken` steps."""
+def slow_ttt(w, clock=SimpleNamespace(now=0.0), seconds=lambda n: 0.0, late=()):
+    """A real one whose step n takes seconds(n) by this clock, and which is told in the chunks
+    `late` that time is over. `taken` steps, those of each chunk in `epochs`."""
     ttt = adapting(w)
-    ttt.taken, backward = 0, ttt._backward
+    ttt.taken, ttt.epochs, backward, adapt = 0, [], ttt._backward, ttt.adapt
 
     def slow(*rows):
         backward(*rows)
         clock.now += seconds(ttt.taken)
         ttt.taken += 1
-    ttt._backward = slow
+
+    def counted(ledger, span, chunk, chunks, left):
+        before = ttt.taken
+        adapt(ledger, span, chunk, chunks, -100.0 if chunk in late else left)
+        ttt.epochs.append(ttt.taken - before)
+    ttt._backward, ttt.adapt = slow, counted
     return ttt
 
 
-def windows_of(targets, length, stride):
-    """[(start, targets that count)]: each window ends `stride` after the one before, the last one
-    at the end; it reads `length` tokens, at the beginning those that are there."""
-    ends = [min(first + stride, targets) for first in range(0, targets, stride)]
-    return [(max(end - length, 0), list(range(n * stride, end))) for n, end in enumerate(ends)]
+def scorer_of(w, ttt):
+    """The Scorer of an evaluation with this TTT."""
+    return train_gpt.Scorer(w.model, w.tokens, w.s.ttt_shape, w.s, w.rt,
+                            **ttt.scorer_options(len(w.tokens) - 1))
+
+
+def windows_of(begin, end, length, stride):
+    """[(start, targets that count)] for the targets from begin to end: each window ends `stride`
+    after the one before, the last one at the end; it reads `length` tokens, at the beginning of the
+    text those that are there."""
+    spans = [list(range(first, min(first + stride, end))) for first in range(begin, end, stride)]
+    return [(max(span[-1] + 1 - length, 0), span) for span in spans]
 
 
 @torch.no_grad()
@@ -269,42 +280,12 @@ def test_scores_equal_one_forward_per_window_and_change_no_weight(tiny, variable
     w = world(tiny, **variables)
     before, (result, book) = weights(w), run(w, shape=shape)
     slow, (length, stride, band) = {}, shape or w.s.scoring_shape
-    for start, targets in windows_of(len(w.tokens) - 1, length, stride):
+    for start, targets in windows_of(0, len(w.tokens) - 1, length, stride):
         slow.update(score_slowly(w, start, targets, length, band))
     assert np.abs(book.nll - [slow[t] for t in range(len(book.nll))]).max() < 1e-5
     assert np.std(book.nll) > 0.1, "a model that says the same everywhere would prove nothing"
     assert result["targets"] == len(w.tokens) - 1 == len(book.nll)
     assert np.array_equal(run(w, shape=shape)[1].nll, book.nll) and not changed(w, before)
-
-
-# -- banded attention -----------------------------------------------------------------------------
-
-def attend_slowly(q_BTHE, k_BTKE, v_BTKE, window=0):
-    """Softmax over the keys in sight, query by query; grouped heads; without a window all keys up
-    to the query's."""
-    out, groups = [], q_BTHE.size(2) // k_BTKE.size(2)
-    k, v = (x.repeat_interleave(groups, dim=2) for x in (k_BTKE, v_BTKE))
-    for t in range(q_BTHE.size(1)):
-        seen = slice(max(0, t + 1 - window) if window else 0, t + 1)
-        products = torch.einsum("bhe,bthe->bht", q_BTHE[:, t], k[:, seen])
-        shares = (products / math.sqrt(q_BTHE.size(3))).softmax(-1)
-        out.append(torch.einsum("bht,bthe->bhe", shares, v[:, seen]))
-    return torch.stack(out, 1)
-
-
-@settings(max_examples=40)
-@given(st.integers(1, 40), st.integers(0, 45), st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3)]),
-       st.integers(1, 3), st.sampled_from([(torch.float64, 1e-12), (torch.float32, 1e-5)]))
-def test_windowed_attention_equals_the_slow_softmax(length, window, heads, rows, kind):
-    dtype, error = kind
-    generator = torch.Generator().manual_seed(length * 100 + window)
-    qkv = [torch.randn(rows, length, n, 4, dtype=dtype, generator=generator).requires_grad_()
-           for n in (heads[0], heads[1], heads[1])]
-    out = torch.randn(rows, length, heads[0], 4, dtype=dtype, generator=generator)
-    mine, slow = sdpa(*qkv, window), attend_slowly(*qkv, window)
-    torch.testing.assert_close(mine, slow, rtol=0, atol=error)
-    for a, b in zip(*(torch.autograd.grad((y * out).sum(), qkv) for y in (mine, slow))):
-        torch.testing.assert_close(a, b, rtol=0, atol=10 * error)
 
 
 MIXES = {
@@ -533,13 +514,10 @@ class SlowMuon:
             direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-7)
             pairs = self.s.muon_head_pairs and group["name"].endswith((".q", ".k"))
             rows = 2 * self.s.head_dim if pairs else len(p)
+            scale = group["lr"] * math.sqrt(max(1, p.size(0) / p.size(1)))
             for weights, part in zip(p.data.split(rows), direction.split(rows)):
-                u, sigma, vh = torch.linalg.svd(part, full_matrices=False)
-                sigma = sigma / (sigma.norm() + 1e-7)
-                for a, b, c in train_gpt.NEWTON_SCHULZ[self.s.muon_coefficients]:
-                    sigma = a * sigma + b * sigma ** 3 + c * sigma ** 5
-                scale = math.sqrt(max(1, p.size(0) / p.size(1)))
-                weights -= (group["lr"] * scale * (u * sigma) @ vh).float()
+                update = by_svd(part, train_gpt.NEWTON_SCHULZ[self.s.muon_coefficients])
+                weights -= scale * torch.from_numpy(update).float()
 
 
 def slow_optimizer(groups, s):
@@ -554,7 +532,7 @@ def ttt_reference(w):
     """Score a chunk by a forward per window, then train on the rows whose targets it scored."""
     s, tokens, targets, nll, chunks = w.s, w.tokens, len(w.tokens) - 1, {}, {}
     length, stride, band = s.scoring_shape
-    for start, scored in windows_of(targets, length, stride):
+    for start, scored in windows_of(0, targets, length, stride):
         chunks.setdefault(scored[0] // s.ttt_chunk_tokens, []).append((start, scored))
     frozen = tuple(f"{part}.{i}." for part in ("blocks", "cores")
                    for i in range(s.ttt_freeze_blocks))
@@ -641,18 +619,12 @@ def lora_reference(w, initial):
 
     def mixed(nll):
         """With the base model, by windows of each stream."""
-        wide, new, band = s.base_shape
-        base = np.full(targets, np.nan)
-        with torch.no_grad():
-            for begin, end in zip([0, *ends], ends):
-                for first in range(begin, end, new):
-                    last = min(first + new, end)
-                    start = max(last - wide, 0)
-                    row = tokens[start: start + wide + 1][None]
-                    base[first:last] = w.model(row[:, :-1], row[:, 1:], band=band)[
-                        0, first - start: last - start]
-        return -np.log((1 - s.ttt_base_weight) * np.exp(-nll)
-                       + s.ttt_base_weight * np.exp(-base))
+        (wide, new, band), base = s.base_shape, {}
+        for begin, end in zip([0, *ends], ends):
+            for start, scored in windows_of(begin, end, wide, new):
+                base.update(score_slowly(w, start, scored, wide, band))
+        of_base = np.exp([-base[t] for t in range(targets)])
+        return -np.log((1 - s.ttt_base_weight) * np.exp(-nll) + s.ttt_base_weight * of_base)
     while True:
         turn, uphill, too_sharp = turn + 1, 0.0, 0.0
         for stream in streams:
@@ -739,24 +711,6 @@ def test_the_base_model_scores_a_window_when_its_stream_comes_to_it(tiny, monkey
     assert result["tokens_read"] == windows * 4 + 352 // 4 * 8
 
 
-def test_adapting_to_documents_that_repeat_their_own_words_helps(tiny):
-    """By documents of four tokens each; what one teaches is of no use to the next."""
-    w, rng = world(tiny, **LANES | dict(TTT_LR=0.03, TTT_LORA_RANK=4)), np.random.default_rng(1)
-    documents = [[train_gpt.BOS, *rng.choice(rng.integers(4, 320, 4), 79)] for _ in range(12)]
-    tokens = np.array(documents, np.uint16).ravel()
-    plain, adapted = (run(w, tokens, ttt)[1].nll for ttt in (None, adapting(w)))
-    gain = np.append(plain - adapted, 0).reshape(12, 80)
-    assert gain[:, 40:].mean() > 1
-
-
-@pytest.mark.parametrize("variables", [
-    dict(TTT_OPTIMIZER="muon", TTT_PARAMS="tail", TTT_FREEZE_BLOCKS=3),
-    dict(TTT_OPTIMIZER="muon", TTT_FREEZE_BLOCKS=3, BIGRAM_VOCAB_SIZE=0, VE_LAYERS="", MUDD=0)])
-def test_settings_that_leave_nothing_to_adapt_are_refused_before_anything_starts(tiny, variables):
-    with pytest.raises(train_gpt.UserError, match="leave nothing to adapt"):
-        tiny(**variables)
-
-
 def test_tail_and_muon_choose_their_parameters(tiny):
     def chosen(**variables):
         s = tiny(**variables)
@@ -771,7 +725,7 @@ def test_tail_and_muon_choose_their_parameters(tiny):
     assert "bigram.proj" in chosen(**MUON)
 
 
-def test_guesses_behind_text_that_was_not_mixed_learn_as_often(tiny):
+def test_guesses_behind_text_that_was_not_mixed_learn_as_often():
     tokens = np.random.default_rng(1).integers(2, 9, 36_001).astype(np.uint16)
     nll, device = np.full(2000, 2.0, np.float32), torch.device("cpu")
     at_once = train_gpt.MatchModel(tokens, 1, device).mixed(
@@ -800,9 +754,7 @@ def test_warming_up_reads_no_validation_token(tiny, monkeypatch):
 def test_warming_up_leaves_the_weights_of_the_artifact(tiny, variables):
     w = world(tiny, VAL_LIMIT_TOKENS=352, **variables)
     before, ttt = weights(w), adapting(w)
-    scorer = train_gpt.Scorer(w.model, w.tokens, w.s.ttt_shape, w.s, w.rt,
-                              **ttt.scorer_options(len(w.tokens) - 1))
-    ttt.warm_up(scorer)
+    ttt.warm_up(scorer_of(w, ttt))
     assert not changed(w, before)
     assert all(p.grad is None for p in w.model.parameters())
     if w.s.ttt_lora_rank:
@@ -828,23 +780,10 @@ def test_the_compiled_step_of_adapters_equals_the_eager_one():
     assert (results[1][1][2] != given[2]).any(1).tolist() == [True, False, True]
 
 
-def told_late(w, late):
-    """A real one that is told for some chunks that time is over; keeps the steps of each chunk."""
-    ttt = adapting(w)
-    ttt.epochs, adapt = [], ttt.adapt
-
-    def adapt_late(ledger, span, chunk, chunks, left):
-        before = len(ttt.step_seconds)
-        adapt(ledger, span, chunk, chunks, -100.0 if chunk in late else left)
-        ttt.epochs.append(len(ttt.step_seconds) - before)
-    ttt.adapt = adapt_late
-    return ttt
-
-
 @pytest.mark.parametrize("late", [{9, 10, 13}, set(range(99))], ids=len)
 def test_a_late_step_of_adapters_costs_itself_alone(tiny, late):
     w, lines = world(tiny, **LANES, VAL_LIMIT_TOKENS=352, EVAL_WALLCLOCK_SECONDS=600), []
-    w.rt.log, ttt = lines.append, told_late(w, late)
+    w.rt.log, ttt = lines.append, slow_ttt(w, late=late)
     book = run(w, ttt=ttt)[1]
     steps = len(ttt.epochs)
     assert ttt.epochs == [int(n > 0 and n not in late) for n in range(steps)] and steps > 15
@@ -856,7 +795,7 @@ def test_scoring_that_starts_slowly_delays_adapting_and_does_not_end_it(tiny):
     """The first pass takes 100 s, as much as the limit, and each later one 0.1 s: while the
     forecast believes the first, chunks are skipped."""
     w = world(tiny, EVAL_WALLCLOCK_SECONDS=150, EVAL_BATCH_SEQS=1, TTT_EPOCHS=1)
-    model, ttt = w.model, told_late(w, set())
+    model, ttt = w.model, slow_ttt(w)
     with Clock() as clock:
         def slow(x, y, **kwargs):
             clock.now += 0.1 if clock.now else 100.0
@@ -876,9 +815,7 @@ FLIPS = {"muon": dict(MUON, TTT_BATCH_SEQS=2, EVAL_BATCH_SEQS=3),
 def places_of(w):
     """Tokens at and beside a border of rows, of segments in a chunk and of chunks, inside of a
     stream and between two, near both ends, and at two beginnings of documents."""
-    targets = len(w.tokens) - 1
-    scorer = train_gpt.Scorer(w.model, w.tokens, w.s.ttt_shape, w.s, w.rt,
-                              **adapting(w).scorer_options(targets))
+    targets, scorer = len(w.tokens) - 1, scorer_of(w, adapting(w))
     firsts, chunks = scorer.first, scorer.chunks
     inner = [p for begin, end in chunks for p in range(begin + 1, end)]
     first = [int(firsts[i]) for i in (chunks[len(chunks) // 2][0], chunks[1][0],
@@ -958,24 +895,17 @@ def test_a_cheating_ttt_is_stopped(tiny, act):
         run(world(tiny, VAL_LIMIT_TOKENS=320), ttt=Onlooker(act))
 
 
-@pytest.mark.parametrize("cheat", ["twice", "short"])
-def test_a_cheating_loop_is_stopped(tiny, monkeypatch, cheat):
-    honest = train_gpt.Scorer.score
-
-    def score(self, *args):
-        nll = honest(self, *args)
-        return {"twice": np.append(nll, nll[-8:]), "short": nll[:-1]}[cheat].astype(np.float32)
-    monkeypatch.setattr(train_gpt.Scorer, "score", score)
-    with pytest.raises(LedgerError):
-        run(world(tiny, VAL_LIMIT_TOKENS=320))
+CHEATING_LOOPS = {  # what is changed, and how its result is
+    "scores twice": (train_gpt.Scorer, "score", lambda nll: np.append(nll, nll[-8:])),
+    "a score too few": (train_gpt.Scorer, "score", lambda nll: nll[:-1]),
+    # The published defect: tail windows that all end at N score the last targets again.
+    "a target in two windows": (
+        train_gpt, "window_plan", lambda plan: [np.append(x, x[-1]) for x in plan])}
 
 
-def test_a_plan_that_scores_a_target_twice_is_stopped(tiny, monkeypatch):
-    """The published defect: tail windows that all end at N and score the last targets again."""
-    honest = train_gpt.window_plan
-
-    def overlapping(*plan):
-        return [np.append(x, x[-1]) for x in honest(*plan)]
-    monkeypatch.setattr(train_gpt, "window_plan", overlapping)
+@pytest.mark.parametrize("owner, name, cheat", CHEATING_LOOPS.values(), ids=CHEATING_LOOPS)
+def test_a_cheating_loop_is_stopped(tiny, monkeypatch, owner, name, cheat):
+    honest = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: cheat(honest(*args)))
     with pytest.raises(LedgerError):
         run(world(tiny, VAL_LIMIT_TOKENS=320))

@@ -8,37 +8,26 @@ import pytest
 import torch
 
 import train_gpt
-from test_evaluation import BANDED, Clock, run, slow_ttt, world
-
-
-def chunks_of(w):
-    """How many chunks the plan makes; an epoch of each is one step."""
-    return len(train_gpt.Scorer(w.model, w.tokens, w.s.scoring_shape, w.s, w.rt,
-                                w.s.ttt_chunk_tokens).chunks)
+from test_evaluation import BANDED, Clock, run, scorer_of, slow_ttt, world
 
 
 def timed(tiny, seconds, pass_seconds=0.0, **variables):
     """An evaluation of random weights by a clock that only steps, seconds(n), and passes move.
 
-    Returns the world (with its ttt, the clock, the log's lines and the steps of each chunk,
-    one an epoch), the result and the ledger.
+    Returns the world (with its ttt, the clock, the log's lines, the steps of each chunk, one an
+    epoch, and the chunks to adapt to), the result and the ledger.
     """
     w = world(tiny, EVAL_BATCH_SEQS=1, VAL_LIMIT_TOKENS=1024, **variables)
-    w.lines, w.epochs, model = [], [], w.model
+    w.lines, model = [], w.model
     w.rt.log = w.lines.append
     with Clock() as w.clock:
         w.ttt = slow_ttt(w, w.clock, seconds)
-        adapt = w.ttt.adapt
-
-        def counted(*args):
-            before = w.ttt.taken
-            adapt(*args)
-            w.epochs.append(w.ttt.taken - before)
+        w.epochs, w.others = w.ttt.epochs, len(scorer_of(w, w.ttt).chunks) - 1
 
         def scored(x, y, **more):
             w.clock.now += pass_seconds * (not torch.is_grad_enabled())
             return model(x, y, **more)
-        w.ttt.adapt, w.model = counted, scored
+        w.model = scored
         result, book = run(w, ttt=w.ttt)
     return w, result, book
 
@@ -62,9 +51,9 @@ def test_steps_and_scores_end_within_the_limit(tiny, plan, step, pass_seconds):
     w, result, _ = timed(tiny, lambda n: step, pass_seconds, EVAL_WALLCLOCK_SECONDS=40,
                          TTT_EPOCHS=3, **plan)
     assert w.clock.now <= 40 and result["seconds"] == pytest.approx(w.clock.now)
-    others, passes = chunks_of(w) - 1, len(train_gpt.window_plan(1024, *w.s.scoring_shape[:2])[0])
-    everything = 3 * step * others + passes * pass_seconds
-    assert (w.epochs == [3] * others) == (everything <= 0.98 * 40), "nothing is left out in vain"
+    passes = len(train_gpt.window_plan(1024, *w.s.scoring_shape[:2])[0])
+    everything = 3 * step * w.others + passes * pass_seconds
+    assert (w.epochs == [3] * w.others) == (everything <= 0.98 * 40), "nothing is left out in vain"
 
 
 def test_every_tenth_chunk_late_costs_a_tenth_of_the_adaptations(tiny):
@@ -104,7 +93,7 @@ def test_what_went_before_the_evaluation_counts(tiny):
 
 def test_without_a_limit_every_chunk_but_the_last_gets_all_epochs(tiny):
     w = timed(tiny, lambda n: 1e6, 1e6, EVAL_WALLCLOCK_SECONDS=0, TTT_EPOCHS=3, **BANDED)[0]
-    assert w.epochs == [3] * (chunks_of(w) - 1) and not any(":late" in line for line in w.lines)
+    assert w.epochs == [3] * w.others and not any(":late" in line for line in w.lines)
 
 
 def test_what_breaks_a_rule_is_in_the_result(run_script):
