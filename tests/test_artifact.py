@@ -228,43 +228,29 @@ def finest_and_coarsest(state, s):
 @pytest.mark.parametrize("codec, draw, fit", [
     ("rans", "heavy", "trellis"), ("rans", "gaussian", "level"), ("rans", "heavy", "scale"),
     ("lzma", "heavy", "level"), ("zstd", "gaussian", "scale")])
-def test_pack_fits_every_reachable_budget_and_wastes_little(codec, draw, fit):
-    """Close to the budget wherever anybody would ship it; where codes are mostly zeros the size
-    itself has jumps of 1 %."""
-    s, state = replace(Settings(), codec=codec, quant_fit=fit), weights_of(draw)
+def test_pack_lands_under_any_budget_or_raises(codec, draw, fit):
+    """Weights of any size and spread of rows: no file is larger than its budget. Little is left
+    wherever anybody would ship it; where codes are mostly zeros the size has jumps of 1 %. Below
+    the coarsest scales it raises, and says how many bytes more would do."""
+    rng, s = np.random.default_rng(0), replace(Settings(), codec=codec, quant_fit=fit)
+    close = 0.98 if codec == "zstd" else 0.998  # whole Huffman bits: zstd's sizes jump more
+    state = {n: w * math.exp(rng.normal(0, 2)) if n != "skip_weights" else w
+             for n, w in weights_of(draw, rows=rng.random()).items()}
     (most, least), finest = finest_and_coarsest(state, s), Quantizer(state, s).at(0.0)
-    assert least < most / 3
-    for part in (0.5,) if codec == "zstd" else (0.02, 0.5, 0.95):
-        budget, lines = int(least + part * (most - least)), []
+    for part in (rng.uniform(0, 0.2), rng.uniform(0.45, 0.95), rng.uniform(0.95, 1.1)):
+        budget, lines = int(least + part * (most - least)) + 16, []  # 16: the note's digits
         content = pack(state, s, budget, lines.append)
-        close = 0.98 if codec == "zstd" else 0.998  # whole Huffman bits: zstd's sizes jump more
-        assert len(content) <= budget and (len(content) >= close * budget or part < 0.3)
+        assert len(content) <= budget
+        assert len(content) >= close * budget or part < 0.45 or part > 1
         _, tensors, note = decode_artifact(content)
         told, level = note.split()[0], float(note.split()[1])
         assert told in (fit, fit.replace("trellis", "level"))  # it yields where bits are few
         assert lines == [f"artifact:{note} takes {len(content)} of {budget} bytes"]
         for name, t in tensors.items():
             if t.bits < 16:
-                expected = finest[name].scales
-                expected = expected * level if fit == "scale" else expected.clamp_min(level)
-                torch.testing.assert_close(t.scales, expected, rtol=2e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_pack_lands_under_any_budget_or_raises(seed):
-    """Weights of other size, other spread of rows, other tails: whatever the budget, no file is
-    larger; at most 0.2 % is left where anybody would ship it; below the coarsest scales it raises,
-    and says how many bytes more would do."""
-    rng, fit = np.random.default_rng(seed), ("trellis", "level", "scale")[seed % 3]
-    state = weights_of(("gaussian", "heavy")[seed % 2], seed, rows=0.4 * seed)
-    state = {n: w * math.exp(rng.normal(0, 2)) if n != "skip_weights" else w
-             for n, w in state.items()}
-    s = replace(Settings(), quant_fit=fit)
-    most, least = finest_and_coarsest(state, s)
-    for part in (rng.uniform(0.45, 0.95), rng.uniform(0, 0.2), rng.uniform(0.95, 1.1)):
-        budget = int(least + part * (most - least)) + 16  # the note's digits
-        size = len(pack(state, s, budget))
-        assert size <= budget and (size >= 0.998 * budget or part < 0.45 or part > 1)
+                fine, kept = finest[name].scales, t.scales > 0  # a trellis may drop rows
+                expected = fine * max(level, 1.0) if fit == "scale" else fine.clamp_min(level)
+                torch.testing.assert_close(t.scales[kept], expected[kept], rtol=2e-3, atol=1e-6)
     for budget in (-50_000, 0, int(rng.uniform(0.1, 0.98) * least)):
         with pytest.raises(UserError, match="ARTIFACT_BUDGET_BYTES") as refusal:
             pack(state, s, budget)
@@ -272,18 +258,6 @@ def test_pack_lands_under_any_budget_or_raises(seed):
                                         str(refusal.value)).groups())
         assert size - over == budget
     assert 0.98 * size < len(pack(state, s, size)) <= size
-
-
-def test_level_errs_less_than_scale_in_as_many_bytes():
-    """One step for all is what least squared error asks for; steps in proportion to the row waste
-    bits on small rows."""
-    state, errors = weights_of("gaussian", rows=1.0), {}
-    budget = int(0.55 * finest_and_coarsest(state, replace(Settings(), quant_fit="scale"))[0])
-    for fit in ("level", "scale"):
-        tensors = decode_artifact(pack(state, replace(Settings(), quant_fit=fit), budget))[1]
-        errors[fit] = sum(float((w - tensors[n].weights()).square().sum())
-                          for n, w in state.items())
-    assert errors["level"] < 0.7 * errors["scale"], errors
 
 
 def test_a_trellis_yields_to_rounding_where_there_are_few_bits():
