@@ -95,7 +95,7 @@ LOG_LINES = [  # those that other programs read, and those of parts that a setti
     r"ema:applying EMA and SWA weights", r"gptq_calibration:done matrices:\d+ time:\d+ms",
     rf"final_int8_roundtrip {LOSS} eval_time:\d+ms", rf"legal_ttt {LOSS} eval_time:\d+ms",
     r"Serialized model int8\+rans: \d+ bytes", r"Code size: \d+ bytes",
-    r"Total submission size int8\+rans: \d+ bytes.*", r"ledger: targets:1024 bytes:\d+ .*"]
+    r"ledger: targets:1024 bytes:\d+ .*"]
 
 
 def test_log_and_console_have_each_line_once_and_the_results_numbers(trained):
@@ -209,28 +209,14 @@ def forged(trained, without=None, **stored):
     return put_together(index, side, codes, dict(codec=header["codec"]))
 
 
-@pytest.mark.parametrize("name, value", [("scores_path", "stolen.npy"), ("out_dir", "elsewhere"),
-                                         ("run_id", "../../x")])
-def test_an_artifact_cannot_say_where_files_are_written(trained, corpus, tmp_path, monkeypatch,
-                                                        name, value):
-    home = tmp_path / "a" / "b"
-    home.mkdir(parents=True)
-    monkeypatch.chdir(home)
-    (tmp_path / "in.ptz").write_bytes(forged(trained, **{name: value}))
-    variables = eval_only(corpus, tmp_path / "in.ptz", home, VAL_LIMIT_TOKENS=64)
-    variables.pop(name.upper(), None)
-    status = train_gpt.main([], variables)
-    written = {p for p in tmp_path.rglob("*") if p.is_file()} - {tmp_path / "in.ptz"}
-    assert status == 2 or all(p.parent == home / "logs" for p in written), written
-
-
 @pytest.mark.parametrize("stored", [
     dict(num_layers=64), dict(model_dim=2**30), dict(leaky_slope=float("nan")),
-    dict(no_such_setting=1), dict(value_residual={"a": 1}), dict(rope_dims=10**400)])
+    dict(no_such_setting=1), dict(value_residual={"a": 1}), dict(rope_dims=10**400),
+    dict(scores_path="stolen.npy"), dict(out_dir="elsewhere"), dict(run_id="../../x")])
 def test_an_artifact_with_bad_settings_is_refused_before_a_model_is_built(
         trained, corpus, tmp_path, monkeypatch, capsys, stored):
     """A file of some kilobytes must not make its reader allocate the terabytes that its settings
-    promise."""
+    promise, nor say where files are written."""
     (tmp_path / "in.ptz").write_bytes(forged(trained, **stored))
     monkeypatch.setattr(train_gpt, "build_model", lambda *_: pytest.fail("built"))
     assert train_gpt.main([], eval_only(corpus, tmp_path / "in.ptz", tmp_path / "out")) == 2
@@ -471,20 +457,3 @@ def test_every_part_of_the_first_run_on_a_hopper_runs_small_on_a_cpu(tmp_path):
     again = subprocess.run(["bash", tmp_path / "tests/bench/hopper.sh", tmp_path / "logs"],
                            env=environ, capture_output=True, text=True).stdout
     assert again.count(": left out, no time\n") == 6 and again.count(": left out, since ") == 3
-
-
-# -- the budget
-
-def test_a_tight_budget_is_kept_and_scored_as_it_is(trained, run_script):
-    """What is scored is what ships: the widened model's own score, not that of a finer one."""
-    code = len(train_gpt.SHIPPED)
-    room = int(0.9 * len(trained.content))
-    done = run_script(ARTIFACT_BUDGET_BYTES=code + room, **EVERYTHING, **PLAIN)
-    result = done.result
-    assert result["total_bytes"] == code + len(done.content) <= code + room
-    assert result["val_loss"]["float"] == pytest.approx(trained.result["val_loss"]["float"],
-                                                        abs=1e-6)
-    assert result["val_loss"]["int8"] != trained.result["val_loss"]["int8"]
-    assert result["model_bytes"] >= 0.995 * room
-    said = rf"^artifact:trellis \d\S+ takes {result['model_bytes']} of {room} bytes$"
-    assert re.search(said, done.stdout, re.M)
