@@ -196,10 +196,10 @@ def reference(p, s, row, targets, added=None, band=0, segment=None):
 VARIANTS = [
     dict(), dict(VALUE_RESIDUAL="sigmoid", VE_LAYERS="0,1,2", XSA_LAST_N=1),
     dict(VALUE_RESIDUAL=0, GATED_ATTENTION=0, SMEAR_GATE=1, NUM_KV_HEADS=4, ROPE_DIMS=0),
-    dict(VE_LAYERS="0,2", SMEAR_GATE=0, XSA_LAST_N=0, DOC_ATTENTION=1, LEAKY_SLOPE=0.75,
+    dict(VE_LAYERS="0,2", SMEAR_GATE=0, XSA_LAST_N=0, DOC_ATTENTION=0, LEAKY_SLOPE=0.75,
          MLP_MULT=1.5),
     dict(VE_LAYERS="", KEY_OFFSET=0, ROPE_DIMS=6, NUM_KV_HEADS=1, LN_SCALE=0, BIGRAM_VOCAB_SIZE=2),
-    dict(DOC_ATTENTION=1, KEY_OFFSET=0, ROPE_DIMS=2, ROPE_NTK_REFERENCE=0, BIGRAM_DIM=4),
+    dict(DOC_ATTENTION=0, KEY_OFFSET=0, ROPE_DIMS=2, ROPE_NTK_REFERENCE=0, BIGRAM_DIM=4),
     dict(ROPE_NTK_REFERENCE=32, LEAKY_SLOPE=0, LOGIT_SOFTCAP=2, NUM_LAYERS=5, VE_LAYERS="3"),
     dict(NUM_LAYERS=1, XSA_LAST_N=1, VE_LAYERS="", LOGIT_SOFTCAP=0, MUDD=1),
     dict(NUM_LAYERS=4, UNIQUE_LAYERS=3, XSA_LAST_N=2), dict(UNIQUE_LAYERS=1, XSA_LAST_N=1),
@@ -212,7 +212,7 @@ VARIANTS = [
          UNET_SKIPS="gated"),
     dict(UNET_SKIPS=0, LN_SCALE=0, SMEAR_GATE=0, BIGRAM_VOCAB_SIZE=0, VE_LAYERS="",
          VALUE_RESIDUAL=0, GATED_ATTENTION=0, XSA_LAST_N=0, LOGIT_SOFTCAP=0, LEAKY_SLOPE=0,
-         ROPE_DIMS=0, ROPE_NTK_REFERENCE=0)]
+         ROPE_DIMS=0, ROPE_NTK_REFERENCE=0, MUDD=0)]
 
 
 @pytest.fixture
@@ -450,38 +450,35 @@ WRONG_IN_A_WINDOW = {"no window": lambda q, k, v, causal: sdpa(q, k, v),
                          q, k, v, window_size[0] + 2)}
 
 
-def install(monkeypatch, module, function, attend):
-    parts = module.split(".")
-    for i in range(1, len(parts) + 1):
-        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(parts[i - 1]))
-    setattr(sys.modules[module], function, attend)
+def install(monkeypatch, attend=refuse, varlen=refuse):
+    """A package of FlashAttention 3 with these functions."""
+    package = ModuleType("flash_attn_interface")
+    package.flash_attn_func, package.flash_attn_varlen_func = attend, varlen
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
 
 
-def fa3():
-    return train_gpt.attention_of(train_gpt.attention_kernel("fa3"))
+def choose(tiny, **variables):
+    """(name of the attention that a GPU would get, the Kernels, lines of the log)."""
+    rt = a_rank("cuda")
+    names, kernels = train_gpt.choose_kernels(tiny(**variables), rt)
+    return names["attention"], kernels, rt.lines
 
 
-def inputs_of(s):
-    heads = s.num_heads, s.num_kv_heads, s.num_kv_heads
-    return train_gpt.random_inputs(CPU, *((1, 256, count, s.head_dim) for count in heads))
+WHOLE_ROWS = dict(DOC_ATTENTION=0, EVAL_ATTENTION="window")
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_flash_attention_is_rejected(tiny, monkeypatch, case):
-    install(monkeypatch, "flash_attn_interface", "flash_attn_func", WRONG[case])
-    assert train_gpt.why_unusable(fa3(), sdpa, inputs_of(tiny()), CPU)
+    install(monkeypatch, WRONG[case])
+    assert choose(tiny, **WHOLE_ROWS)[0] != "fa3"
 
 
 @pytest.mark.parametrize("case", WRONG_IN_A_WINDOW)
 def test_a_kernel_that_is_wrong_in_a_window_is_for_whole_rows_alone(tiny, monkeypatch, case):
-    install(monkeypatch, "flash_attn_interface", "flash_attn_func", WRONG_IN_A_WINDOW[case])
-    rt = a_rank("cuda")
-    whole_rows = dict(DOC_ATTENTION=0)
-    names, _ = train_gpt.choose_kernels(tiny(EVAL_ATTENTION="window", **whole_rows), rt)
-    assert names["attention"] == "fa3"
-    names, _ = train_gpt.choose_kernels(tiny(**whole_rows), rt)
-    assert names["attention"] != "fa3"
-    assert any(line.startswith("attention: not fa3: ") for line in rt.lines)
+    install(monkeypatch, WRONG_IN_A_WINDOW[case])
+    assert choose(tiny, **WHOLE_ROWS)[0] == "fa3"
+    name, _, lines = choose(tiny, DOC_ATTENTION=0)
+    assert name != "fa3" and lines[0].startswith("attention: not fa3: ")
 
 
 @pytest.mark.parametrize("result", [lambda y: y, lambda y: (y, None),
@@ -491,8 +488,8 @@ def test_right_flash_attention_is_accepted(tiny, monkeypatch, result):
     def attend(q, k, v, causal, window_size=(-1, -1)):
         assert causal is True and window_size[1] in (-1, 0)
         return result(sdpa(q, k, v, window_size[0] + 1))
-    install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend)
-    assert not train_gpt.why_unusable(fa3(), sdpa, inputs_of(tiny()), CPU)
+    install(monkeypatch, attend)
+    assert choose(tiny, DOC_ATTENTION=0)[0] == "fa3"
 
 
 def varlen(q_NHE, k_NKE, v_NKE, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
@@ -507,11 +504,9 @@ def varlen(q_NHE, k_NKE, v_NKE, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_se
 
 
 def test_flash_attention_ends_at_documents_by_variable_lengths(tiny, monkeypatch):
-    install(monkeypatch, "flash_attn_interface", "flash_attn_func", refuse)
-    sys.modules["flash_attn_interface"].flash_attn_varlen_func = varlen
-    rt = a_rank("cuda")
-    names, kernels = train_gpt.choose_kernels(tiny(DOC_ATTENTION=1), rt)
-    assert names["attention"] == "fa3"
+    install(monkeypatch, varlen=varlen)
+    name, kernels, _ = choose(tiny, DOC_ATTENTION=1)
+    assert name == "fa3"
     q, k, v = (torch.randn(3, 40, heads, 8) for heads in (4, 2, 2))
     starts = torch.zeros(3, 40, dtype=torch.bool)
     starts[0, 0] = starts[1, 9] = starts[2, 39] = True
@@ -538,12 +533,9 @@ def documents_meet(how):
     lambda how: {**how, "window_size": (how.get("window_size", (-2, 0))[0] + 1, 0)}],
     ids=["documents meet", "no window", "one key too many"])
 def test_a_kernel_that_is_wrong_in_documents_is_refused(tiny, monkeypatch, wrong):
-    install(monkeypatch, "flash_attn_interface", "flash_attn_func", refuse)
-    monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_varlen_func",
-                        lambda *x, **how: varlen(*x, **wrong(how)), raising=False)
-    rt = a_rank("cuda")
-    assert train_gpt.choose_kernels(tiny(DOC_ATTENTION=1), rt)[0]["attention"] != "fa3"
-    assert "attention: not fa3: gives another result" in rt.lines
+    install(monkeypatch, varlen=lambda *x, **how: varlen(*x, **wrong(how)))
+    name, _, lines = choose(tiny, DOC_ATTENTION=1)
+    assert name != "fa3" and "attention: not fa3: gives another result" in lines
 
 
 @pytest.fixture
@@ -575,22 +567,19 @@ def test_pytorchs_flash_takes_bands_and_documents(tiny, pytorchs_flash):
     for how in (), (7,), (0, starts), (7, starts):
         for a, b in zip(outcome(flash, *how), outcome(sdpa, *how), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    rt = a_rank("cuda")
-    assert train_gpt.choose_kernels(tiny(DOC_ATTENTION=1), rt)[0]["attention"] == "flash"
-    assert not [line for line in rt.lines if "slow" in line]
+    name, _, lines = choose(tiny, DOC_ATTENTION=1)
+    assert name == "flash" and not [line for line in lines if "slow" in line]
 
 
 def test_the_first_kernel_that_is_right_is_taken_every_time(tiny, monkeypatch, pytorchs_flash):
     """fa3 computes something else, cuDNN raises: auto takes flash, twice, and says why."""
-    install(monkeypatch, "flash_attn_interface", "flash_attn_func", attend_all)
+    install(monkeypatch, attend_all)
     for _ in range(2):
-        rt = a_rank("cuda")
-        names, _ = train_gpt.choose_kernels(tiny(EVAL_ATTENTION="window", DOC_ATTENTION=0), rt)
-        assert names["attention"] == "flash"
-        assert [line[:38] for line in rt.lines] == ["attention: not fa3: gives another resu",
-                                                    "attention: not cudnn: RuntimeError: No"]
+        name, _, (of_fa3, of_cudnn) = choose(tiny, **WHOLE_ROWS)
+        assert name == "flash" and of_fa3.startswith("attention: not fa3: gives another result")
+        assert of_cudnn.startswith("attention: not cudnn: RuntimeError: ")
     with pytest.raises(UserError, match="ATTENTION=fa3"):
-        train_gpt.choose_kernels(tiny(ATTENTION="fa3"), rt)
+        choose(tiny, ATTENTION="fa3")
 
 
 def test_a_kernel_must_be_right_on_every_rank():
