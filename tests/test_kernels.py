@@ -131,13 +131,11 @@ triton.runtime.driver.set_active(types.SimpleNamespace(
     get_current_stream=lambda device: 0, get_active_torch_device=lambda: torch.device("cpu")))
 
 def nodes(function, *inputs):
-    # [(operator, shape, dtype)] of the forward and of the backward graph; nothing is run
+    # operators of the forward and of the backward graph; nothing is run
     found = []
 
     def look(graph, _):
-        values = [(str(n.target), n.meta.get("val")) for n in graph.graph.nodes]
-        found.append([(name, tuple(getattr(x, "shape", ())), str(getattr(x, "dtype", "")))
-                      for name, x in values])
+        found.append([str(n.target) for n in graph.graph.nodes])
         results = graph.graph.output_node().args[0]
         results = [n.meta["val"] if hasattr(n, "meta") else n for n in results]
         return make_boxed_func(lambda *_: [torch.zeros(x.shape, dtype=x.dtype)
@@ -169,7 +167,7 @@ def test_compilers_see_whole_graphs_and_make_only_what_is_needed(corpus):
     found = json.loads(printed_by(COMPILED, environ)[-1])
 
     def count(graph, word):
-        return sum(word in name for name, *_ in graph)
+        return sum(word in name for name in graph)
     assert [count(graph, "triton_kernel_wrapper") for graph in found["model"]] == [1, 1]
     assert [count(found[f"without {n}"][1], "mm.") for n in range(3)] == [3, 2, 1]
 
