@@ -306,6 +306,7 @@ def test_a_calibrated_pack_fits_with_the_codes_of_gptq(monkeypatch):
         assert error < 0.8 * plain
     monkeypatch.setattr(train_gpt, "gptq_codes", lambda w, *_: torch.randint(
         -127, 128, w.shape, dtype=torch.int8))  # compensated codes that never fit
+    s = replace(s, quant_fit="level")  # a trellis would make zeros of such rows
     assert len(pack(state, s, budget, calibration=calibration)) <= budget
 
 
