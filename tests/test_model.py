@@ -387,14 +387,6 @@ def test_initial_weights(tiny):
             assert p.std().item() == pytest.approx(std, rel=0.03) and abs(p.mean()) < 2e-4, name
 
 
-def test_no_parameter_is_left_without_a_value(tiny):
-    s = tiny()
-    model = GPT(s)
-    model.smear = train_gpt.matrix(3, 4)
-    with pytest.raises(AssertionError, match="smear was left without an initial value"):
-        init_weights(model, s)
-
-
 def test_exclusive_attention_takes_nothing_away_for_a_value_of_zero():
     y, v, gate = torch.randn(1, 1, 6, 8), torch.zeros(1, 1, 3, 8), torch.rand(1, 1, 6)
     inputs = [x.requires_grad_() for x in (y, v, gate)]
