@@ -304,19 +304,13 @@ def test_a_second_run_in_the_same_folder_is_refused(world):
                      r"\S+, RUN_ID=run; set another OUT_DIR", said[0]), said
 
 
-def limited(bytes_, *command):
-    """The command under a limit of the largest file that it may write; more fails as on a full
-    disk (EFBIG). No preexec_fn: forking a process of many threads may hang."""
-    return ["bash", "-c", 'ulimit -f "$0"; exec "$@"', str(bytes_ // 1024), *command]
-
-
 def test_a_log_a_console_and_a_triton_that_fail_do_not_end_training(corpus, tmp_path):
-    """The disk takes half of the source, with which the log begins; nobody reads the console; a
-    broken package does not import."""
+    """No file may hold more than half of the source, with which the log begins, as on a full disk;
+    nobody reads the console; a broken package does not import."""
     (tmp_path / "triton.py").write_text("raise OSError('a broken triton')")
     environ = environment(corpus, OUT_DIR=tmp_path, PYTHONPATH=tmp_path, **LEAN)
-    command = limited(len(train_gpt.SHIPPED) // 2, *launched())
-    process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE,
+    limited = ["bash", "-c", 'ulimit -f "$0"; exec "$@"', str(len(train_gpt.SHIPPED) // 2048)]
+    process = subprocess.Popen([*limited, *launched()], env=environ, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     said = process.stdout.readline()
     process.stdout.close()  # as `| head -1`, or a terminal that is closed

@@ -25,13 +25,11 @@ def limit_of(bits):
 
 
 def gaussian(rows, columns, seed=0):
-    values = np.random.default_rng(seed).standard_normal((rows, columns))
-    return torch.from_numpy(values.astype(np.float32))
+    return torch.tensor(np.random.default_rng(seed).standard_normal((rows, columns))).float()
 
 
 def heavy(rows, columns, seed=0):
-    values = np.random.default_rng(seed).standard_t(3, (rows, columns))
-    return torch.from_numpy(values.astype(np.float32))
+    return torch.tensor(np.random.default_rng(seed).standard_t(3, (rows, columns))).float()
 
 
 def quantized(tiny, w, level=0.0, calibration=None, **variables):
