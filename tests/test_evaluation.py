@@ -440,14 +440,16 @@ def test_guesses_are_mixed_in_by_what_they_were_worth_before(tiny, variables):
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_a_guess_does_not_hide_a_score_that_is_not_finite(tiny, bad):
-    w = world(tiny, EVAL_MATCH=1, VAL_LIMIT_TOKENS=320)
-    model, match = w.model, train_gpt.MatchModel(w.tokens, 1, "cpu")
-    guessed = np.flatnonzero(match.right.any(0).any(0))[-1]
+def test_a_guess_does_not_hide_a_score_that_is_not_finite(tiny, monkeypatch, bad):
+    """Of a target that is guessed, and of no other."""
+    w, score = world(tiny, EVAL_MATCH=1, VAL_LIMIT_TOKENS=320), train_gpt.Scorer.score
+    guessed = np.flatnonzero(train_gpt.MatchModel(w.tokens, 1, "cpu").right.any(0).any(0))[-1]
 
-    def broken(x, y, **kwargs):
-        return model(x, y, **kwargs).masked_fill(y == int(w.tokens[guessed + 1]), bad)
-    w.model = broken
+    def broken(*arguments):
+        nll = score(*arguments)
+        nll[guessed] = bad
+        return nll
+    monkeypatch.setattr(train_gpt.Scorer, "score", broken)
     with pytest.raises(LedgerError, match="scored (inf|nan)"):
         run(w)
 
