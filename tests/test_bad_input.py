@@ -144,7 +144,6 @@ def tokenizer(content):
 
 TOKENIZERS = [
     case("missing", words=("TOKENIZER_PATH=nowhere.model", MEND), TOKENIZER_PATH="nowhere.model"),
-    case("a folder", lambda w: {"TOKENIZER_PATH": w.tmp}, ("TOKENIZER_PATH={w.tmp}", MEND)),
     case("text", tokenizer(lambda b: b"These are words, no model.\n" * 20), ("spoilt.model", MEND)),
     case("cut short", tokenizer(lambda b: b[: len(b) // 2]), ("spoilt.model",)),
     case("other size", words=("has 320 pieces where VOCAB_SIZE=512", "set VOCAB_SIZE=320"),
@@ -188,7 +187,6 @@ def artifact_of(**variables):
 ARTIFACTS = [
     case("missing", words=("nowhere.ptz", "No such file", "name an artifact"),
          EVAL_ONLY="nowhere.ptz"),
-    case("a folder", lambda w: {"EVAL_ONLY": w.tmp}, ("{w.tmp}", "Is a directory")),
     case("cut short", artifact(lambda b: b[:-1]),
          ("model.ptz", "damaged or cut short", "fetch it again")),
     case("a checkpoint", lambda w: w.artifact.write_bytes(w.trained.checkpoint)
@@ -260,8 +258,6 @@ def taken_by_folder(name):
 PLACES = [
     case("OUT_DIR is a file", in_the_way("new"), ("OUT_DIR={w.tmp}/new cannot be used",)),
     case("logs is a file", in_the_way("new/logs"), ("OUT_DIR", "logs", "cannot be written")),
-    case("OUT_DIR in /proc", words=("OUT_DIR=/proc/nobody cannot be used",),
-         OUT_DIR="/proc/nobody"),
     case("the artifact's name is a folder's", taken_by_folder("final_model.ptz"),
          ("OUT_DIR={w.tmp}/new", "final_model.ptz is a folder")),
     case("the result's name is a folder's", taken_by_folder("logs/run.json"),

@@ -26,6 +26,7 @@ from conftest import SCRIPT, TINY, clean_environ, environment, left, on_ranks, r
 EVERYTHING = dict(ITERATIONS=10, WARMDOWN_ITERS=8, VAL_LOSS_EVERY=4, SWA_ENABLED=1, SWA_EVERY=1,
                   LATE_QAT_THRESHOLD=0.5, SEGMENT_SCHEDULE="8:0.2,16:0.6")
 PLAIN = dict(TTT_ENABLED=0, EVAL_STRIDE=0)  # no scores but those of the whole rows
+SHORT = dict(ITERATIONS=1, WARMUP_STEPS=0, GPTQ=0, VAL_LIMIT_TOKENS=64, **PLAIN)
 EXACT = 1e-5  # "to 1e-5 when everything is fp32"
 KINDS = ["float", "int8", "banded", "ttt"]
 
@@ -146,7 +147,7 @@ def test_the_training_clock_holds(run_script, monkeypatch):
 
 def test_an_earlier_log_is_kept_with_its_result(run_script, tmp_path):
     for seed in (1, 2, 3):
-        run_script(SEED=seed, ITERATIONS=1, WARMUP_STEPS=0, GPTQ=0, VAL_LIMIT_TOKENS=64, **PLAIN)
+        run_script(SEED=seed, **SHORT)
     seeds = {p.name: re.findall(r"^setting SEED=(\d+)", p.read_text(), re.M)
              for p in (tmp_path / "logs").glob("*.txt")}
     assert seeds == {"run.1.txt": ["1"], "run.2.txt": ["2"], "run.txt": ["3"]}
@@ -154,7 +155,7 @@ def test_an_earlier_log_is_kept_with_its_result(run_script, tmp_path):
             } == {"run.1.json": 1, "run.2.json": 2, "run.json": 3}
     for log in (tmp_path / "logs").glob("*.txt"):
         log.unlink()
-    run_script(SEED=4, ITERATIONS=1, WARMUP_STEPS=0, GPTQ=0, VAL_LIMIT_TOKENS=64, **PLAIN)
+    run_script(SEED=4, **SHORT)
     results = [tmp_path / "logs" / f"run{n}.json" for n in (".1", ".2", ".3", "")]
     assert [json.loads(path.read_text())["seed"] for path in results] == [1, 2, 3, 4]
 
@@ -244,7 +245,7 @@ def test_only_the_file_that_was_written_is_scored(trained, run_script, monkeypat
         written.append(hashlib.sha256(path.read_bytes()).hexdigest())
         path.write_bytes(trained.content)
     monkeypatch.setattr(train_gpt, "warm_up_evaluations", replaced)
-    done = run_script(ITERATIONS=1, GPTQ=0, **PLAIN)
+    done = run_script(**SHORT)
     found = hashlib.sha256(trained.content).hexdigest()
     assert done.returncode == 2 and not done.result and written[0] != found
     assert all(words in done.stderr for words in (str(path), *written, found, "EVAL_ONLY="))
@@ -260,8 +261,7 @@ def test_figures_are_those_of_the_file_that_was_scored(run_script, monkeypatch, 
         path.write_bytes(b"another run's")
     monkeypatch.setattr(train_gpt, "load_quantized", replaced)
     for variables in {}, dict(EVAL_ONLY=path):
-        done = succeeded(run_script(ITERATIONS=1, GPTQ=0, VAL_LIMIT_TOKENS=64, **PLAIN,
-                                    **variables))
+        done = succeeded(run_script(**SHORT, **variables))
         sha256 = hashlib.sha256(read[0]).hexdigest()
         assert done.result["artifact_sha256"] == sha256
         assert done.result["model_bytes"] == len(read[0])
@@ -442,18 +442,17 @@ def test_every_part_of_the_first_run_on_a_hopper_runs_small_on_a_cpu(tmp_path):
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("datasets", "results"))
         else:
             shutil.copy(source, target)
-    environ = {**clean_environ(), "PYTHON": sys.executable, "LIMIT": "400"}
-    done = subprocess.run(["bash", tmp_path / "tests/bench/hopper.sh", tmp_path / "logs"],
-                          env=environ, capture_output=True, text=True)
-    ends = dict(re.findall(r"^(\w+): (done|ended with status \d+) at", done.stdout, re.M))
+
+    def run(limit):
+        return subprocess.run(["bash", tmp_path / "tests/bench/hopper.sh", tmp_path / "logs"],
+                              env=clean_environ(PYTHON=sys.executable, LIMIT=limit),
+                              capture_output=True, text=True).stdout
+    first = run(400)
+    ends = dict(re.findall(r"^(\w+): (done|ended with status \d+) at", first, re.M))
     banded = ends.pop("attention_banded")
-    assert set(ends.values()) == {"done"} and len(ends) == 8, done.stdout[-3000:]
-    environ["LIMIT"] = "9"
-    again = subprocess.run(["bash", tmp_path / "tests/bench/hopper.sh", tmp_path / "logs"],
-                           env=environ, capture_output=True, text=True).stdout
-    assert again.count(": done before\n") == 8 + (banded == "done")
+    assert set(ends.values()) == {"done"} and len(ends) == 8, first[-3000:]
+    assert run(9).count(": done before\n") == 8 + (banded == "done")
     with open(tmp_path / "train_gpt.py", "a") as script:
         script.write("# another version\n")
-    again = subprocess.run(["bash", tmp_path / "tests/bench/hopper.sh", tmp_path / "logs"],
-                           env=environ, capture_output=True, text=True).stdout
+    again = run(9)
     assert again.count(": left out, no time\n") == 6 and again.count(": left out, since ") == 3

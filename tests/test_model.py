@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import a_rank
+from conftest import a_model, a_rank
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 import train_gpt
@@ -333,9 +333,7 @@ def test_settings_that_pass_the_checks_make_a_model_that_runs(tiny, variables):
         s = tiny(**variables)
     except UserError:
         return
-    torch.manual_seed(0)
-    model, rows = GPT(s), random_rows(s)
-    init_weights(model, s)
+    model, rows = a_model(s), random_rows(s)
     assert model(rows[:, :-1], rows[:, 1:]).isfinite().all()
 
 
@@ -346,8 +344,7 @@ def test_settings_that_pass_the_checks_make_a_model_that_runs(tiny, variables):
 def test_a_parameter_that_no_row_declares_raises_everywhere(tiny, name):
     """It does not become fp16 under AdamW without a word."""
     s = tiny()
-    model = GPT(s)
-    init_weights(model, s)
+    model = a_model(s)
     model.named_parameters = lambda *a, **k: iter([(name, torch.nn.Parameter(torch.ones(3, 3)))])
     for consumer in (lambda: init_weights(model, s),
                      lambda: train_gpt.training_optimizers(model, s, train_gpt.Runtime(s)),

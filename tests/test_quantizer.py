@@ -218,8 +218,7 @@ def test_tolerances_fall_with_the_fourth_root_of_the_energy_of_row_and_column():
 def test_calibration_that_is_not_finite_is_refused(tiny):
     """Before packing, which would end in a traceback on rank 0 while the other ranks wait."""
     s = tiny()
-    model = train_gpt.GPT(s)
-    train_gpt.init_weights(model, s)
+    model = a_model(s, 0.0)
     with torch.no_grad():
         model.cores[0]["mlp"].down[0, 0] = math.inf
     with pytest.raises(train_gpt.UserError, match="not finite; .* lower MATRIX_LR="):
