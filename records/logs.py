@@ -41,8 +41,8 @@ ENDS_A_RUN = re.compile(r"Total submission size|^\S* ?val_loss|_exact|^seconds:|
 BLOCK_BEGINS = re.compile(r"\W*hyper.?parameters\W*$", re.I)
 BLOCK_LINE = re.compile(r"\s+(\w+)\s?[:=]\s?(.*)$")
 SETTING = re.compile(r"setting (\w+)=(.*?)(  \(set\))?$")
-# Optimizer steps over whole epochs of a text that the same line does not score. What (?>…) has found
-# stays found: it does not try all pairs on a long line.
+# Optimizer steps over whole epochs of a text that the same line does not score. What (?>…) has
+# found stays found: it does not try all pairs on a long line.
 ADAPTS = re.compile(r"(?>.*?ttt\w*?[\s:_-])(?>.*?epochs?[\s:=]*\d+/\d).*?\bloss", re.I)
 SCORES_INSIDE = re.compile(r"(?<![\w])(?:running_)?(?:bpb|bb|rb)\s?[:=]\s*\d", re.I)
 CALIBRATES = re.compile(r"^(?=.*(?:gptq|hessian))(?=.*(?:calibrat|collect))", re.I)

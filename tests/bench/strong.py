@@ -79,7 +79,7 @@ class Smol(nn.Module):
 
     def forward(self, tokens, targets, band=0, adapters=None, at_BN=None):
         pairs = () if adapters is None else T.GPT.adapter_pairs(self, adapters)
-        (B, length), x = tokens.shape, F.embedding(tokens, self.weights["tok_emb"])
+        length, x = tokens.size(1), F.embedding(tokens, self.weights["tok_emb"])
         frequency = 100000.0 ** (-torch.arange(0, E, 2) / E)
         angle = torch.arange(length)[:, None, None] * frequency
         cos, sin, mask = angle.cos(), angle.sin(), T.visible_mask(tokens, band)
