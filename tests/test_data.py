@@ -169,6 +169,14 @@ def test_shuffling_keeps_a_shard_together_and_shuffles_shards(stream):
 
 # -- batches
 
+def test_a_row_with_a_token_outside_of_the_vocabulary_is_refused(stream):
+    """Shards are checked at their beginnings alone before training."""
+    rows = stream(TRAIN_ORDER="sequential", VOCAB_SIZE=LENGTHS[0] + 1)
+    assert rows.row(4)[-1] == LENGTHS[0] - 1
+    with pytest.raises(UserError, match="fineweb_train_000001.bin: holds token 49, outside of"):
+        rows.row(5)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_together_read_the_stream_in_order(stream, world_size):
     """Step by step, the rows of all ranks one after another are the stream's, across epochs, for
