@@ -1,8 +1,8 @@
 """The default and all presets of records side by side, shrunk: same text, seed, tokens a step.
 No forecast.
 
-    python tests/bench/presets.py --data data/datasets/mix_sp{} --text 0.3 --jobs 2 \\
-        --out tests/bench/results/presets.md
+    python tests/bench/presets.py --data data/datasets/mix_sp{} --text 1 --jobs 2 \\
+        --out out/presets.md
 
 Every run is train_gpt.py, 11 layers of 64 channels on rows of 256 tokens, each with its own number
 of pieces: --data and --tokenizer name the same text in each, with the number in place of {}.
