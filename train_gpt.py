@@ -188,7 +188,8 @@ class Settings:
     unet_skips: Literal["0", "1", "gated"] = "gated"
         # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
     # 4 × 128: −0.005 to −0.018 at 600 steps, three seeds; −0.022 at 2,500, one. Speedrun #81: 65
-    # steps of 1,480 less.
+    # steps of 1,480 less. With documents, pairs of heads and cautious decay: nothing (+0.001) in
+    # the default at 4 × 128 after 661 steps, one seed.
     mudd: Flag = 1  # mix earlier outputs, weighted for each token, into the last block's input
         # (with lanes, into its attention's) and into the output
     # Value 1 mixes across documents, a known mistake; bos closes the gate at document starts.

@@ -170,7 +170,7 @@ def test_shuffling_keeps_a_shard_together_and_shuffles_shards(stream):
 # -- batches
 
 def test_a_row_with_a_token_outside_of_the_vocabulary_is_refused(stream):
-    """Shards are checked at their beginnings alone before training."""
+    """Before training only the beginning of each shard is checked."""
     rows = stream(TRAIN_ORDER="sequential", VOCAB_SIZE=LENGTHS[0] + 1)
     assert rows.row(4)[-1] == LENGTHS[0] - 1
     with pytest.raises(UserError, match="fineweb_train_000001.bin: holds token 49, outside of"):

@@ -17,6 +17,7 @@ MEAN = sum(BPB.values()) / 3
 ADAPTING = SOURCE + "adapt(None, val_tokens=[])\n"
 WRAPPER = "import lzma as L,base64 as B\nexec(L.decompress(B.b85decode({!r})))\n"
 
+
 def write(folder, files):
     for name, content in files.items():
         path = folder / name
