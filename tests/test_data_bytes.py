@@ -36,6 +36,7 @@ KINDS = {
                           **KEEP_SPACES),
     "spaces, declared": dict(user_defined_symbols=["▁▁", "▁▁▁▁", "▁▁▁▁▁▁▁▁"], **KEEP_SPACES),
     "symbol with a space": dict(user_defined_symbols=["in the", "to be"]),
+    "symbol of two bytes": dict(user_defined_symbols=["μ"]),
     "symbol with space in front": dict(user_defined_symbols=["▁of▁the", "▁in"]),
     "symbol with space behind": dict(user_defined_symbols=["river▁", "the▁▁"], **KEEP_SPACES),
     "no lone space": dict(lone_space=False),
@@ -150,6 +151,12 @@ def test_each_token_has_the_bytes_that_its_piece_stands_for(tokenizers, kind):
         known = [t != tokenizer.unk_id() for t in tokens]
         assert ([c for c, k in zip(counts, known) if k]
                 == [e for e, k in zip(expected, known) if k]), (text, pieces)
+
+
+def test_a_character_that_becomes_two_gives_each_token_the_bytes_of_its_piece(tokenizers):
+    _, tokenizer = tokenizers("symbol of two bytes")
+    tokens, counts = counted(tokenizer, "river ㎲")
+    assert tokenizer.decode(tokens) == "river μs" and counts[-2:] == [2, 1]
 
 
 @settings(max_examples=60, deadline=None, database=None)

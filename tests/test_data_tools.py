@@ -635,10 +635,14 @@ def test_what_cannot_be_read_twice_is_refused(tmp_path, monkeypatch, path, messa
 @pytest.mark.parametrize("separator, expected", [
     (None, ["a" * 1500 + "\n\n" + "b" * 600, "c\n\nd"]), ("", ["a" * 1500, "b" * 600, "c", "d"]),
     ("c", ["a" * 1500 + "\n\n" + "b" * 600 + "\n", "\nd"])])
-def test_plain_text_is_cut_where_help_says(tmp_path, separator, expected):
+def test_plain_text_is_cut_where_help_says(tmp_path, tokenizer_path, separator, expected):
     path = tmp_path / "t.txt"
     path.write_text("a" * 1500 + "\n\n" + "b" * 600 + "\n\nc\n\nd\n")
     assert list(build_dataset.FileDocuments([path], separator=separator).read("x")) == expected
+    flag = [] if separator is None else ["--doc-separator", separator]
+    run_builder(path, "--out-root", tmp_path, "--tokenizer", tokenizer_path, "--val-docs", 1, *flag)
+    splits = json.loads((tmp_path / "datasets/t/manifest.json").read_text())["splits"]
+    assert splits["train"]["documents"] + splits["val"]["documents"] == len(expected)
 
 
 def test_with_folded_case_the_script_counts_the_bytes_of_the_text(tmp_path):
