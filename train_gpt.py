@@ -891,9 +891,9 @@ def write_whole(path, content):
 # ---- 3. Data: shards, the training stream, validation tokens ------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
-GET_DATA = ("python data/cached_challenge_fineweb.py --variant sp8192 (or sp4096, sp1024, as "
-            "VOCAB_SIZE) downloads the challenge's, python data/build_dataset.py TEXT makes your "
-            "own, python data/build_dataset.py --demo makes those of PRESET=demo")
+GET_DATA = ("python data/cached_challenge_fineweb.py --variant sp<VOCAB_SIZE> downloads the "
+            "challenge's (1024, 4096 or 8192), python data/build_dataset.py TEXT makes your own, "
+            "python data/build_dataset.py --demo makes those of PRESET=demo")
 
 
 def open_shard(path, whole=False):
@@ -925,7 +925,7 @@ def shard_paths(s, split):
     paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
         raise UserError(f"DATA_PATH={s.data_path}: no fineweb_{split}_*.bin in {folder}; "
-                        + GET_DATA)
+                        + GET_DATA.replace("<VOCAB_SIZE>", str(s.vocab_size)))
     return paths
 
 

@@ -138,16 +138,16 @@ def mixed(p, site, x, *others):
                         for t in range(len(x))])
 
 
-def reference(p, s, row, targets, added=None, band=0, segment=None):
+def reference(p, s, row, targets, added=None, band=0, segment=None, late=True):
     """nll [T] of one row from parameters {name: float64}, and what is `added` to attention and MLP
     of each pass, and to the table for the logits, [R, D] each. A query sees `band` keys; attention
-    ends where a document or a segment begins."""
+    ends where a document or a segment begins; `late`: after the switch to LATE_PASSES."""
     added = added or [torch.zeros(shape, dtype=torch.float64) for shape in GPT(s).adapter_shapes()]
     starts = [t for t, token in enumerate(row) if t == 0 or s.doc_attention and (
         token == train_gpt.BOS or segment and t % segment == 0)]
     x0 = x = embedded(p, s, row)
     order = range(s.num_layers)
-    if s.late_passes:
+    if s.late_passes and late:
         order = {"0-2,1-2,3": [0, 1, 2, 1, 2, 3], "0,2,1,1,2": [0, 2, 1, 1, 2]}[s.late_passes]
     skips, first, half, lane, middle = [], None, len(order) // 2, None, None
     for n, i in enumerate(order):
@@ -245,6 +245,13 @@ def compare_with_reference(s, **arguments):
                          ids=lambda v: "-".join(f"{k}_{x}" for k, x in v.items())[:60] or "default")
 def test_nll_and_gradients_equal_the_reference(tiny, float64, variables):
     compare_with_reference(tiny(**variables))
+
+
+@pytest.mark.parametrize("skips", ["1", "gated"])
+def test_before_late_passes_blocks_run_once_in_order(tiny, float64, skips):
+    """The rows of skips are then those of the shorter list."""
+    compare_with_reference(tiny(NUM_LAYERS=4, LATE_PASSES="0-2,1-2,3", UNET_SKIPS=skips,
+                                PARALLEL="lanes", PARALLEL_FROM=2, MUDD=1), late=False)
 
 
 @pytest.mark.parametrize("documents, how", [

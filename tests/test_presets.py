@@ -33,12 +33,11 @@ def test_parameter_count_to_the_unit(preset, count):
 SMALL = dict(NUM_LAYERS=11, MODEL_DIM=32, MLP_MULT=2, PARALLEL_FROM=8, EMA_DECAY=0.5,
              BIGRAM_VOCAB_SIZE=0)
 LATE = dict(SMALL, LATE_PASSES="0-5,3-5,6-10")
-# pr1394 is pr1493 without its TTT and its parallel blocks.
-CHANGED = {"pr1218": SMALL, "pr1493": LATE, "pr1855": LATE}
+CHANGED = {"pr1218": SMALL, "pr1394": LATE, "pr1493": LATE, "pr1855": LATE}
 
 
 # test_golden.py runs the other systems.
-@pytest.mark.parametrize("preset", ["pr1092", "pr657", "pr490", "pr1218", "pr1493", "pr1855"])
+@pytest.mark.parametrize("preset", ["pr1092", "pr657", "pr490", *CHANGED])
 def test_preset_trains_packs_and_scores(preset, corpus, tmp_path):
     s = settings_of(preset)
     environ = {**SHRINK, "PRESET": preset, "DATA_PATH": corpus.folder, "RUN_ID": "run",

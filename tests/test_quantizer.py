@@ -396,7 +396,7 @@ def calibrated_names(model):
 
 def test_calibration_is_what_explicit_gradients_and_inputs_say(tiny):
     """Energies pass by pass from autograd; Hessians from the inputs of each matrix' product."""
-    s, passes = tiny(TRAIN_SEQ_LEN=16, BIGRAM_VOCAB_SIZE=32), [2, 3, 1]
+    s, passes = tiny(TRAIN_SEQ_LEN=16, BIGRAM_VOCAB_SIZE=32, LATE_PASSES="0-2,1-2"), [2, 3, 1]
     model = a_model(s, 0.05)
     rows = some_rows(s, sum(passes)).split(passes)
     found = train_gpt.calibrate(model, rows, train_gpt.Runtime(s))

@@ -327,11 +327,14 @@ def test_bad_settings_end_before_any_device(capsys, monkeypatch):
 
 def test_dry_run_needs_no_data_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    environ = dict(DATA_PATH="nowhere", TOKENIZER_PATH="nowhere", PRESET="pr414")
-    assert train_gpt.main(["--dry-run"], environ) == 0
-    said = capsys.readouterr().out
-    assert "model_params:26993756" in said.splitlines() and "settings are good" in said
-    assert "data: not ready: DATA_PATH=nowhere: no fineweb_train_*.bin" in said
+    for preset, count, variant in (("", 36011617, "sp8192"), ("pr1218", 34401371, "sp4096"),
+                                   ("pr414", 26993756, "sp1024")):
+        environ = dict(DATA_PATH="nowhere", TOKENIZER_PATH="nowhere", PRESET=preset)
+        assert train_gpt.main(["--dry-run"], environ) == 0
+        said = capsys.readouterr().out
+        assert f"model_params:{count}" in said.splitlines() and "settings are good" in said
+        assert "data: not ready: DATA_PATH=nowhere: no fineweb_train_*.bin" in said
+        assert f"cached_challenge_fineweb.py --variant {variant} downloads" in said
     assert not list(tmp_path.iterdir())
 
 
