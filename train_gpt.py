@@ -3131,6 +3131,15 @@ class WeightTTT:
             affordable = max(left / (chunks - 1 - chunk) / epoch, min(1.0, left / epoch))
             epochs = int(max(0, min(epochs, affordable)))
         epochs = self.rt.from_rank0(epochs if left > 0 else 0)
+        wanted = s.ttt_epochs if s.ttt_epochs >= 0 else 1
+        if epochs < wanted:
+            self.rt.log(f"ttt_weights:late chunk={chunk + 1}/{chunks} epochs={epochs} of {wanted}: "
+                        f"scoring needs the rest of EVAL_WALLCLOCK_SECONDS="
+                        f"{s.eval_wallclock_seconds:g}")
+        if chunk % 10 == 0 or chunk + 2 == chunks:
+            self.rt.log(f"  ttt_chunk [{chunk + 1}/{chunks}] val_loss="
+                        f"{ledger.total / ledger.scored:.6f} "
+                        f"time={time.perf_counter() - self.started:.1f}s epochs={epochs}")
         across = 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
         steps = len(batches) * epochs
         started = time.perf_counter()
@@ -3141,15 +3150,6 @@ class WeightTTT:
         if steps:
             self.rt.synchronize()
             self.step_seconds.append((time.perf_counter() - started) / steps)
-        wanted = s.ttt_epochs if s.ttt_epochs >= 0 else 1
-        if epochs < wanted:
-            self.rt.log(f"ttt_weights:late chunk={chunk + 1}/{chunks} epochs={epochs} of {wanted}: "
-                        f"scoring needs the rest of EVAL_WALLCLOCK_SECONDS="
-                        f"{s.eval_wallclock_seconds:g}")
-        if chunk % 10 == 0 or chunk + 2 == chunks:
-            self.rt.log(f"  ttt_chunk [{chunk + 1}/{chunks}] val_loss="
-                        f"{ledger.total / ledger.scored:.6f} "
-                        f"time={time.perf_counter() - self.started:.1f}s")
 
     def _backward(self, batch):
         """This rank's part of the gradients of the batch's mean nll, in micro-batches of one

@@ -784,6 +784,14 @@ def test_a_late_step_of_adapters_costs_itself_alone(tiny, late):
     assert bool((ttt.params != ttt.initial).any()) == (len(late) < 99)
 
 
+def test_a_late_chunk_costs_the_epochs_of_itself_alone(tiny):
+    late = {0, 4, 5}
+    w = world(tiny, **BANDED, VAL_LIMIT_TOKENS=352, TTT_EPOCHS=2, TTT_CHUNK_TOKENS=32)
+    ttt = slow_ttt(w, late=late)
+    run(w, ttt=ttt)
+    assert ttt.epochs == [2 * (n not in late) for n in range(10)]
+
+
 def test_scoring_that_starts_slowly_delays_adapting_and_does_not_end_it(tiny):
     """The first pass takes 100 s, as much as the limit, and each later one 0.1 s: while the
     forecast believes the first, chunks are skipped."""
@@ -822,7 +830,8 @@ def places_of(w):
 def test_flipping_tokens_changes_no_earlier_score_bit_for_bit(tiny, variables):
     """Token t is target t − 1: scores [0, t) may depend on tokens 0..t alone, whatever was trained
     in between. Other tokens after t, and another token t + 1, change score t and none before."""
-    w = world(tiny, **{"VAL_LIMIT_TOKENS": 320, "TTT_EPOCHS": 1, **variables})
+    w = world(tiny, **{"VAL_LIMIT_TOKENS": 320, "TTT_EPOCHS": 1, "EVAL_WALLCLOCK_SECONDS": 0,
+                       **variables})
     origin = weights(w)
 
     def scores(tokens):

@@ -57,16 +57,23 @@ def test_steps_and_scores_end_within_the_limit(tiny, plan, step, pass_seconds):
 
 
 def test_every_tenth_chunk_late_costs_a_tenth_of_the_adaptations(tiny):
-    """Scoring a chunk takes 0.2 s, every tenth one 0.7: the forecast is the median, and the end is
-    in time."""
-    calls = []
+    """128 passes of 0.2 s and 31 steps of 1.07 s, every tenth half a second late, are 60.3 s of the
+    60: the forecast is the median."""
+    w, result, _ = timed(tiny, lambda n: 1.07 + 0.5 * (n % 10 == 9), 0.2,
+                         EVAL_WALLCLOCK_SECONDS=60, TTT_EPOCHS=1, TTT_CHUNK_TOKENS=32)
+    assert w.clock.now <= 60 and 0.9 * 31 <= sum(w.epochs) < len(w.epochs) == 31
 
-    def seconds(n):
-        calls.append(n)
-        return 0.5 if len(calls) % 10 == 0 else 0.02
-    w, result, _ = timed(tiny, seconds, 0.01, EVAL_WALLCLOCK_SECONDS=12, TTT_EPOCHS=1,
-                         TTT_CHUNK_TOKENS=32)
-    assert w.clock.now <= 12 and sum(w.epochs) >= 0.9 * len(w.epochs)
+
+def test_epochs_follow_the_time_and_are_said_before_the_steps(tiny):
+    """TTT_EPOCHS=-1: one before a step was timed, then up to ten."""
+    for limit, few in ((60, True), (1000, False)):
+        w = timed(tiny, lambda n: 0.5, 0.1, EVAL_WALLCLOCK_SECONDS=limit, TTT_EPOCHS=-1,
+                  TTT_CHUNK_TOKENS=32)[0]
+        assert w.epochs[0] == 1 and set(w.epochs[1:]) <= set(range(1, 10 if few else 11))
+        assert few or w.epochs[1:] == [10] * 30
+        said = re.findall(r"ttt_chunk \[(\d+)/32\] .* epochs=(\d+)$", "\n".join(w.lines), re.M)
+        assert said == [(str(n + 1), str(w.epochs[n])) for n in (0, 10, 20, 30)]
+        assert w.clock.now <= limit and not few or w.clock.now > 50, "time is used"
 
 
 @pytest.mark.parametrize("step, share", [(0.23, 0.9), (100.0, 0.0)])
