@@ -51,21 +51,19 @@ SCHEMES = {  # name: (settings, calibrated)
 }
 
 
-def sdclip(k, k_table, calibrated=True, act_order=0):
-    """SDClip as on the record line: matrices of 6 bits, tables of 7, steps of k deviations ÷ 31 and
-    k_table deviations ÷ 63, all times one number that fits the bytes: it starts at a third."""
-    return dict(attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=8, quant_fit="scale",
-                quant_clip="std", attn_clip_sigmas=k / 3, mlp_clip_sigmas=k / 3,
-                embed_clip_sigmas=k_table / 3, gptq_act_order=act_order), calibrated
+def sdclip(k, k_mlp, k_table, table_bits, calibrated=True):
+    """SDClip as on the record line: matrices of 6 bits clipped at k and k_mlp deviations, the table
+    at k_table. One number that fits the bytes multiplies all steps: it starts at a third."""
+    return dict(attn_bits=6, mlp_bits=6, embed_bits=table_bits, proj_bits=8, quant_fit="scale",
+                quant_clip="std", attn_clip_sigmas=k / 3, mlp_clip_sigmas=k_mlp / 3,
+                embed_clip_sigmas=k_table / 3, gptq_act_order=1), calibrated
 
 
 LOW_SCHEMES = {
-    "SDClip 12.85, table 20, no GPTQ": sdclip(12.85, 20, False),
-    "GPTQ + SDClip 12.85, table 20": sdclip(12.85, 20),
-    "GPTQ + SDClip 12.85, table 20, act order": sdclip(12.85, 20, act_order=1),
-    "GPTQ + SDClip 13, table 14": sdclip(13, 14),
-    "GPTQ + SDClip 12, table 17": sdclip(12, 17),
-    "GPTQ + SDClip 11.5, table 20": sdclip(11.5, 20),
+    "SDClip of #1394, no GPTQ": sdclip(12.85, 12.85, 20, 8, False),
+    "GPTQ + SDClip of #1394 and #1493": sdclip(12.85, 12.85, 20, 8),
+    "the same, its table of 7 bits": sdclip(12.85, 12.85, 20, 7),
+    "GPTQ + SDClip of #1855": sdclip(13, 11.5, 14, 7),
     "level by squared error, no GPTQ": (LEVEL, False),
     "level by what errors cost, no GPTQ": (dict(gptq=0, **LEVEL), True),
     "level by what errors cost": (LEVEL, True),

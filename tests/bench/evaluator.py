@@ -25,17 +25,22 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_gpt as T  # noqa: E402
 
+ADAPTERS = {name: getattr(T.Settings(), name) for name in ("ttt_lora_rank", "ttt_base_weight",
+                                                           "ttt_lr", "ttt_batch_seqs")}
 SGD = dict(ttt_lora_rank=0, ttt_optimizer="sgd", ttt_lr=0.002, ttt_epochs=3)  # over all weights
 ADAMW = dict(SGD, ttt_optimizer="adamw")
 MUON = dict(SGD, ttt_optimizer="muon", ttt_epochs=1)
 VARIANTS = {
     "none": dict(SGD, ttt_epochs=0),
-    "adapters of rank 8, 1e-3": dict(ttt_lora_rank=8, ttt_lr=1e-3),
-    "adapters of rank 8, 3e-4": dict(ttt_lora_rank=8, ttt_lr=3e-4),
-    "adapters of rank 2, 1e-3": dict(ttt_lora_rank=2, ttt_lr=1e-3),
-    "adapters of rank 80, 1.8e-4 (#1855)": dict(ttt_lora_rank=80, ttt_lr=1.8e-4),
+    "adapters of rank 64 (default)": ADAPTERS,
+    "the same without the base model": dict(ADAPTERS, ttt_base_weight=0.0),
+    "the same of rank 8": dict(ADAPTERS, ttt_lora_rank=8, ttt_base_weight=0.0),
     "SGD 0.002, 3 epochs (#549)": SGD,
     "SGD 0.01, 3 epochs": dict(SGD, ttt_lr=0.01),
+    "SGD 0.01, 3 epochs, chunks of a quarter": dict(SGD, ttt_lr=0.01, ttt_chunk_tokens=-4),
+    "SGD 0.01, as many epochs as fit": dict(SGD, ttt_lr=0.01, ttt_epochs=-1),
+    "SGD 0.01, 3 epochs, down 3×, up ½×": dict(SGD, ttt_lr=0.01, ttt_proj_lr_mult=3.0,
+                                               ttt_fc_lr_mult=0.5),
     "SGD 0.03, 3 epochs (#1092)": dict(SGD, ttt_lr=0.03),
     "SGD 0.002, 30 epochs, down 3×, up ½×, cosine inside (#537)": dict(
         SGD, ttt_epochs=30, ttt_proj_lr_mult=3.0, ttt_fc_lr_mult=0.5, ttt_intra_cosine=1,
@@ -43,9 +48,10 @@ VARIANTS = {
     "AdamW 1e-4, 3 epochs, last two blocks (#490)": dict(ADAMW, ttt_lr=1e-4, ttt_params="tail"),
     "AdamW 1e-4, 3 epochs": dict(ADAMW, ttt_lr=1e-4),
     "AdamW 5e-4, 3 epochs": dict(ADAMW, ttt_lr=5e-4),
-    "AdamW 1e-3, 1 epoch": dict(ADAMW, ttt_lr=1e-3, ttt_epochs=1),
     "Muon 1e-3, 1 epoch": dict(MUON, ttt_lr=1e-3),
     "Muon 5e-3, 1 epoch": dict(MUON, ttt_lr=5e-3),
+    "Muon 5e-3, 1 epoch, chunks of a quarter": dict(MUON, ttt_lr=5e-3, ttt_chunk_tokens=-4),
+    "Muon 1e-3, as many epochs as fit": dict(MUON, ttt_lr=1e-3, ttt_epochs=-1),
 }
 
 
@@ -83,17 +89,19 @@ def plans(arguments, say):
 
 
 def adapted_score(arguments, changes, tokens, seconds):
-    """(bpb before, bpb, seconds) of one variant from the artifact's weights, which scores and
-    adapts within `seconds`."""
+    """(bpb before, bpb, seconds, tokens through the model) of one variant from the artifact's
+    weights, which scores and adapts within `seconds`."""
     s, rt, model, table = opened(arguments, EVAL_ATTENTION="banded", EVAL_MATCH="0")
     if changes.get("ttt_params") == "tail":
         changes = dict(changes, ttt_freeze_blocks=s.num_layers - 2)
-    s = replace(s, ttt_chunk_tokens=arguments.chunk, eval_wallclock_seconds=seconds, **changes)
-    given = model, tokens, table, s, rt
+    chunk = arguments.chunk // -changes.get("ttt_chunk_tokens", -1)
+    s = replace(s, eval_wallclock_seconds=seconds, **{**changes, "ttt_chunk_tokens": chunk})
+    given, read = (model, tokens, table, s, rt), []
     before = T.evaluate(*given, "before", s.scoring_shape)[0]
+    model.register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
     ttt, started = T.chosen_ttt(model, model, s, rt), time.perf_counter()
     after = T.evaluate(*given, "ttt", s.ttt_shape, ttt, started)[0]
-    return before["val_bpb"], after["val_bpb"], after["seconds"]
+    return before["val_bpb"], after["val_bpb"], after["seconds"], sum(read)
 
 
 def ttt(arguments, say):
@@ -102,15 +110,17 @@ def ttt(arguments, say):
     held_out = shard[len(shard) - arguments.targets - 1:].copy()
     say(f"{arguments.targets} tokens at the end of the training shard, chunks of "
         f"{arguments.chunk}, {arguments.seconds:g} s each, banded")
-    say(f"{'variant':<62} {'before':>8} {'after':>8} {'gain':>9} {'seconds':>8}")
+    say(f"{'variant':<62} {'before':>8} {'after':>8} {'gain':>9} {'seconds':>8} {'tokens':>10}")
     results = {}
     for name, changes in VARIANTS.items():
-        before, after, seconds = adapted_score(arguments, changes, held_out, arguments.seconds)
+        before, after, seconds, read = adapted_score(arguments, changes, held_out,
+                                                     arguments.seconds)
         results[name] = after
-        say(f"{name:<62} {before:>8.5f} {after:>8.5f} {before - after:>+9.5f} {seconds:>8.1f}")
+        say(f"{name:<62} {before:>8.5f} {after:>8.5f} {before - after:>+9.5f} {seconds:>8.1f} "
+            f"{read:>10,}")
     best = min(results, key=results.get)
-    before, after, seconds = adapted_score(arguments, VARIANTS[best], T.load_validation(s),
-                                           arguments.seconds)
+    before, after, seconds, _ = adapted_score(arguments, VARIANTS[best], T.load_validation(s),
+                                              arguments.seconds)
     say(f"on the validation tokens, once, {best}: {before:.5f} → {after:.5f} in {seconds:.1f} s")
 
 
