@@ -147,6 +147,7 @@ class Evaluation:
         self.guesses = None       # Guesses, where the script mixes them in
         self.mixing_error = 0.0   # nats between its mixing and a recount
         self.adapters = {0}       # fingerprints of adapters seen, 0: they add nothing
+        self.initial, self.begun = set(), 0  # learned() at first; rows trained on after a BOS
         self.updates, self.training_rows = {}, 0  # turn → what changed before it
         self.faults = {}          # check → what was seen first
 
@@ -279,8 +280,9 @@ class Rows:
 class Witness:
     """Keeps what it sees of the model and the ledger in one run of the script's evaluation."""
 
-    def __init__(self, model, tokens, places, shipped):
-        self.model, self.tokens, self.places, self.shipped = model, tokens, set(places), shipped
+    def __init__(self, model, tokens, places, shipped, bos):
+        self.model, self.tokens, self.places = model, tokens, set(places)
+        self.shipped, self.bos = shipped, bos
         self.evaluations, self.index = [], {}
         self.original, model.forward = model.forward, self.forward
         self.plain_logits, self.inside = model.logits, False
@@ -341,6 +343,8 @@ class Witness:
         starts = self.starts_of(rows, targets, positions)
         if torch.is_grad_enabled():
             self.training_pass(starts, x.size(1))
+            if (adapters := call.arguments.get("adapters")) is not None:
+                self.documents_end(starts, positions, self.learned(adapters, len(y)))
             return self.original(x, y, *args, **kwargs)
         self.turn_may_begin()
         if names := self.changed():
@@ -367,6 +371,19 @@ class Witness:
             now.fault("update", "trained between the scoring and the recording of targets, "
                       f"when {now.scored} were scored")
 
+    def documents_end(self, starts, positions, learned):
+        """Adapters that train on a row where a document begins among the targets of this turn must
+        be the first ones again. Where the text repeats a row, it must begin at all places."""
+        now = self.now
+        for b, at in enumerate(starts):
+            new = [t[now.turn_of[t] == now.turn] for t in (a + positions[b] for a in at)]
+            if at and all((self.tokens[t + 1] == self.bos).any() for t in new):
+                now.begun += 1
+                if learned[b] not in now.initial:
+                    now.fault("documents", f"a document begins among targets {new[0][0]} to "
+                              f"{new[0][-1]}, and adapters go on with what they learned before "
+                              "it, which the script says they do not")
+
     def scoring_pass(self, starts, positions, x, y, nll, call):
         """Keep scores of rows with targets not yet recorded, at chosen places distributions."""
         now, length, chosen, asked = self.now, x.size(1), {}, {}
@@ -375,6 +392,8 @@ class Witness:
         if now.weight and given is None:
             return self.base_pass(starts, positions, values, x, y, nll, call)
         adapters = self.fingerprints(given, len(y))
+        if not now.records:
+            now.initial.update(self.learned(given, len(y)))
         if isinstance(given, torch.Tensor) and not now.records:
             # Adapters that change no score add nothing: the scores are the file's.
             if self.original(**{**call.arguments, "adapters": None}).equal(nll):
@@ -468,6 +487,11 @@ class Witness:
                     self.factors[key] = torch.randint(-2**62, 2**62, key[2:]).to(device)
                 total += (x.view(torch.int32) * self.factors[key]).sum(1)
         return torch.where(adds, total, 0).tolist()
+
+    def learned(self, adapters, rows):
+        """Fingerprints without the last number, the sharpness, which no document resets."""
+        flat = isinstance(adapters, torch.Tensor)
+        return self.fingerprints(adapters[:, :-1] if flat else adapters, rows)
 
     def turn_may_begin(self):
         """Before the first scoring pass of a turn: have weights changed, and may they?"""
@@ -620,7 +644,7 @@ class Audit:
         self.tokens = np.asarray(script.load_validation(s))
         self.shipped = {name: t.weights().float()
                         for name, t in script.read_artifact(path)[1].items()}
-        self.files = files()
+        self.files, self.bos = files(), getattr(script, "BOS", 1)
 
     def run(self, tokens, places=()):
         """The script's whole evaluation of `tokens`, watched. Returns (witness, its results)."""
@@ -629,7 +653,7 @@ class Audit:
             model, ledger_class = script.build_model(self.s, self.rt)[0], script.ScoreLedger
             match_class = getattr(script, "MatchModel", object)
             base_class = getattr(script, "BaseModel", object)
-            witness = Witness(model, tokens, places, self.shipped)
+            witness = Witness(model, tokens, places, self.shipped, self.bos)
 
             class Watched(ledger_class):
                 def __init__(self, tokens):
@@ -832,6 +856,9 @@ def before_update(audit, base):
     if audit.s.ttt_enabled and not last.updates:
         yield (BEFORE, None, "test-time training changed nothing here: one chunk, no epochs or a "
                "rate of zero")
+    if last.begun:
+        yield (BEFORE, base.faults("documents"), "adapters began anew for each of the "
+               f"{last.begun} rows that they trained on after a document had ended")
     yield (BEFORE, base.faults("given"),
            "every recorded score is the first that the model gave its target")
 
@@ -954,7 +981,7 @@ def bits_and_bytes(audit, base):
            "UTF-8, as the denominator says")
     more = all_tokens(audit)[: 1 << 18]
     of_more, counted = bytes_of(more), audit.byte_table.count(more)
-    documents = int((more[1:] == getattr(audit.script, "BOS", 1)).sum())
+    documents = int((more[1:] == audit.bos).sum())
     told = (f"{len(more) - 1} targets with {documents} beginnings of documents decode to {of_more} "
             f"bytes, and the byte table says {counted}")
     yield BYTES, of_more != counted and told, told
@@ -1062,8 +1089,7 @@ def checks(audit, script_path, at_random):
             progress.update()
             if not scout.evaluations:
                 raise RuntimeError("no ScoreLedger was made")
-            places = choose_places(scout.evaluations[-1], audit.tokens,
-                                   getattr(audit.script, "BOS", 1), at_random)
+            places = choose_places(scout.evaluations[-1], audit.tokens, audit.bos, at_random)
             progress.total += len(places)
             base, base.results = audit.run(audit.tokens, places)
             progress.update()

@@ -90,7 +90,7 @@ def test_the_honest_script_passes(run, artifact, name):
     if name != "packed":
         what = "adapters" if adapters else "weights"
         assert f"PASS  {what} changed" in said and "SKIP" not in said
-        assert ("border of a stream" in said) == adapters
+        assert ("border of a stream" in said) == ("adapters began anew" in said) == adapters
     assert ("ttt mix in guesses" in said) == (name not in ("adapters", "packed"))
     assert ("ttt mixes in the base model" in said) == (name in ("adapters", "guesses"))
 
@@ -212,6 +212,10 @@ BOOK += "            book.tokens, book.nll = tokens, np.zeros(len(tokens) - 1, n
 BOOK += "            book.total, book.scored = 0.0, 1\n"
 LOAD = "    load_quantized(model, read_artifact(path, sha256)[1], path)\n"
 SCORED = "        if (np.diff(targets) <= 0).any() or not np.isnan(self.nll[targets]).all():\n"
+RESET = """\
+            self.params.data[ended, :-1] = self.initial[:-1]
+            self.squares[ended], self.steps[ended] = 0, 0
+"""
 HANDS_OUT = "        if outside.any() or "
 
 # name: (number of the run that finds it, with others that differ in where they are planted and in
@@ -291,6 +295,9 @@ CHEATS = {
             """ + BOOK + """\
             ttt.adapt(book, (), len(chunks) - 1, len(chunks))
 """)),
+    "adapters keep their state across documents": (17,
+        ["3"], "go on with what they learned before it, which the script says they do not", (
+            RESET, "")),
     "adapters of a first run, hidden": (16, ["1", "6"], "adapters add to the file's weights", (
         TTT, TTT + """\
         if ttt:
@@ -441,6 +448,7 @@ def test_adapters_of_an_earlier_record_can_still_be_audited(corpus, tmp_path, ca
                              TOKENIZER_PATH=str(corpus.model)))
     said = capsys.readouterr().out
     assert status == 0 and "PASS  adapters changed" in said, said
+    assert "PASS  adapters began anew" in said
 
 
 @pytest.mark.parametrize("number", dict.fromkeys(number for number, *_ in CHEATS.values()))
@@ -454,7 +462,9 @@ def test_planted_cheats_are_found(run, monkeypatch, number):
     streams = dict(TTT_LORA_RANK=2, EVAL_STRIDE=32) if "adapters" in names else {}
     if "base model" in names:
         streams = dict(TTT_LORA_RANK=2, EVAL_ATTENTION="banded", EVAL_SEQ_LEN=8, EVAL_STRIDE=8)
-    status, failed, said = run(script, "--targets", "128", "--places", "0", TTT_EPOCHS=1, **streams)
+    targets = "192" if "documents" in names else "128"  # the first document ends at target 155
+    status, failed, said = run(script, "--targets", targets, "--places", "0", TTT_EPOCHS=1,
+                               **streams)
     assert status == 1, said
     for _, conditions, says, *_ in planted.values():
         found = [[line for f, lines in failed.items() if f.startswith(condition) for line in lines]
