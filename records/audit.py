@@ -1117,7 +1117,8 @@ def describe(audit, script_path, own_chunk):
         plan = f"banded segments of {stride} after {length - stride}, {band} keys"
     ttt = "TTT off"
     if s.ttt_enabled:
-        ttt = (f"TTT {getattr(s, 'ttt_optimizer', 'sgd')}, {s.ttt_epochs} epochs over chunks of "
+        epochs = s.ttt_epochs if s.ttt_epochs >= 0 else "up to 10"
+        ttt = (f"TTT {getattr(s, 'ttt_optimizer', 'sgd')}, {epochs} epochs over chunks of "
                f"{s.ttt_chunk_tokens}")
         if getattr(s, "ttt_lora_rank", 0):
             ttt = (f"TTT adapters of rank {s.ttt_lora_rank}, {adapting[1]} targets of each stream "

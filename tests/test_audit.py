@@ -68,10 +68,15 @@ HONEST = {
     "muon": dict(TTT_OPTIMIZER="muon", TTT_LR=0.005),
     "packed": dict(TTT_ENABLED=0, EVAL_STRIDE=0),
     "adapters": dict(TTT_BATCH_SEQS=3, EVAL_SEQ_LEN=8, EVAL_STRIDE=8, EVAL_BATCH_SEQS=2),
-    "guesses": dict(TTT_BATCH_SEQS=3, EVAL_ATTENTION="banded", EVAL_SEQ_LEN=16, EVAL_STRIDE=8)}
+    "guesses": dict(TTT_BATCH_SEQS=3, EVAL_ATTENTION="banded", EVAL_SEQ_LEN=16, EVAL_STRIDE=8),
+    "adapters alone": dict(TTT_BASE_WEIGHT=0, EVAL_SEQ_LEN=48, EVAL_STRIDE=16),  # windows > rows
+    "tail": dict(
+        TTT_PARAMS="tail", TTT_FREEZE_BLOCKS=1, TTT_PROJ_LR_MULT=3, TTT_FC_LR_MULT=0.5,
+        TTT_INTRA_COSINE=1, TTT_EPOCHS=-1)}
 # Three streams, which fill up batches of two. Two streams with rows that overlap: guesses are mixed
-# in, and adapters change while the first rows still begin at the first token.
-TARGETS = {"banded": 256, "adapters": 384, "guesses": 768}
+# in, and adapters change while the first rows still begin at the first token. Adapters alone: one
+# stream.
+TARGETS = {"banded": 256, "adapters": 384, "guesses": 768, "adapters alone": 384}
 
 
 @pytest.mark.parametrize("name", [
@@ -79,7 +84,7 @@ TARGETS = {"banded": 256, "adapters": 384, "guesses": 768}
     for name in HONEST])
 def test_the_honest_script_passes(run, artifact, name):
     script = pack_code(SCRIPT.encode()) if name == "packed" else SCRIPT
-    adapters = name in ("adapters", "guesses")
+    adapters = "adapters" in name or name == "guesses"
     path = artifact.with_name("adapters") if adapters else artifact
     status, failed, said = run(script, "--targets", str(TARGETS.get(name, 128)), "--places",
                                "2" if name == "banded" else "0", path=path, **HONEST[name])
@@ -90,9 +95,11 @@ def test_the_honest_script_passes(run, artifact, name):
     if name != "packed":
         what = "adapters" if adapters else "weights"
         assert f"PASS  {what} changed" in said and "SKIP" not in said
-        assert ("border of a stream" in said) == ("adapters began anew" in said) == adapters
+        assert ("border of a stream" in said) == (adapters and "alone" not in name)
+        assert ("adapters began anew" in said) == adapters
+        assert ("up to 10 epochs" in said) == (name == "tail")
     assert ("ttt mix in guesses" in said) == (name not in ("adapters", "packed"))
-    assert ("ttt mixes in the base model" in said) == (name in ("adapters", "guesses"))
+    assert ("ttt mixes in the base model" in said) == (adapters and "alone" not in name)
 
 
 def test_a_file_over_the_cap_fails_and_what_cannot_be_seen_is_said(run, monkeypatch):
