@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, clean_environ
 
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
+import forecast  # noqa: E402
 import pictures  # noqa: E402
 import submission  # noqa: E402
 
@@ -54,6 +55,18 @@ def test_the_table_of_our_runs_is_what_index_writes(tmp_path):
     readme = tmp_path / "records" / "README.md"
     before = readme.read_text(encoding="utf-8")
     assert submission.index(tmp_path / "records") == 0 and readme.read_text("utf-8") == before
+
+
+def test_the_forecast_is_what_its_commands_print(capsys):
+    page = (ROOT / "tests/bench/results/evaluation_forecast.md").read_text(encoding="utf-8")
+    sections = page.split("\n## ")[1:]
+    for section in sections:
+        variables, printed = re.search(
+            r"^`(.*)python tests/bench/forecast.py`\n\n(.*\S\n)", section, re.M | re.S).groups()
+        forecast.main(clean_environ(**dict(pair.split("=") for pair in variables.split())))
+        assert capsys.readouterr().out == printed, section
+    drawn, total = pictures.second_rows()[2][1], re.search(r"600 s \| \| (\S+)", sections[0])[1]
+    assert sum(seconds for _, seconds in drawn) == pytest.approx(float(total), abs=0.5)
 
 
 @pytest.mark.slow

@@ -22,6 +22,9 @@ ATTENTION = 0.35 * 989e12  # FLOP/s of causal attention
 MEMORY = 0.80 * 3.35e12    # bytes/s
 LAUNCH = 6e-6              # s of the host for a kernel of a compiled graph
 LINKS = 350e9              # bytes/s of a sum over ranks
+# Of the host between the passes of a chunk of TTT, from one CPU core: s of the ledger's records, of
+# the rows to adapt on, of mixing with the base model. Launches to mix guesses into its scores.
+RECORDS, ROWS, BASE, GUESSES = 0.3e-3, 0.5e-3, 0.2e-3, 45
 # Times that a step reads or writes all numbers of a stream's adapters: 3 for their gradients, 2 for
 # the rule of the rate, 5 for AdamW. A batch holds all streams of a rank, so nothing is gathered.
 UPDATE_PASSES = 10
@@ -46,7 +49,7 @@ def seconds_of(s, tokens, heads, passes, keys, kind):
 
 
 def parts(s):
-    """(name, tokens over all ranks, seconds, GPU seconds) of each part."""
+    """(name, tokens over all ranks, seconds, GPU seconds) of each part; the host's have none."""
     targets = TARGETS[s.vocab_size]
     batch = max(1, s.eval_batch_seqs * s.context // s.scoring_shape[0])
     mine = targets / RANKS
@@ -62,8 +65,14 @@ def parts(s):
         return
     length, stride, _ = s.ttt_shape
     yield "scoring of TTT", *scored(*s.ttt_shape)
-    if s.ttt_lora_rank and s.ttt_base_weight:
+    chunk, base = s.ttt_chunk_tokens or 32768, s.ttt_lora_rank and s.ttt_base_weight
+    if s.ttt_lora_rank:  # a chunk has a stride of each stream
+        chunk = stride * min(s.ttt_batch_seqs, targets // (16 * length))
+    if base:
         yield "the base model beside adapters", *scored(*s.base_shape)
+    yield "the host between passes", 0, targets / chunk * (RECORDS + ROWS + bool(base) * BASE), 0
+    if s.eval_match:
+        yield "mixing of guesses", 0, targets / chunk * GUESSES * LAUNCH, 0
     if s.ttt_lora_rank:  # forward again, and the gradients of activations and adapters alone
         length = min(length, s.context // 2 + stride)
         tokens = mine * length / stride
@@ -74,7 +83,6 @@ def parts(s):
         update = mine / stride * 4 * numbers * UPDATE_PASSES / MEMORY
         yield "adapting of TTT", tokens * RANKS, busy + update, work + update
         return
-    chunk = s.ttt_chunk_tokens or 32768
     epochs = s.ttt_epochs if s.ttt_epochs >= 0 else 10
     steps = targets / chunk * epochs
     counts = sum(train_gpt.parameter_counts(s).values())
@@ -84,23 +92,28 @@ def parts(s):
     yield "adapting of TTT", targets * epochs, busy + update, work + update
 
 
-def main():
-    s = train_gpt.resolve_settings(dict(os.environ))[0]
+def main(environ):
+    s = train_gpt.resolve_settings(environ)[0]
     if s.vocab_size not in TARGETS:
         sys.exit(f"VOCAB_SIZE={s.vocab_size}: the official targets are known for "
                  f"{', '.join(map(str, TARGETS))} alone; choose such a preset")
     print(f"assumed: products {PRODUCTS / 1e12:.0f} TFLOP/s, attention {ATTENTION / 1e12:.0f}, "
           f"memory {MEMORY / 1e12:.2f} TB/s, {LAUNCH * 1e6:.0f} us a launch, links "
-          f"{LINKS / 1e9:.0f} GB/s; launches and kB a token: " + ", ".join(
+          f"{LINKS / 1e9:.0f} GB/s; a chunk of TTT: {RECORDS * 1e3} ms of the host for records, "
+          f"{ROWS * 1e3} for rows, {BASE * 1e3} for mixing with the base model, {GUESSES} launches "
+          "for guesses; launches and kB a token: " + ", ".join(
               f"{name} {launches} and {size / 1e3:.0f}" for name, (launches, size) in dict(
                   scoring=SCORING, adapting=ADAPTING, training=TRAINING).items()))
     print("| part | tokens, millions | seconds | of it the GPU works |\n|---|---|---|---|")
     total = 0.0
     for name, tokens, seconds, work in parts(s):
         total += seconds
-        print(f"| {name} | {tokens / 1e6:.0f} | {seconds:.1f} | {100 * work / seconds:.0f} % |")
+        counted = f"{tokens / 1e6:.0f}" if tokens else "–"
+        part = f"{100 * work / seconds:.0f} %" if tokens else "–"
+        print(f"| {name} | {counted} | {seconds:.1f} | {part} |")
     print(f"| all, of 600 s | | {total:.1f} | |")
+    print(f"| unused, {100 - total / 6:.0f} % of them | | {600 - total:.1f} | |")
 
 
 if __name__ == "__main__":
-    main()
+    main(dict(os.environ))

@@ -87,7 +87,7 @@ def second_rows():
     """[(label, [(part, seconds)])] of what is measured, forecast or fixed by the rules."""
     forecast = (RESULTS / "evaluation_forecast.md").read_text(encoding="utf-8")
     table = forecast.split("## the default")[1].split("\n## ")[0]
-    parts = re.findall(r"^\| ([^|]+?) \| \d+ \| ([\d.]+) \|", table, re.M)
+    parts = re.findall(r"^\| ([^|]+?) \| (?:\d+|–) \| ([\d.]+) \|", table, re.M)
     grouped = {"scoring": 0.0, "adapting": 0.0}
     for part, seconds in parts:
         grouped["adapting" if part.startswith("adapting") else "scoring"] += float(seconds)
