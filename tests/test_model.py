@@ -261,6 +261,23 @@ def test_bands_and_segments_equal_the_reference(tiny, float64, documents, how):
 
 
 @torch.no_grad()
+def test_softcap_and_nll_of_a_bf16_model_are_fp32(tiny):
+    """Only the product with the token table is rounded to bf16; a score is exact behind it."""
+    s = tiny()
+    model, rows = randomized(s), random_rows(s)
+    model.dtype, x, y = torch.bfloat16, rows[:, :-1], rows[:, 1:]
+    logits, nll = model.logits(x), model(x, y)
+    model.s = train_gpt.replace(s, logit_softcap=0.0)
+    raw = model.logits(x)
+    assert raw.dtype == logits.dtype == nll.dtype == torch.float32
+    assert raw.equal(raw.bfloat16().float()), "the model is not in bf16"
+    exact = s.logit_softcap * torch.tanh(raw.double() / s.logit_softcap)
+    exact_nll = -exact.log_softmax(-1).gather(2, y[..., None])[..., 0]
+    for got, wanted in ((logits, exact), (nll, exact_nll)):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-5)
+
+
+@torch.no_grad()
 def test_mixers_do_not_learn_from_rounding_errors(tiny):
     """With the initial weights all passes return multiples of x₀, and no mix of them changes what
     the last norm returns: the exact gradient is 0."""
