@@ -79,7 +79,7 @@ except Exception:
 
 SCRIPT = Path(__file__).resolve()
 SHIPPED = SCRIPT.read_bytes()  # the code whose bytes count; later edits have no effect
-SOURCE = globals().get("UNPACKED", SHIPPED)  # readable; the loader of a packed file sets it
+SOURCE = globals().get("UNPACKED", SHIPPED)  # readable; a packed file's loader sets UNPACKED
 
 
 class UserError(Exception):
@@ -87,7 +87,7 @@ class UserError(Exception):
 
 
 def in_a_line(problem):
-    """Type and first line of an exception; PyTorch's fill a page."""
+    """Type and first line of an exception; PyTorch's messages fill a page."""
     return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:160]}"
 
 
@@ -141,7 +141,7 @@ class Settings:
     attention: Literal["auto", "fa3", "cudnn", "flash", "fa2", "fa4", "sdpa"] = "auto"
         # kernel; auto: the first that is correct here; sdpa: PyTorch's choice
     kernels: Literal["auto", "plain", "triton"] = "auto"
-        # of the MLP; auto: triton in a compiled model on a GPU, if correct
+        # MLP kernel; auto: triton in a compiled model on a GPU, if correct
     out_dir: str = "."  # folder of the artifact, checkpoints/ and logs/
     eval_only: str = ""  # score this artifact with the settings stored in it, train nothing
     scores_path: str = ""  # file.npy: nll (nats, float32) of each target in the last evaluation
@@ -154,32 +154,32 @@ class Settings:
     vocab_size: Annotated[int, 2, 65536] = 8192  # pieces; must equal the tokenizer's
     train_seq_len: Annotated[int, 2, 2**31] = 2048  # tokens of a training row
     train_batch_tokens: Positive = 786432  # per optimizer step, over all ranks
-    micro_batch_tokens: Positive = 98304  # most that a rank computes at once; lower it for memory
+    micro_batch_tokens: Positive = 98304  # most tokens a rank computes at once; lower it for memory
     train_order: Literal["shuffled", "sequential"] = "shuffled"  # of shards, and of rows in them
     val_limit_tokens: Count = 0  # score only the first N: not a legal score; 0: all
 
     # == Model
     num_layers: Annotated[int, 1, 64] = 11  # blocks
-    unique_layers: Count = 0  # weight sets (cores); block i uses i mod this (#537); 0: one a block
+    unique_layers: Count = 0  # weight sets (cores); block i uses i mod this (#537); 0: NUM_LAYERS
     model_dim: Annotated[int, 8, 2**20] = 512  # channels D
     num_heads: Positive = 8  # query heads H
     num_kv_heads: Positive = 4  # key/value heads K
     mlp_mult: Annotated[float, 0.125, 16.0] = 4.0  # hidden width of the MLP over D
-    # LeakyReLU(0.5)²: −0.002 to −0.003 (#549, #657). 0.75: −0.0018 in one sweep, 0 against #549.
+    # LeakyReLU(0.5)²: −0.002 to −0.003 (#549, #657). 0.75: −0.0018 in one sweep, none against #549.
     leaky_slope: Fraction = 0.5  # the MLP activation is LeakyReLU(slope)²; 0: relu²
     logit_softcap: Amount = 30.0  # c of c·tanh(logits/c); 0: off
     qk_gain_init: Amount = 5.0  # initial gain of each query head; 1.5 → 4: −0.0039 (#1218)
     rope_dims: Count = 16  # channels of a head that rotate (16: −0.0023 with LN_SCALE); 0: all
     rope_ntk_reference: Count = 0  # rows longer than this raise the rotary base; 0: off
-    # −0.043 at 400 steps of 4 × 128, −0.009 at 2,500, one seed each; not in the records.
+    # −0.043 at 400 steps of 4 × 128, −0.009 at 2,500, one seed each; no record has it.
     key_offset: Flag = 1  # a key's channels without RoPE come from the token before
     ln_scale: Flag = 1  # norm outputs of block i × 1/√(i+1)
-    xsa_last_n: Count = 11  # so many of the last cores have exclusive self-attention: −0.0017
+    xsa_last_n: Count = 11  # number of last cores with exclusive self-attention (XSA): −0.0017
     # −0.015 and −0.016 at 600 steps of 4 × 128 with rows of 1,024 tokens, two seeds.
     doc_attention: Flag = 1  # attention and the key offset end where a document begins (#1530)
     # Depth recurrence (#1394, #1493): late in training, blocks run in another order.
     late_passes: str = "auto"  # blocks and ranges of blocks, in the order they run; auto:
-        # 0-5,3-5,3-5,6-10 for 11 blocks, scaled to NUM_LAYERS; empty: the order stays
+        # 0-5,3-5,3-5,6-10 for 11 blocks, scaled to NUM_LAYERS; empty: no switch
     late_passes_from: Fraction = 0.35  # switch at this fraction of clock or ITERATIONS, the earlier
     parallel: Literal["0", "one", "lanes"] = "lanes"
         # blocks from PARALLEL_FROM on: one: attention and MLP read the same input (#1493); lanes:
@@ -188,11 +188,11 @@ class Settings:
     unet_skips: Literal["0", "1", "gated"] = "gated"
         # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
     # 4 × 128: −0.005 to −0.018 at 600 steps, three seeds; −0.022 at 2,500, one. Speedrun #81: 65
-    # steps of 1,480 less. With documents, pairs of heads and cautious decay: nothing (+0.001) in
+    # steps of 1,480 less. MUDD, documents, pairs of heads and cautious decay together: +0.001 in
     # the default at 4 × 128 after 661 steps, one seed.
-    mudd: Flag = 1  # mix earlier outputs, weighted for each token, into the last block's input
-        # (with lanes, into its attention's) and into the output
-    # Value 1 mixes across documents, a known mistake; bos closes the gate at document starts.
+    mudd: Flag = 1  # mix earlier outputs, with weights per token, into the last block's input
+        # (with lanes, that of its attention) and into the output
+    # Value 1 mixes across documents, a known mistake; bos closes the gate where one starts.
     smear_gate: Literal["0", "1", "bos", "embed"] = "embed"
         # mix in the previous token; bos: not at BOS; embed: as bos, before the norm (#1667)
     bigram_vocab_size: Count = 0  # buckets of the hashed bigram embedding; 0: off
@@ -220,7 +220,7 @@ class Settings:
     muon_row_norm: Flag = 1  # normalize rows before Newton–Schulz (MuonEq-R)
     # Speedrun #80: −0.0012 nats, 16 runs. 4 × 128: −0.003 to −0.016 at 600 steps, four seeds;
     # −0.009 at 2,500, one.
-    muon_head_pairs: Flag = 1  # orthogonalize Q and K by pairs of heads, not whole
+    muon_head_pairs: Flag = 1  # orthogonalize Q and K in pairs of heads, not as whole matrices
     muon_momentum: Decay = 0.97  # Nesterov momentum after its warm-up
     muon_momentum_warmup_start: Decay = 0.92  # momentum at step 0
     muon_momentum_warmup_steps: Count = 1500  # of linear growth; 0: none
@@ -256,8 +256,8 @@ class Settings:
     proj_bits: Bits = 8  # of gates and of bigram and value projections
     fp16_keep_name_patterns: str = ""  # substrings of names of fp16 tensors, comma-separated
     quant_fit: Literal["trellis", "level", "scale"] = "trellis"
-        # how scales grow until the model fits; scale: all by one factor; level: each to a common
-        # minimum (with GPTQ × the row's tolerance); trellis: as level, with trellis-coded codes
+        # how scales grow until the model fits. scale: all by one factor. level: up to a common
+        # minimum, with GPTQ times the row's tolerance. trellis: as level, trellis-coded
     quant_clip: Literal["max", "row", "std"] = "max"  # a row's clip; max: maximum; row: searched
         # quantile; std: root mean square × *_CLIP_SIGMAS (SDClip, #1394)
     attn_clip_sigmas: Sigmas = 12.85  # QUANT_CLIP=std: of attention, gates and projections
@@ -265,7 +265,7 @@ class Settings:
     embed_clip_sigmas: Sigmas = 20.0  # QUANT_CLIP=std: of embedding tables
     quant_step_floor: Amount = 0.0  # lower bound of scales below 8 bits; #1218: 0.03226 (1/31)
     prune_frac: Annotated[float, 0.0, 0.9] = 0.0  # fraction of weights set to 0, smallest first
-    gptq: Flag = 1  # calibrate: GPTQ codes; unless QUANT_FIT=scale also scales by error cost
+    gptq: Flag = 1  # calibrate: GPTQ codes and, unless QUANT_FIT=scale, scales by error cost
     gptq_batches: Positive = 8  # of TRAIN_BATCH_TOKENS, for calibration; fewer if time is short
     gptq_act_order: Flag = 0  # columns in descending order of the Hessian's diagonal
     codec: Literal["rans", "lzma", "zstd"] = "rans"  # of the codes; zstd needs zstandard
@@ -284,14 +284,14 @@ class Settings:
     # −0.075 in the demo; −0.001 to −0.003 for a model at 1.10 bpb.
     eval_match: Flag = 1  # mix in guesses by matches in the text before, where windows overlap
     eval_wallclock_seconds: Amount = 600.0  # since opening the artifact; caps TTT; 0: no limit
-    eval_batch_seqs: Positive = 32  # a rank scores about so many times EVAL_SEQ_LEN tokens at once
+    eval_batch_seqs: Positive = 32  # a rank scores about this × EVAL_SEQ_LEN tokens at once
     ttt_enabled: Flag = 1  # score-first test-time training
     # LoRA per document: −0.002 to −0.004 (#1530). Weights per chunk: −0.0021 to −0.0033 (#549).
     ttt_lora_rank: Count = 64  # rank of the adapters, reset at each document; 0: train the weights,
         # chunk by chunk. TTT_OPTIMIZER and the settings below it imply 0, unless this is set too.
     # With guesses: −0.0032 (4 × 128), −0.0038 (demo), −0.0012 (a strong model of 135 M weights).
-    ttt_base_weight: Annotated[float, 0.0, 0.99] = 0.3  # part of TTT's probability that the base
-        # model (without adapters) gives; 0: none
+    ttt_base_weight: Annotated[float, 0.0, 0.99] = 0.3  # weight of the base model (without
+        # adapters) in TTT's mixture; 0: none
     ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
     ttt_batch_seqs: Positive = 256  # rows per TTT step, or streams of adapters, over all ranks
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices only
@@ -328,7 +328,7 @@ class Settings:
             return self.scoring_shape
         return self.context + self.eval_stride, self.eval_stride, 0
 
-    # Of the base model beside adapters: it scores the second halves of windows.
+    # That of the base model beside adapters, which scores the second half of each window.
     base_shape = property(lambda s: (s.context, -(-s.context // 2), 0))
 
     @property
@@ -405,8 +405,8 @@ PRESETS["pr537"] = dict(
     prune_frac=0.03, codec="zstd", val_loss_every=500, train_log_every=100, ttt_enabled=1,
     ttt_epochs=30, ttt_freeze_blocks=2, ttt_proj_lr_mult=3.0, ttt_fc_lr_mult=0.5,
     ttt_intra_cosine=1)
-# The record line, newest first: each row lists what differs from the newer record above it. Here
-# #1855 lacks CaseOps, the low-rank correction of its weights and the global phases of its TTT.
+# The record line, newest first: each row lists what differs from the newer record above it. Our
+# pr1855 lacks CaseOps, the low-rank correction of its weights and the global phases of its TTT.
 PRESETS["pr1855"] = dict(
     key_offset=0, mudd=0, value_residual="0", muon_head_pairs=0, cautious_wd=0, ema_decay=0.9965,
     quant_fit="scale", quant_clip="std", attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=16,
@@ -429,7 +429,7 @@ PRESETS["pr1218"] = dict(
     muon_row_norm=0, quant_clip="row", quant_step_floor=0.03226)
 
 # Published name → our name, or {value: our settings}, or a function of the text. Where two aliases
-# set the same setting, one that is 0 wins, else the first. Our own name always wins over an alias.
+# set the same setting, an alias of value 0 wins, else the first. Our name wins over an alias.
 _VRL = {"0": {"VALUE_RESIDUAL": "0"}, "1": {"VALUE_RESIDUAL": "sigmoid"}}
 ALIASES = {
     "VRL_ENABLED": _VRL, "VRL": _VRL, "GA_ENABLED": "GATED_ATTENTION", "WEIGHT_DECAY": "MUON_WD",
@@ -561,13 +561,13 @@ def model_rules(s):
          "LATE_PASSES", f"must be blocks of 0..{last} and ranges such as 0-{last}, commas between, "
          "0 first and each at least once; auto fits NUM_LAYERS; empty: off"),
         (not s.late_passes or s.late_passes_from < 1, "LATE_PASSES_FROM LATE_PASSES",
-         "the late passes would be scored and never trained; lower the first, or empty the second"),
+         "the late passes would be scored but never trained: lower the first, or empty the second"),
         (s.segments is not None and sorted({0.0, *ends}) == [0.0, *ends]
          and all((1024 if T > 512 else 1) <= tokens < T for tokens, _ in s.segments),
          "SEGMENT_SCHEDULE TRAIN_SEQ_LEN", "must be tokens:fraction, commas between; fewer tokens "
          "than TRAIN_SEQ_LEN, 1024 or more if that is above 512; fractions in 0..1, ascending"),
         (not s.segment_schedule or s.doc_attention, "SEGMENT_SCHEDULE DOC_ATTENTION",
-         "segments end attention as documents do: set DOC_ATTENTION=1, or empty the first"),
+         "segments need DOC_ATTENTION=1: set it, or empty the first"),
         (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks), "VE_LAYERS",
          f"must be different blocks of 0..{last}, commas between; or empty"),
         (s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "must be 0 or at least 2"),
@@ -748,8 +748,8 @@ class Runtime:
         return bool(self.sum_(torch.tensor(float(bool(flag)))))
 
     def barrier(self):
-        """Wait for the other hosts. Exempt what exists by now from garbage collection: to scan the
-        compiler's objects may take half a second each time."""
+        """Wait for the other hosts. Exempt what exists by now from garbage collection: scanning
+        the compiler's objects can take half a second each time."""
         gc.collect()
         gc.freeze()
         self.any_rank(False)
@@ -757,7 +757,7 @@ class Runtime:
     def sum_later(self, x):
         return self._started(x, dist.all_reduce, x)
 
-    # torch 2.13 has the first names and warns of the second ones.
+    # torch 2.13 has the first name of each pair and warns about the second.
     REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -835,8 +835,8 @@ class Runtime:
 
 
 def printed(line, stream, end="\n"):
-    """Print, on a terminal over the progress line; escape what the stream cannot encode. A stream
-    that fails leads nowhere from then on; the run continues."""
+    """Print a line, on a terminal in place of the progress line. Characters that the stream cannot
+    encode are escaped. A stream that fails is led to /dev/null; the run continues."""
     encoding = getattr(stream, "encoding", None) or "utf-8"  # None where it was closed before
     try:
         line = "\r\033[K" * stream.isatty() + line
@@ -892,8 +892,8 @@ def write_whole(path, content):
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 GET_DATA = ("python data/cached_challenge_fineweb.py --variant sp<VOCAB_SIZE> downloads the "
-            "challenge's (1024, 4096 or 8192), python data/build_dataset.py TEXT makes your own, "
-            "python data/build_dataset.py --demo makes those of PRESET=demo")
+            "challenge's shards (sp1024, sp4096, sp8192), python data/build_dataset.py TEXT makes "
+            "your own, python data/build_dataset.py --demo makes those of PRESET=demo")
 
 
 def open_shard(path, whole=False):
@@ -972,7 +972,7 @@ class TrainStream:
     def _order(self, epoch, shard=-1):
         """Order of the shards in an epoch (-1), or of the rows in one of its shards."""
         count = len(self.shards) if shard < 0 else self.row_counts[shard]
-        if shard >= 0:  # shuffled reads of 4 kB defeat the kernel's own read-ahead
+        if shard >= 0:  # shuffled reads of 4 kB defeat the read-ahead of the system
             self.shards[shard]._mmap.madvise(mmap.MADV_WILLNEED)
         if self.s.train_order == "sequential":
             return np.arange(count)
@@ -987,7 +987,7 @@ class TrainStream:
         shard = int(shards[k])
         row = int(self.order(epoch, shard)[index - (ends[k] - self.row_counts[shard])])
         if k + 1 < len(shards):
-            self.order(epoch, int(shards[k + 1]))  # the kernel reads the next one ahead
+            self.order(epoch, int(shards[k + 1]))  # the system reads the next one ahead
         tokens = self.shards[shard][row * self.s.train_seq_len:][: self.s.train_seq_len + 1]
         check_tokens(tokens, self.s.vocab_size, self.paths[shard])
         return tokens
@@ -1014,7 +1014,7 @@ def batches_of(stream, rt, rows_per_step, step=0, ahead=4):
 
 
 def load_validation(s):
-    """Validation tokens, uint16 [⌊(N−1)/T⌋·T + 1], N those on disk, at most VAL_LIMIT_TOKENS + 1.
+    """Validation tokens, uint16 [⌊(N−1)/T⌋·T + 1]; N are on disk, at most VAL_LIMIT_TOKENS + 1.
     Raises UserError."""
     paths = shard_paths(s, "val")
     parts = [np.asarray(open_shard(p, whole=True)) for p in paths]
@@ -1209,7 +1209,7 @@ def leaky_square_kernel(a, b, h, out, rows, SLOPE: tl.constexpr, BACKWARD: tl.co
         leaky = tl.where(total < 0, SLOPE * total, total)
         rounded = (leaky * leaky).to(dtype)
         bits = rounded.to(integer, bitcast=True)
-        wrong = (bits & 1) != (total < 0).to(integer)  # then its neighbour on the side of leaky²
+        wrong = (bits & 1) != (total < 0).to(integer)  # then the next number on the side of leaky²
         up = leaky * leaky >= rounded.to(tl.float32)
         bits += tl.where(wrong, tl.where(up, 1, -1), 0).to(integer)
         result = bits.to(dtype, bitcast=True)
@@ -1298,7 +1298,7 @@ class GatedXSA(torch.autograd.Function):
             d_along = (d * v).sum(-1, keepdim=True) / v_square
             dy.append(d - d_along * v)
             dv = dv - y_along * d - d_along * (rest - y_along * v)
-        dv = dv.as_strided(dv.shape, dv.stride())  # else the compiler computes dv for each reader
+        dv = dv.as_strided(dv.shape, dv.stride())  # else the compiler computes dv for each use
         return torch.stack(dy, 3).flatten(2, 3), dv, torch.stack(dgate, 3).flatten(2)
 
 
@@ -1328,8 +1328,8 @@ def sdpa(q_BTHE, k_BTKE, v_BTKE, mask=None):
 def cumulative_lengths(starts_BT):
     """Where rows and documents start in the flat batch [B·T], int32, for variable-length kernels.
     Their number is fixed: the rows and 64 + B·T/512 documents, padded with B·T. If there are more,
-    the last ones are joined. FineWeb has a document in 800 tokens, segments of long rows have 1,024
-    or more. The padding takes time: FlashAttention starts thread blocks for it."""
+    the last ones are joined. FineWeb has one document per 800 tokens; segments of long rows have
+    1,024 or more. The padding takes time: FlashAttention starts thread blocks for it."""
     N, T = starts_BT.numel(), starts_BT.size(1)
     position = torch.arange(N, device=starts_BT.device)
     documents = torch.where(starts_BT.flatten(), position, N).sort().values[: 64 + N // 512]
@@ -1352,7 +1352,7 @@ class TorchFlash:
     flash_attn_varlen_func = flash_attn_func
 
 
-# In the order of ATTENTION=auto without documents: FlashAttention of packages or PyTorch, cuDNN.
+# In the order in which ATTENTION=auto tries them where documents do not count.
 ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
              "flash": TorchFlash, "fa2": "flash_attn", "fa4": "flash_attn.cute"}
 
@@ -1360,7 +1360,8 @@ ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
 def attention_kernel(name, strict=False):
     """(attend, visible) for `name`: FlashAttention's (None if a package is missing), cuDNN's, or
     sdpa's for any other name. If cuDNN refuses an input, PyTorch's next kernel takes it; the last,
-    MATH, stores all scores. strict, to test cuDNN: only cuDNN, or with a mask all but MATH."""
+    MATH, stores all scores. strict, to test cuDNN, allows only cuDNN, or with a mask all but
+    MATH."""
     kernel = ATTENTION.get(name)
     if kernel is None:
         return sdpa, visible_mask
@@ -1428,7 +1429,8 @@ def why_unusable(function, reference, inputs, rt):
 def first_right(part, candidates, reference, inputs, rt):
     """Name of the first candidate that is right on every rank, or ""; the log says why not."""
     for name, function in candidates.items():
-        why = why_unusable(function, reference, inputs, rt) if function else "not installed"
+        why = (why_unusable(function, reference, inputs, rt) if function
+               else "not installed, or not for such a run")
         if not rt.any_rank(why):
             return name
         rt.log(f"{part}: not {name}: {why or 'unusable on another rank'}")
@@ -1441,8 +1443,8 @@ def random_inputs(rt, *shapes):
 
 def choose_kernels(s, rt):
     """({part: name}, Kernels): for each part the kernel that is set, or the first that is correct
-    here. Attention is tried on two rows. Their documents are longer than a kernel's tile and than
-    the band, which is tried if scoring is banded. Raises UserError."""
+    here. Attention is tried on two rows whose documents are longer than a kernel's tile and than
+    the test's band. A band is tried only if scoring is banded. Raises UserError."""
     gpu, N, D, R = rt.device.type == "cuda", 1024, s.model_dim, s.mlp_hidden
     position = torch.arange(N, device=rt.device).expand(2, N)
     starts = position == 350 if s.doc_attention else None
@@ -1460,7 +1462,7 @@ def choose_kernels(s, rt):
     parts = {
         "attention": ("attention", "sdpa", attention, as_used((sdpa, visible_mask)),
                       random_inputs(rt, *((2, N, count, s.head_dim) for count in heads))),
-        "mlp": ("kernels", "plain", {"triton": LeakySquareMLP.apply} if by_triton else {},
+        "mlp": ("kernels", "plain", {"triton": by_triton and LeakySquareMLP.apply} if gpu else {},
                 leaky_square_mlp, [*random_inputs(rt, (256, D), (R, D), (D, R)), s.leaky_slope])}
     names = {}
     for part, (setting, plain, candidates, reference, inputs) in parts.items():
@@ -1661,7 +1663,7 @@ class Mixer(nn.Module):
         return x_BTD + sum(c * other for c, other in zip(factors.split(1, dim=-1), others))
 
 
-AFTER_PAIRS = 16  # numbers of adapters behind their pairs: one is used, 16 keep rows aligned
+AFTER_PAIRS = 16  # numbers behind the pairs of an adapter row: one is used, 16 align rows
 
 
 class GPT(nn.Module):
@@ -1688,8 +1690,8 @@ class GPT(nn.Module):
         if s.parallel == "lanes":  # of each block and lane: factors of lane, attention, MLP
             self.lanes = nn.Parameter(torch.tensor([[[1.1, 1.0, 1.0]] * 2] * s.num_layers))
         self.mixers = nn.ModuleList(Mixer(s) for _ in range(2 * s.mudd))
-        # Before the first step all passes return multiples of x₀. These gradients are then rounding
-        # errors, of which the optimizers would make whole steps.
+        # Before the first step all passes return multiples of x₀. The mixers' gradients are then
+        # rounding errors, which Muon and AdamW would turn into steps of full size.
         down = self.cores[0].mlp.down  # 0 before the first step
         for p in (p for mixer in self.mixers for p in (mixer.write, mixer.bias)):
             p.register_hook(lambda grad: grad * down.any())
@@ -2022,7 +2024,7 @@ class Optimizers:
 
         All sums are in flight at once; AdamW computes during Muon's all-gather."""
         grads = [wait() for wait in [group.reduce() for group in self.groups]]
-        squares = torch.zeros(2, device=self.params[0].device)  # of groups: not sharded, sharded
+        squares = torch.zeros(2, device=self.params[0].device)  # [not sharded, sharded]
         for group, parts in zip(self.groups, grads):
             squares[int(group.sharded)] += torch.stack(torch._foreach_norm(parts)).square().sum()
         norm = (self.rt.sum_(squares[1]) + squares[0]).sqrt()
@@ -2115,7 +2117,7 @@ class WeightAverage:
         self.ema, self.swa, self.snapshots = None, None, 0
 
     def update(self, step, left):
-        """After step `step`, from 1; `left`: of the warmdown. True at SWA's first snapshot."""
+        """`step` counts from 1; `left`: fraction of the warmdown. True at SWA's first snapshot."""
         params, d = self.params, self.s.ema_decay
         if self.s.ema_enabled:
             self.ema = self.ema or [torch.zeros_like(p) for p in params]
@@ -2241,8 +2243,8 @@ def compensation(hessian_CC, s):
 # same entropy, from 1.1 bits up. Due to the sign, the codes of both grids have one distribution,
 # which saves 0.006 bits a code at 3.5 bits and 0.13 at 1.2.
 #
-# TRELLIS[u_{j−4}, u_{j−3} u_{j−2} u_{j−1} as a binary number, u_j]: what the value of code j has
-# beside an integer, in units of two scales. 0 or ½: even or odd codes; ±⅛: the ±¼ of the grid.
+# TRELLIS[u_{j−4}, u_{j−3} u_{j−2} u_{j−1} as a binary number, u_j]: the fractional part of code j's
+# value, in units of two scales. 0 or ½: even or odd codes; ±⅛: the ±¼ of the grid.
 TRELLIS = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])[:, None] / 4 - 0.125 + torch.tensor(
     [[[0.0, 0.5]], [[0.5, 0.0]]])
 
@@ -2286,7 +2288,7 @@ def gptq_codes(w_RC, scales_R, bits, order, shifts_CC, costs_C, trellis=False):
             if not trellis:
                 paths[j] = error[:, 0]
                 continue
-            worse = (off - near).clamp(-1.0, 1.0).square()  # above 1: clipped, on any path
+            worse = (off - near).clamp(-1.0, 1.0).square()  # above 1 by clipping, on any path
             total = cost.view(P, M, 1, R) + costs_C[begin + j] * worse
             from_0, cost = total[0] <= total[1], torch.minimum(total[0], total[1])
             torch.where(from_0, paths[:j, 0, :, None], paths[:j, 1, :, None],
@@ -2468,7 +2470,7 @@ RANS_STATES, RANS_BITS, CONTEXTS, SYMBOLS = 512, 15, 48, 256
 
 def log_magnitudes(codes_RC):
     """4·log₂ + 16 of the root mean square of each row of codes, uint8 [R]; the same of each column,
-    after the rows are divided by theirs, uint8 [C]."""
+    after each row is divided by its root mean square, uint8 [C]."""
     q, least = codes_RC.astype(np.float32), 2.0 ** -4
     rows = np.maximum(np.sqrt(np.square(q).sum(1) / max(q.shape[1], 1)), least)
     columns = np.sqrt(np.square(q / rows[:, None]).sum(0) / max(q.shape[0], 1))
@@ -2657,8 +2659,8 @@ def decode_artifact(content, path="the artifact"):
         halves = iter(torch.from_numpy(halves.view(np.float16)).split(half_sizes))
         symbols = np.frombuffer(CODECS[header["codec"]][1](codes, sum(sizes), shapes), np.uint8)
         if (trellis := index.get("trellis", False)) not in (False, "signed"):
-            raise ValueError(f"trellis {trellis!r}: true is of an earlier version, whose script "
-                             "reads it")
+            raise ValueError(f"trellis {trellis!r}: of an earlier version, whose script reads "
+                             "it")
         matrices, tensors = iter(torch.from_numpy((symbols ^ 0x80).view(np.int8)).split(sizes)), {}
         for name, bits, shape in described:
             parts = [next(halves)] if bits == 16 else [next(matrices), next(factors), next(factors)]
@@ -2685,8 +2687,8 @@ def fitted(encoded, budget_bytes, coded, level, start):
     The first of at most 30 trials is `level`; if it is 0 and fits, it is returned. Then log₂(level)
     is searched in log₂(start) ± 24, until at most 0.1 % of the budget is free or the level is known
     to 0.001 octaves. Doubling the level saves at most one bit for each of `coded` codes, so the
-    first move is 8·Δbytes/coded octaves. It doubles after two trials in a row that fit, or
-    that do not."""
+    first move is 8·Δbytes/coded octaves. The octaves per byte double after two trials in a row that
+    both fit, or both do not."""
     guess, best, octaves_per_byte, fits = math.log2(start), None, 0.0, None
     low, high = guess - 24, guess + 24
     for _ in range(30):
@@ -2823,7 +2825,7 @@ def window_plan(targets, length, stride, streams=1):
     scores targets [first, last). Exactly one window scores each target.
 
     Streams are equal contiguous parts of the targets. Window n·streams + i scores the n-th `stride`
-    of stream i; windows beyond a stream's end score nothing."""
+    targets of stream i; windows beyond a stream's end score nothing."""
     borders = np.arange(streams + 1) * targets // streams
     steps = -(-int(np.diff(borders).max()) // stride)
     begin = borders[:-1] + np.arange(steps)[:, None] * stride
@@ -2843,8 +2845,8 @@ class Scorer:
 
     shape = (length, stride, band): a window reads `length` tokens and scores `stride` of them, the
     last ones except where the text begins. With a band, each query attends to the last `band` keys.
-    `chunks` are the ranges of windows scored between two calls of adapt(): those that begin to
-    score in a stretch of chunk_tokens targets, or with streams (see window_plan) one of each."""
+    `chunks` are the ranges of windows scored between two calls of adapt(): those whose first target
+    lies in the same chunk_tokens targets, or with streams (see window_plan) one of each stream."""
 
     def __init__(self, model, tokens, shape, s, rt, chunk_tokens=1 << 22, streams=0):
         (length, stride, band), targets = shape, len(tokens) - 1
@@ -2894,8 +2896,8 @@ class BaseModel:
     distribution is w·p₀ + (1 − w)·p, with a fixed weight w.
 
     p₀ needs few passes: it scores half a window at once, behind the other half. A stream's next
-    targets are scored when its adapters come to them. Each p₀ sees the text before its target
-    alone, as p does."""
+    targets are scored when its adapters come to them. Each p₀ sees only the text before its
+    target, as p does."""
 
     def __init__(self, model, tokens, streams, s, rt):
         self.scorer = Scorer(model, tokens, s.base_shape, s, rt, streams=streams)
@@ -2931,7 +2933,7 @@ def matches(tokens, device):
     """Yield (two guesses, int64 [2, N]; kind, uint8 [N]) for each of RUNS, by earlier tokens alone.
 
     Where the last n tokens occurred before, the tokens after their last four occurrences vote. The
-    two with the most votes are the guesses, of equals the newer; -1: none. kind is 5·(votes of the
+    two with the most votes are the guesses; of a tie, the newer; -1: none. kind is 5·(votes of the
     first) + (votes of the second). Runs get numbers by sorting pairs of the numbers of their halves
     (prefix doubling, Manber & Myers 1990)."""
     x = torch.from_numpy(tokens.astype(np.int64)).to(device)
@@ -2966,8 +2968,8 @@ class MatchModel:
     The weights of each kind of each run are the mean credits of its first and of its second guesses
     so far. The credit of a guess is the posterior probability that the token came from it and not
     from p. As a prior each kind begins with one match, of credit 0.05 for each guess. This is
-    causal: a stream uses only earlier text, its own scores and those of the streams before it. One
-    pass over the streams in order would give the same scores."""
+    causal: a stream uses only earlier text, its own scores and those of the streams before it.
+    Mixing the streams one after another would give the same scores."""
 
     def __init__(self, tokens, streams, device):
         self.streams, self.device, self.done, self.gained = streams, device, 0, 0.0
@@ -3047,7 +3049,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=No
                               getattr(ttt, "arguments", lambda windows: {}))
         if base:
             scores = base.mixed(targets, scores)
-        if match and np.isfinite(scores).all():  # the ledger refuses others
+        if match and np.isfinite(scores).all():  # the ledger refuses scores that are not
             scores = match.mixed(first, last, scores)
         ledger.record(targets, scores)
         scoring.append((time.perf_counter() - before) / (end - begin))
@@ -3120,8 +3122,8 @@ class WeightTTT:
         """Train on `span`, the targets [first, last) just scored, chunk number `chunk` of `chunks`.
         A step uses rows of all ranks.
 
-        Epochs: TTT_EPOCHS (-1: 10, but 1 before a step was timed), but no more than fit into this
-        chunk's part of the seconds `left`. If not even one does, one if it fits into `left`."""
+        Epochs: TTT_EPOCHS (-1: 1 until a step was timed, then 10), but no more than fit into this
+        chunk's equal part of the seconds `left`. If none does, one if it fits into `left`."""
         s, (first, last), length = self.s, span, self.s.train_seq_len
         rows = ledger.rows_for_adapting(np.arange(first, last - length + 1, length), length)
         batches = rows.split(s.ttt_batch_seqs) if len(rows) else ()
@@ -3206,9 +3208,9 @@ class LoraTTT:
         model.requires_grad_(False)
 
     def scorer_options(self, targets):
-        """The Scorer's option: adapt() follows a window of each stream. A stream has 16 times
-        the targets of a window or more, if the text has them: its first rows begin in another
-        stream and cannot be trained on."""
+        """The Scorer's option: adapt() follows a window of each stream. A stream has at least
+        16 windows of targets, if the text is long enough: rows that begin in the stream before
+        it cannot be trained on."""
         streams = min(self.s.ttt_batch_seqs, targets // (16 * self.s.ttt_shape[0]))
         return dict(streams=max(1, streams))
 
@@ -3293,7 +3295,7 @@ class LoraTTT:
         uphill[1, mine] = grad[:, -1]
         grad[:, -1] = 0  # not AdamW's
         uphill[0, mine] = self.uphill(p, self.initial, grad)
-        change = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # a time for each step so far
+        change = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # step_seconds: of all steps
         of_rate, of_sharpness = -change * self.rt.sum_(uphill).cumsum(1).sign()
         self.lr *= torch.exp(of_rate)
         self.sharpness += 0.1 * of_sharpness
@@ -3381,7 +3383,7 @@ class Checkpoints:
         self.rt.log("resume:no checkpoint, from the beginning")
 
     def export(self, trained, results):
-        """Store the facts of training, with the artifact's hash: a resumed run skips it."""
+        """Store the facts of training, with the artifact's hash: a resumed run skips training."""
         with contextlib.suppress(UserError):
             write_whole(self.folder / "exported.json", compact_json(
                 key=self.key, trained=trained, results=results))
@@ -3406,7 +3408,7 @@ class Trainer:
         mine, most = self.rows_per_step // rt.world_size, s.micro_batch_tokens // s.train_seq_len
         # Rows of a micro-batch: the most that MICRO_BATCH_TOKENS holds, in equal parts.
         self.micro_rows = max(n for n in range(1, min(mine, most) + 1) if mine % n == 0)
-        # Calibration squares the summed gradient of a micro-batch: many rows would average out.
+        # Calibration squares the summed gradient of a micro-batch: over many rows it cancels.
         self.calibration_rows = min(self.micro_rows, 8)
         self.optimizers = training_optimizers(model, s, rt)
         self.averages = WeightAverage(model, s)
@@ -3415,7 +3417,7 @@ class Trainer:
         self.matrices = [p for name, p in model.named_parameters()  # those that QAT rounds
                          if kind_of(name).kind in ("attn", "mlp") and bits_of(name, s) < 16]
         self.step, self.elapsed, self.step_ms = 0, 0.0, 0.0
-        self.sums_ms = 0.0  # of a calibration, over ranks
+        self.sums_ms = 0.0  # that the sums over ranks of a calibration take
         self.scheduled = s  # for schedules: its clock ends where calibration begins
         self.last_loss = ""  # for the progress line; reading it from a GPU stalls it
         # Both stay on once set. Without LATE_PASSES there is one list, and `late` is on at once.
@@ -3465,7 +3467,7 @@ class Trainer:
             rt.log(f"stopping_early: wallclock_cap train_time:{self.elapsed:.0f}ms "
                    f"step:{self.step}/{s.iterations}")
         if not self.late:
-            rt.log("late_passes:never trained, and they are scored: lower LATE_PASSES_FROM="
+            rt.log("late_passes:never trained, although they are scored: lower LATE_PASSES_FROM="
                    f"{s.late_passes_from} or take more steps")
         applied = self.averages.apply()
         rt.log(f"{'ema' if 'EMA' in applied else 'average'}:applying "
@@ -3519,7 +3521,7 @@ class Trainer:
         return loss * self.rt.world_size, self.optimizers.step(scale, momentum)
 
     def check_and_log(self, loss, norm, scale):
-        """Log the step where it is due. Raises UserError if its loss or norm is not finite. Reading
+        """Log the step if it is due. Raises UserError if its loss or norm is not finite. Reading
         them stalls a GPU: it checks only its first ten, every hundredth and logged steps."""
         rt, logged = self.rt, self.step <= 10 or self.step % self.s.train_log_every == 0
         if not logged and self.step % 100 and rt.device.type == "cuda":
@@ -3543,10 +3545,10 @@ class Trainer:
 
     def warm_up(self):
         """Run every compiled variant on random tokens, unless WARMUP_STEPS=0; then restore weights
-        and optimizers. No compilation is timed. Sets the time to keep for calibration."""
+        and optimizers. No compilation is timed. Sets the seconds reserved for calibration."""
         s, rt = self.s, self.rt
         kept = [w.clone() for w in self.weights]
-        rows = torch.randint(  # of the type of batches_of: compiled code depends on strides
+        rows = torch.randint(  # as batches_of: compiled code depends on type and strides
             s.vocab_size, (self.rows_per_step // rt.world_size, s.train_seq_len + 1),
             dtype=torch.int32, device=rt.device)
         early, rounded = s.late_passes and s.late_passes_from > 0, s.late_qat_threshold > 0
@@ -3578,14 +3580,14 @@ class Trainer:
             calibrate(self.model, parts[:1] * count, self.rt)
             spent.append(clock.read(exact=True) / 1000)
         one, three = min(spent[:2]), spent[2]  # each sums over ranks once
-        part = max((three - one) / 2, three / 12)  # a quarter of the mean, if `one` was slowed
+        part = max((three - one) / 2, three / 12)  # at least 1/4 of the mean, if `one` was slow
         self.sums_ms = 1000 * max(0.0, one - part)
         seconds = one + part * (len(parts) * self.s.gptq_batches - 1)
         return min(1.25 * seconds, 0.1 * self.s.max_wallclock_seconds)
 
     def calibration(self, batches):
-        """Calibration inside the clock, on the next training rows. It stops when the longest
-        micro-batch and the sums over ranks, taken as no shorter, no longer fit."""
+        """Calibration inside the clock, on the next training rows. It stops when another
+        micro-batch, as long as the longest so far, and the sums over ranks would no longer fit."""
         s, began, clock = self.s, self.elapsed, StepClock(self.rt, self.elapsed)
         self.rt.log("gptq_calibration:start")
 
@@ -3651,7 +3653,7 @@ def log_shape(s, log):
 
 
 def dry_run(s, world_size):
-    """What a run would be, without a device. Data and tokenizer are opened, if they exist."""
+    """Describe the run of these settings; needs no device. Opens data and tokenizer, if there."""
     say = functools.partial(printed, stream=sys.stdout)
     say(f"settings are good; preset:{s.preset or 'none'} world_size:{world_size}")
     log_shape(s, say)
@@ -3723,7 +3725,7 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
         byte_table.check_text(shard[:count], file, scored=False)
     documents, repeated = contamination(stream, tokens)
     rt.log(f"contamination:{repeated} of {documents} sampled training documents begin like "
-           "documents of the validation set" + "; no token there is BOS=1" * (not documents))
+           "documents of the validation set" + "; no training token is BOS=1" * (not documents))
     checkpoints = Checkpoints(s, rt, stream)
     if stored := rt.from_rank0(s.resume and checkpoints.exported(path)):
         rt.log(f"resume:{path} is finished, on to its evaluation")
@@ -3897,8 +3899,8 @@ def settings_of_artifact(path, environ, world_size=1):
     absent = [name.upper() for name, (section, _) in DESCRIBED.items()
               if section == "Model" and name not in stored and name.upper() not in explicit]
     if absent:
-        raise ArtifactError(f"{path}: made by an earlier version, which stored no "
-                            f"{', '.join(absent)}: set each, to 0 where that version lacked it")
+        raise ArtifactError(f"{path}: made by an earlier version that did not store "
+                            f"{', '.join(absent)}: set each, to 0 where it had no such setting")
     other = [f"{name.upper()}={stored[name]}, not {getattr(s, name)}" for name in OF_TRAINING
              if stored.get(name, getattr(s, name)) != getattr(s, name)]
     if other:
@@ -3912,8 +3914,8 @@ def run_job(s, rt, explicit):
     """The whole job, in the order the data flows."""
     tokens, byte_table = load_validation(s), ByteTable(s)
     if not byte_table.count(tokens[:1 << 20]):
-        raise UserError(f"DATA_PATH={s.data_path}: the first tokens of fineweb_val_* stand for no "
-                        f"text by TOKENIZER_PATH={s.tokenizer_path}")
+        raise UserError(f"DATA_PATH={s.data_path}: the first tokens of fineweb_val_* decode to no "
+                        f"bytes with TOKENIZER_PATH={s.tokenizer_path}")
     byte_table.check_text(tokens, f"DATA_PATH={s.data_path}: validation")
     s = replace(s, run_id=s.run_id or str(uuid.uuid4()))
     out = Path(s.out_dir).expanduser()
@@ -3935,7 +3937,7 @@ def run_job(s, rt, explicit):
                                 **rt.from_rank0(facts_of(path.read_bytes()))), {}
     else:
         trained, results = train_and_pack(model, forward, s, rt, tokens, byte_table, path)
-    # Artifact and result keep 0 = automatic, which is right for any validation set.
+    # Artifact and result keep 0 (automatic), so another validation set gets its own chunk.
     chunk = s.ttt_chunk_tokens or max(s.least_chunk, min(32768, len(tokens) // 64))
     resolved = replace(s, ttt_chunk_tokens=chunk)
     warm_up_evaluations(model, forward, resolved, rt, tokens)
@@ -3979,7 +3981,7 @@ def main(argv, environ):
         rt.log(text) if rt else printed(text, sys.stdout)
         return 130
     except (UserError, LedgerError, torch.OutOfMemoryError) as problem:
-        if rank:  # where all ranks fail, rank 0 prints, and torchrun ends the others meanwhile
+        if rank:  # if all ranks fail, rank 0 prints, and torchrun ends the others meanwhile
             time.sleep(5)
         if isinstance(problem, torch.OutOfMemoryError):
             problem = ("GPU memory ran out; lower MICRO_BATCH_TOKENS="

@@ -233,7 +233,7 @@ def test_what_an_earlier_version_did_not_store_must_be_said(trained, corpus, tmp
     variables = eval_only(corpus, tmp_path / "in.ptz", tmp_path / "out", PRESET="pr1855",
                           VAL_LIMIT_TOKENS=64)
     assert train_gpt.main([], variables) == 2
-    assert "stored no KEY_OFFSET: set each" in capsys.readouterr().err
+    assert "did not store KEY_OFFSET: set each" in capsys.readouterr().err
     assert train_gpt.main([], {**variables, "KEY_OFFSET": "0"}) == 0
 
 

@@ -195,7 +195,7 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
                    "2048:0.5")),
     (dict(TRAIN_SEQ_LEN=1024, SEGMENT_SCHEDULE="1023:0.5"), "1024 or more if that is above 512"),
     (dict(SEGMENT_SCHEDULE="1024:0.5", DOC_ATTENTION=0),
-     "SEGMENT_SCHEDULE=1024:0.5, DOC_ATTENTION=0: segments end attention as documents do"),
+     "SEGMENT_SCHEDULE=1024:0.5, DOC_ATTENTION=0: segments need DOC_ATTENTION=1"),
     (dict(LATE_PASSES_FROM=1), "LATE_PASSES_FROM=1.0, LATE_PASSES=auto: the late passes would be"),
     (dict(GPTQ_ACT_ORDER=1), "QUANT_FIT=trellis, GPTQ_ACT_ORDER=1: a trellis takes columns in"),
     (dict(PRUNE_FRAC=0.1), "QUANT_FIT=trellis, PRUNE_FRAC=0.1: codes of a trellis have no zeros"),
