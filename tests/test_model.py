@@ -247,6 +247,19 @@ def test_nll_and_gradients_equal_the_reference(tiny, float64, variables):
     compare_with_reference(tiny(**variables))
 
 
+@torch.no_grad()
+def test_masks_are_made_once_for_all_blocks(tiny):
+    """So that compiled code makes none."""
+    s, calls = tiny(NUM_LAYERS=3, LATE_PASSES="0-2,1-2"), []
+
+    def visible(*arguments):
+        calls.append(arguments)
+        return train_gpt.visible_mask(*arguments)
+    model, rows = a_model(s, visible=visible), random_rows(s)
+    model(rows[:, :-1], rows[:, 1:], band=3)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("skips", ["1", "gated"])
 def test_before_late_passes_blocks_run_once_in_order(tiny, float64, skips):
     """The rows of skips are then those of the shorter list."""
