@@ -1,5 +1,7 @@
 """Data: what open_shard refuses, which tokens are validated, and the order of training rows."""
 
+import mmap
+import queue
 import threading
 from types import SimpleNamespace
 
@@ -190,6 +192,45 @@ def test_ranks_together_read_the_stream_in_order(stream, world_size):
                                             for p in range(step * per_step, (step + 1) * per_step)]
     for batches in ranks:
         batches.close()
+
+
+def test_the_kernel_is_told_of_a_shard_when_the_one_before_begins(tiny, tmp_path, monkeypatch):
+    mapped, told = [], []
+
+    class Mapping(mmap.mmap):
+        def __init__(self, *given, **named):
+            mapped.append(self)
+
+        def madvise(self, advice):
+            told.append((mapped.index(self), advice))
+    monkeypatch.setattr(mmap, "mmap", Mapping)
+    for shard in range(4):  # of three rows
+        write_shard(tmp_path / f"fineweb_train_{shard:06d}.bin", 100 * shard + np.arange(3 * T + 1))
+    stream = TrainStream(tiny(DATA_PATH=tmp_path, VOCAB_SIZE=1000, TRAIN_SEQ_LEN=T))
+    for epoch in range(2):
+        told.clear()
+        after = []  # what it was told after each row
+        for position in range(12):
+            shard = stream.row(12 * epoch + position)[0] // 100
+            after.append(list(told))
+            before = 3 * max(0, position // 3 - 1)
+            assert (shard, mmap.MADV_WILLNEED) in after[before]
+        assert len(after[0]) == 2  # not of all at once
+
+
+def test_four_batches_are_read_ahead():
+    loaded = queue.Queue()
+
+    def rows(first, last):
+        loaded.put(first)
+        return torch.zeros(last - first, T + 1, dtype=torch.int32)
+    batches = batches_of(SimpleNamespace(rows=rows), runtime(), 4)
+    next(batches)
+    assert [loaded.get(timeout=60) for _ in range(5)] == [0, 4, 8, 12, 16]
+    next(batches)
+    assert loaded.get(timeout=60) == 20
+    batches.close()
+    assert loaded.empty()
 
 
 def test_close_ends_the_loading_thread(stream):
