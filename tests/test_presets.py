@@ -1,6 +1,9 @@
 """Every ancestor's preset: its parameter count to the unit, and a run of it, shrunk to seconds."""
 
+import itertools
 import math
+import re
+import sys
 
 import pytest
 
@@ -119,3 +122,23 @@ def test_the_bench_of_a_step_times_the_late_passes_in_every_phase(tiny, corpus):
         return forward(*x, late=late, **more)
     version.forward = version.trainer.forward = watched
     assert version.repeat()["step"] > 0 and len(ran) > 1 and all(ran)
+
+
+@pytest.mark.parametrize("survives", [1, 2])
+def test_the_bench_of_a_step_prints_as_it_goes(monkeypatch, capsys, survives):
+    """A part that is killed leaves each repeat that it finished, and then its kernels."""
+    repeats, repeat = itertools.count(1), step.Version.repeat
+    monkeypatch.setattr(step.Version, "repeat", lambda self: (
+        repeat(self) if next(repeats) <= survives else pytest.fail("killed")))
+    monkeypatch.setattr(step, "report", lambda *given: pytest.fail("killed"))
+    monkeypatch.setattr(sys, "argv", ["step.py", "--tokens", "256", "--repeats", "2"])
+    for name, value in dict(PRESET="demo", DEVICE="cpu").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        step.main()
+    printed = capsys.readouterr().out
+    assert re.findall(r"^new   repeat (\d): .*backward \d+\.\d{3}, .*step \d", printed, re.M) == [
+        str(n + 1) for n in range(survives)]
+    kernels = re.findall(r"^new +(\d+\.\d{3}) +\d+\.\d  aten::", printed, re.M)
+    assert len(kernels) == 5 * (survives == 2)
+    assert kernels == sorted(kernels, key=float, reverse=True)

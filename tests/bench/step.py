@@ -12,6 +12,8 @@ products, attention and Newton–Schulz's products at their shapes, plus an esti
 bytes of the rest over the bandwidth of a copy. Training data are random tokens in a temporary
 shard, which the loader finds in the page cache. On a GPU all but the loader and the step begin
 behind queued products, so that the host is ahead of the device as it is in training.
+Each repeat is printed at its end, then the kernels with most time of three profiled steps, then
+the tables.
 """
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import os
 import statistics
 import sys
@@ -34,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("forward", "backward", "optimizer", "communication", "average", "loader", "step")
@@ -241,6 +245,20 @@ class Version:
             ms["step"] = timed(rt, self.step, ahead=False)[0]
             self.reset()
         return ms
+
+    def kernel_lines(self):
+        """The kernels (on a CPU: operators) with most time in three steps, of each step."""
+        where, kind, most = ((ProfilerActivity.CUDA, "device", 40)
+                             if self.rt.device.type == "cuda" else (ProfilerActivity.CPU, "cpu", 5))
+        with profile(activities=[where]) as seen, self.kernels():
+            for _ in range(3):
+                self.step()
+            self.rt.synchronize()
+        self.reset()
+        ms = {e: getattr(e, f"self_{kind}_time_total") / 3000 for e in seen.key_averages()}
+        yield f"{self.label:<5} profiled: {sum(ms.values()):.3f} ms a step; ms, calls, kernel"
+        for e in sorted(ms, key=ms.get, reverse=True)[:most]:
+            yield f"{self.label:<5} {ms[e]:>9.3f} {e.count / 3:>7.1f}  {e.key[:90]}"
 
     def elementwise_bytes(self, backward):
         """Estimated bytes of a pass's elementwise work."""
@@ -516,13 +534,17 @@ def main():
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         versions = prepared(arguments, folder, cuda)
-        measured = {v: {} for v in versions}
-        for _ in range(arguments.repeats):
-            for v in versions:
-                for phase, ms in v.repeat().items():
-                    measured[v].setdefault(phase, []).append(ms)
-        rt = versions[0].rt
+        measured, rt = {v: {} for v in versions}, versions[0].rt
         rt.log_path = arguments.out if rt.rank == 0 else None
+        for n in range(arguments.repeats):
+            for v in versions:
+                found = v.repeat()
+                rt.log(f"{v.label:<5} repeat {n + 1}: "
+                       + ", ".join(f"{phase} {ms:.3f}" for phase, ms in found.items()))
+                for phase, ms in found.items():
+                    measured[v].setdefault(phase, []).append(ms)
+        for line in itertools.chain(*(v.kernel_lines() for v in versions)):
+            rt.log(line)
         for line in report(versions, measured, Floor(rt, arguments.repeats), arguments.bus):
             rt.log(line)
         for v in versions:
