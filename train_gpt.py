@@ -3276,7 +3276,8 @@ class LoraTTT:
         if chunk % max(1, chunks // 10) == 0 or chunk + 2 == chunks:
             rt.log(f"  ttt_lora [{chunk + 1}/{chunks}] streams={scorer.streams} val_loss="
                    f"{ledger.total / ledger.scored:.6f} lr={self.lr.median():.2e} late="
-                   f"{self.skipped} time={time.perf_counter() - self.started:.1f}s")
+                   f"{self.skipped} step={1000 * statistics.median(self.step_seconds or [0]):.0f}"
+                   f"ms time={time.perf_counter() - self.started:.1f}s")
 
     def _backward(self, rows, weights):
         """Gradients of each stream's weighted nll of its last targets, in batches of one shape."""

@@ -776,11 +776,14 @@ def test_the_compiled_step_of_adapters_equals_the_eager_one():
 @pytest.mark.parametrize("late", [{9, 10, 13}, set(range(99))], ids=len)
 def test_a_late_step_of_adapters_costs_itself_alone(tiny, late):
     w, lines = world(tiny, **LANES, VAL_LIMIT_TOKENS=352, EVAL_WALLCLOCK_SECONDS=600), []
-    w.rt.log, ttt = lines.append, slow_ttt(w, late=late)
-    book = run(w, ttt=ttt)[1]
+    w.rt.log = lines.append
+    with Clock() as clock:
+        ttt = slow_ttt(w, clock, lambda step: 0.25, late)
+        book = run(w, ttt=ttt)[1]
     steps = len(ttt.epochs)
     assert ttt.epochs == [int(n > 0 and n not in late) for n in range(steps)] and steps > 15
-    assert not np.isnan(book.nll).any() and f"late={len(late & set(range(steps)))} " in lines[-1]
+    assert not np.isnan(book.nll).any() and (f"late={len(late & set(range(steps)))} step="
+                                              f"{250 * (len(late) < 99)}ms ") in lines[-1]
     assert bool((ttt.params != ttt.initial).any()) == (len(late) < 99)
 
 
