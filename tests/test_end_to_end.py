@@ -1,16 +1,19 @@
 """The whole script: what a run writes, what reading it back gives, that ranks and seeds do what
 they should, and refusals."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,7 +115,7 @@ def test_log_and_console_have_each_line_once_and_the_results_numbers(trained):
 
 
 def test_the_training_clock_holds(run_script, monkeypatch):
-    """Training and calibration take at most MAX_WALLCLOCK_SECONDS by this test's clock too, also
+    """Training and calibration take at most MAX_WALLCLOCK_MOSTS by this test's clock too, also
     where passes take three times as long as before the clock, when the reserve was measured."""
     spans, pause, train = dict(optimize=[], calibrate=[]), [0.01], train_gpt.Trainer.train
 
@@ -135,7 +138,7 @@ def test_the_training_clock_holds(run_script, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda x: time.sleep(pause[0]) or backward(x))
     monkeypatch.setattr(train_gpt.Trainer, "train", started)
     timed(train_gpt.Trainer, "optimize"), timed(train_gpt, "calibrate")
-    done = succeeded(run_script(MAX_WALLCLOCK_SECONDS=1.5, ITERATIONS=20000, **PLAIN))
+    done = succeeded(run_script(MAX_WALLCLOCK_MOSTS=1.5, ITERATIONS=20000, **PLAIN))
     seconds = spans["optimize"][-1][1] - spans["optimize"][0][0]
     seconds += sum(end - begin for begin, end in spans["calibrate"])
     most = 1.5 * 1.02  # the last step's own noise on a busy machine
@@ -433,6 +436,74 @@ def test_the_bench_of_the_quantizer_scores_every_rule(trained, corpus, monkeypat
     printed = capsys.readouterr().out
     for rule in artifact.LOW_SCHEMES if bits else artifact.SCHEMES:
         assert re.search(rf"^{re.escape(rule)} +\d+ +\d\.\d{{4,}}", printed, re.M), rule
+
+
+# An interpreter for hopper.sh that ignores SIGTERM and starts a process; without a run or in that
+# of QUICK it ends and leaves this process. Its `timeout` ends after a second.
+STUBS = dict(python="""[ "$1" = -c ] && exit
+trap "" TERM INT HUP
+sleep 300 &
+echo started
+[ "${RUN_ID-$QUICK}" = "$QUICK" ] || wait
+""", timeout='exec /usr/bin/timeout "$1" "$MOST" "${@:3}"\n')
+
+
+@pytest.fixture
+def hopper(tmp_path):
+    """hopper(NAME=value, ...) → the script, started with stubs. hopper.left(seconds): the command
+    lines of its processes, once there are none or after these seconds."""
+    scripts = tmp_path / "tests" / "bench"
+    scripts.mkdir(parents=True)
+    shutil.copy(SCRIPT.parent / "tests/bench/hopper.sh", scripts)
+    for pieces in (1024, 8192):
+        (tmp_path / f"data/datasets/demo_{pieces}").mkdir(parents=True)
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (tmp_path / name).chmod(0o755)
+
+    def start(**variables):
+        return subprocess.Popen(
+            ["bash", scripts / "hopper.sh", tmp_path / "logs"], stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.DEVNULL, env=clean_environ(
+                PYTHON=tmp_path / "python", PATH=f"{tmp_path}:{os.environ['PATH']}", **variables))
+
+    def left(seconds=20):
+        found, until = [], time.monotonic() + seconds
+        for place in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # of others, or gone
+                if f"PYTHON={tmp_path}" in place.read_text(errors="replace"):
+                    found.append((place.parent / "cmdline").read_text())
+        if not found or seconds <= 0:
+            return found
+        time.sleep(0.1)
+        return left(until - time.monotonic())
+    start.left = left
+    return start
+
+
+def test_parts_that_are_killed_leave_no_process(hopper):
+    started = hopper(QUICK="first", MOST=1)
+    printed = started.communicate(timeout=60)[0]
+    ends = dict(re.findall(r"^(\w+): (done|ended with status 137) at", printed, re.M))
+    assert ends == dict(first="done", attention="done", attention_banded="done",
+                        **dict.fromkeys(("small", "cold_steps", "file", "cold_evaluation"),
+                                        "ended with status 137"))
+    assert printed.count(": left out, since ") == 3 and not hopper.left()
+
+
+@pytest.mark.parametrize("how, quick, running", [
+    (signal.SIGTERM, "none", {"first"}), (signal.SIGINT, "first", {"small", "cold_steps", "file"})])
+def test_a_signal_ends_the_parts_and_prints_the_summary(hopper, how, quick, running):
+    started, begun = hopper(QUICK=quick, MOST=300), set()
+    for line in started.stdout:
+        begun.update(re.findall(r"^(\w+)\| started", line))
+        if running <= begun:
+            break
+    assert hopper.left(0)
+    started.send_signal(how)
+    summary = started.communicate(timeout=60)[0].partition("== summary\n")[2]
+    assert set(re.findall(r"^(\w+): interrupted at", summary, re.M)) == running
+    assert started.returncode == 130 and not hopper.left()
 
 
 @pytest.mark.slow
