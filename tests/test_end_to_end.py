@@ -520,7 +520,7 @@ def test_every_part_of_the_first_run_on_a_hopper_runs_small_on_a_cpu(tmp_path):
         return subprocess.run(["bash", tmp_path / "tests/bench/hopper.sh", tmp_path / "logs"],
                               env=clean_environ(PYTHON=sys.executable, LIMIT=limit),
                               capture_output=True, text=True).stdout
-    first = run(400)
+    first = run(430)
     ends = dict(re.findall(r"^(\w+): (done|ended with status \d+) at", first, re.M))
     banded = ends.pop("attention_banded")
     assert set(ends.values()) == {"done"} and len(ends) == 9, first[-3000:]
