@@ -188,8 +188,7 @@ class Settings:
     unet_skips: Literal["0", "1", "gated"] = "gated"
         # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
     # 4 × 128: −0.005 to −0.018 at 600 steps, three seeds; −0.022 at 2,500, one. Speedrun #81: 65
-    # steps of 1,480 less. MUDD, documents, pairs of heads and cautious decay together: +0.001 in
-    # the default at 4 × 128 after 661 steps, one seed.
+    # steps of 1,480 less. With pairs of heads, in the default after 661 steps: −0.008, one seed.
     mudd: Flag = 1  # mix earlier outputs, with weights per token, into the last block's input
         # (with lanes, that of its attention) and into the output
     # Value 1 mixes across documents, a known mistake; bos closes the gate where one starts.
@@ -213,7 +212,8 @@ class Settings:
     muon_wd: Amount = 0.095  # decoupled weight decay of Muon, × learning rate; see CAUTIOUS_WD
     adam_wd: Amount = 0.02  # the same of AdamW
     embed_wd: Annotated[float, -1.0, 1e18] = 0.085  # the same of embedding tables; -1: ADAM_WD
-    # −0.009 at 2,500 steps of 4 × 128, one seed; −0.009 and −0.001 at 1,000 of 11 × 64, two.
+    # −0.009 at 2,500 steps of 4 × 128, one seed; −0.009 and −0.001 at 1,000 of 11 × 64, two. It
+    # loses in runs of some hundred steps: +0.004 at 400, +0.008 in the default at 661.
     cautious_wd: Flag = 1  # Muon decays only weights that its step moves towards 0, by
         # 2 × MUON_WD × rate × (rate / full rate) (nanogpt speedrun #43)
     # −0.0010 at full scale (#1285); −0.0058 at 300 steps of 4 × 128, one seed.
