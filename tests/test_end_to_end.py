@@ -115,7 +115,7 @@ def test_log_and_console_have_each_line_once_and_the_results_numbers(trained):
 
 
 def test_the_training_clock_holds(run_script, monkeypatch):
-    """Training and calibration take at most MAX_WALLCLOCK_MOSTS by this test's clock too, also
+    """Training and calibration take at most MAX_WALLCLOCK_SECONDS by this test's clock too, also
     where passes take three times as long as before the clock, when the reserve was measured."""
     spans, pause, train = dict(optimize=[], calibrate=[]), [0.01], train_gpt.Trainer.train
 
@@ -138,7 +138,7 @@ def test_the_training_clock_holds(run_script, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda x: time.sleep(pause[0]) or backward(x))
     monkeypatch.setattr(train_gpt.Trainer, "train", started)
     timed(train_gpt.Trainer, "optimize"), timed(train_gpt, "calibrate")
-    done = succeeded(run_script(MAX_WALLCLOCK_MOSTS=1.5, ITERATIONS=20000, **PLAIN))
+    done = succeeded(run_script(MAX_WALLCLOCK_SECONDS=1.5, ITERATIONS=20000, **PLAIN))
     seconds = spans["optimize"][-1][1] - spans["optimize"][0][0]
     seconds += sum(end - begin for begin, end in spans["calibrate"])
     most = 1.5 * 1.02  # the last step's own noise on a busy machine
