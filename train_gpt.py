@@ -1389,7 +1389,7 @@ def attention_kernel(name, strict=False):
 
     def attend(q, k, v, mask=None):
         allowed = order if not strict else order[:1] if mask is None else order[:-1]
-        with sdpa_kernel(allowed, set_priority=True):  # torch 2.9.1, 2.11 and 2.13 have it
+        with sdpa_kernel(allowed, set_priority=True):
             return sdpa(q, k, v, mask)
     return attend, visible_mask
 
@@ -1479,9 +1479,7 @@ def choose_kernels(s, rt):
         rt.log("attention:slow, DOC_ATTENTION=1 without FlashAttention reads a mask [B, T, T] in "
                "each pass; DOC_ATTENTION=0 needs none")
     mlp = LeakySquareMLP.apply if names["mlp"] == "triton" else leaky_square_mlp
-    # PyTorch's order may have MATH before cuDNN. Where auto ends at sdpa, cuDNN was wrong here.
-    kernel = "cudnn" if gpu and s.attention == "sdpa" else names["attention"]
-    return names, Kernels(*attention_kernel(kernel), mlp)
+    return names, Kernels(*attention_kernel(names["attention"]), mlp)
 
 
 @dataclass(frozen=True)

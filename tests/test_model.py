@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import a_model, a_rank
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
-from torch.nn.attention import SDPBackend
 
 import train_gpt
 from train_gpt import GPT, Settings, UserError, init_weights, kind_of
@@ -614,26 +613,6 @@ def test_a_kernel_must_be_right_on_every_rank():
     rt.any_rank = lambda why: True
     assert train_gpt.first_right("mlp", {"triton": lambda x: 2 * x}, lambda x: 2 * x, [x], rt) == ""
     assert rt.lines == ["mlp: not triton: unusable on another rank"]
-
-
-def test_sdpa_on_a_gpu_tries_cudnn_first_and_math_last(tiny, monkeypatch):
-    """But not where auto ends at sdpa, since cuDNN was wrong then, nor on a CPU."""
-    given, kernel = [], train_gpt.sdpa_kernel
-    monkeypatch.setattr(train_gpt, "sdpa_kernel", lambda *order, **how: (
-        given.append((*order, how)), kernel(*order, **how))[1])
-    qkv = [torch.randn(2, 24, heads, 8) for heads in (4, 2, 2)]
-    order = [getattr(SDPBackend, f"{name}_ATTENTION") for name in ("CUDNN", "FLASH", "EFFICIENT")]
-
-    def of_attend(rt, **variables):
-        names, kernels = train_gpt.choose_kernels(tiny(**variables), rt)
-        assert names["attention"] == "sdpa"
-        given.clear()
-        torch.testing.assert_close(kernels.attend(*qkv), sdpa(*qkv))
-        return given
-    asked = dict(ATTENTION="sdpa", **WHOLE_ROWS)
-    assert of_attend(a_rank("cuda"), **asked) == [([*order, SDPBackend.MATH],
-                                                   dict(set_priority=True))]
-    assert not of_attend(a_rank("cuda"), **WHOLE_ROWS) and not of_attend(CPU, **asked)
 
 
 def test_pytorchs_kernels_fall_back_on_others_unless_strict():
