@@ -188,7 +188,8 @@ class Settings:
     unet_skips: Literal["0", "1", "gated"] = "gated"
         # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
     # 4 × 128: −0.005 to −0.018 at 600 steps, three seeds; −0.022 at 2,500, one. Speedrun #81: 65
-    # steps of 1,480 less. With pairs of heads, in the default after 661 steps: −0.008, one seed.
+    # steps of 1,480 less. With pairs of heads at 661 steps of the default: −0.008 without documents
+    # and cautious decay, 0.000 with them, one seed.
     mudd: Flag = 1  # mix earlier outputs, with weights per token, into the last block's input
         # (with lanes, that of its attention) and into the output
     # Value 1 mixes across documents, a known mistake; bos closes the gate where one starts.
@@ -213,7 +214,7 @@ class Settings:
     adam_wd: Amount = 0.02  # the same of AdamW
     embed_wd: Annotated[float, -1.0, 1e18] = 0.085  # the same of embedding tables; -1: ADAM_WD
     # −0.009 at 2,500 steps of 4 × 128, one seed; −0.009 and −0.001 at 1,000 of 11 × 64, two. It
-    # loses in runs of some hundred steps: +0.004 at 400, +0.008 in the default at 661.
+    # loses in short runs: +0.004 at 400. With documents at 661 steps of the default: +0.008.
     cautious_wd: Flag = 1  # Muon decays only weights that its step moves towards 0, by
         # 2 × MUON_WD × rate × (rate / full rate) (nanogpt speedrun #43)
     # −0.0010 at full scale (#1285); −0.0058 at 300 steps of 4 × 128, one seed.
@@ -891,9 +892,16 @@ def write_whole(path, content):
 # ---- 3. Data: shards, the training stream, validation tokens ------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
-GET_DATA = ("python data/cached_challenge_fineweb.py --variant sp<VOCAB_SIZE> downloads the "
-            "challenge's shards (sp1024, sp4096, sp8192), python data/build_dataset.py TEXT makes "
-            "your own, python data/build_dataset.py --demo makes those of PRESET=demo")
+GET_DATA = ("python data/cached_challenge_fineweb.py --variant sp8192 (or sp4096, sp1024, as "
+            "VOCAB_SIZE) downloads the challenge's, python data/build_dataset.py TEXT makes your "
+            "own, python data/build_dataset.py --demo makes those of PRESET=demo")
+
+
+def get_data(s):
+    """GET_DATA with the one command for these settings, if the challenge has such shards."""
+    variant = f"sp{s.vocab_size}"
+    known = re.search(rf"{variant}\b", GET_DATA)
+    return re.sub(r"sp8192 \(.*?\)", variant, GET_DATA) if known else GET_DATA
 
 
 def open_shard(path, whole=False):
@@ -925,7 +933,7 @@ def shard_paths(s, split):
     paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
         raise UserError(f"DATA_PATH={s.data_path}: no fineweb_{split}_*.bin in {folder}; "
-                        + GET_DATA.replace("<VOCAB_SIZE>", str(s.vocab_size)))
+                        + get_data(s))
     return paths
 
 
@@ -1052,7 +1060,7 @@ class ByteTable:
     def __init__(self, s):
         path = self.path = find_upward(s.tokenizer_path)
         if not path.is_file():
-            raise UserError(f"TOKENIZER_PATH={s.tokenizer_path}: no such file; {GET_DATA}")
+            raise UserError(f"TOKENIZER_PATH={s.tokenizer_path}: no such file; {get_data(s)}")
         with explained(f"TOKENIZER_PATH={path}: not a SentencePiece model", GET_DATA,
                        kinds=(RuntimeError, OSError)):
             sp = self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -1430,7 +1438,8 @@ def first_right(part, candidates, reference, inputs, rt):
     """Name of the first candidate that is right on every rank, or ""; the log says why not."""
     for name, function in candidates.items():
         why = (why_unusable(function, reference, inputs, rt) if function
-               else "not installed, or not for such a run")
+               else "needs Triton, COMPILE=1 and whole tiles" if part == "mlp"
+               else "not installed")
         if not rt.any_rank(why):
             return name
         rt.log(f"{part}: not {name}: {why or 'unusable on another rank'}")
@@ -3049,7 +3058,7 @@ def evaluate(model, tokens, byte_table, s, rt, label, shape, ttt=None, opened=No
                               getattr(ttt, "arguments", lambda windows: {}))
         if base:
             scores = base.mixed(targets, scores)
-        if match and np.isfinite(scores).all():  # the ledger refuses scores that are not
+        if match and np.isfinite(scores).all():  # the ledger refuses any other
             scores = match.mixed(first, last, scores)
         ledger.record(targets, scores)
         scoring.append((time.perf_counter() - before) / (end - begin))
@@ -3209,8 +3218,8 @@ class LoraTTT:
 
     def scorer_options(self, targets):
         """The Scorer's option: adapt() follows a window of each stream. A stream has at least
-        16 windows of targets, if the text is long enough: rows that begin in the stream before
-        it cannot be trained on."""
+        16 times the targets that a window has tokens, if the text is long enough: rows that
+        begin in the stream before it cannot be trained on."""
         streams = min(self.s.ttt_batch_seqs, targets // (16 * self.s.ttt_shape[0]))
         return dict(streams=max(1, streams))
 
@@ -3274,7 +3283,7 @@ class LoraTTT:
         if chunk % max(1, chunks // 10) == 0 or chunk + 2 == chunks:
             rt.log(f"  ttt_lora [{chunk + 1}/{chunks}] streams={scorer.streams} val_loss="
                    f"{ledger.total / ledger.scored:.6f} lr={self.lr.median():.2e} late="
-                   f"{self.skipped} step={1000 * statistics.median(self.step_seconds or [0]):.0f}"
+                   f"{self.skipped} step={1000 * statistics.median(self.step_seconds[-9:] or [0]):.0f}"
                    f"ms time={time.perf_counter() - self.started:.1f}s")
 
     def _backward(self, rows, weights):
@@ -3296,7 +3305,7 @@ class LoraTTT:
         uphill[1, mine] = grad[:, -1]
         grad[:, -1] = 0  # not AdamW's
         uphill[0, mine] = self.uphill(p, self.initial, grad)
-        change = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # step_seconds: of all steps
+        change = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # one time of each step
         of_rate, of_sharpness = -change * self.rt.sum_(uphill).cumsum(1).sign()
         self.lr *= torch.exp(of_rate)
         self.sharpness += 0.1 * of_sharpness

@@ -382,7 +382,7 @@ class Witness:
                 if learned[b] not in now.initial:
                     now.fault("documents", f"a document begins among targets {new[0][0]} to "
                               f"{new[0][-1]}, and adapters go on with what they learned before "
-                              "it, which the script says they do not")
+                              "it, which the script says they do not (legal in itself)")
 
     def scoring_pass(self, starts, positions, x, y, nll, call):
         """Keep scores of rows with targets not yet recorded, at chosen places distributions."""
@@ -856,9 +856,9 @@ def before_update(audit, base):
     if audit.s.ttt_enabled and not last.updates:
         yield (BEFORE, None, "test-time training changed nothing here: one chunk, no epochs or a "
                "rate of zero")
-    if last.begun:
+    if any(e.begun for e in base.evaluations):
         yield (BEFORE, base.faults("documents"), "adapters began anew for each of the "
-               f"{last.begun} rows that they trained on after a document had ended")
+               f"{last.begun} passes of rows in which a document had ended")
     yield (BEFORE, base.faults("given"),
            "every recorded score is the first that the model gave its target")
 

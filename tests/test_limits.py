@@ -73,7 +73,7 @@ def test_epochs_follow_the_time_and_are_said_before_the_steps(tiny):
         assert few or w.epochs[1:] == [10] * 30
         said = re.findall(r"ttt_chunk \[(\d+)/32\] .* epochs=(\d+)$", "\n".join(w.lines), re.M)
         assert said == [(str(n + 1), str(w.epochs[n])) for n in (0, 10, 20, 30)]
-        assert w.clock.now <= limit and not few or w.clock.now > 50, "time is used"
+        assert w.clock.now <= limit and (not few or w.clock.now > 50), "time is used"
 
 
 @pytest.mark.parametrize("step, share", [(0.23, 0.9), (100.0, 0.0)])

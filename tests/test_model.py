@@ -601,9 +601,10 @@ def test_the_first_kernel_that_is_right_is_taken_every_time(tiny, monkeypatch, p
     """fa3 computes something else, cuDNN raises: auto takes flash, twice, and says why."""
     install(monkeypatch, attend_all)
     for _ in range(2):
-        name, _, (of_fa3, of_cudnn) = choose(tiny, **WHOLE_ROWS)
+        name, _, (of_fa3, of_cudnn, of_mlp) = choose(tiny, **WHOLE_ROWS)
         assert name == "flash" and of_fa3.startswith("attention: not fa3: gives another result")
         assert of_cudnn.startswith("attention: not cudnn: RuntimeError: ")
+        assert of_mlp == "mlp: not triton: needs Triton, COMPILE=1 and whole tiles"
     with pytest.raises(UserError, match="ATTENTION=fa3"):
         choose(tiny, ATTENTION="fa3")
 

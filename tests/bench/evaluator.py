@@ -7,8 +7,8 @@ before, on one artifact.
 
 `plans`: bpb, seconds and tokens through the model of sliding windows (stride = window / 32) and of
 banded segments with several prefixes. `ttt`: every variant gets the same seconds for scoring and
-adapting on a stretch of training tokens that the run has hardly met; the best one is then run once
-on the validation tokens. `match`: the last training tokens, scored with a full context; what
+adapting on a stretch of training tokens that the run has hardly met, and says how many tokens went
+forward through the model; the best one is then run once on the validation tokens. `match`: the last training tokens, scored with a full context; what
 EVAL_MATCH gains there when more and more of the training tokens count as text before them.
 """
 from __future__ import annotations
@@ -32,12 +32,12 @@ ADAMW = dict(SGD, ttt_optimizer="adamw")
 MUON = dict(SGD, ttt_optimizer="muon", ttt_epochs=1)
 VARIANTS = {
     "none": dict(SGD, ttt_epochs=0),
-    "adapters of rank 64 (default)": ADAPTERS,
+    "adapters of rank 64 (default but for guesses)": ADAPTERS,
     "the same without the base model": dict(ADAPTERS, ttt_base_weight=0.0),
     "the same of rank 8": dict(ADAPTERS, ttt_lora_rank=8, ttt_base_weight=0.0),
     "SGD 0.002, 3 epochs (#549)": SGD,
     "SGD 0.01, 3 epochs": dict(SGD, ttt_lr=0.01),
-    "SGD 0.01, 3 epochs, chunks of a quarter": dict(SGD, ttt_lr=0.01, ttt_chunk_tokens=-4),
+    "SGD 0.01, 3 epochs, chunks of a quarter": dict(SGD, ttt_lr=0.01, chunk_parts=4),
     "SGD 0.01, as many epochs as fit": dict(SGD, ttt_lr=0.01, ttt_epochs=-1),
     "SGD 0.01, 3 epochs, down 3×, up ½×": dict(SGD, ttt_lr=0.01, ttt_proj_lr_mult=3.0,
                                                ttt_fc_lr_mult=0.5),
@@ -50,7 +50,7 @@ VARIANTS = {
     "AdamW 5e-4, 3 epochs": dict(ADAMW, ttt_lr=5e-4),
     "Muon 1e-3, 1 epoch": dict(MUON, ttt_lr=1e-3),
     "Muon 5e-3, 1 epoch": dict(MUON, ttt_lr=5e-3),
-    "Muon 5e-3, 1 epoch, chunks of a quarter": dict(MUON, ttt_lr=5e-3, ttt_chunk_tokens=-4),
+    "Muon 5e-3, 1 epoch, chunks of a quarter": dict(MUON, ttt_lr=5e-3, chunk_parts=4),
     "Muon 1e-3, as many epochs as fit": dict(MUON, ttt_lr=1e-3, ttt_epochs=-1),
 }
 
@@ -94,8 +94,9 @@ def adapted_score(arguments, changes, tokens, seconds):
     s, rt, model, table = opened(arguments, EVAL_ATTENTION="banded", EVAL_MATCH="0")
     if changes.get("ttt_params") == "tail":
         changes = dict(changes, ttt_freeze_blocks=s.num_layers - 2)
-    chunk = arguments.chunk // -changes.get("ttt_chunk_tokens", -1)
-    s = replace(s, eval_wallclock_seconds=seconds, **{**changes, "ttt_chunk_tokens": chunk})
+    changes = dict(changes)
+    chunk = max(s.least_chunk, arguments.chunk // changes.pop("chunk_parts", 1))
+    s = replace(s, eval_wallclock_seconds=seconds, ttt_chunk_tokens=chunk, **changes)
     given, read = (model, tokens, table, s, rt), []
     before = T.evaluate(*given, "before", s.scoring_shape)[0]
     model.register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
@@ -110,7 +111,7 @@ def ttt(arguments, say):
     held_out = shard[len(shard) - arguments.targets - 1:].copy()
     say(f"{arguments.targets} tokens at the end of the training shard, chunks of "
         f"{arguments.chunk}, {arguments.seconds:g} s each, banded")
-    say(f"{'variant':<62} {'before':>8} {'after':>8} {'gain':>9} {'seconds':>8} {'tokens':>10}")
+    say(f"{'variant':<62} {'before':>8} {'after':>8} {'gain':>9} {'seconds':>8} {'forward':>10}")
     results = {}
     for name, changes in VARIANTS.items():
         before, after, seconds, read = adapted_score(arguments, changes, held_out,
