@@ -22,9 +22,10 @@ ATTENTION = 0.35 * 989e12  # FLOP/s of causal attention
 MEMORY = 0.80 * 3.35e12    # bytes/s
 LAUNCH = 6e-6              # s of the host for a kernel of a compiled graph
 LINKS = 350e9              # bytes/s of a sum over ranks
-# Of the host between the passes of a chunk of TTT, from one CPU core: s of the ledger's records, of
-# the rows to adapt on, of mixing with the base model. Launches to mix guesses into its scores.
-RECORDS, ROWS, BASE, GUESSES = 0.3e-3, 0.5e-3, 0.2e-3, 45
+# Of the host between the passes of a chunk of TTT, from one CPU core: s of the ledger's records of
+# 256 streams, of the rows of 32 streams, of mixing with the base model, of mixing guesses (45 eager
+# operators). Weights, which have one stream, are given the same.
+RECORDS, ROWS, BASE, GUESSES = 0.3e-3, 0.5e-3, 0.2e-3, 0.8e-3
 # Times that a step reads or writes all numbers of a stream's adapters: 3 for their gradients, 2 for
 # the rule of the rate, 5 for AdamW. A batch holds all streams of a rank, so nothing is gathered.
 UPDATE_PASSES = 10
@@ -72,7 +73,7 @@ def parts(s):
         yield "the base model beside adapters", *scored(*s.base_shape)
     yield "the host between passes", 0, targets / chunk * (RECORDS + ROWS + bool(base) * BASE), 0
     if s.eval_match:
-        yield "mixing of guesses", 0, targets / chunk * GUESSES * LAUNCH, 0
+        yield "mixing of guesses", 0, targets / chunk * GUESSES, 0
     if s.ttt_lora_rank:  # forward again, and the gradients of activations and adapters alone
         length = min(length, s.context // 2 + stride)
         tokens = mine * length / stride
@@ -100,8 +101,8 @@ def main(environ):
     print(f"assumed: products {PRODUCTS / 1e12:.0f} TFLOP/s, attention {ATTENTION / 1e12:.0f}, "
           f"memory {MEMORY / 1e12:.2f} TB/s, {LAUNCH * 1e6:.0f} us a launch, links "
           f"{LINKS / 1e9:.0f} GB/s; a chunk of TTT: {RECORDS * 1e3} ms of the host for records, "
-          f"{ROWS * 1e3} for rows, {BASE * 1e3} for mixing with the base model, {GUESSES} launches "
-          "for guesses; launches and kB a token: " + ", ".join(
+          f"{ROWS * 1e3} for rows, {BASE * 1e3} for mixing with the base model, {GUESSES * 1e3} for "
+          "guesses; launches and kB a token: " + ", ".join(
               f"{name} {launches} and {size / 1e3:.0f}" for name, (launches, size) in dict(
                   scoring=SCORING, adapting=ADAPTING, training=TRAINING).items()))
     print("| part | tokens, millions | seconds | of it the GPU works |\n|---|---|---|---|")
@@ -112,7 +113,7 @@ def main(environ):
         part = f"{100 * work / seconds:.0f} %" if tokens else "–"
         print(f"| {name} | {counted} | {seconds:.1f} | {part} |")
     print(f"| all, of 600 s | | {total:.1f} | |")
-    print(f"| unused, {100 - total / 6:.0f} % of them | | {600 - total:.1f} | |")
+    print(f"| left, {100 - total / 6:.0f} %, before what is not counted | | {600 - total:.1f} | |")
 
 
 if __name__ == "__main__":
