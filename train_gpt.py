@@ -3263,8 +3263,8 @@ class LoraTTT:
         rt, scorer, started = self.rt, self.scorer, time.perf_counter()
         mine = slice(chunk * scorer.streams + self.low, chunk * scorer.streams + self.high)
         first, last, length = scorer.first[mine], scorer.last[mine], self.length
-        skip = left < (statistics.median(self.step_seconds[-9:]) if self.step_seconds else 0)
-        skip = rt.any_rank(skip and rt.rank == 0)  # rank 0's clock decides
+        step = statistics.median(self.step_seconds[-9:] or [0])
+        skip = rt.any_rank(left < step and rt.rank == 0)  # rank 0's clock decides
         scored = (chunk + 1) * scorer.stride > length
         self.skipped += skip
         if scored:  # earlier rows would begin in another stream's unscored targets
@@ -3283,8 +3283,8 @@ class LoraTTT:
         if chunk % max(1, chunks // 10) == 0 or chunk + 2 == chunks:
             rt.log(f"  ttt_lora [{chunk + 1}/{chunks}] streams={scorer.streams} val_loss="
                    f"{ledger.total / ledger.scored:.6f} lr={self.lr.median():.2e} late="
-                   f"{self.skipped} step={1000 * statistics.median(self.step_seconds[-9:] or [0]):.0f}"
-                   f"ms time={time.perf_counter() - self.started:.1f}s")
+                   f"{self.skipped} step={1000 * step:.0f}ms "
+                   f"time={time.perf_counter() - self.started:.1f}s")
 
     def _backward(self, rows, weights):
         """Gradients of each stream's weighted nll of its last targets, in batches of one shape."""
