@@ -1437,9 +1437,8 @@ def why_unusable(function, reference, inputs, rt):
 def first_right(part, candidates, reference, inputs, rt):
     """Name of the first candidate that is right on every rank, or ""; the log says why not."""
     for name, function in candidates.items():
-        why = (why_unusable(function, reference, inputs, rt) if function
-               else "needs Triton, COMPILE=1 and whole tiles" if part == "mlp"
-               else "not installed")
+        why = (function if isinstance(function, str)  # a reason
+               else why_unusable(function, reference, inputs, rt) if function else "not installed")
         if not rt.any_rank(why):
             return name
         rt.log(f"{part}: not {name}: {why or 'unusable on another rank'}")
@@ -1468,10 +1467,11 @@ def choose_kernels(s, rt):
     heads = s.num_heads, s.num_kv_heads, s.num_kv_heads
     by_triton = (gpu and triton and rt.compile
                  and R % MLP_TILE["BN"] == D % MLP_TILE["BK"] == 0)  # whole tiles
+    triton_mlp = LeakySquareMLP.apply if by_triton else "needs Triton, COMPILE=1 and whole tiles"
     parts = {
         "attention": ("attention", "sdpa", attention, as_used((sdpa, visible_mask)),
                       random_inputs(rt, *((2, N, count, s.head_dim) for count in heads))),
-        "mlp": ("kernels", "plain", {"triton": by_triton and LeakySquareMLP.apply} if gpu else {},
+        "mlp": ("kernels", "plain", {"triton": triton_mlp} if gpu else {},
                 leaky_square_mlp, [*random_inputs(rt, (256, D), (R, D), (D, R)), s.leaky_slope])}
     names = {}
     for part, (setting, plain, candidates, reference, inputs) in parts.items():

@@ -856,9 +856,9 @@ def before_update(audit, base):
     if audit.s.ttt_enabled and not last.updates:
         yield (BEFORE, None, "test-time training changed nothing here: one chunk, no epochs or a "
                "rate of zero")
-    if any(e.begun for e in base.evaluations):
+    if begun := sum(e.begun for e in base.evaluations):
         yield (BEFORE, base.faults("documents"), "adapters began anew for each of the "
-               f"{last.begun} passes of rows in which a document had ended")
+               f"{begun} passes of rows in which a document had ended")
     yield (BEFORE, base.faults("given"),
            "every recorded score is the first that the model gave its target")
 

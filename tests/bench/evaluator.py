@@ -8,8 +8,9 @@ before, on one artifact.
 `plans`: bpb, seconds and tokens through the model of sliding windows (stride = window / 32) and of
 banded segments with several prefixes. `ttt`: every variant gets the same seconds for scoring and
 adapting on a stretch of training tokens that the run has hardly met, and says how many tokens went
-forward through the model; the best one is then run once on the validation tokens. `match`: the last training tokens, scored with a full context; what
-EVAL_MATCH gains there when more and more of the training tokens count as text before them.
+forward through the model; the best one is then run once on the validation tokens. `match`: the last
+training tokens, scored with a full context; what EVAL_MATCH gains there when more and more of the
+training tokens count as text before them.
 """
 from __future__ import annotations
 

@@ -101,8 +101,8 @@ def main(environ):
     print(f"assumed: products {PRODUCTS / 1e12:.0f} TFLOP/s, attention {ATTENTION / 1e12:.0f}, "
           f"memory {MEMORY / 1e12:.2f} TB/s, {LAUNCH * 1e6:.0f} us a launch, links "
           f"{LINKS / 1e9:.0f} GB/s; a chunk of TTT: {RECORDS * 1e3} ms of the host for records, "
-          f"{ROWS * 1e3} for rows, {BASE * 1e3} for mixing with the base model, {GUESSES * 1e3} for "
-          "guesses; launches and kB a token: " + ", ".join(
+          f"{ROWS * 1e3} for rows, {BASE * 1e3} for mixing with the base model, {GUESSES * 1e3} "
+          "for guesses; launches and kB a token: " + ", ".join(
               f"{name} {launches} and {size / 1e3:.0f}" for name, (launches, size) in dict(
                   scoring=SCORING, adapting=ADAPTING, training=TRAINING).items()))
     print("| part | tokens, millions | seconds | of it the GPU works |\n|---|---|---|---|")
