@@ -129,9 +129,10 @@ def test_everything_wrong_stands_in_one_report():
     lines = problems(
         5, MUON_MOMENTUM_WARMUP_START="092", WARMDRON_ITERS=3500, PRESET="fastest", SEED=-1,
         NUM_LAYERS="eleven", SMEAR_GATE="maybe", VRL_ENABLED="yes", WEIGHT_DECAY="much",
-        MTP_NUM_HEADS=2, EVAL_STRIDE=4096, EVAL_ATTENTION="window")
+        MTP_NUM_HEADS=2, EVAL_STRIDE=4096, EVAL_ATTENTION="window", EVAL_BATCH=8)
     expected = [("MUON_MOMENTUM_WARMUP_START=092", "out of range", "0 to 0.99"),
-                ("WARMDRON_ITERS=3500", "did you mean WARMDOWN_ITERS?"),
+                ("WARMDRON_ITERS=3500", "did you mean WARMDOWN_ITERS"),
+                ("EVAL_BATCH=8", "or EVAL_BATCH_SEQS"),  # EVAL_MATCH is nearer
                 ("PRESET=fastest", "unknown", "demo"), ("NUM_LAYERS=eleven", "whole number"),
                 ("SEED=-1", "out of range"), ("SMEAR_GATE=maybe", "must be one of 0, 1, bos"),
                 ("VRL_ENABLED=yes", "must be one of 0, 1"), ("WEIGHT_DECAY=much", "not a number"),
