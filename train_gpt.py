@@ -534,7 +534,7 @@ def near_misses(environ):
     for name in sorted({*environ} - {*_NAMES, *ALIASES}):
         if "_" not in name or len(name) < 7 or not name.isupper() or name.endswith(paths):
             continue
-        near = difflib.get_close_matches(name, ours, n=3, cutoff=0.65)
+        near = difflib.get_close_matches(name, ours, n=3, cutoff=0.7)
         similar = difflib.get_close_matches(name, near[:1], cutoff=0.86)
         # of about its length: NUM_THREADS is not NUM_HEADS
         if any(abs(len(n) - len(name)) < 2 for n in similar) or name.startswith(prefixes):
