@@ -485,9 +485,9 @@ def test_parts_that_are_killed_leave_no_process(hopper):
     started = hopper(QUICK="first", MOST=1)
     printed = started.communicate(timeout=60)[0]
     ends = dict(re.findall(r"^(\w+): (done|ended with status 137) at", printed, re.M))
-    assert ends == dict(first="done", attention="done", attention_banded="done",
-                        **dict.fromkeys(("small", "cold_steps", "file", "cold_evaluation"),
-                                        "ended with status 137"))
+    kernels = "attention", "attention_banded", "attention_rows", "mlp"
+    assert ends == dict(dict.fromkeys(("first", *kernels), "done"), **dict.fromkeys(
+        ("small", "cold_steps", "file", "cold_evaluation"), "ended with status 137"))
     assert printed.count(": left out, since ") == 3 and not hopper.left()
 
 
@@ -523,9 +523,9 @@ def test_every_part_of_the_first_run_on_a_hopper_runs_small_on_a_cpu(tmp_path):
     first = run(430)
     ends = dict(re.findall(r"^(\w+): (done|ended with status \d+) at", first, re.M))
     banded = ends.pop("attention_banded")
-    assert set(ends.values()) == {"done"} and len(ends) == 9, first[-3000:]
-    assert run(9).count(": done before\n") == 9 + (banded == "done")
+    assert set(ends.values()) == {"done"} and len(ends) == 11, first[-3000:]
+    assert run(9).count(": done before\n") == 11 + (banded == "done")
     with open(tmp_path / "train_gpt.py", "a") as script:
         script.write("# another version\n")
     again = run(9)
-    assert again.count(": left out, no time\n") == 7 and again.count(": left out, since ") == 3
+    assert again.count(": left out, no time\n") == 9 and again.count(": left out, since ") == 3

@@ -2,16 +2,17 @@
 # All that the first Hopper GPU is asked, in under ten minutes:  tests/bench/hopper.sh [folder for the logs]
 #
 # A model of three blocks comes first: a fault of the late passes shows in a minute. The compiler takes minutes for the
-# whole model. So the next parts run at the same time, untimed, and fill its cache; the others are timed, one at a time, and find their code there. Every part runs in a process
-# group of its own, which is killed as a whole when its time is over, and prints as it goes. Its output and the logs of its
-# runs stay in the folder, and a summary ends the script whatever happened. The limits of all parts add up to more than LIMIT,
-# because nobody knows how long compiling takes there; a second call with the same folder does what is missing. Without a GPU
-# the same parts run small. PYTHON is the interpreter, LIMIT the seconds in all.
+# whole model. So the next parts run at the same time, untimed, and fill its cache; the others are timed, one at a time, and
+# find their code there. Every part runs in a process group of its own, which is killed as a whole when its time is over, and
+# prints as it goes. Its output and the logs of its runs stay in the folder, and a summary ends the script whatever happened.
+# The limits of all parts add up to more than LIMIT, because nobody knows how long compiling takes there; a second call with
+# the same folder does what is missing. Without a GPU the same parts run small. PYTHON is the interpreter, LIMIT the seconds
+# in all.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 OUT=$(realpath -m "${1:-hopper_logs}") PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-580}
 # What the parts depend on: a part that was done with the same is not done again.
-CODE=$( (sha256sum train_gpt.py tests/bench/{hopper.sh,step.py,attention.py}; nvidia-smi -L 2>/dev/null
+CODE=$( (sha256sum train_gpt.py tests/bench/{hopper.sh,step.py,kernels.py}; nvidia-smi -L 2>/dev/null
     "$PYTHON" -c 'import torch; print(torch.__version__)') | sha256sum | cut -c1-16)
 mkdir -p "$OUT"
 rm -f "$OUT"/*.pid "$OUT"/*.status
@@ -91,8 +92,11 @@ run 360 cold_steps "${FULL[@]}" ITERATIONS=2 "${PLAIN[@]}" &
     evaluation 360 cold_evaluation file EVAL_WALLCLOCK_SECONDS=1
 } &
 wait
-part 40 attention "${SHAPE[@]}" "$PYTHON" tests/bench/attention.py
-part 40 attention_banded "${SHAPE[@]}" "$PYTHON" tests/bench/attention.py --rows 10 --tokens 6144 --window 2048
+kernels() { part 40 "$1" "${SHAPE[@]}" "$PYTHON" tests/bench/kernels.py "${@:2}"; }
+kernels attention --document 800  # as in training
+kernels attention_banded --rows 10 --tokens 6144 --window 2048
 needs=cold_steps run 150 steps "${FULL[@]}" ITERATIONS=$STEPS TRAIN_LOG_EVERY=10 "${PLAIN[@]}"
 needs=cold_steps part 120 step "${SHAPE[@]}" "$PYTHON" tests/bench/step.py
 needs="steps cold_evaluation" evaluation 200 evaluation steps
+kernels mlp --mlp
+kernels attention_rows
