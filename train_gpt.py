@@ -187,9 +187,8 @@ class Settings:
     parallel_from: Count = 0  # first of those blocks; 0: 8/11 of NUM_LAYERS
     unet_skips: Literal["0", "1", "gated"] = "gated"
         # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
-    # 4 × 128: −0.005 to −0.018 at 600 steps, three seeds; −0.022 at 2,500, one. Speedrun #81: 65
-    # steps of 1,480 less. With pairs of heads at 661 steps of the default: −0.008 without documents
-    # and cautious decay, 0.000 with them, one seed.
+    # 4 × 128: −0.005 to −0.018 at 600 steps, three seeds; −0.022 at 2,500, one. 11 × 64: −0.018 at
+    # 400, one. Speedrun #81: 65 steps of 1,480 less.
     mudd: Flag = 1  # mix earlier outputs, with weights per token, into the last block's input
         # (with lanes, that of its attention) and into the output
     # Value 1 mixes across documents, a known mistake; bos closes the gate where one starts.
@@ -213,8 +212,8 @@ class Settings:
     muon_wd: Amount = 0.095  # decoupled weight decay of Muon, × learning rate; see CAUTIOUS_WD
     adam_wd: Amount = 0.02  # the same of AdamW
     embed_wd: Annotated[float, -1.0, 1e18] = 0.085  # the same of embedding tables; -1: ADAM_WD
-    # −0.009 at 2,500 steps of 4 × 128, one seed; −0.009 and −0.001 at 1,000 of 11 × 64, two. It
-    # loses in short runs: +0.004 at 400. With documents at 661 steps of the default: +0.008.
+    # −0.009 at 2,500 steps of 4 × 128, one seed; −0.009 and −0.001 at 1,000 of 11 × 64, two; −0.010
+    # at 400 of them, one. 4 × 128: +0.004 at 400, one; +0.009 and 0.000 at 661 of the default, two.
     cautious_wd: Flag = 1  # Muon decays only weights that its step moves towards 0, by
         # 2 × MUON_WD × rate × (rate / full rate) (nanogpt speedrun #43)
     # −0.0010 at full scale (#1285); −0.0058 at 300 steps of 4 × 128, one seed.
