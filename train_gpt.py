@@ -177,8 +177,8 @@ class Settings:
     xsa_last_n: Count = 11  # number of last cores with exclusive self-attention (XSA): −0.0017
     # −0.015 and −0.016 at 600 steps of 4 × 128 with rows of 1,024 tokens, two seeds.
     doc_attention: Flag = 1  # attention and the key offset end where a document begins (#1530)
-    # Depth recurrence (#1394, #1493): late in training, blocks run in another order. −0.003 (#1285).
-    # In short runs it does not pay: +0.023 after the time of 400 steps of 11 × 64, one seed.
+    # Depth recurrence (#1394, #1493): late in training, blocks run in another order. −0.003
+    # (#1285). It loses in short runs: +0.023 after the time of 400 steps of 11 × 64, one seed.
     late_passes: str = "auto"  # blocks and ranges of blocks, in the order they run; auto:
         # 0-5,3-5,3-5,6-10 for 11 blocks, scaled to NUM_LAYERS; empty: no switch
     late_passes_from: Fraction = 0.35  # switch at this fraction of clock or ITERATIONS, the earlier
