@@ -2384,6 +2384,35 @@ class Quantized:
         return w if self.bits == 16 else w * self.scales[:, None] * self.columns
 
 
+@dataclass
+class Prepared:
+    """A matrix ready for any level: w [R, C], its weights over the column factors, and what does
+    not depend on the level."""
+    bits: int
+    w: Tensor
+    finest: Tensor      # scales [R] at level 0
+    tolerances: Tensor  # [R]
+    columns: Tensor     # factors [C]
+    compensation: tuple | None  # what compensation() returned; None: rounding only
+
+    def at(self, level, compensate, trellis):
+        """The Quantized of a level. A trellis needs `compensate`."""
+        w, scales = self.w, as_fp16(torch.maximum(self.finest, level * self.tolerances))
+        if compensate and self.compensation:
+            most = 1024 if w.device.type == "cpu" else max(len(w), 1)  # rows that fit caches
+            codes = torch.cat([gptq_codes(*rows, self.bits, *self.compensation, trellis)
+                               for rows in zip(w.split(most), scales.split(most))])
+        else:
+            codes = to_codes(w, scales, self.bits)
+        if trellis:  # it has no zeros: a row that is nearer to 0 than to its codes becomes 0
+            errors = w - trellis_values(codes) * scales[:, None]
+            kept = errors.square().sum(1) < w.square().sum(1)
+            codes, scales = codes * kept[:, None], scales * kept
+        else:
+            codes *= w != 0  # pruned: 0
+        return Quantized(self.bits, codes.cpu(), scales.cpu(), self.columns.cpu(), trellis)
+
+
 class Quantizer:
     """Quantizes all tensors at a level; level 0 gives every row its finest scale.
 
@@ -2391,7 +2420,7 @@ class Quantizer:
     where there is a Calibration. Raises UserError where a weight is not finite or too large."""
 
     def __init__(self, state, s, calibration=None):
-        self.s, self.fp16, self.parts = s, {}, {}
+        self.s, self.fp16, self.matrices = s, {}, {}
         for name, w in state.items():
             w, bits = w.detach().float(), bits_of(name, s)
             if not torch.isfinite(w).all() or (bits == 16 and w.abs().max() > 65504):
@@ -2410,37 +2439,20 @@ class Quantizer:
             hessian = calibration.hessians.get(name) if calibration else None
             if hessian is None and s.quant_fit == "trellis":
                 hessian = torch.eye(len(columns), device=w.device)
-            prepared = None if hessian is None else compensation(
-                hessian * columns * columns[:, None], s)
-            self.parts[name] = bits, w, finest, rows, columns, prepared
+            self.matrices[name] = Prepared(
+                bits, w, finest, rows, columns, None if hessian is None else compensation(
+                    hessian * columns * columns[:, None], s))
 
     def at(self, level, compensate=True):
         """{name: Quantized} at a level. compensate=False: plain rounding, no GPTQ or trellis."""
         trellis = compensate and self.s.quant_fit == "trellis"
-
-        def quantized(bits, w, finest, rows, columns, prepared):
-            scales = as_fp16(torch.maximum(finest, level * rows))
-            if compensate and prepared:
-                most = 1024 if w.device.type == "cpu" else max(len(w), 1)  # rows that fit caches
-                codes = torch.cat([gptq_codes(*part, bits, *prepared, trellis)
-                                   for part in zip(w.split(most), scales.split(most))])
-            else:
-                codes = to_codes(w, scales, bits)
-            if trellis:  # it has no zeros: a row that is nearer to 0 than to its codes becomes 0
-                errors = w - trellis_values(codes) * scales[:, None]
-                kept = errors.square().sum(1) < w.square().sum(1)
-                codes, scales = codes * kept[:, None], scales * kept
-            else:
-                codes *= w != 0  # pruned: 0
-            return Quantized(bits, codes.cpu(), scales.cpu(), columns.cpu(), trellis)
-
         # A thread for each matrix: PyTorch's own do not help with arrays as small as those of
         # gptq_codes. A GPU computes one matrix after the other in any case.
-        on_cpu = all(w.device.type == "cpu" for _, w, *_ in self.parts.values())
+        on_cpu = all(matrix.w.device.type == "cpu" for matrix in self.matrices.values())
         with ThreadPoolExecutor(torch.get_num_threads(), "", torch.set_num_threads, (1,)) as pool:
-            side_by_side = pool.map if on_cpu else map
-            found = side_by_side(lambda part: quantized(*part), self.parts.values())
-            return {**self.fp16, **dict(zip(self.parts, found))}
+            found = (pool.map if on_cpu else map)(
+                lambda matrix: matrix.at(level, compensate, trellis), self.matrices.values())
+            return {**self.fp16, **dict(zip(self.matrices, found))}
 
 
 # ---- 10. Artifact: codes → bytes → file, and back; data only, nothing in it is executed ---------
@@ -2726,8 +2738,8 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
     if s.quant_fit == "trellis" and 8 * budget_bytes <= coded:
         rule = replace(s, quant_fit="level")  # at so few bits rounding loses less
     quantizer, level = Quantizer(state, rule, calibration), 0.0
-    coarsening = [float((finest / rows).nanmedian())  # the level that coarsens half of the rows
-                  for _, _, finest, rows, *_ in quantizer.parts.values()]
+    coarsening = [float((w.finest / w.tolerances).nanmedian())  # the level that coarsens half of
+                  for w in quantizer.matrices.values()]         # the rows
     coarsening = [x for x in coarsening if x > 0] or [1.0]  # nan: all weights are 0
     start = max(statistics.median(coarsening), 2.0 ** -24)  # the least of fp16
     # Plain rounding first: GPTQ is slow. If the codes of GPTQ do not fit, keep the rounded ones.
