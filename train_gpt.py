@@ -13,9 +13,9 @@ Contents: 1 Settings · 2 Runtime · 3 Data · 4 Bits per byte · 5 Model · 6 O
 7 Schedules · 8 Weight averaging · 9 Quantizer · 10 Artifact · 11 Evaluation · 12 Training · 13 main
 
 Shape letters: B batch, T time, D model, H query heads, K key/value heads, E head dim,
-V vocabulary, R rows, C columns, N tokens of a batch or matrices of a stack.
-A "target" is a token to predict: target i is token i+1, given tokens 0..i. A "row" is one sequence
-of a training or TTT batch. A "step" is an optimizer step.
+V vocabulary, R rows, C columns, P numbers of an adapter, N any other count.
+A "target" is a token to predict: target i is token i+1, given tokens 0..i. A "row", where no matrix
+or table is meant, is one sequence of a training or TTT batch. A "step" is an optimizer step.
 """
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ class Settings:
     # −0.015 and −0.016 at 600 steps of 4 × 128 with rows of 1,024 tokens, two seeds.
     doc_attention: Flag = 1  # attention and the key offset end where a document begins (#1530)
     # Depth recurrence (#1394, #1493): late in training, blocks run in another order. −0.003
-    # (#1285). It loses in short runs: +0.023 after the time of 400 steps of 11 × 64, one seed.
+    # (#1285). In short runs it loses: +0.023 at equal time (400 steps of 11 × 64, one seed).
     late_passes: str = "auto"  # blocks and ranges of blocks, in the order they run; auto:
         # 0-5,3-5,3-5,6-10 for 11 blocks, scaled to NUM_LAYERS; empty: no switch
     late_passes_from: Fraction = 0.35  # switch at this fraction of clock or ITERATIONS, the earlier
@@ -189,7 +189,7 @@ class Settings:
     unet_skips: Literal["0", "1", "gated"] = "gated"
         # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
     # 4 × 128: −0.005 to −0.018 at 600 steps, three seeds; −0.022 at 2,500, one. 11 × 64: −0.018 at
-    # 400, one. Speedrun #81: 65 steps of 1,480 less.
+    # 400, one. Speedrun #81: 65 of 1,480 steps fewer.
     mudd: Flag = 1  # mix earlier outputs, with weights per token, into the last block's input
         # (with lanes, that of its attention) and into the output
     # Value 1 mixes across documents, a known mistake; bos closes the gate where one starts.
@@ -203,7 +203,7 @@ class Settings:
     value_residual: Literal["0", "1", "pair", "sigmoid"] = "pair"
         # V ← a·V₀ + b·V; pair: learned a and b; sigmoid: a = σ(λ), b = 1 − a; 1: pair; 0: off
     gated_attention: Literal["0", "1", "head", "sparse"] = "sparse"
-        # gate on the attention output; 1: head; sparse: reads 12 channels (#1787); 0: off
+        # gate on each head's output; reads all channels (head, 1) or 12 (sparse, #1787); 0: off
 
     # == Optimizers
     matrix_lr: Amount = 0.026  # Muon, matrices
@@ -211,10 +211,10 @@ class Settings:
     tied_embed_lr: Amount = 0.03  # AdamW, embedding tables
     proj_optimizer: Literal["muon", "adamw"] = "muon"  # of bigram and value projections
     muon_wd: Amount = 0.095  # decoupled weight decay of Muon, × learning rate; see CAUTIOUS_WD
-    adam_wd: Amount = 0.02  # the same of AdamW
-    embed_wd: Annotated[float, -1.0, 1e18] = 0.085  # the same of embedding tables; -1: ADAM_WD
-    # −0.009 at 2,500 steps of 4 × 128, one seed; −0.009 and −0.001 at 1,000 of 11 × 64, two; −0.010
-    # at 400 of them, one. 4 × 128: +0.004 at 400, one; +0.009 and 0.000 at 661 of the default, two.
+    adam_wd: Amount = 0.02  # weight decay of AdamW
+    embed_wd: Annotated[float, -1.0, 1e18] = 0.085  # of embedding tables; -1: ADAM_WD
+    # By steps, a figure for each seed. 4 × 128: +0.004 at 400, −0.009 at 2,500; with late passes
+    # +0.009 and 0.000 at 661. 11 × 64: −0.010 at 400, −0.009 and −0.001 at 1,000.
     cautious_wd: Flag = 1  # Muon decays only weights that its step moves towards 0, by
         # 2 × MUON_WD × rate × (rate / full rate) (nanogpt speedrun #43)
     # −0.0010 at full scale (#1285); −0.0058 at 300 steps of 4 × 128, one seed.
@@ -254,14 +254,14 @@ class Settings:
     mlp_bits: Bits = 8  # of MLP matrices
     embed_bits: Bits = 8  # of token and value embedding tables
     bigram_bits: Bits = 8  # of the bigram table
-    proj_bits: Bits = 8  # of gates and of bigram and value projections
+    proj_bits: Bits = 8  # of gates, MUDD's hidden layers, bigram and value projections
     fp16_keep_name_patterns: str = ""  # substrings of names of fp16 tensors, comma-separated
     quant_fit: Literal["trellis", "level", "scale"] = "trellis"
-        # how scales grow until the model fits. scale: all by one factor. level: up to a common
-        # minimum, with GPTQ times the row's tolerance. trellis: as level, trellis-coded
+        # how scales grow until the model fits. scale: all by one factor. level: to a common
+        # minimum, which GPTQ multiplies by the row's tolerance. trellis: as level, trellis-coded
     quant_clip: Literal["max", "row", "std"] = "max"  # a row's clip; max: maximum; row: searched
         # quantile; std: root mean square × *_CLIP_SIGMAS (SDClip, #1394)
-    attn_clip_sigmas: Sigmas = 12.85  # QUANT_CLIP=std: of attention, gates and projections
+    attn_clip_sigmas: Sigmas = 12.85  # QUANT_CLIP=std: of attention and what PROJ_BITS stores
     mlp_clip_sigmas: Sigmas = 12.85  # QUANT_CLIP=std: of the MLP
     embed_clip_sigmas: Sigmas = 20.0  # QUANT_CLIP=std: of embedding tables
     quant_step_floor: Amount = 0.0  # lower bound of scales below 8 bits; #1218: 0.03226 (1/31)
@@ -285,7 +285,7 @@ class Settings:
     # −0.075 in the demo; −0.001 to −0.003 for a model at 1.10 bpb.
     eval_match: Flag = 1  # mix in guesses by matches in the text before, where windows overlap
     eval_wallclock_seconds: Amount = 600.0  # since opening the artifact; caps TTT; 0: no limit
-    eval_batch_seqs: Positive = 32  # a rank scores about this × EVAL_SEQ_LEN tokens at once
+    eval_batch_seqs: Positive = 32  # a rank reads about this × EVAL_SEQ_LEN tokens at once
     ttt_enabled: Flag = 1  # score-first test-time training
     # LoRA per document: −0.002 to −0.004 (#1530). Weights per chunk: −0.0021 to −0.0033 (#549).
     ttt_lora_rank: Count = 64  # rank of the adapters, reset at each document; 0: train the weights,
@@ -303,7 +303,7 @@ class Settings:
     ttt_fc_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's up matrices
     ttt_epochs: Annotated[int, -1, 1000] = 3  # over each chunk; -1: up to 10, as time allows
     ttt_chunk_tokens: Annotated[int, 0, 2**31] = 0  # scored between adaptations; 0: a 64th of the
-        # validation set, at most 32768, at least what a training row and a scoring window hold
+        # validation set, at most 32768, at least a training row and a window's targets
     ttt_freeze_blocks: Count = 0  # first blocks that are not adapted
 
     head_dim = property(lambda s: s.model_dim // s.num_heads)
@@ -324,12 +324,13 @@ class Settings:
     @property
     def ttt_shape(self):
         """The scoring_shape of TTT. Adapters score EVAL_STRIDE targets at a time. Their windows
-        have no band, since many models need the first token of a row (Xiao et al. 2023)."""
+        have no band: it hides the first token of a row, where attention that needs nothing goes in
+        many models (attention sink, Xiao et al. 2023)."""
         if not self.ttt_lora_rank or not self.scoring_shape[2]:
             return self.scoring_shape
         return self.context + self.eval_stride, self.eval_stride, 0
 
-    # That of the base model beside adapters, which scores the second half of each window.
+    # The scoring_shape of the base model beside adapters: a window scores its second half.
     base_shape = property(lambda s: (s.context, -(-s.context // 2), 0))
 
     @property
@@ -494,7 +495,7 @@ def type_text(name):
 
 
 def plain_text(text):
-    """A variable's text, stripped; true and false in any case as 1 and 0."""
+    """A variable's text, stripped; true and false, in any letter case, as 1 and 0."""
     text = text.strip()
     return {"true": "1", "false": "0"}.get(text.lower(), text)
 
@@ -523,8 +524,8 @@ def parse_value(name, text):
 def near_misses(environ):
     """Problems with unknown variables that look like a misspelt setting.
 
-    Not reported, since other programs use them: short names, names without an underscore, names of
-    paths (MODEL_DIR) and names like those of the sections Run and Data."""
+    Not reported, since other programs use them: short names, names without an underscore, paths
+    (MODEL_DIR), and names like one of Run or Data with fewer than two underscores."""
     ours = [n.upper() for n, (section, _) in DESCRIBED.items()
             if section not in ("Run", "Data") or n.count("_") > 1]
     ours += [n for n in ALIASES if "_" in n and n not in UNREAD]
@@ -555,7 +556,7 @@ def model_rules(s):
          f"must be even and at most MODEL_DIM/NUM_HEADS={s.head_dim}, which must be even"),
         ((s.rope_dims or s.head_dim) != 2 or not s.rope_ntk_reference,
          "ROPE_DIMS ROPE_NTK_REFERENCE",
-         "two channels cannot be stretched: set ROPE_NTK_REFERENCE=0"),
+         "NTK needs more than two channels that rotate: set ROPE_NTK_REFERENCE=0"),
         (max(s.unique_layers, s.ttt_freeze_blocks) <= s.num_layers,
          "UNIQUE_LAYERS TTT_FREEZE_BLOCKS NUM_LAYERS", "must be at most NUM_LAYERS"),
         (s.late_order and s.late_order[0] == 0 and len({*s.late_order}) == s.num_layers,
@@ -566,7 +567,7 @@ def model_rules(s):
         (s.segments is not None and sorted({0.0, *ends}) == [0.0, *ends]
          and all((1024 if T > 512 else 1) <= tokens < T for tokens, _ in s.segments),
          "SEGMENT_SCHEDULE TRAIN_SEQ_LEN", "must be tokens:fraction, commas between; fewer tokens "
-         "than TRAIN_SEQ_LEN, 1024 or more if that is above 512; fractions in 0..1, ascending"),
+         "than TRAIN_SEQ_LEN, 1024 or more if that is above 512; rising fractions between 0 and 1"),
         (not s.segment_schedule or s.doc_attention, "SEGMENT_SCHEDULE DOC_ATTENTION",
          "segments need DOC_ATTENTION=1: set it, or empty the first"),
         (s.ve_blocks is not None and len(set(s.ve_blocks)) == len(s.ve_blocks), "VE_LAYERS",
@@ -585,7 +586,7 @@ def run_rules(s, world_size):
          f"{rows} rows on {world_size} ranks; start a number of processes that divides the rows"),
         (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN",
          "must hold a row; raise it"),
-        (s.scoring_shape[2] or s.eval_stride <= s.context, "EVAL_STRIDE",
+        (s.eval_stride <= s.context, "EVAL_STRIDE",
          f"exceeds the scoring window of {s.context} tokens; lower it"),
         (not s.ttt_enabled or s.eval_stride, "TTT_ENABLED EVAL_STRIDE",
          "TTT scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
@@ -837,7 +838,7 @@ class Runtime:
 
 def printed(line, stream, end="\n"):
     """Print a line, on a terminal in place of the progress line. Characters that the stream cannot
-    encode are escaped. A stream that fails is led to /dev/null; the run continues."""
+    encode are escaped. A stream that fails is redirected to /dev/null; the run continues."""
     encoding = getattr(stream, "encoding", None) or "utf-8"  # None where it was closed before
     try:
         line = "\r\033[K" * stream.isatty() + line
@@ -898,15 +899,15 @@ GET_DATA = ("python data/cached_challenge_fineweb.py --variant sp8192 (or sp4096
 
 
 def get_data(s):
-    """GET_DATA with the one command for these settings, if the challenge has such shards."""
+    """GET_DATA with this vocabulary's variant in its command, if the challenge has such shards."""
     variant = f"sp{s.vocab_size}"
     known = re.search(rf"{variant}\b", GET_DATA)
     return re.sub(r"sp8192 \(.*?\)", variant, GET_DATA) if known else GET_DATA
 
 
 def open_shard(path, whole=False):
-    """The tokens of a shard, uint16, memory-mapped. Raises UserError if it is incomplete, or if one
-    of 64 aligned spans of 1,024 tokens is a hole of zeros; with `whole`, if any span is."""
+    """The tokens of a shard, uint16, memory-mapped. Raises UserError if it is incomplete or holds a
+    span of 1,024 zeros: one of at least 64 evenly spaced spans, with `whole` any."""
     with explained(f"{path} cannot be read", GET_DATA):
         size = path.stat().st_size
         header = np.fromfile(path, "<i4", 256)
@@ -938,7 +939,7 @@ def shard_paths(s, split):
 
 
 def sample_parts(tokens):
-    """About 64 evenly spaced runs of 4,128 tokens; of a small shard all, in runs that overlap."""
+    """About 64 evenly spaced spans of 4,096 tokens + a document key; a small shard entirely."""
     return [tokens[a: a + 4128] for a in range(0, len(tokens), max(4096, len(tokens) >> 6))]
 
 
@@ -1115,7 +1116,8 @@ class ByteTable:
         check_tokens(tokens, len(self.base), path)
         if scored and (unknown := np.count_nonzero(tokens == self.sp.unk_id())):
             raise UserError(f"{path}: {unknown} tokens are unknown pieces, which stand for any "
-                            "text; use a tokenizer with byte fallback, as of data/build_dataset.py")
+                            "text; use a tokenizer with byte fallback, such as "
+                            "data/build_dataset.py makes")
         # The sample alone is not enough: its parts cut long documents.
         for parts in [[tokens[: 1 << 15]]] + [sample_parts(tokens)] * (len(tokens) > 1 << 15):
             documents = [ids[1:].tolist() for part in parts  # those between two BOS
@@ -1217,7 +1219,7 @@ def leaky_square_kernel(a, b, h, out, rows, SLOPE: tl.constexpr, BACKWARD: tl.co
         leaky = tl.where(total < 0, SLOPE * total, total)
         rounded = (leaky * leaky).to(dtype)
         bits = rounded.to(integer, bitcast=True)
-        wrong = (bits & 1) != (total < 0).to(integer)  # then the next number on the side of leaky²
+        wrong = (bits & 1) != (total < 0).to(integer)  # then the neighbour on the side of leaky²
         up = leaky * leaky >= rounded.to(tl.float32)
         bits += tl.where(wrong, tl.where(up, 1, -1), 0).to(integer)
         result = bits.to(dtype, bitcast=True)
@@ -1365,41 +1367,53 @@ ATTENTION = {"fa3": "flash_attn_interface", "cudnn": SDPBackend.CUDNN_ATTENTION,
              "flash": TorchFlash, "fa2": "flash_attn", "fa4": "flash_attn.cute"}
 
 
-def attention_kernel(name, strict=False):
-    """(attend, visible) for `name`: FlashAttention's (None if a package is missing), cuDNN's, or
-    sdpa's for any other name. If cuDNN refuses an input, PyTorch's next kernel takes it; the last,
+def flash_attention(module):
+    """(attend, visible) of a package of FlashAttention, or of TorchFlash."""
+    def visible(x, band=0, starts_BT=None):
+        return band, None if starts_BT is None else cumulative_lengths(starts_BT)
+
+    def attend(q, k, v, band_and_borders=(0, None)):
+        (band, borders), T = band_and_borders, q.size(1)
+        sides = {"window_size": (band - 1, 0)} if band else {}
+        if borders is None:
+            out = module.flash_attn_func(q, k, v, causal=True, **sides)
+        else:
+            out = module.flash_attn_varlen_func(
+                *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q=borders,
+                cu_seqlens_k=borders, max_seqlen_q=T, max_seqlen_k=T, causal=True, **sides)
+        return (out[0] if isinstance(out, tuple) else out).view_as(q)
+    return attend, visible
+
+
+def cudnn_attention(strict=False):
+    """(attend, visible) of cuDNN. If it refuses an input, PyTorch's next kernel takes it; the last,
     MATH, stores all scores. strict, to test cuDNN, allows only cuDNN, or with a mask all but
     MATH."""
-    kernel = ATTENTION.get(name)
-    if kernel is None:
-        return sdpa, visible_mask
-    if kernel is not SDPBackend.CUDNN_ATTENTION:
-        try:
-            module = importlib.import_module(kernel) if isinstance(kernel, str) else kernel
-        except Exception:  # a broken package counts as missing
-            return None
-
-        def visible(x, band=0, starts_BT=None):
-            return band, None if starts_BT is None else cumulative_lengths(starts_BT)
-
-        def attend(q, k, v, band_and_borders=(0, None)):
-            (band, borders), T = band_and_borders, q.size(1)
-            sides = {"window_size": (band - 1, 0)} if band else {}
-            if borders is None:
-                out = module.flash_attn_func(q, k, v, causal=True, **sides)
-            else:
-                out = module.flash_attn_varlen_func(
-                    *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q=borders,
-                    cu_seqlens_k=borders, max_seqlen_q=T, max_seqlen_k=T, causal=True, **sides)
-            return (out[0] if isinstance(out, tuple) else out).view_as(q)
-        return attend, visible
-    order = [kernel, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
+             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
     def attend(q, k, v, mask=None):
-        allowed = order if not strict else order[:1] if mask is None else order[:-1]
+        allowed = order
+        if strict:
+            allowed = order[:1] if mask is None else order[:-1]
         with sdpa_kernel(allowed, set_priority=True):
             return sdpa(q, k, v, mask)
     return attend, visible_mask
+
+
+def attention_kernel(name, strict=False):
+    """(attend, visible) of the kernel `name`, sdpa's for any other name; None if its package is
+    missing. For strict see cudnn_attention."""
+    kernel = ATTENTION.get(name)
+    if kernel is None:
+        return sdpa, visible_mask
+    if kernel is SDPBackend.CUDNN_ATTENTION:
+        return cudnn_attention(strict)
+    try:
+        module = importlib.import_module(kernel) if isinstance(kernel, str) else kernel
+    except Exception:  # a broken package counts as missing
+        return None
+    return flash_attention(module)
 
 
 def attention_of(kernel):
@@ -1468,22 +1482,26 @@ def choose_kernels(s, rt):
     by_triton = (gpu and triton and rt.compile
                  and R % MLP_TILE["BN"] == D % MLP_TILE["BK"] == 0)  # whole tiles
     triton_mlp = LeakySquareMLP.apply if by_triton else "needs Triton, COMPILE=1 and whole tiles"
-    parts = {
-        "attention": ("attention", "sdpa", attention, as_used((sdpa, visible_mask)),
-                      random_inputs(rt, *((2, N, count, s.head_dim) for count in heads))),
-        "mlp": ("kernels", "plain", {"triton": triton_mlp} if gpu else {},
-                leaky_square_mlp, [*random_inputs(rt, (256, D), (R, D), (D, R)), s.leaky_slope])}
-    names = {}
-    for part, (setting, plain, candidates, reference, inputs) in parts.items():
+
+    def chosen(part, setting, plain, candidates, reference, inputs):
         asked = getattr(s, setting)
+        if asked == plain:
+            return plain
         if asked != "auto":
-            candidates = {asked: candidates.get(asked)} if asked != plain else {}
-        names[part] = first_right(part, candidates, reference, inputs, rt) or plain
-        if asked not in ("auto", names[part]):
+            candidates = {asked: candidates.get(asked)}
+        name = first_right(part, candidates, reference, inputs, rt)
+        if not name and asked != "auto":
             raise UserError(f"{setting.upper()}={asked}: not installed, or its {part} not right on "
                             f"{rt.device} with COMPILE={s.compile} (triton needs a GPU, compiled "
                             f"code and MODEL_DIM in multiples of {MLP_TILE['BK']}, the MLP's width "
                             f"of {MLP_TILE['BN']}); {setting.upper()}=auto takes what works")
+        return name or plain
+
+    names = dict(
+        attention=chosen("attention", "attention", "sdpa", attention, as_used((sdpa, visible_mask)),
+                         random_inputs(rt, *((2, N, count, s.head_dim) for count in heads))),
+        mlp=chosen("mlp", "kernels", "plain", {"triton": triton_mlp} if gpu else {},
+                   leaky_square_mlp, [*random_inputs(rt, (256, D), (R, D), (D, R)), s.leaky_slope]))
     if gpu and s.doc_attention and names["attention"] in ("cudnn", "sdpa"):
         rt.log("attention:slow, DOC_ATTENTION=1 without FlashAttention reads a mask [B, T, T] in "
                "each pass; DOC_ATTENTION=0 needs none")
@@ -1583,7 +1601,7 @@ class MLP(nn.Module):
 
     def forward(self, u_BTD, out_scale_D):
         up, down = (w.to(u_BTD.dtype) for w in (self.up, self.down * out_scale_D[:, None]))
-        # An eager pass, in which calibration observes each product, takes the plain function.
+        # Eager code, in which calibration observes each product, takes the plain function.
         mlp = self.kernels.mlp if torch.compiler.is_compiling() else leaky_square_mlp
         return mlp(u_BTD.flatten(0, 1), up, down, self.slope).view_as(u_BTD)
 
@@ -2023,15 +2041,16 @@ class Optimizers:
     """Groups of parameters, each with its optimizer, under one clipping of the global norm."""
 
     def __init__(self, groups, clip_norm, rt):
-        self.groups, self.clip_norm, self.rt = groups, clip_norm, rt
+        self.clip_norm, self.rt = clip_norm, rt
+        # Muon first: AdamW computes during its all-gather
+        self.groups = sorted(groups, key=lambda group: not group.sharded)
         self.params = [p for group in groups for p in group.params]
         assert len({id(p) for p in self.params}) == len(self.params), "a parameter in two groups"
 
     @torch.no_grad()
     def step(self, lr_scale, momentum):
-        """Sum over ranks, clip, update, drop the gradients; returns the global norm (a tensor).
-
-        All sums are in flight at once; AdamW computes during Muon's all-gather."""
+        """Sum over ranks, all sums in flight at once; clip, update, drop the gradients. Returns the
+        global norm (a tensor)."""
         grads = [wait() for wait in [group.reduce() for group in self.groups]]
         squares = torch.zeros(2, device=self.params[0].device)  # [not sharded, sharded]
         for group, parts in zip(self.groups, grads):
@@ -2040,9 +2059,8 @@ class Optimizers:
         if self.clip_norm:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([g for parts in grads for g in parts], factor)
-        started = [group.update(parts, lr_scale, momentum) for group, parts in sorted(
-            zip(self.groups, grads), key=lambda pair: not pair[0].sharded)]
-        for finish in started:
+        for finish in [group.update(parts, lr_scale, momentum)
+                       for group, parts in zip(self.groups, grads)]:
             finish()
         for p in self.params:
             p.grad = None
@@ -2141,12 +2159,11 @@ class WeightAverage:
 
     def apply(self):
         """Give the model its averaged weights; returns "EMA", "SWA", "EMA and SWA", or ""."""
-        averages = {"EMA": self.ema, "SWA": self.swa}
-        averages = {name: tensors for name, tensors in averages.items() if tensors}
-        part = 0.6 if self.ema and not self.swa and not self.s.ema_decay else 1.0
+        averages = {name: ws for name, ws in (("EMA", self.ema), ("SWA", self.swa)) if ws}
+        blend = 0.6 if self.ema and not self.swa and not self.s.ema_decay else 1.0
         for p, *values in zip(self.params, *averages.values()):
             if values:
-                p.lerp_(torch.stack(values).mean(0), part)
+                p.lerp_(torch.stack(values).mean(0), blend)
         return " and ".join(averages)
 
 
@@ -2270,6 +2287,18 @@ def trellis_values(codes_RC):
     return trellis_signs(codes_RC) * (codes_RC + 0.25)
 
 
+def viterbi_step(paths_nPMR, longer, cost, worse, error):
+    """The cost of each state after a column that adds `worse`. `longer`, [n + 1, P, M, R], gets the
+    errors of the cheaper path into each state: those of `paths`, then of this column."""
+    n, P, M, R = paths_nPMR.shape
+    total = cost.view(P, M, 1, R) + worse
+    from_0 = total[0] <= total[1]
+    torch.where(from_0, paths_nPMR[:, 0, :, None], paths_nPMR[:, 1, :, None],
+                out=longer[:n].view(n, M, P, R))
+    torch.where(from_0, error[0], error[1], out=longer[n].view(M, P, R))
+    return torch.minimum(total[0], total[1])
+
+
 def gptq_codes(w_RC, scales_R, bits, order, shifts_CC, costs_C, trellis=False):
     """Codes with error compensation: later columns make up for the errors of earlier ones (GPTQ,
     Frantar et al. 2022). trellis: a Viterbi search. Of the paths into each state only the cheapest
@@ -2282,7 +2311,8 @@ def gptq_codes(w_RC, scales_R, bits, order, shifts_CC, costs_C, trellis=False):
     w_CR = (w_RC / (P * scales_R[:, None])).nan_to_num(0.0, 0.0, 0.0).T[order]  # scale 0: 0
     w_CR.clamp_(-2.0 ** 16, 2.0 ** 16)  # clipped weights may be huge; w − error must be exact
     high = torch.full_like(grid, code_limit(bits) // P)
-    low, errors = -high - (grid > 0.25).float(), torch.empty_like(w_CR)
+    low = -high - (grid > 0.25).float()  # odd codes are 2·near + 1
+    errors = torch.empty_like(w_CR)
     paths, other = w_CR.new_empty(2, block, P, M, R)  # errors of each state's path
     cost = w_CR.new_full((P * M, R), math.inf)
     cost[0] = 0.0
@@ -2294,18 +2324,16 @@ def gptq_codes(w_RC, scales_R, bits, order, shifts_CC, costs_C, trellis=False):
             off = (column + shift)[:, :, None] - grid
             near = off.clamp(low, high).round()
             error = w_CR[begin + j] - (near + grid)
-            if not trellis:
+            if trellis:
+                # above 1 only if clipped, then on every path
+                worse = costs_C[begin + j] * (off - near).clamp(-1.0, 1.0).square()
+                cost = viterbi_step(paths[:j], other[: j + 1], cost, worse, error)
+                paths, other = other, paths
+            else:
                 paths[j] = error[:, 0]
-                continue
-            worse = (off - near).clamp(-1.0, 1.0).square()  # above 1 by clipping, on any path
-            total = cost.view(P, M, 1, R) + costs_C[begin + j] * worse
-            from_0, cost = total[0] <= total[1], torch.minimum(total[0], total[1])
-            torch.where(from_0, paths[:j, 0, :, None], paths[:j, 1, :, None],
-                        out=other[:j].view(j, M, P, R))
-            torch.where(from_0, error[0], error[1], out=other[j].view(M, P, R))
-            paths, other = other, paths
+        n = len(shifted)
         best = cost.view(P * M, R).argmin(0, keepdim=True)
-        errors[part] = paths[: j + 1].flatten(1, 2).gather(1, best.expand(j + 1, 1, R))[:, 0]
+        errors[part] = paths[:n].flatten(1, 2).gather(1, best.expand(n, 1, R))[:, 0]
         cost = torch.full_like(cost.view(P * M, R), math.inf).scatter(0, best, 0.0)
     codes = ((P * (w_CR - errors)).round() * (scales_R != 0)).to(torch.int8)[order.argsort()].T
     return codes * trellis_signs(codes) if trellis else codes
@@ -2438,7 +2466,7 @@ class Quantizer:
             rows = finest if s.quant_fit == "scale" else rows
             hessian = calibration.hessians.get(name) if calibration else None
             if hessian is None and s.quant_fit == "trellis":
-                hessian = torch.eye(len(columns), device=w.device)
+                hessian = torch.eye(len(columns), device=w.device)  # all errors cost the same
             self.matrices[name] = Prepared(
                 bits, w, finest, rows, columns, None if hessian is None else compensation(
                     hessian * columns * columns[:, None], s))
@@ -2462,12 +2490,11 @@ class Quantizer:
 # those of every quantized tensor, tensors of equal bits together.
 
 ARTIFACT_MAGIC = b"PGOLF\x00\x00\x02"  # the last byte is the version
-# Bounds on what a file may claim, before anything is allocated. Parsed JSON takes 20 times as much.
-MOST_INDEX_BYTES, MOST_PER_BYTE = 1 << 20, 64
+MOST_INDEX_BYTES = 1 << 20  # of the JSON that is parsed, which takes 20 times as much memory
 # Codes hold no matches worth a search: less search and no literal context pack smaller and faster.
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, lc=0, lp=0, pb=0, mode=lzma.MODE_NORMAL,
                      mf=lzma.MF_BT4, nice_len=64, depth=1, dict_size=1 << 16)]
-# Settings that are not stored: where files are and how this machine computes.
+# Settings that are not stored: those of files, of this machine and of this run, except the seed.
 NOT_STORED = {"data_path", "tokenizer_path", "val_limit_tokens"} | {
     name for name, (section, _) in DESCRIBED.items() if section == "Run" and name != "seed"}
 
@@ -2561,8 +2588,8 @@ def rans_decode(data, contexts, frequency):
 
 
 # A codec is a pair. Encode: (symbols uint8 [n], their matrices [R, C]) → bytes. Decode: (bytes, n,
-# shapes of the matrices) → n symbols; n + 1, which is refused, if the bytes hold more; raises on
-# bad bytes.
+# shapes of the matrices) → n symbols, or n + 1, which the caller refuses, if the bytes hold more;
+# raises on bad bytes.
 
 def squeeze(data, matrices=()):
     return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
@@ -2618,7 +2645,7 @@ def encode_artifact(tensors, s, note=""):
     halves = np.frombuffer(b"".join(halves), np.uint16)
     stored = {f.name: getattr(s, f.name) for f in fields(s) if f.name not in NOT_STORED}
     described = [[n, tensors[n].bits, tuple(tensors[n].codes.shape)] for n in order]
-    trellis, = {t.trellis for t in coded} or {False}  # of all or of none
+    trellis, = {t.trellis for t in coded} or {False}  # all agree, or this raises
     index = compact_json(settings=stored, note=note, tensors=described, distinct=len(distinct),
                          trellis=trellis and "signed")
     # all low bytes, then all high bytes: high bytes are alike, so they compress better together
@@ -2633,9 +2660,15 @@ def encode_artifact(tensors, s, note=""):
     return content + hashlib.sha256(content).digest()
 
 
+def most_in(content):
+    """The most weights, or bytes of the side, that a file may claim before they are allocated. A
+    small file may be of a sparse model."""
+    return 64 * max(len(content), 1 << 18)
+
+
 def open_artifact(content):
     """(header, index, the side after the index, bytes of the codes) of a file's content. Raises
-    ValueError and the like; allocates at most 64 times the file's size."""
+    ValueError and the like."""
     start = len(ARTIFACT_MAGIC) + 4
     if not content.startswith(ARTIFACT_MAGIC):
         raise ValueError(f"{len(content)} bytes beginning with {content[:8]!r}")
@@ -2646,7 +2679,7 @@ def open_artifact(content):
     index_bytes, side_bytes, squeezed_bytes = (
         int(header[k]) for k in ("index_bytes", "side_bytes", "squeezed_bytes"))
     if not (0 <= index_bytes <= min(side_bytes, MOST_INDEX_BYTES)
-            and side_bytes <= MOST_PER_BYTE * len(content)):
+            and side_bytes <= most_in(content)):
         raise ValueError(f"header {header}")
     side = unsqueeze(content[start: start + squeezed_bytes], side_bytes)
     codes = memoryview(content)[start + squeezed_bytes: -32]
@@ -2661,11 +2694,12 @@ def decode_artifact(content, path="the artifact"):
         described = [(str(name), int(bits), tuple(map(int, shape)))
                      for name, bits, shape in index["tensors"]]
         weights = sum(math.prod(shape) + sum(shape) for *_, shape in described)
-        if (weights > MOST_PER_BYTE * len(content)
+        if (weights > most_in(content)
                 or len({name for name, *_ in described}) < len(described)
                 or any(bits not in Bits.__args__ or min(shape, default=0) < 0
                        or (bits < 16 and len(shape) != 2) for _, bits, shape in described)):
-            raise ValueError(f"{weights} weights: too many, or a tensor twice or impossible")
+            raise ValueError(f"{weights} weights are too many, or a tensor is listed twice or has "
+                             "an impossible shape")
         shapes = [shape for _, bits, shape in described if bits < 16]
         sizes = [math.prod(shape) for shape in shapes]
         lengths = [n for shape in shapes for n in shape]
@@ -2720,7 +2754,7 @@ def fitted(encoded, budget_bytes, coded, level, start):
             high, best = guess, (content, level)
             if level == 0 or left <= 0.001 * budget_bytes:
                 break
-        elif level:
+        elif level:  # that level 0 is too large says nothing about `guess`
             low = guess
         if high - low < 0.001:
             break
@@ -2737,23 +2771,28 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
     coded, rule = sum(w.numel() for name, w in state.items() if bits_of(name, s) < 16), s
     if s.quant_fit == "trellis" and 8 * budget_bytes <= coded:
         rule = replace(s, quant_fit="level")  # at so few bits rounding loses less
-    quantizer, level = Quantizer(state, rule, calibration), 0.0
+    quantizer = Quantizer(state, rule, calibration)
     coarsening = [float((w.finest / w.tolerances).nanmedian())  # the level that coarsens half of
                   for w in quantizer.matrices.values()]         # the rows
     coarsening = [x for x in coarsening if x > 0] or [1.0]  # nan: all weights are 0
     start = max(statistics.median(coarsening), 2.0 ** -24)  # the least of fp16
-    # Plain rounding first: GPTQ is slow. If the codes of GPTQ do not fit, keep the rounded ones.
-    for compensate in (False, True) if calibration or rule.quant_fit == "trellis" else (False,):
-        fit = rule.quant_fit if compensate else rule.quant_fit.replace("trellis", "level")
-        found, near = fitted(
-            lambda x: encode_artifact(quantizer.at(x, compensate), s, f"{fit} {x:.6g}"),
-            budget_bytes, coded, level, level or start)
-        if len(found) <= budget_bytes:
-            content, level, note = found, near, fit
-        elif not compensate:
-            raise UserError(f"the model takes {len(found)} bytes at the coarsest scales, "
-                            f"{len(found) - budget_bytes} more than ARTIFACT_BUDGET_BYTES="
-                            f"{s.artifact_budget_bytes} leaves beside the code; shrink the model")
+
+    def fit(compensate, level):
+        """(content, level that was found, name of the rule), beginning at this level."""
+        name = rule.quant_fit if compensate else rule.quant_fit.replace("trellis", "level")
+        return *fitted(
+            lambda x: encode_artifact(quantizer.at(x, compensate), s, f"{name} {x:.6g}"),
+            budget_bytes, coded, level, level or start), name
+
+    content, level, note = fit(False, 0.0)  # plain rounding first: GPTQ is slow
+    if len(content) > budget_bytes:
+        raise UserError(f"the model takes {len(content)} bytes at the coarsest scales, "
+                        f"{len(content) - budget_bytes} more than ARTIFACT_BUDGET_BYTES="
+                        f"{s.artifact_budget_bytes} leaves beside the code; shrink the model")
+    if calibration or rule.quant_fit == "trellis":
+        compensated = fit(True, level)
+        if len(compensated[0]) <= budget_bytes:  # else the rounded codes are kept
+            content, level, note = compensated
     log(f"artifact:{note} {level:.6g} takes {len(content)} of {budget_bytes} bytes")
     return content
 
@@ -2916,8 +2955,8 @@ class BaseModel:
     """Mixes the base model (the model without adapters, p₀) into the one with them, p: their
     distribution is w·p₀ + (1 − w)·p, with a fixed weight w.
 
-    p₀ needs few passes: it scores half a window at once, behind the other half. A stream's next
-    targets are scored when its adapters come to them. Each p₀ sees only the text before its
+    p₀ is cheap: each window scores its second half, with the first as context. A stream's next
+    window is scored when the adapters reach its targets. Each p₀ sees only the text before its
     target, as p does."""
 
     def __init__(self, model, tokens, streams, s, rt):
@@ -2947,20 +2986,20 @@ def base_model(model, scorer, s, rt):
         return BaseModel(model, scorer.tokens, scorer.streams, s, rt)
 
 
-RUNS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens of the runs that matches() looks for
+NGRAMS = (1, 2, 3, 4, 6, 8, 12, 16)  # lengths n of the n-grams that matches() looks for
 
 
 def matches(tokens, device):
-    """Yield (two guesses, int64 [2, N]; kind, uint8 [N]) for each of RUNS, by earlier tokens alone.
+    """Yield (two guesses, int64 [2, N]; kind, uint8 [N]) for each of NGRAMS, by earlier tokens.
 
     Where the last n tokens occurred before, the tokens after their last four occurrences vote. The
     two with the most votes are the guesses; of a tie, the newer; -1: none. kind is 5·(votes of the
-    first) + (votes of the second). Runs get numbers by sorting pairs of the numbers of their halves
+    first) + (votes of the second). n-grams get numbers by sorting pairs of those of their halves
     (prefix doubling, Manber & Myers 1990)."""
     x = torch.from_numpy(tokens.astype(np.int64)).to(device)
     N, numbers = len(x) - 1, {0: x.new_zeros(len(x) - 1), 1: x[:-1]}
-    for n in RUNS:
-        rest = n - n // 2  # incomplete runs at the beginning of the text equal no other
+    for n in NGRAMS:
+        rest = n - n // 2  # incomplete n-grams at the beginning of the text equal no other
         incomplete = -1 - torch.arange(rest if n > 1 else 0, device=device)
         halves = torch.cat((incomplete, numbers[n // 2]))[:N] << 32 | numbers[rest]
         halves, order = halves.sort(stable=True)
@@ -2981,30 +3020,30 @@ def matches(tokens, device):
 
 
 class MatchModel:
-    """Mixes the guesses of matches() into the model's distribution, those of the longest run first.
-    Each run replaces p, the distribution so far, by (1 − w₁ − w₂)·p, plus w₁ on the first guess and
+    """Mixes the guesses of matches() into the model's distribution, the longest n-grams' first.
+    Each n replaces p, the distribution so far, by (1 − w₁ − w₂)·p, plus w₁ on the first guess and
     w₂ on the second: a full distribution, fixed before the target is seen (the match model of PAQ,
     Mahoney 2005; for language models Grave et al. 2017).
 
-    The weights of each kind of each run are the mean credits of its first and of its second guesses
-    so far. The credit of a guess is the posterior probability that the token came from it and not
-    from p. As a prior each kind begins with one match, of credit 0.05 for each guess. This is
-    causal: a stream uses only earlier text, its own scores and those of the streams before it.
-    Mixing the streams one after another would give the same scores."""
+    The weights of each kind of each length are the mean responsibilities of its first and of its
+    second guesses so far: the posterior probability that the token came from the guess and not from
+    p. As a prior each kind begins with one match, of responsibility 0.05 for each guess. This is
+    causal: a stream uses only earlier text, its own scores and those of the streams before it. So
+    the same scores can be computed in the order of the text."""
 
     def __init__(self, tokens, streams, device):
         self.streams, self.device, self.done, self.gained = streams, device, 0, 0.0
         target, N = torch.from_numpy(tokens[1:].astype(np.int64)).to(device), len(tokens) - 1
-        # Of each run, the longest first: which guesses are right, and their kind.
-        self.right = torch.empty(len(RUNS), 2, N, dtype=torch.bool, device=device)
-        self.kinds = torch.empty(len(RUNS), N, dtype=torch.uint8, device=device)
+        # Of each length, the longest first: which guesses are right, and their kind.
+        self.right = torch.empty(len(NGRAMS), 2, N, dtype=torch.bool, device=device)
+        self.kinds = torch.empty(len(NGRAMS), N, dtype=torch.uint8, device=device)
         for n, (guesses, kinds) in enumerate(matches(tokens, device), 1):
             self.right[-n], self.kinds[-n] = guesses == target, kinds
-        # Of each run, stream and kind: credits of first and of second guesses, number of matches.
+        # Of each length, stream and kind: responsibilities of first, of second guesses; matches.
         kind = torch.arange(25, device=device)
         prior = torch.stack((kind > 0, kind % 5 > 0, kind >= 0)).double()
         prior[:2] *= 0.05
-        self.sums = prior[:, None].repeat(len(RUNS), 1, streams, 1)
+        self.sums = prior[:, None].repeat(len(NGRAMS), 1, streams, 1)
 
     def mixed(self, first, last, nll):
         """The nll of targets after mixing; range n, [first[n], last[n]), is of stream n. With one
@@ -3032,9 +3071,9 @@ class MatchModel:
         for of_model, of_guesses in zip(torch.log1p(-weights.sum(1)), guessed):
             mixed = -torch.logaddexp(of_model - mixed, of_guesses)
             steps.append(mixed)
-        worth = (guessed + torch.stack(steps)).exp()[:, None] * right
+        responsible = (guessed + torch.stack(steps)).exp()[:, None] * right
         new = torch.zeros_like(self.sums).flatten(2).scatter_add_(
-            2, places, F.pad(worth, (0, 0, 0, 1), value=1.0))
+            2, places, F.pad(responsible, (0, 0, 0, 1), value=1.0))
         self.sums += new.view_as(self.sums).cumsum(2)
         after = mixed.cpu().numpy()
         self.gained += float((before - after).sum())
@@ -3137,7 +3176,7 @@ class WeightTTT:
         scorer.warm_up()
         self._backward(torch.randint(self.s.vocab_size, (self.micro_rows * self.rt.world_size,
                                                          self.s.train_seq_len + 1)))
-        self.optimizers.step(0.0, TTT_MOMENTUM)  # rate 0, for the products of Muon
+        self.optimizers.step(0.0, TTT_MOMENTUM)  # rate 0; compiles Muon's products
 
     def adapt(self, ledger, span, chunk, chunks, left=math.inf):
         """Train on `span`, the targets [first, last) just scored, chunk number `chunk` of `chunks`.
@@ -3194,8 +3233,8 @@ def adapter_uphill(p_NP, initial_P, grad_NP):
 
 
 def adapter_descent(p_NP, grad_NP, squares_NP, steps_N1, rates_N1, active_N1):
-    """One step of AdamW without momentum, in place; β₂ 0.999, decay 0.5. Rows that are not active
-    have the rate 0 and keep their squares."""
+    """One step of AdamW without momentum, in place; β₂ 0.999, decay 0.5. Streams that are
+    not active have the rate 0 and keep their squares."""
     squares_NP.lerp_(grad_NP.square(), 0.001 * active_N1)
     correction = 1 - 0.999 ** steps_N1.clamp(min=1)
     direction = grad_NP / ((squares_NP / correction).sqrt() + 1e-10) + 0.5 * p_NP
@@ -3207,7 +3246,7 @@ class LoraTTT:
 
     The targets are split into streams, scored side by side, EVAL_STRIDE targets at a time. A stream
     has a pair (A, B) for each of adapter_shapes, B zero at first. After each stride a pair takes
-    one step of AdamW without momentum on their mean nll. Its training rows have half of the
+    one step of AdamW without momentum on the stride's mean nll. Training rows have half of the
     scoring context: with a quarter TTT gained 0.0003 to 0.0027 bpb less, with the whole no more. A
     smaller stride gains more. Where a document ends, the pair is reset.
 
@@ -3217,9 +3256,10 @@ class LoraTTT:
     divides the rate by that (a hypergradient's sign, Baydin et al. 2018). With the last step alone
     in h, rates end far too low.
 
-    Adapters tend to be too sure. So each stream has a sharpness s, 0 at first: logits × (1 + s).
-    The sign of its gradient, summed over the same streams, moves s by 0.1·HYPER/√n. No document
-    resets s. Gain: 0.0022 (demo), 0.0028 (a strong model), nothing at 4 × 128."""
+    Adapted models are overconfident. So each stream has a sharpness s, 0 at first; its logits are
+    multiplied by 1 + s. The sign of its gradient, summed over the same streams, moves s by
+    0.1·HYPER/√n. No document resets s. Gain: 0.0022 (demo), 0.0028 (a strong model), nothing at
+    4 × 128."""
     HYPER = 0.3
 
     def __init__(self, model, s, rt):
@@ -3277,9 +3317,8 @@ class LoraTTT:
         first, last, length = scorer.first[mine], scorer.last[mine], self.length
         step = statistics.median(self.step_seconds[-9:] or [0])
         skip = rt.any_rank(left < step and rt.rank == 0)  # rank 0's clock decides
-        scored = (chunk + 1) * scorer.stride > length
         self.skipped += skip
-        if scored:  # earlier rows would begin in another stream's unscored targets
+        if (chunk + 1) * scorer.stride > length:  # else rows would begin in another stream
             rows = ledger.rows_for_adapting(last - length, length)
             new = torch.arange(scorer.stride, 0, -1) <= torch.from_numpy(last - first)[:, None]
             ends = new & (rows[:, -scorer.stride:] == BOS)
@@ -3317,7 +3356,7 @@ class LoraTTT:
         uphill[1, mine] = grad[:, -1]
         grad[:, -1] = 0  # not AdamW's
         uphill[0, mine] = self.uphill(p, self.initial, grad)
-        change = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # one time of each step
+        change = self.HYPER / math.sqrt(len(self.step_seconds) + 1)  # it has an entry for each step
         of_rate, of_sharpness = -change * self.rt.sum_(uphill).cumsum(1).sign()
         self.lr *= torch.exp(of_rate)
         self.sharpness += 0.1 * of_sharpness
@@ -3439,7 +3478,7 @@ class Trainer:
         self.matrices = [p for name, p in model.named_parameters()  # those that QAT rounds
                          if kind_of(name).kind in ("attn", "mlp") and bits_of(name, s) < 16]
         self.step, self.elapsed, self.step_ms = 0, 0.0, 0.0
-        self.sums_ms = 0.0  # that the sums over ranks of a calibration take
+        self.sums_ms = 0.0  # of a calibration's sums over ranks
         self.scheduled = s  # for schedules: its clock ends where calibration begins
         self.last_loss = ""  # for the progress line; reading it from a GPU stalls it
         # Both stay on once set. Without LATE_PASSES there is one list, and `late` is on at once.
@@ -3458,14 +3497,15 @@ class Trainer:
         rt.log(f"startup:{time.perf_counter() - LAUNCHED:.1f}s from launch to the first step")
         save_ms = 0.0  # of the last checkpoint; the next begins only if as much is left
         while True:
+            if clock.interrupted:
+                problem = self.checkpoints.save(self)
+                raise KeyboardInterrupt(f"interrupted at step {self.step}; " + (
+                    problem or "RESUME=auto with the same settings goes on from there"))
             due = self.elapsed - saved_at >= 1000 * s.checkpoint_every_seconds > 0
-            if clock.interrupted or (due and not self.over(least_ms=save_ms)):
-                before, problem = self.elapsed, self.checkpoints.save(self)
-                if clock.interrupted:
-                    raise KeyboardInterrupt(f"interrupted at step {self.step}; " + (
-                        problem or "RESUME=auto with the same settings goes on from there"))
-                saved_at = self.elapsed = clock.read()
-                save_ms = saved_at - before
+            if due and not self.over(least_ms=save_ms):
+                self.checkpoints.save(self)
+                before, self.elapsed = self.elapsed, clock.read()
+                saved_at, save_ms = self.elapsed, self.elapsed - before
             over = self.over()
             if over or (s.val_loss_every and self.step and self.step % s.val_loss_every == 0):
                 self.elapsed = clock.read(exact=True)
@@ -3478,7 +3518,7 @@ class Trainer:
                 break
             loss, norm, scale = self.train_step(next(batches))
             before, self.elapsed = self.elapsed, clock.read()
-            if self.over(steps=4):  # near the end: an inexact reading may miss two running steps
+            if self.over(steps=4):  # an inexact reading may miss two running steps; two as a margin
                 self.elapsed = clock.read(exact=True)
             # a mean over about ten steps: late passes are slower than the mean of all steps
             self.step_ms = 0.9 * self.step_ms + 0.1 * (self.elapsed - before)
@@ -3549,9 +3589,9 @@ class Trainer:
         if not logged and self.step % 100 and rt.device.type == "cuda":
             return
         losses = rt.all_gather(loss.view(1))().tolist()
-        rank = next((n for n, x in enumerate(losses) if not math.isfinite(x)), rt.rank)
-        if not math.isfinite(losses[rank]) or not math.isfinite(norm):
-            raise diverged(f"step {self.step}, rank {rank}: train_loss {losses[rank]}, gradient "
+        bad = [f"{x} on rank {rank}" for rank, x in enumerate(losses) if not math.isfinite(x)]
+        if bad or not math.isfinite(norm):
+            raise diverged(f"step {self.step}: train_loss {', '.join(bad) or losses[0]}, gradient "
                            f"norm {norm:g}: not finite", self.s)
         loss_text = f"train_loss:{statistics.fmean(losses):.4f}"
         self.last_loss = loss_text if rt.device.type == "cpu" else f"{loss_text} at {self.step}"
@@ -3922,7 +3962,8 @@ def settings_of_artifact(path, environ, world_size=1):
               if section == "Model" and name not in stored and name.upper() not in explicit]
     if absent:
         raise ArtifactError(f"{path}: made by an earlier version that did not store "
-                            f"{', '.join(absent)}: set each, to 0 where it had no such setting")
+                            f"{', '.join(absent)}: set each; where it had none to 0, a list to "
+                            "empty")
     other = [f"{name.upper()}={stored[name]}, not {getattr(s, name)}" for name in OF_TRAINING
              if stored.get(name, getattr(s, name)) != getattr(s, name)]
     if other:

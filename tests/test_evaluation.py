@@ -374,7 +374,7 @@ def matches_slowly(tokens):
     followed, found = {}, []
     for i in range(len(tokens) - 1):
         found.append([])
-        for n in train_gpt.RUNS:
+        for n in train_gpt.NGRAMS:
             run = n, tuple(tokens[max(i + 1 - n, 0): i + 1])
             voters = followed.get(run, [])[:-5:-1]  # newest first
             ranked = sorted(set(voters), key=lambda t: (-voters.count(t), voters.index(t)))

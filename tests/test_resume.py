@@ -306,7 +306,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rank_and_the_checkpoint_kept(
     with monkeypatch.context() as patch:
         at_step(patch, 4, nan_loss)
         stopped = job()
-    assert stopped.returncode == 2 and "step 4, rank 0: train_loss nan" in stopped.stderr
+    assert stopped.returncode == 2 and "step 4: train_loss nan on rank 0" in stopped.stderr
     assert "gradient norm nan" in stopped.stderr and "MATRIX_LR=0.025" in stopped.stderr
     assert stopped.checkpoints == [2, 3] and not stopped.content
     assert all(torch.isfinite(p).all() for p in state_of(stopped.out, 3)["model"])
@@ -318,7 +318,7 @@ def test_a_gradient_that_is_not_finite_stops_too(job, monkeypatch):
         trainer.model.tok_emb.register_hook(lambda g: g * float("inf"))
     at_step(monkeypatch, 2, poison)
     stopped = job()
-    assert stopped.returncode == 2 and "step 2, rank 0: train_loss 5" in stopped.stderr
+    assert stopped.returncode == 2 and "step 2: train_loss 5" in stopped.stderr
     assert "not finite" in stopped.stderr and not stopped.content
 
 
@@ -468,4 +468,4 @@ def test_the_rank_whose_loss_is_not_finite_is_the_one_named(tiny):
     trainer.rt.all_gather = lambda x: lambda: torch.cat((x, torch.tensor([float("nan")])))
     with pytest.raises(UserError) as stopped:
         trainer.check_and_log(torch.tensor(5.0), torch.tensor(float("nan")), 1.0)
-    assert "step 7, rank 1" in str(stopped.value)
+    assert "step 7: train_loss nan on rank 1, gradient norm nan" in str(stopped.value)

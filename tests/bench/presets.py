@@ -23,7 +23,7 @@ import train_gpt  # noqa: E402
 
 COMMON = dict(
     DEVICE="cpu", COMPILE=0, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2,
-    TRAIN_SEQ_LEN=256, TRAIN_BATCH_TOKENS=2048, MICRO_BATCH_TOKENS=2048, SEED=1337,
+    TRAIN_SEQ_LEN=256, TRAIN_BATCH_TOKENS=2048, MICRO_BATCH_TOKENS=2048,
     MAX_WALLCLOCK_SECONDS=0, EVAL_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, EVAL_STRIDE=64,
     VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=20)
 
@@ -39,7 +39,8 @@ def environment(preset, arguments):
                  f"of {COMMON['TRAIN_BATCH_TOKENS']}; raise --text, or make the data")
     share = steps / 7000
     variables = dict(
-        COMMON, PRESET=preset, RUN_ID=preset or "default", DATA_PATH=data, ITERATIONS=steps,
+        COMMON, PRESET=preset, SEED=arguments.seed, RUN_ID=preset or "default", DATA_PATH=data,
+        ITERATIONS=steps,
         OUT_DIR=Path(arguments.work) / (preset or "default"),
         TOKENIZER_PATH=arguments.tokenizer.format(s.vocab_size),
         WARMDOWN_ITERS=round(s.warmdown_iters * share),
@@ -86,6 +87,7 @@ def main():
     parser.add_argument("--data", default="data/datasets/fineweb10B_sp{}")
     parser.add_argument("--tokenizer", default="data/tokenizers/fineweb_{}_bpe.model")
     parser.add_argument("--text", type=float, default=0.3, help="part of the training text")
+    parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     record = ["sp1024", *(p for p in train_gpt.PRESETS if p.startswith("pr"))]
     parser.add_argument("--presets", default=",".join(record), help="beside the default")
