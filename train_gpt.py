@@ -564,6 +564,7 @@ def model_rules(s):
          "0 first and each at least once; auto fits NUM_LAYERS; empty: off"),
         (not s.late_passes or s.late_passes_from < 1, "LATE_PASSES_FROM LATE_PASSES",
          "the late passes would be scored but never trained: lower the first, or empty the second"),
+        # Rows of 512 tokens or fewer are for tests: on a GPU cumulative_lengths may join segments.
         (s.segments is not None and sorted({0.0, *ends}) == [0.0, *ends]
          and all((1024 if T > 512 else 1) <= tokens < T for tokens, _ in s.segments),
          "SEGMENT_SCHEDULE TRAIN_SEQ_LEN", "must be tokens:fraction, commas between; fewer tokens "
@@ -619,12 +620,17 @@ def translated(environ):
         text, meaning = plain_text(environ[name]), ALIASES[name]
         text = re.sub(r"(?<=\d)\.0$", "", text)  # published commands write 10000 and 10000.0
         try:
-            stands_for = (meaning(text) if callable(meaning) else meaning[text]
-                          if isinstance(meaning, dict) else {meaning: text})
-        except (KeyError, ValueError):
-            way_out = ("nothing here reads it: unset it" if name in UNREAD else "must be a number"
-                       if callable(meaning) else f"must be one of {', '.join(meaning)}")
-            problems.append(f"{name}={text}: {way_out}")
+            if isinstance(meaning, str):
+                stands_for = {meaning: text}
+            else:
+                stands_for = meaning(text) if callable(meaning) else meaning[text]
+        except ValueError:
+            problems.append(f"{name}={text}: must be a number")
+            continue
+        except KeyError:
+            problems.append(f"{name}={text}: " + (
+                "nothing here reads it: unset it" if name in UNREAD
+                else f"must be one of {', '.join(meaning)}"))
             continue
         for target, value in stands_for.items():
             if target not in environ and (text == "0" or target not in texts):
@@ -1118,8 +1124,10 @@ class ByteTable:
             raise UserError(f"{path}: {unknown} tokens are unknown pieces, which stand for any "
                             "text; use a tokenizer with byte fallback, such as "
                             "data/build_dataset.py makes")
-        # The sample alone is not enough: its parts cut long documents.
-        for parts in [[tokens[: 1 << 15]]] + [sample_parts(tokens)] * (len(tokens) > 1 << 15):
+        samples = [[tokens[: 1 << 15]]]  # those of a large text, next line, cut long documents
+        if len(tokens) > 1 << 15:
+            samples.append(sample_parts(tokens))
+        for parts in samples:
             documents = [ids[1:].tolist() for part in parts  # those between two BOS
                          for ids in np.split(part, np.flatnonzero(part == BOS))[1:-1]]
             again = self.sp.encode([self.sp.decode(ids) for ids in documents])
@@ -1883,7 +1891,7 @@ def init_weights(model, s):
         assert torch.isfinite(p).all(), f"{name} was left without an initial value"
 
 
-def too_large(s):
+def enough_memory(s):
     return explained(f"MODEL_DIM={s.model_dim}, BIGRAM_VOCAB_SIZE={s.bigram_vocab_size}: no memory "
                      "for such a model", "lower these or MLP_MULT", kinds=RuntimeError)
 
@@ -1892,7 +1900,7 @@ def build_model(s, rt):
     """(model with its initial weights on the device, equal on every rank; names of its kernels)."""
     names, kernels = choose_kernels(s, rt)
     torch.manual_seed(s.seed)
-    with too_large(s):
+    with enough_memory(s):
         model = GPT(s, rt.dtype, kernels)
     init_weights(model, s)
     return model.to(rt.device), names
@@ -1901,7 +1909,7 @@ def build_model(s, rt):
 @functools.lru_cache(8)
 def parameter_shapes(s):
     """{name: shape}, without allocating. Raises UserError where the settings make no model."""
-    with too_large(s), torch.device("meta"):
+    with enough_memory(s), torch.device("meta"):
         return {name: tuple(p.shape) for name, p in GPT(s).named_parameters()}
 
 
@@ -3333,7 +3341,7 @@ class LoraTTT:
                 self.step_seconds.append(time.perf_counter() - started)
         if chunk % max(1, chunks // 10) == 0 or chunk + 2 == chunks:
             rt.log(f"  ttt_lora [{chunk + 1}/{chunks}] streams={scorer.streams} val_loss="
-                   f"{ledger.total / ledger.scored:.6f} lr={self.lr.median():.2e} late="
+                   f"{ledger.total / ledger.scored:.6f} lr={self.lr.median():.2e} skipped="
                    f"{self.skipped} step={1000 * step:.0f}ms "
                    f"time={time.perf_counter() - self.started:.1f}s")
 

@@ -782,7 +782,7 @@ def test_a_late_step_of_adapters_costs_itself_alone(tiny, late):
         book = run(w, ttt=ttt)[1]
     steps = len(ttt.epochs)
     assert ttt.epochs == [int(n > 0 and n not in late) for n in range(steps)] and steps > 15
-    assert not np.isnan(book.nll).any() and (f"late={len(late & set(range(steps)))} step="
+    assert not np.isnan(book.nll).any() and (f"skipped={len(late & set(range(steps)))} step="
                                               f"{250 * (len(late) < 99)}ms ") in lines[-1]
     assert bool((ttt.params != ttt.initial).any()) == (len(late) < 99)
 
