@@ -625,7 +625,7 @@ def translated(environ):
             else:
                 stands_for = meaning(text) if callable(meaning) else meaning[text]
         except ValueError:
-            problems.append(f"{name}={text}: must be a number")
+            problems.append(f"{name}={text}: must be a whole number")
             continue
         except KeyError:
             problems.append(f"{name}={text}: " + (
@@ -696,9 +696,13 @@ def help_text():
     return "\n".join(lines)
 
 
+def user_path(text):
+    return Path(os.path.expanduser(text))  # an unknown ~user stays as it is
+
+
 def find_upward(path):
     """`path` if absolute or found from the working directory, else from the script's folder up."""
-    path = Path(os.path.expanduser(path))  # an unknown ~user stays as it is
+    path = user_path(path)
     places = [folder / path for folder in (Path(), *SCRIPT.parents)]  # all the same if absolute
     return next(filter(os.path.exists, places), path)
 
@@ -720,7 +724,7 @@ class Runtime:
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.compile = s.compile == "1" or (s.compile == "auto" and cuda)
-        self.log_path, self.phase = None, ("", 0.0, 0.0)
+        self.log_path, self.phase = None, ("", 0.0, 0.0, 0.0)
         self.terminal = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))
         self.training, self.signal = False, 0
         if cuda:
@@ -818,12 +822,12 @@ class Runtime:
         every half second, elsewhere a new line every ten seconds."""
         now = time.perf_counter()
         if label != self.phase[0]:
-            self.phase = label, now, now
-        _, start, last = self.phase
+            self.phase = label, fraction, now, now
+        _, begun, start, last = self.phase
         due = now - last >= (0.5 if self.terminal else 10)
-        if fraction > 0 and due and self.rank == 0:
-            self.phase = label, start, now
-            left = max(0, (now - start) * (1 - fraction) / fraction)
+        if fraction > begun and due and self.rank == 0:
+            self.phase = label, begun, start, now
+            left = max(0, (now - start) * (1 - fraction) / (fraction - begun))
             printed(f"progress:{label} {facts}{100 * fraction:.0f}% remaining:{left:.0f}s",
                     sys.stderr, end="" if self.terminal else "\n")
 
@@ -881,7 +885,7 @@ class StepClock:
 
 def write_whole(path, content):
     """Write bytes to `path` atomically: it holds either its old content or all of the new."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     part = path.with_name(f".{path.name}.part")
     with explained(f"{path} cannot be written", "the previous file, if any, is intact"):
         try:
@@ -2737,7 +2741,7 @@ def decode_artifact(content, path="the artifact"):
 def read_artifact(path, sha256=""):
     """decode_artifact of a file; errors name it. Raises UserError if its SHA-256 is another."""
     with explained(f"{path} cannot be read", "name an artifact of a run", ArtifactError):
-        content = Path(path).expanduser().read_bytes()
+        content = user_path(path).read_bytes()
     if sha256 and sha256 != (found := hashlib.sha256(content).hexdigest()):
         raise UserError(f"{path}: SHA-256 {found}, where this run wrote or found {sha256}: the "
                         f"file was replaced; EVAL_ONLY={path} scores what is there")
@@ -3385,12 +3389,14 @@ class Checkpoints:
 
     Each holds a key: the settings that OF_TRAINING names, hashes of data and code."""
     NAMES = "step_" + "[0-9]" * 7 + ".pt"
-    CARRIED = ("step", "elapsed", "step_ms", "fake_quant", "late")  # of a Trainer
+    CARRIED = ("step", "elapsed", "step_ms", "save_ms", "fake_quant", "late")  # of a Trainer
     AVERAGES = ("ema", "swa", "snapshots")  # of its averages
 
-    def __init__(self, s, rt, stream):
-        self.rt, self.kept = rt, []
-        self.folder = Path(s.out_dir).expanduser() / "checkpoints"
+    def __init__(self, s, rt, stream, validation):
+        self.rt, self.kept, self.every = rt, [], s.checkpoint_every_seconds
+        self.folder = user_path(s.out_dir) / "checkpoints"
+        self.exported_path = self.folder / "exported.json"
+        self.text = [hashlib.sha256(validation.tobytes()).hexdigest(), s.context]
         data = [[p.name, len(t), hashlib.sha256(t[: 1 << 16].tobytes()).hexdigest()]
                 for p, t in zip(stream.paths, stream.shards)]
         self.key = {name: getattr(s, name) for name in OF_TRAINING}
@@ -3414,9 +3420,7 @@ class Checkpoints:
             try:
                 write_whole(path, content + hashlib.sha256(content).digest())
                 self.kept = [*self.kept[-1:], path]
-                for stale in set(self.folder.glob(self.NAMES)) - set(self.kept):
-                    with contextlib.suppress(OSError):
-                        stale.unlink()
+                self.remove({*self.folder.glob(self.NAMES), self.exported_path} - {*self.kept})
                 self.rt.log(f"checkpoint:step {trainer.step} {path} {len(content) + 32} bytes")
             except UserError as error:
                 problem = str(error)
@@ -3445,25 +3449,33 @@ class Checkpoints:
                     vars(trainer).update({name: state[name] for name in self.CARRIED})
             if other:
                 raise UserError(f"RESUME=auto: {path} was made with {'; '.join(other)}: set these, "
-                                "or another OUT_DIR")
+                                "with the same data (DATA) and script (CODE), or another OUT_DIR")
             self.kept = [path]
             self.rt.log(f"resume:step {trainer.step} train_time:{trainer.elapsed:.0f}ms")
             return
         self.rt.log("resume:no checkpoint, from the beginning")
 
+    def remove(self, paths):
+        for path in paths:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
     def export(self, trained, results):
-        """Store the facts of training, with the artifact's hash: a resumed run skips training."""
+        """Store the facts of training, with the artifact's hash: a resumed run skips training.
+        Without CHECKPOINT_EVERY_SECONDS the checkpoints go."""
         with contextlib.suppress(UserError):
-            write_whole(self.folder / "exported.json", compact_json(
-                key=self.key, trained=trained, results=results))
+            write_whole(self.exported_path, compact_json(
+                key=self.key, trained=trained, results=results, text=self.text))
+            self.remove(() if self.every else self.kept)
 
     def exported(self, path):
-        """What `export` stored of the artifact at `path`, or None."""
+        """What `export` stored of the artifact at `path`, or None. The results only if they are of
+        this validation text."""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            note = json.loads((self.folder / "exported.json").read_bytes())
+            note = json.loads(self.exported_path.read_bytes())
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
             if (note["key"], note["trained"]["artifact_sha256"]) == (self.key, sha256):
-                return note["trained"], note["results"]
+                return note["trained"], note["results"] if note["text"] == self.text else {}
         return None
 
 
@@ -3487,6 +3499,7 @@ class Trainer:
                          if kind_of(name).kind in ("attn", "mlp") and bits_of(name, s) < 16]
         self.step, self.elapsed, self.step_ms = 0, 0.0, 0.0
         self.sums_ms = 0.0  # of a calibration's sums over ranks
+        self.save_ms = 0.0  # of the last checkpoint; the next begins only if as much is left
         self.scheduled = s  # for schedules: its clock ends where calibration begins
         self.last_loss = ""  # for the progress line; reading it from a GPU stalls it
         # Both stay on once set. Without LATE_PASSES there is one list, and `late` is on at once.
@@ -3503,22 +3516,21 @@ class Trainer:
         signal, with the state saved."""
         s, rt, saved_at, clock = self.s, self.rt, self.elapsed, StepClock(self.rt, self.elapsed)
         rt.log(f"startup:{time.perf_counter() - LAUNCHED:.1f}s from launch to the first step")
-        save_ms = 0.0  # of the last checkpoint; the next begins only if as much is left
         while True:
             if clock.interrupted:
                 problem = self.checkpoints.save(self)
                 raise KeyboardInterrupt(f"interrupted at step {self.step}; " + (
                     problem or "RESUME=auto with the same settings goes on from there"))
             due = self.elapsed - saved_at >= 1000 * s.checkpoint_every_seconds > 0
-            if due and not self.over(least_ms=save_ms):
+            if due and not self.over(least_ms=self.save_ms):
                 self.checkpoints.save(self)
                 before, self.elapsed = self.elapsed, clock.read()
-                saved_at, save_ms = self.elapsed, self.elapsed - before
+                saved_at, self.save_ms = self.elapsed, self.elapsed - before
             over = self.over()
             if over or (s.val_loss_every and self.step and self.step % s.val_loss_every == 0):
                 self.elapsed = clock.read(exact=True)
-                if over and s.checkpoint_every_seconds:
-                    self.checkpoints.save(self)
+                if over:  # a signal ends the run at once from here on, if this state is on disk
+                    rt.training = bool(self.checkpoints.save(self))
                 result = validate()
                 self.log(f"val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}")
                 clock = StepClock(rt, self.elapsed)
@@ -3664,14 +3676,14 @@ class Trainer:
         def micro_batches(longest=0.0):
             for rows in itertools.islice(batches, s.gptq_batches):
                 for part in rows.split(self.calibration_rows):
-                    yield part
-                    before, self.elapsed = self.elapsed, clock.read(exact=True)
-                    longest = max(longest, self.elapsed - before)
                     needed = longest + max(longest, self.sums_ms)
-                    if 0 < 1000 * s.max_wallclock_seconds < self.elapsed + needed:
+                    if longest and 0 < 1000 * s.max_wallclock_seconds < self.elapsed + needed:
                         self.rt.log("gptq_calibration:stopped early, MAX_WALLCLOCK_SECONDS="
                                     f"{s.max_wallclock_seconds:g} is near")
                         return
+                    yield part
+                    before, self.elapsed = self.elapsed, clock.read(exact=True)
+                    longest = max(longest, self.elapsed - before)
 
         found = calibrate(self.model, micro_batches(), self.rt)
         self.elapsed = clock.read(exact=True)
@@ -3742,6 +3754,20 @@ def dry_run(s, world_size):
         say(f"data: not ready: {problem}")
 
 
+def locked(path):
+    """The file at `path`, made if absent and locked until it is closed; None if another process
+    holds its lock."""
+    file = open(path, "a+", encoding="utf-8", errors="replace")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # not every file system has locks
+        pass
+    return file
+
+
 def claim_places(s, rt, path, log_path):
     """Check before training that the outputs can be written, lock OUT_DIR for one training run and
     open the log. An older log of that name and its result get a number. Raises UserError."""
@@ -3751,14 +3777,13 @@ def claim_places(s, rt, path, log_path):
         with explained(f"OUT_DIR={s.out_dir} cannot be used", "set OUT_DIR to another folder"):
             path.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(path.parent).free
-            rt.lock = open(path.parent / ".lock", "a+", encoding="utf-8", errors="replace")
-        with contextlib.suppress(OSError):  # not every file system has locks
-            try:
-                fcntl.flock(rt.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                rt.lock.seek(0)
+            lock = path.parent / ".lock"
+            rt.lock = locked(lock)
+            if not rt.lock:
                 raise UserError(f"OUT_DIR={s.out_dir}: another run is at work there: "
-                                f"{rt.lock.read()}; set another OUT_DIR, or wait for it") from None
+                                f"{lock.read_text('utf-8', 'replace')}; set another OUT_DIR, or "
+                                "wait for it")
+        with contextlib.suppress(OSError):
             rt.lock.truncate(0)
             print(f"process {os.getpid()} on {platform.node()}, RUN_ID={s.run_id}", end="",
                   file=rt.lock, flush=True)
@@ -3770,7 +3795,7 @@ def claim_places(s, rt, path, log_path):
             raise UserError(f"OUT_DIR={s.out_dir}: {place} is a folder; move it away")
     if s.scores_path:
         with explained(f"SCORES_PATH={s.scores_path} cannot be written", "name another file"):
-            target = Path(s.scores_path).expanduser()
+            target = user_path(s.scores_path)
             target.parent.mkdir(parents=True, exist_ok=True)
             open(target, "ab").close()
             if not target.stat().st_size:  # else an interrupted run leaves an empty file
@@ -3780,10 +3805,16 @@ def claim_places(s, rt, path, log_path):
         name = re.compile(re.escape(log_path.stem) + r"\.(\d{1,9})\.(txt|json)")
         taken = [int(m[1]) for m in map(name.fullmatch, os.listdir(log_path.parent)) if m]
         n = 1 + max(taken, default=0)  # the highest is the newest
+        if log_path.exists():
+            unused = locked(log_path)
+            if not unused:
+                raise UserError(f"RUN_ID={s.run_id}: another run writes {log_path}; set another "
+                                "RUN_ID or OUT_DIR")
+            unused.close()
         for old in log_path, log_path.with_suffix(".json"):
             if old.exists():
                 old.rename(old.with_suffix(f".{n}{old.suffix}"))
-        log_path.touch()
+        rt.log_lock = locked(log_path)
     rt.log_path = log_path
 
 
@@ -3796,10 +3827,11 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     documents, repeated = contamination(stream, tokens)
     rt.log(f"contamination:{repeated} of {documents} sampled training documents begin like "
            "documents of the validation set" + "; no training token is BOS=1" * (not documents))
-    checkpoints = Checkpoints(s, rt, stream)
+    checkpoints = Checkpoints(s, rt, stream, tokens)
     if stored := rt.from_rank0(s.resume and checkpoints.exported(path)):
         rt.log(f"resume:{path} is finished, on to its evaluation")
-        return stored
+        trained, results = stored
+        return dict(trained, validation_documents_in_training=repeated), results
 
     def plain(label, late=True):
         scored = functools.partial(forward, late=late)
@@ -3866,9 +3898,9 @@ def warm_up_evaluations(model, forward, s, rt, tokens):
     """Compile what the evaluations run, on random tokens, before the artifact is opened."""
     if not rt.compile:
         return
-    started, shapes = time.perf_counter(), [(s.context, s.context, 0)]
+    started, plain = time.perf_counter(), (s.context, s.context, 0)
     tokens = np.random.default_rng(0).integers(s.vocab_size, size=len(tokens), dtype=np.uint16)
-    for shape in shapes + [s.scoring_shape] * bool(s.scoring_shape[1]):
+    for shape in [plain, s.scoring_shape] if s.eval_stride else [plain]:
         Scorer(forward, tokens, shape, s, rt).warm_up()
     if s.ttt_enabled:
         ttt = chosen_ttt(model, forward, s, rt)
@@ -3921,7 +3953,7 @@ def report(s, rt, path, trained, results, ledger, eval_seconds):
     if repeated:
         violations.append(f"{repeated} sampled training documents begin like documents of the "
                           "validation set")
-    if s.val_limit_tokens:
+    if 0 < s.val_limit_tokens < last["targets"] + s.train_seq_len:  # less than a row is cut always
         violations.append(f"VAL_LIMIT_TOKENS={s.val_limit_tokens}: not the whole validation set")
     if s.eval_only:
         violations.append("EVAL_ONLY: the training was another run's, not checked here")
@@ -3947,7 +3979,7 @@ def report(s, rt, path, trained, results, ledger, eval_seconds):
                  *(f"not a legal record: {line}" for line in violations)):
         rt.log(line)
     if rt.rank == 0:
-        logs = Path(s.out_dir).expanduser() / "logs"
+        logs = user_path(s.out_dir) / "logs"
         write_whole(logs / f"{s.run_id}.json", json.dumps(result, indent=1).encode())
         if s.scores_path:
             buffer = io.BytesIO()
@@ -3989,8 +4021,8 @@ def run_job(s, rt, explicit):
                         f"bytes with TOKENIZER_PATH={s.tokenizer_path}")
     byte_table.check_text(tokens, f"DATA_PATH={s.data_path}: validation")
     s = replace(s, run_id=s.run_id or str(uuid.uuid4()))
-    out = Path(s.out_dir).expanduser()
-    path = Path(s.eval_only).expanduser() if s.eval_only else out / "final_model.ptz"
+    out = user_path(s.out_dir)
+    path = user_path(s.eval_only) if s.eval_only else out / "final_model.ptz"
     claim_places(s, rt, path, out / "logs" / f"{s.run_id}.txt")
     log_start(s, rt, explicit)
     log_shape(s, rt.log)

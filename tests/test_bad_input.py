@@ -300,6 +300,28 @@ def test_a_second_run_in_the_same_folder_is_refused(world):
                      r"\S+, RUN_ID=run; set another OUT_DIR", said[0]), said
 
 
+def test_a_log_that_another_run_writes_is_left_to_it(world):
+    """An evaluation takes no lock on OUT_DIR, but may have the RUN_ID of the training there."""
+    said, log_start, again = [], train_gpt.log_start, dict(EVAL_ONLY=world.out / "final_model.ptz")
+    assert run_main(world.corpus, world.out, **LEAN).returncode == 0
+    with world.patch.context() as patch:
+        def evaluate_too(*arguments):
+            names = {*os.listdir(world.out / "logs")}
+            said.append(failed(world, again))
+            assert names == {*os.listdir(world.out / "logs")}
+            log_start(*arguments)
+        patch.setattr(train_gpt, "log_start", evaluate_too)
+        assert run_main(world.corpus, world.out, **LEAN).returncode == 0
+    assert f"RUN_ID=run: another run writes {world.out / 'logs' / 'run.txt'}" in said[0]
+    assert run_main(world.corpus, world.out, **{**LEAN, **again}).returncode == 0
+
+
+def test_the_home_of_an_unknown_user_is_a_folder_like_any_other(world, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    done = run_main(world.corpus, "~nobody-of-that-name/out", **LEAN)
+    assert done.returncode == 0 and (tmp_path / "~nobody-of-that-name/out/logs/run.json").exists()
+
+
 def test_a_log_a_console_and_a_triton_that_fail_do_not_end_training(corpus, tmp_path):
     """No file may hold more than half of the source, with which the log begins, as on a full disk;
     nobody reads the console; a broken package does not import."""

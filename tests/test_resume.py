@@ -128,7 +128,8 @@ def test_a_signal_ends_the_run_with_its_state_and_resuming_loses_nothing(job, wh
     for step in (5, 6):
         one, other = state_of(whole.out, step), state_of(done.out, step)
         for state in (one, other):
-            del state["elapsed"], state["step_ms"]
+            assert state["elapsed"] > 0 and state["save_ms"] > 0
+            del state["elapsed"], state["step_ms"], state["save_ms"]
         assert equal(one, other)
 
 
@@ -177,9 +178,14 @@ def test_a_signal_to_another_rank_ends_all():
     assert clock.interrupted
 
 
-def test_a_signal_while_packing_loses_no_training(job, whole, monkeypatch):
-    """No checkpoint is asked for: the signal waits until the artifact is on disk."""
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_signal_while_packing_loses_no_training(job, whole, monkeypatch, tmp_path, on_disk):
+    """No checkpoint is asked for. The run ends at once, since torchrun kills it after 30 s, and the
+    state after the last step is on disk; if that cannot be written, after the artifact."""
     pack = train_gpt.pack
+    if not on_disk:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "checkpoints").touch()  # not a folder
 
     def signalled(*args):
         assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
@@ -188,10 +194,37 @@ def test_a_signal_while_packing_loses_no_training(job, whole, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "pack", signalled)
         stopped = job(CHECKPOINT_EVERY_SECONDS=0)
-    assert stopped.returncode == 130 and stopped.content == whole.content
-    assert "RESUME=auto" in stopped.stdout
-    monkeypatch.setattr(Trainer, "train", lambda *_: pytest.fail("trained again"))
-    assert job(CHECKPOINT_EVERY_SECONDS=0, RESUME="auto").returncode == 0
+    assert stopped.returncode == 130 and "RESUME=auto" in stopped.stdout
+    if not on_disk:
+        assert stopped.content == whole.content
+        return
+    assert stopped.checkpoints == [6] and not stopped.content
+    monkeypatch.setattr(Trainer, "optimize", lambda *_: pytest.fail("trained again"))
+    done = job(CHECKPOINT_EVERY_SECONDS=0, RESUME="auto")
+    assert done.content == whole.content and not done.checkpoints, "none is asked for"
+
+
+def test_an_interrupted_run_goes_on_where_an_older_one_of_the_same_settings_was_finished(
+        job, whole, monkeypatch):
+    assert job().returncode == 0
+    with monkeypatch.context() as patch:
+        signal_at(patch, 3)
+        assert job().returncode == 130
+    done = job(RESUME="auto")
+    assert "resume:step 3 " in done.stdout and done.content == whole.content
+
+
+def test_a_finished_run_is_scored_anew_on_another_text(job, monkeypatch):
+    """Nothing that was found out about the text before goes into the new result."""
+    first = job()
+    assert "float" in first.result["val_loss"] and not any(
+        "documents" in line for line in first.result["violations"])
+    monkeypatch.setattr(train_gpt, "contamination", lambda *_: (10, 3))
+    again = job(RESUME="auto", VAL_LIMIT_TOKENS=512)
+    assert "is finished, on to its evaluation" in again.stdout
+    assert "float" not in again.result["val_loss"]
+    assert any(line.startswith("3 sampled") for line in again.result["violations"])
+    assert "float" in job(RESUME="auto").result["val_loss"], "the text of before"
 
 
 # -- checkpoints on disk
@@ -399,7 +432,7 @@ def test_snapshots_are_carried_on(job, monkeypatch):
         stopped = job(CHECKPOINT_EVERY_SECONDS=0)
     saved, found = state_of(stopped.out, 3)["averages"], {}
     at_step(monkeypatch, 1, lambda trainer: found.update(vars(trainer.averages)))
-    assert job(RESUME="auto", CHECKPOINT_EVERY_SECONDS=0).checkpoints == [3], "none is asked for"
+    assert job(RESUME="auto", CHECKPOINT_EVERY_SECONDS=0).checkpoints == []
     assert found["snapshots"] == saved["snapshots"] == 2 and equal(found["swa"], saved["swa"])
 
 
