@@ -20,6 +20,21 @@ def test_too_few_gpus_are_named(tiny, monkeypatch):
         train_gpt.Runtime(tiny(DEVICE="auto"), (5, 8, 5))
 
 
+def test_the_time_that_is_left_is_told_from_where_a_phase_began(tiny, monkeypatch, capsys):
+    """As after a resume, or a validation on the way: half was done before, 12 s take a tenth."""
+    rt, now = train_gpt.Runtime(tiny()), [100.0]
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
+    for fraction in (0.5, 0.6):
+        rt.progress("train", fraction)
+        now[0] += 12
+    rt.progress("validation", 0.5)
+    rt.progress("train", 0.8)
+    now[0] += 20
+    rt.progress("train", 0.9)
+    left = re.findall(r"progress:train \d+% remaining:(\d+)s", capsys.readouterr().err)
+    assert left == ["48", "20"]
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -107,6 +107,8 @@ def test_what_breaks_a_rule_is_in_the_result(run_script):
     done = run_script(VAL_LIMIT_TOKENS=320, TTT_ENABLED=0, EVAL_STRIDE=0, ITERATIONS=1)
     assert done.result["violations"] == ["VAL_LIMIT_TOKENS=320: not the whole validation set"]
     assert "not a legal record: VAL_LIMIT_TOKENS=320" in done.stdout
+    done = run_script(VAL_LIMIT_TOKENS=10**6, TTT_ENABLED=0, EVAL_STRIDE=0, ITERATIONS=1)
+    assert not done.result["violations"], "no limit, if there are fewer tokens"
 
 
 def test_memory_that_runs_out_names_what_to_lower(run_script, monkeypatch):
