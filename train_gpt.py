@@ -3781,8 +3781,8 @@ def claim_places(s, rt, path, log_path):
             rt.lock = locked(lock)
             if not rt.lock:
                 raise UserError(f"OUT_DIR={s.out_dir}: another run is at work there: "
-                                f"{lock.read_text('utf-8', 'replace')}; set another OUT_DIR, or "
-                                "wait for it")
+                                f"{lock.read_bytes().decode(errors='replace')}; set another "
+                                "OUT_DIR, or wait for it")
         with contextlib.suppress(OSError):
             rt.lock.truncate(0)
             print(f"process {os.getpid()} on {platform.node()}, RUN_ID={s.run_id}", end="",
