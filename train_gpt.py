@@ -3195,7 +3195,8 @@ class WeightTTT:
         A step uses rows of all ranks.
 
         Epochs: TTT_EPOCHS (-1: 1 until a step was timed, then 10), but no more than fit into this
-        chunk's equal part of the seconds `left`. If none does, one if it fits into `left`."""
+        chunk's equal part of the seconds `left`; before a step was timed, none begins after it. If
+        none fits, one if it fits into `left`."""
         s, (first, last), length = self.s, span, self.s.train_seq_len
         rows = ledger.rows_for_adapting(np.arange(first, last - length + 1, length), length)
         batches = rows.split(s.ttt_batch_seqs) if len(rows) else ()
@@ -3205,6 +3206,21 @@ class WeightTTT:
             affordable = max(left / (chunks - 1 - chunk) / epoch, min(1.0, left / epoch))
             epochs = int(max(0, min(epochs, affordable)))
         epochs = self.rt.from_rank0(epochs if left > 0 else 0)
+        across = 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
+        steps, started = len(batches) * epochs, time.perf_counter()
+        for k in range(steps):
+            if k and k % len(batches) == 0 and not self.step_seconds:  # no step was timed yet
+                self.rt.synchronize()
+                late = time.perf_counter() - started > left / (chunks - 1 - chunk)
+                if self.rt.from_rank0(late):
+                    epochs, steps = k // len(batches), k
+                    break
+            inside = 0.5 * (1 + math.cos(math.pi * k / steps)) if s.ttt_intra_cosine else 1.0
+            self._backward(batches[k % len(batches)])
+            self.optimizers.step(across * inside, TTT_MOMENTUM)
+        if steps:
+            self.rt.synchronize()
+            self.step_seconds.append((time.perf_counter() - started) / steps)
         wanted = s.ttt_epochs if s.ttt_epochs >= 0 else 1
         if epochs < wanted:
             self.rt.log(f"ttt_weights:late chunk={chunk + 1}/{chunks} epochs={epochs} of {wanted}: "
@@ -3214,16 +3230,6 @@ class WeightTTT:
             self.rt.log(f"  ttt_chunk [{chunk + 1}/{chunks}] val_loss="
                         f"{ledger.total / ledger.scored:.6f} "
                         f"time={time.perf_counter() - self.started:.1f}s epochs={epochs}")
-        across = 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
-        steps = len(batches) * epochs
-        started = time.perf_counter()
-        for k in range(steps):
-            inside = 0.5 * (1 + math.cos(math.pi * k / steps)) if s.ttt_intra_cosine else 1.0
-            self._backward(batches[k % len(batches)])
-            self.optimizers.step(across * inside, TTT_MOMENTUM)
-        if steps:
-            self.rt.synchronize()
-            self.step_seconds.append((time.perf_counter() - started) / steps)
 
     def _backward(self, batch):
         """This rank's part of the gradients of the batch's mean nll, in micro-batches of one
@@ -3326,15 +3332,14 @@ class LoraTTT:
         the targets it just scored. The step is skipped if the seconds `left` are too few for it."""
         rt, scorer, started = self.rt, self.scorer, time.perf_counter()
         mine = slice(chunk * scorer.streams + self.low, chunk * scorer.streams + self.high)
-        first, last, length = scorer.first[mine], scorer.last[mine], self.length
+        last, length = scorer.last[mine], self.length  # only the last chunk has short windows
         step = statistics.median(self.step_seconds[-9:] or [0])
         skip = rt.any_rank(left < step and rt.rank == 0)  # rank 0's clock decides
         self.skipped += skip
         if (chunk + 1) * scorer.stride > length:  # else rows would begin in another stream
             rows = ledger.rows_for_adapting(last - length, length)
-            new = torch.arange(scorer.stride, 0, -1) <= torch.from_numpy(last - first)[:, None]
-            ends = new & (rows[:, -scorer.stride:] == BOS)
-            new &= ends.flip(1).cumsum(1).flip(1) == 0  # what follows the last BOS is trained on
+            ends = rows[:, -scorer.stride:] == BOS
+            new = ends.flip(1).cumsum(1).flip(1) == 0  # what follows the last BOS is trained on
             ended = ends.any(1)
             self.params.data[ended, :-1] = self.initial[:-1]
             self.squares[ended], self.steps[ended] = 0, 0

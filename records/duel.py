@@ -40,8 +40,9 @@ SHAPE = dict(NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ
              DATA_PATH="data/datasets/fineweb10B_sp1024",
              TOKENIZER_PATH="data/tokenizers/fineweb_1024_bpe.model")
 COUNTS_STEPS = ("WARMDOWN_ITERS", "MUON_MOMENTUM_WARMUP_STEPS", "SWA_EVERY")
-NUMBERS_BLOCKS = ("VE_LAYERS", "LOOP_START", "LOOP_END", "PARALLEL_RESIDUAL_START",
-                  "PARALLEL_START_LAYER", "TTT_FREEZE_BLOCKS", "UNIQUE_LAYERS")
+NUMBERS_BLOCKS = ("VE_LAYERS", "LOOP_START", "LOOP_END", "PARALLEL_FROM",
+                  "PARALLEL_RESIDUAL_START", "PARALLEL_START_LAYER", "TTT_FREEZE_BLOCKS",
+                  "UNIQUE_LAYERS")
 STAGES = {  # column: the labels of its lines in the logs, the best first
     "last weights": ("last_validation",),
     "averaged": (r"post[-_]?(ema|swa|avg)", r"\b(ema|swa)\b", r"diagnostic"),
@@ -142,6 +143,7 @@ def lay_out_data(folder, settings, val_tokens):
         if read.is_relative_to(folder.parent.resolve()) or read == written.resolve():
             raise DataError(f"{name}={settings[name]} lies in --out {folder.parent}, where files "
                             "would be written over it; say --out with another folder")
+    shutil.rmtree(shards, ignore_errors=True)  # links of an earlier duel
     for path in (shards, tokenizer.parent):
         path.mkdir(parents=True, exist_ok=True)
     write_shard(shards / "fineweb_val_000000.bin", [tokens], len(tokens))

@@ -60,8 +60,8 @@ def listed(items):
 
 
 def markdown_table(head, rows):
-    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |"
-             for line in (head, *rows)]
+    lines = ["| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in line)
+             + " |" for line in (head, *rows)]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 

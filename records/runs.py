@@ -453,9 +453,9 @@ class Study:
 
     def _check_objective(self, settings):
         """A score that these runs will not have would be found missing only after the first."""
-        banded = settings.get("eval_attention") == "banded"
-        off = {"float": settings["eval_only"], "sliding": banded or not settings["eval_stride"],
-               "banded": not banded, "ttt": not settings["ttt_enabled"]}
+        banded, full = settings.get("eval_attention") == "banded", settings["eval_stride"]
+        off = {"float": settings["eval_only"], "sliding": banded or not full,
+               "banded": not banded or not full, "ttt": not settings["ttt_enabled"]}
         if off.get(self.objective):
             raise UserError(f"--objective {self.objective}: these settings do not evaluate that")
 
@@ -821,7 +821,8 @@ def read_results(path):
     """The results in a result file or a text log. Raises UserError, OSError: there is none."""
     if path.suffix == ".json":
         return [read_result(path)]
-    return [result_of_log(log) for log in read_logs(path)]
+    runs = read_logs(path)
+    return [result_of_log(log) for log in [run for run in runs if run.scores] or runs]
 
 
 def is_log_of_result(path, paths):
@@ -877,7 +878,7 @@ def table_rows(paths):
         for kind in kinds:
             row[f"{kind}_bpb"] = [bpb_by_kind(r)[kind] for r in group if kind in bpb_by_kind(r)]
         row["last_bpb"] = [list(r["val_bpb"].values())[-1] for r in group]
-        violations = (v for r in group for v in r.get("violations", ["not recorded"]))
+        violations = (str(v) for r in group for v in r.get("violations", ["not recorded"]))
         row["violations"] = "; ".join(dict.fromkeys(violations))
         rows.append(row)
     return sorted(rows, key=lambda row: np.mean(row["last_bpb"]))

@@ -230,7 +230,8 @@ def check_bytes(sub):
         over = [n for n in (on_disk, log.total_bytes) if n is not None and n > CAP_BYTES]
         several = len(set(log.code_sizes)) > 1  # before and after its compression
         packed = several and on_disk in over and len(sub.code) == max(log.code_sizes)
-        if len(over) == 2 or len(over) == 1 and (on_disk in over and not packed or on_disk is None):
+        counts = log.total_bytes if on_disk is None or packed else on_disk
+        if (counts or 0) > CAP_BYTES:
             most = max(over)
             problems.append(f"seed {seed}: {most:,} exceeds {CAP_BYTES:,} by {most - CAP_BYTES:,}")
         elif over:
@@ -389,9 +390,10 @@ def check_adaptation(sub):
         sub.add(sub.severity, "score before update", f"{text}: adapted to the text first")
 
 
-def official_set(targets):
-    """Name of the validation set of so many targets, or None."""
-    return next((name for name, _, count in SETS if abs(targets - count) < ROW), None)
+def official_set(targets, vocabulary=None):
+    """Name of the validation set of so many targets, of that vocabulary if known, or None."""
+    return next((name for name, pieces, count in SETS if abs(targets - count) < ROW
+                 and vocabulary in (None, pieces)), None)
 
 
 def check_denominator(sub):
@@ -475,9 +477,12 @@ def check_validation_set(sub):
     for log in sub.scored:
         shrunk = [f"{k}={log.settings[k]}" for k, whole in WHOLE_SET.items()
                   if log.settings.get(k, whole[0]) not in whole]
+        limit = str(log.settings.get("VAL_LIMIT_TOKENS", ""))
+        if limit.isdigit() and 0 < int(limit) < (log.targets or 0) + ROW:
+            shrunk.append(f"VAL_LIMIT_TOKENS={limit}")
         if shrunk:
             problems.append(f"{log.name}: {listed(shrunk)} scores a part")
-        elif log.targets and (name := official_set(log.targets)):
+        elif log.targets and (name := official_set(log.targets, log.vocabulary)):
             good.append(f"{log.targets:,} targets, all of {name}")
         elif log.targets:
             share = sub.score(log).bytes_per_target * log.targets / OFFICIAL_BYTES
@@ -903,6 +908,13 @@ def check_compliance(sub):
     sub.verdict("compliance", problems, good, silent="no promise that the logs can confirm")
 
 
+def check_own_verdict(sub):
+    """What our script itself says against a run in its log."""
+    sub.verdict("own verdict", dict.fromkeys(
+        f"{log.name}: {text}" for log in sub.logs
+        for text in re.findall(r"^not a legal record: (.*)", log.body, re.M)), "", sub.severity)
+
+
 def check_hardware(sub):
     """A record was run on 8 H100s."""
     seen = {(log.world_size, log.device) for log in sub.logs if log.device or log.world_size}
@@ -1072,7 +1084,7 @@ def check_by_running(sub, artifacts, given):
         environ |= {k: path for k, path in zip(("DATA_PATH", "TOKENIZER_PATH"), given) if path}
         with tempfile.TemporaryDirectory() as scratch:  # a script may write beside itself
             copy = shutil.copytree(sub.folder, Path(scratch) / "folder")
-            command = [sys.executable, "train_gpt.py", "--dry-run"]
+            command = [sys.executable, sub.script.name, "--dry-run"]
             status, line = ended(command, copy, environ, DRY_RUN_SECONDS)
         late, failed = status is None, bool(status)
         sub.verdict("dry run", [failed and f"exit status {status}: {line}"],
@@ -1086,7 +1098,7 @@ def check_by_running(sub, artifacts, given):
             sub.add(UNCHECKED, "audit", "records/audit.py is not there")
             break
         command = [sys.executable, str(audit), str(path.resolve()), "--script",
-                   str((sub.folder / "train_gpt.py").resolve())]
+                   str((sub.script or sub.folder / "train_gpt.py").resolve())]
         status, line = ended(command, ROOT, {**os.environ, **data}, AUDIT_SECONDS)
         if status in (None, 2):  # too slow; no data here, or nothing that it can read
             sub.add(UNCHECKED, "audit", f"{path.name}: {line}")
@@ -1097,7 +1109,7 @@ def check_by_running(sub, artifacts, given):
 
 CHECKS = (check_claims, check_logs, check_seeds, check_code, check_bytes, check_seconds,
           check_adaptation, check_denominator, check_scores, check_seed_results, check_readme,
-          check_compliance, check_settings, check_imports, check_hardware)
+          check_compliance, check_own_verdict, check_settings, check_imports, check_hardware)
 
 
 def check(folder, against=None, run=False, artifacts=(), data=None, tokenizer=None, logs=()):
@@ -1181,8 +1193,14 @@ def open_run(path):
                  total_bytes=int, code_bytes=int, steps=int, train_seconds=(Decimal, int),
                  eval_seconds=(Decimal, int))
     lacks = [key for key, kind in needs.items() if not isinstance(result.get(key), kind)]
+    optional = dict(device=str, versions=dict, world_size=int, pack_seconds=(Decimal, int),
+                    scored_targets=int, scored_bytes=int, violations=list)
+    lacks += [key for key, kind in optional.items()
+              if key in result and not isinstance(result[key], kind)]
+    lacks += [key for key in ("val_loss", "val_bpb") if key not in lacks and not (
+        result[key] and all(number(value) is not None for value in result[key].values()))]
     if lacks:
-        raise Problem(f"{path}: no result of a run: it has no {listed(lacks)}")
+        raise Problem(f"{path}: no result of a run: it has no such {listed(lacks)}")
     if result["settings"].get("eval_only"):
         raise Problem(f"{path}: a run with EVAL_ONLY trained nothing; give the one that trained")
     log_path = path.with_suffix(".txt")

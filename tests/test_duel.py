@@ -166,6 +166,19 @@ def test_folders_that_no_duel_made_are_not_emptied(corpus, tmp_path, capsys, nam
     assert not (tmp_path / "other").exists()
 
 
+def test_shards_of_an_earlier_duel_are_not_trained_on(corpus, tmp_path):
+    for names in (["fineweb_train_000000", "fineweb_train_000001"], ["fineweb_train_000000"]):
+        data = tmp_path / f"of_{len(names)}"
+        data.mkdir()
+        for name in names:
+            shutil.copy(next(corpus.folder.glob("*_train_*.bin")), data / f"{name}.bin")
+        shutil.copy(next(corpus.folder.glob("*_val_0*.bin")), data / "fineweb_val_000000.bin")
+        laid = duel.lay_out_data(tmp_path / "out" / "data", {
+            **duel.SHAPE, "DATA_PATH": data, "TOKENIZER_PATH": corpus.model}, 512)
+        assert sorted(p.stem for p in laid["DATA_PATH"].glob("*train*")) == names
+        assert all(p.resolve().parent == data for p in laid["DATA_PATH"].glob("*train*"))
+
+
 def test_a_data_set_of_folded_case_is_refused(corpus, tmp_path):
     """Its marks are no bytes of the text, and the scripts would count them."""
     folder = shutil.copytree(corpus.folder, tmp_path / "folded")
@@ -234,12 +247,14 @@ def test_defaults_shrink_with_the_run_and_what_is_set_stays():
         warmdown_iters = int(os.getenv('WARMDOWN_ITERS', 3_500)); x = environ.get('SWA_EVERY','50')
         ema_decay=float(os.environ.get('EMA_DECAY',.9965)); ve = os.environ.get("VE_LAYERS", "9,10")
         loop_start = int(os.environ.get("LOOP_START", 3)); end = os.environ.get("LOOP_END", "5")
-        every = int(os.environ.get("MUON_MOMENTUM_WARMUP_STEPS", "1500"))"""
+        every = int(os.environ.get("MUON_MOMENTUM_WARMUP_STEPS", "1500"))
+        parallel_from = int(os.environ.get("PARALLEL_FROM", 7))"""
     found = duel.scaled({"NUM_LAYERS": 4, "SEED": 7, "MUON_MOMENTUM_WARMUP_STEPS": "9"},
                         duel.default_in(source), 700)
     assert found == {"NUM_LAYERS": 4, "SEED": 7, "MUON_MOMENTUM_WARMUP_STEPS": "9",
                      "WARMDOWN_ITERS": 350, "SWA_EVERY": 5, "EMA_DECAY": round(0.9965 ** 10, 6),
-                     "VE_LAYERS": "3", "LOOP_START": "1", "LOOP_END": "2"}
+                     "VE_LAYERS": "3", "LOOP_START": "1", "LOOP_END": "2",
+                     "PARALLEL_FROM": "2"}
     assert "VE_LAYERS" not in duel.scaled({"NUM_LAYERS": 11}, duel.default_in(source), 700)
 
 

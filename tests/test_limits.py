@@ -44,6 +44,13 @@ def test_a_ttt_that_slows_down_drops_epochs_and_the_score_is_complete(tiny):
     assert [int(n) for n in said] == late
 
 
+def test_the_first_chunk_ends_in_time_though_no_step_was_timed(tiny):
+    """200 epochs of it would take 100 s and more. One is taken in any case."""
+    w, result, _ = timed(tiny, lambda n: 0.5, EVAL_WALLCLOCK_SECONDS=40, TTT_EPOCHS=200, **BANDED)
+    assert 1 <= w.epochs[0] < 200 and w.clock.now <= 40
+    assert f"ttt_weights:late chunk=1/{w.others + 1} epochs=" in "\n".join(w.lines)
+
+
 @pytest.mark.parametrize("plan, step, pass_seconds", [
     (BANDED, 0.1, 0.0), (BANDED, 0.01, 0.25), ({}, 1.0, 0.2)])
 def test_steps_and_scores_end_within_the_limit(tiny, plan, step, pass_seconds):
@@ -64,7 +71,7 @@ def test_every_tenth_chunk_late_costs_a_tenth_of_the_adaptations(tiny):
     assert w.clock.now <= 60 and 0.9 * 31 <= sum(w.epochs) < len(w.epochs) == 31
 
 
-def test_epochs_follow_the_time_and_are_said_before_the_steps(tiny):
+def test_epochs_follow_the_time_and_are_said(tiny):
     """TTT_EPOCHS=-1: one before a step was timed, then up to ten."""
     for limit, few in ((60, True), (1000, False)):
         w = timed(tiny, lambda n: 0.5, 0.1, EVAL_WALLCLOCK_SECONDS=limit, TTT_EPOCHS=-1,

@@ -592,6 +592,13 @@ def test_a_log_is_read(tmp_path):
     assert rates.tolist() == [10_000], "two steps of 2,000 tokens in 0.4 s"
 
 
+def test_a_log_that_begins_with_an_aborted_run_gives_the_finished_one(tmp_path, capsys):
+    whole = log_text(1337, "colon")
+    (tmp_path / "run.log").write_text(whole[: whole.index("DIAGNOSTIC")] + "\n" + whole)
+    assert status_of(["table", str(tmp_path / "run.log")]) == 0
+    assert "15,900,258" in capsys.readouterr().out, "its bytes"
+
+
 def test_damaged_logs_are_named_and_the_rest_is_plotted(tmp_path, results, capsys):
     pytest.importorskip("matplotlib")
     logs = tmp_path / "logs"

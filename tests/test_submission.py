@@ -260,6 +260,14 @@ FAULTS = {  # what is planted: how, and the finding that must name it
         "helper.py").write_text("A = 1\n"), WARN, "imports and paths", "6 bytes count as code"),
     "one GPU": (lambda f: change(f, LOG, "world_size:8", "world_size:1"), FAIL, "hardware",
         "1×NVIDIA"),
+    "what the log itself says": (lambda f: change(f, LOG, "^(ledger: .*)",
+        r"\1\nnot a legal record: 57 sampled training documents"), FAIL, "own verdict",
+        "42.log: 57 sampled training documents"),
+    "a limit just below the set": (lambda f: change(f, LOG, "^(setting ITERATIONS=.*)",
+        rf"\1\nsetting VAL_LIMIT_TOKENS={TARGETS + 9}"), FAIL, "validation set",
+        "VAL_LIMIT_TOKENS=.* scores a part"),
+    "the set of another vocabulary": (lambda f: counted_otherwise(f, 100_000_000, 40_540_160),
+        FAIL, "validation set", "40,540,160 targets, .*; the official set has 62,021,632"),
 }
 
 
@@ -434,6 +442,12 @@ def test_a_dry_run_is_of_a_script_that_knows_it_and_not_for_long(sound, monkeypa
     assert not list(sound.rglob("started"))
 
 
+def test_a_dry_run_starts_the_script_whatever_its_name(sound):
+    (sound / "train_gpt.py").rename(sound / "train_gpt_final.py")
+    (sound / "train_gpt_final.py").write_text("print('ready')  # --dry-run")
+    assert "ready" in dict(found(sound, PASS, run=True))["dry run"]
+
+
 @pytest.mark.parametrize("code, seconds, status, says", [
     ("sys.exit(0)", 60, PASS, "train_gpt.py"), ("sys.exit(1)", 60, FAIL, "exit status 1"),
     ("sys.exit(2)", 60, UNCHECKED, "train_gpt.py"), ("", 60, UNCHECKED, "is not there"),
@@ -592,6 +606,10 @@ REFUSALS = {
         "EVAL_ONLY trained nothing"),
     "the log of another run": (lambda p: edited_result(p, val_bpb={"ttt": 1.0}),
         r"not the result of run\.txt: val_bpb 1\.0"),
+    "a score that is none": (lambda p: edited_result(p, val_bpb={"ttt": "1.1"}),
+        "no such val_bpb"),
+    "seconds that are none": (lambda p: edited_result(p, pack_seconds="soon"),
+        "no such pack_seconds"),
     "half a result": (lambda p: (p / "42" / "logs" / "run.json").write_text('{"seed": 42'),
         r"run\.json: cannot be read as JSON"),
     "a lost script": (lambda p: [change(p, f, "^import torch$", "") for f in
