@@ -145,7 +145,7 @@ class Settings:
     out_dir: str = "."  # folder of the artifact, checkpoints/ and logs/
     eval_only: str = ""  # score this artifact with the settings stored in it, train nothing
     scores_path: str = ""  # file.npy: nll (nats, float32) of each target in the last evaluation
-    checkpoint_every_seconds: Amount = 0.0  # of training; 0: only after a signal
+    checkpoint_every_seconds: Amount = 0.0  # of training; 0: after a signal, and while packing
     resume: Literal["", "auto"] = ""  # auto: continue from OUT_DIR's last checkpoint or artifact
 
     # == Data
