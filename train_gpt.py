@@ -1128,8 +1128,8 @@ class ByteTable:
             raise UserError(f"{path}: {unknown} tokens are unknown pieces, which stand for any "
                             "text; use a tokenizer with byte fallback, such as "
                             "data/build_dataset.py makes")
-        samples = [[tokens[: 1 << 15]]]  # those of a large text, next line, cut long documents
-        if len(tokens) > 1 << 15:
+        samples = [[tokens[: 1 << 15]]]
+        if len(tokens) > 1 << 15:  # these alone are not enough: they cut long documents
             samples.append(sample_parts(tokens))
         for parts in samples:
             documents = [ids[1:].tolist() for part in parts  # those between two BOS
@@ -2784,8 +2784,9 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
     if s.quant_fit == "trellis" and 8 * budget_bytes <= coded:
         rule = replace(s, quant_fit="level")  # at so few bits rounding loses less
     quantizer = Quantizer(state, rule, calibration)
-    coarsening = [float((w.finest / w.tolerances).nanmedian())  # the level that coarsens half of
-                  for w in quantizer.matrices.values()]         # the rows
+    # Of each matrix, the level that coarsens half of the rows.
+    coarsening = [float((w.finest / w.tolerances).nanmedian())
+                  for w in quantizer.matrices.values()]
     coarsening = [x for x in coarsening if x > 0] or [1.0]  # nan: all weights are 0
     start = max(statistics.median(coarsening), 2.0 ** -24)  # the least of fp16
 
