@@ -392,6 +392,9 @@ PRESETS["pr549"] = dict(PRESETS["pr414"], leaky_slope=0.5, bigram_vocab_size=153
                         proj_optimizer="adamw", ttt_enabled=1)
 PRESETS["pr1092"] = dict(PRESETS["pr549"], leaky_slope=0.75, bigram_vocab_size=2048, xsa_last_n=11,
                          max_wallclock_seconds=580.0, ttt_lr=0.03)
+PRESETS["pr1019"] = dict(
+    PRESETS["pr549"], xsa_last_n=11, bigram_vocab_size=3072, bigram_dim=112, warmdown_iters=4000,
+    gptq=1, gptq_act_order=1, gptq_batches=1, quant_step_floor=0.03226, ttt_enabled=0)
 PRESETS["pr657"] = dict(PRESETS["pr414"], leaky_slope=0.5, value_residual="sigmoid")
 PRESETS["pr490"] = dict(
     PRESETS["pr414"], leaky_slope=0.5, value_residual="pair", gated_attention="head", xsa_last_n=0,
@@ -407,20 +410,28 @@ PRESETS["pr537"] = dict(
     prune_frac=0.03, codec="zstd", val_loss_every=500, train_log_every=100, ttt_enabled=1,
     ttt_epochs=30, ttt_freeze_blocks=2, ttt_proj_lr_mult=3.0, ttt_fc_lr_mult=0.5,
     ttt_intra_cosine=1)
-# The record line, newest first: each row lists what differs from the newer record above it. Our
-# pr1855 lacks CaseOps, the low-rank correction of its weights and the global phases of its TTT.
+# The record line. From pr1855 on, ours lack CaseOps, the low-rank correction of the weights and the
+# global phases of TTT. A match in the text before stands for pr2135's n-gram tilt.
 PRESETS["pr1855"] = dict(
     key_offset=0, mudd=0, value_residual="0", muon_head_pairs=0, cautious_wd=0, ema_decay=0.9965,
     quant_fit="scale", quant_clip="std", attn_bits=6, mlp_bits=6, embed_bits=7, proj_bits=16,
     mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0, gptq_act_order=1,
     gptq_batches=2, eval_attention="window", eval_stride=48, eval_match=0, ttt_lora_rank=80,
     ttt_base_weight=0.0, ttt_lr=1.8e-4)
+PRESETS["pr2014"] = dict(
+    PRESETS["pr1855"], train_seq_len=3072, segment_schedule="1024:0.1,2048:0.7", qk_gain_init=5.25,
+    ttt_lr=1.35e-4)
+PRESETS["pr2135"] = dict(PRESETS["pr1855"], matrix_lr=0.028, gptq_batches=4, eval_seq_len=2560,
+                         eval_match=1, ttt_lr=1.44e-4)
 PRESETS["pr1493"] = dict(
     PRESETS["pr1855"], doc_attention=0, parallel="one", parallel_from=7, smear_gate="0",
     gated_attention="0", muon_coefficients="classic", qk_gain_init=5.25, matrix_lr=0.022,
     muon_momentum=0.99, beta2=0.95, warmdown_frac=0.72, lr_floor=0.0, mlp_clip_sigmas=12.85,
     attn_clip_sigmas=12.85, embed_bits=8, embed_clip_sigmas=20.0, gptq_batches=8, eval_stride=64,
     ttt_lora_rank=0, ttt_lr=0.005, ttt_chunk_tokens=32768)
+PRESETS["pr1530"] = dict(
+    PRESETS["pr1493"], doc_attention=1, parallel="lanes", parallel_from=0, qk_gain_init=5.0,
+    muon_momentum=0.97, eval_stride=32, ttt_lora_rank=96, ttt_lr=1e-4, ttt_chunk_tokens=0)
 PRESETS["pr1394"] = dict(
     PRESETS["pr1493"], late_passes="0-5,4-5,4-5,6-10", late_passes_from=0.5, parallel="0",
     qk_gain_init=4.0, matrix_lr=0.02, muon_wd=0.085, ema_decay=0.997, warmdown_frac=0.667,

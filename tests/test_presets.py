@@ -13,7 +13,10 @@ from conftest import TINY, left
 
 COUNTS = {"": 36_011_617, "sp1024": 27_104_846, "pr414": 26_993_756, "pr549": 26_928_220,
           "pr1092": 26_993_756, "pr657": 26_993_766, "pr490": 27_137_221, "pr537": 24_634_452,
-          "pr1218": 34_401_371, "pr1394": 35_943_512, "pr1493": 35_944_536, "pr1855": 35_945_671}
+          "pr1019": 27_067_484, "pr1218": 34_401_371, "pr1394": 35_943_512, "pr1493": 35_944_536,
+          "pr1530": 35_944_602, "pr1855": 35_945_671,
+          # Without the two softcaps of the originals, which no optimizer moved.
+          "pr2014": 35_945_671, "pr2135": 35_945_671}
 # Sizes and lengths only: parts, optimizers, bits, averaging and TTT stay those of the preset.
 SHRINK = {k: TINY[k] for k in ("VOCAB_SIZE", "DEVICE", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS",
                                "MICRO_BATCH_TOKENS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS",
@@ -36,7 +39,9 @@ def test_parameter_count_to_the_unit(preset, count):
 SMALL = dict(NUM_LAYERS=11, MODEL_DIM=32, MLP_MULT=2, PARALLEL_FROM=8, EMA_DECAY=0.5,
              BIGRAM_VOCAB_SIZE=0)
 LATE = dict(SMALL, LATE_PASSES="0-5,3-5,6-10")
-CHANGED = {"pr1218": SMALL, "pr1394": LATE, "pr1493": LATE, "pr1855": LATE}
+CHANGED = {"pr1019": {}, "pr1218": SMALL, "pr1394": LATE, "pr1493": LATE, "pr1530": LATE,
+           "pr1855": LATE, "pr2014": dict(LATE, SEGMENT_SCHEDULE="8:0.1,16:0.7"),
+           "pr2135": dict(LATE, EVAL_SEQ_LEN=80)}
 
 
 # test_golden.py runs the other systems.
@@ -59,6 +64,8 @@ def test_preset_trains_packs_and_scores(preset, corpus, tmp_path):
             if train_gpt.kind_of(n).kind == "mlp"} == {s.mlp_bits}
     for words, on in (("swa:start", s.swa_enabled), ("late_qat:enabled", s.late_qat_threshold),
                       ("late_passes:enabled", s.late_passes),
+                      ("segments:8 tokens", s.segments),
+                      ("match:ttt val_loss without guesses", s.eval_match),
                       ("ttt_lora [", s.ttt_enabled and s.ttt_lora_rank),
                       ("ttt_chunk [", s.ttt_enabled and not s.ttt_lora_rank)):
         assert (words in log) == bool(on), words

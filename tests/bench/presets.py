@@ -50,7 +50,9 @@ def environment(preset, arguments):
         TTT_CHUNK_TOKENS=s.ttt_chunk_tokens // 8,
         TTT_LORA_RANK=s.ttt_lora_rank,  # else the line above would imply 0
         ROPE_DIMS=4 if s.rope_dims else 0,
-        ROPE_NTK_REFERENCE=s.rope_ntk_reference // 8)
+        ROPE_NTK_REFERENCE=s.rope_ntk_reference // 8, EVAL_SEQ_LEN=s.eval_seq_len // 8,
+        SEGMENT_SCHEDULE=",".join(f"{COMMON['TRAIN_SEQ_LEN'] * tokens // s.train_seq_len}:{until}"
+                                  for tokens, until in s.segments))
     return {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
 
 
