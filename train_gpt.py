@@ -477,16 +477,12 @@ OF_WEIGHT_TTT = {*_NAMES[_NAMES.index("TTT_OPTIMIZER"):], "TTT_MOMENTUM", "TTT_G
 
 def described_settings():
     """{setting: (section, help text)}, from the comments of the class above."""
-    section, name, found = "", "", {}
     body = SOURCE.decode().partition("\nclass Settings:")[2].partition("@property")[0]
-    for line in body.splitlines():
-        if heading := re.match(r"    # == (.+)", line):
-            section = heading[1]
-        elif setting := re.match(r"    (\w+): .+ = .+?(?:  # (.*))?$", line):
-            name = setting[1]
-            found[name] = section, setting[2] or ""
-        elif more := re.match(r"        # (.+)", line):
-            found[name] = section, f"{found[name][1]} {more[1]}".strip()
+    found, body = {}, body.replace("\n        # ", "  # ")  # help of several lines, on one
+    for part in body.split("\n    # == ")[1:]:
+        section, lines = part.split("\n", 1)
+        for name, text in re.findall(r"^    (\w+): .+? = .+?(?:  # (.+))?$", lines, re.M):
+            found[name] = section, text.replace("  # ", " ")
     return found
 
 
