@@ -633,13 +633,10 @@ def translated(environ):
                 stands_for = {meaning: text}
             else:
                 stands_for = meaning(text) if callable(meaning) else meaning[text]
-        except ValueError:
-            problems.append(f"{name}={text}: must be a whole number")
-            continue
-        except KeyError:
-            problems.append(f"{name}={text}: " + (
-                "nothing here reads it: unset it" if name in UNREAD
-                else f"must be one of {', '.join(meaning)}"))
+        except (KeyError, ValueError):
+            what = ("nothing here reads it: unset it" if name in UNREAD else "must be " + (
+                "a whole number" if callable(meaning) else f"one of {', '.join(meaning)}"))
+            problems.append(f"{name}={text}: {what}")
             continue
         for target, value in stands_for.items():
             if target not in environ and (text == "0" or target not in texts):
