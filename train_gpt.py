@@ -275,8 +275,7 @@ class Settings:
     # == Evaluation
     eval_seq_len: Count = 0  # tokens of a scoring window; 0: TRAIN_SEQ_LEN
     # LoRA TTT, 64 → 32: −0.003 (4 × 128) and −0.008 (demo) in less than twice the time.
-    eval_stride: Count = 32  # tokens scored per sliding window or step of the adapters; 0: plain
-        # scoring only
+    eval_stride: Count = 32  # tokens scored per window or step of adapters; 0: plain scoring only
     # Tokens read for each that is scored: 32 in windows of stride 64, 1.5 in banded segments.
     eval_attention: Literal["banded", "window"] = "banded"
         # window: windows with stride EVAL_STRIDE; banded: segments of 2 × EVAL_SEQ_LEN tokens, each
@@ -296,8 +295,7 @@ class Settings:
     ttt_lr: Amount = 0.001  # adapters: the initial rate; weights: cosine decay over the chunks
     ttt_batch_seqs: Positive = 256  # rows per TTT step, or streams of adapters, over all ranks
     ttt_optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: matrices only
-    ttt_params: Literal["all", "tail"] = "all"
-        # tail: blocks from TTT_FREEZE_BLOCKS on, scales, token table
+    ttt_params: Literal["all", "tail"] = "all"  # tail: blocks not frozen, scales, token table
     ttt_intra_cosine: Flag = 0  # also a cosine in each chunk
     ttt_proj_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's down matrices
     ttt_fc_lr_mult: Amount = 1.0  # × TTT_LR for the MLP's up matrices
