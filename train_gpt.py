@@ -692,11 +692,10 @@ def help_text():
     """Every setting by section: default, choices or bounds, meaning."""
     lines = [__doc__.strip(), "", f"Presets: {', '.join(PRESETS)}. Explicit variables win over "
              "PRESET=<name>, which wins over the defaults."]
-    for spec in fields(Settings):
-        section, text = DESCRIBED[spec.name]
+    for name, (section, text) in DESCRIBED.items():
         lines += ["", section] if section not in lines else []
-        bounds = re.sub(rf"(.+) to ({2**62}|1e\+18)", r"at least \1", type_text(spec.name))
-        lines.append(f"  {spec.name.upper()}={spec.default}  {text} [{bounds}]")
+        bounds = re.sub(rf"(.+) to ({2**62}|1e\+18)", r"at least \1", type_text(name))
+        lines.append(f"  {name.upper()}={getattr(Settings, name)}  {text} [{bounds}]")
     return "\n".join(lines)
 
 
