@@ -770,7 +770,7 @@ class Runtime:
         self.any_rank(False)
 
     def sum_later(self, x):
-        return self._started(x, dist.all_reduce, x)
+        return self._started(dist.all_reduce, x)
 
     # torch 2.13 has the first name of each pair and warns about the second.
     REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -778,22 +778,21 @@ class Runtime:
 
     def reduce_scatter(self, x):
         """Start a sum over ranks of x [n·W, ...]; each rank gets its n rows."""
-        out = x.new_empty(len(x) // self.world_size, *x.shape[1:]) if self.world_size > 1 else x
-        return self._started(out, Runtime.REDUCE_SCATTER, out, x)
+        return self._started(Runtime.REDUCE_SCATTER, x, len(x) // self.world_size)
 
     def all_gather(self, x):
         """Start to gather every rank's x [n, ...] as [n·W, ...]."""
-        x = x.contiguous()
-        out = x.new_empty(len(x) * self.world_size, *x.shape[1:]) if self.world_size > 1 else x
-        return self._started(out, Runtime.ALL_GATHER, out, x)
+        return self._started(Runtime.ALL_GATHER, x.contiguous(), len(x) * self.world_size)
 
-    def _started(self, out, collective, *tensors):
-        work = collective(*tensors, async_op=True) if self.world_size > 1 else None
+    def _started(self, collective, x, rows=None):  # the result has `rows` rows; None: it is in x
+        if self.world_size == 1:
+            return lambda: x
+        tensors = (x,) if rows is None else (x.new_empty(rows, *x.shape[1:]), x)
+        work = collective(*tensors, async_op=True)
 
-        def wait(held=tensors):  # keeps the inputs alive
-            if work:
-                work.wait()  # blocks the stream of a GPU, not the host
-            return out
+        def wait():
+            work.wait()  # blocks the stream of a GPU, not the host
+            return tensors[0]  # `tensors` keeps x alive
         return wait
 
     def part(self, n):
