@@ -912,9 +912,8 @@ GET_DATA = ("python data/cached_challenge_fineweb.py --variant sp8192 (or sp4096
 
 def get_data(s):
     """GET_DATA with this vocabulary's variant in its command, if the challenge has such shards."""
-    variant = f"sp{s.vocab_size}"
-    known = re.search(rf"{variant}\b", GET_DATA)
-    return re.sub(r"sp8192 \(.*?\)", variant, GET_DATA) if known else GET_DATA
+    known = s.vocab_size in (8192, 4096, 1024)
+    return re.sub(r"sp8192 \(.*?\)", f"sp{s.vocab_size}", GET_DATA) if known else GET_DATA
 
 
 def open_shard(path, whole=False):
