@@ -3850,8 +3850,7 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     trainer.warm_up()
     if s.resume:
         checkpoints.resume(trainer)
-    with contextlib.closing(
-            batches_of(stream, rt, trainer.rows_per_step, trainer.step)) as reader:
+    with contextlib.closing(batches_of(stream, rt, trainer.rows_per_step, trainer.step)) as reader:
         batches = itertools.chain([next(reader)], reader)  # the first is read before the clock
         rt.barrier()  # on every rank
         trainer.train(batches, lambda: plain("validation", trainer.late))
@@ -3862,8 +3861,7 @@ def train_and_pack(model, forward, s, rt, tokens, byte_table, path):
     started = time.perf_counter()
     written = write_artifact(dict(model.named_parameters()), s, rt, calibration, path)
     trained = dict(steps=trainer.step, train_tokens=trainer.step * s.train_batch_tokens,
-                   train_seconds=trainer.elapsed / 1000,
-                   pack_seconds=time.perf_counter() - started,
+                   train_seconds=trainer.elapsed / 1000, pack_seconds=time.perf_counter() - started,
                    validation_documents_in_training=repeated, **written)
     results = {"float": floating}
     if rt.rank == 0:
