@@ -92,13 +92,13 @@ def in_a_line(problem):
 
 
 @contextlib.contextmanager
-def explained(what, way_out, error=UserError, kinds=OSError):
-    """Turn exceptions of `kinds` into `error`, with a message: what failed, why, what to do."""
+def explained(what, way_out, kinds=OSError):
+    """Turn exceptions of `kinds` into a UserError: what failed, why, what to do."""
     try:
         yield
     except kinds as problem:
         reason = getattr(problem, "strerror", None) or in_a_line(problem)
-        raise error(f"{what}: {reason}; {way_out}") from problem
+        raise UserError(f"{what}: {reason}; {way_out}") from problem
 
 
 # ---- 1. Settings: only this section and main read settings from the environment -----------------
@@ -735,9 +735,8 @@ class Runtime:
         torch.set_float32_matmul_precision("high" if cuda else "highest")
         torch.manual_seed(s.seed)
         if self.world_size > 1:
-            with explained(f"WORLD_SIZE={self.world_size}: the ranks cannot connect",
-                           "start with torchrun, or unset WORLD_SIZE",
-                           kinds=(ValueError, dist.DistError)):
+            with explained(f"WORLD_SIZE={self.world_size}: the ranks cannot connect", "start with "
+                           "torchrun, or unset WORLD_SIZE", (ValueError, dist.DistError)):
                 dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
     def close(self):
@@ -1074,7 +1073,7 @@ class ByteTable:
         if not path.is_file():
             raise UserError(f"TOKENIZER_PATH={s.tokenizer_path}: no such file; {get_data(s)}")
         with explained(f"TOKENIZER_PATH={path}: not a SentencePiece model", GET_DATA,
-                       kinds=(RuntimeError, OSError)):
+                       (RuntimeError, OSError)):
             sp = self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         V = sp.vocab_size()
         if V != s.vocab_size:
@@ -1899,7 +1898,7 @@ def init_weights(model, s):
 
 def enough_memory(s):
     return explained(f"MODEL_DIM={s.model_dim}, BIGRAM_VOCAB_SIZE={s.bigram_vocab_size}: no memory "
-                     "for such a model", "lower these or MLP_MULT", kinds=RuntimeError)
+                     "for such a model", "lower these or MLP_MULT", RuntimeError)
 
 
 def build_model(s, rt):
@@ -2518,10 +2517,6 @@ OF_TRAINING = [name for name, (section, _) in DESCRIBED.items() if section != "E
                                              "val_loss_every", "warmup_steps"}]
 
 
-class ArtifactError(UserError):
-    """The file is not an artifact, or incomplete."""
-
-
 # rANS (Duda 2013): a state below 2³² holds what was coded; a code of frequency f/2¹⁵ adds
 # 15 − log₂ f bits; 16 bits at a time move to the file. 512 interleaved states vectorize in numpy.
 # Frequencies are counted by context: 4·log₂ of the magnitude of the code's row plus that of its
@@ -2701,9 +2696,9 @@ def open_artifact(content):
 
 
 def decode_artifact(content, path="the artifact"):
-    """(stored settings, {name: Quantized}, note) from a file's bytes. Raises ArtifactError."""
+    """(stored settings, {name: Quantized}, note) from a file's bytes. Raises UserError."""
     with explained(f"{path}: not an artifact of this script, or damaged or cut short",
-                   "make or fetch it again", ArtifactError, Exception):  # whatever bad bytes raise
+                   "make or fetch it again", Exception):  # whatever bad bytes raise
         header, index, side, codes = open_artifact(content)
         described = [(str(name), int(bits), tuple(map(int, shape)))
                      for name, bits, shape in index["tensors"]]
@@ -2742,7 +2737,7 @@ def decode_artifact(content, path="the artifact"):
 
 def read_artifact(path, sha256=""):
     """decode_artifact of a file; errors name it. Raises UserError if its SHA-256 is another."""
-    with explained(f"{path} cannot be read", "name an artifact of a run", ArtifactError):
+    with explained(f"{path} cannot be read", "name an artifact of a run"):
         content = user_path(path).read_bytes()
     if sha256 and sha256 != (found := hashlib.sha256(content).hexdigest()):
         raise UserError(f"{path}: SHA-256 {found}, where this run wrote or found {sha256}: the "
@@ -2813,11 +2808,11 @@ def pack(state, s, budget_bytes, log=lambda line: None, calibration=None):
 
 
 def check_shapes(expected, tensors, path):
-    """Raises ArtifactError unless the artifact holds these parameters and no other."""
+    """Raises UserError unless the artifact holds these parameters and no other."""
     found = {name: tuple(t.codes.shape) for name, t in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise ArtifactError(f"{path}: does not hold this model: {name} is "
+            raise UserError(f"{path}: does not hold this model: {name} is "
                                 f"{found.get(name, 'absent')} in the file and "
                                 f"{expected.get(name, 'absent')} in the model")
 
@@ -3439,7 +3434,7 @@ class Checkpoints:
         """Load the newest whole state. Raises UserError if its key differs."""
         for path in sorted(self.folder.glob(self.NAMES), reverse=True):
             with explained(f"RESUME=auto: {path} cannot be read or is no state of this run",
-                           "move it away, or set another OUT_DIR", kinds=Exception):
+                           "move it away, or set another OUT_DIR", Exception):
                 content = path.read_bytes()
                 if hashlib.sha256(content[:-32]).digest() != content[-32:]:
                     self.rt.log(f"resume:{path} is damaged and left out")
@@ -3999,7 +3994,7 @@ def settings_of_artifact(path, environ, world_size=1):
     stored, tensors, _ = read_artifact(path)
     for name, value in stored.items():
         with explained(f"{path}: holds {name}={value}", "score it with the script that made it",
-                       ArtifactError, ValueError):
+                       ValueError):
             if name not in TYPES or name in NOT_STORED:  # such as OUT_DIR
                 raise ValueError("no artifact of this script has that")
             stored[name] = parse_value(name, value)
@@ -4007,7 +4002,7 @@ def settings_of_artifact(path, environ, world_size=1):
     absent = [name.upper() for name, (section, _) in DESCRIBED.items()
               if section == "Model" and name not in stored and name.upper() not in explicit]
     if absent:
-        raise ArtifactError(f"{path}: made by an earlier version that did not store "
+        raise UserError(f"{path}: made by an earlier version that did not store "
                             f"{', '.join(absent)}: set each; where it had none to 0, a list to "
                             "empty")
     other = [f"{name.upper()}={stored[name]}, not {getattr(s, name)}" for name in OF_TRAINING
@@ -4034,7 +4029,7 @@ def run_job(s, rt, explicit):
     log_shape(s, rt.log)
     if rt.compile:
         with explained("torch.compile does not work here", "mend it, or set COMPILE=0, which is "
-                       "several times slower on a GPU", kinds=Exception):
+                       "several times slower on a GPU", Exception):
             rt.compiled(lambda x: x * 2 + 1)(torch.ones(8, device=rt.device))
     model, names = build_model(s, rt)
     rt.log(" ".join(f"{part}:{name}" for part, name in names.items())

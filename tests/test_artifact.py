@@ -21,9 +21,9 @@ from bench.fuzz import CODECS, START, put_together, sealed, taken_apart
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import train_gpt
-from train_gpt import (ARTIFACT_MAGIC, CONTEXTS, RANS_BITS, RANS_STATES, SYMBOLS, ArtifactError,
-                       Calibration, Quantized, Quantizer, Settings, UserError, decode_artifact,
-                       encode_artifact, frequencies, pack, rans_decode, rans_encode)
+from train_gpt import (ARTIFACT_MAGIC, CONTEXTS, RANS_BITS, RANS_STATES, SYMBOLS, Calibration,
+                       Quantized, Quantizer, Settings, UserError, decode_artifact, encode_artifact,
+                       frequencies, pack, rans_decode, rans_encode)
 
 quick = settings(database=None, max_examples=100, suppress_health_check=list(HealthCheck))
 
@@ -349,10 +349,10 @@ def good():
 
 
 def refused(content, most_bytes=1 << 24):
-    """Is refused with ArtifactError, while no more than `most_bytes` are allocated."""
+    """Is refused with UserError, while no more than `most_bytes` are allocated."""
     tracemalloc.start()
     try:
-        with pytest.raises(ArtifactError):
+        with pytest.raises(UserError):
             decode_artifact(content)
         assert tracemalloc.get_traced_memory()[1] < most_bytes
     finally:
@@ -375,7 +375,7 @@ def test_flipped_bits_other_versions_and_foreign_files_are_refused(good):
     for foreign in (b"", b"PK\x03\x04" + bytes(500), bytes(1000), sealed(b""),
                     sealed(ARTIFACT_MAGIC[:-1] + b"\x03" + bytes(100))):
         refused(foreign)
-    with pytest.raises(ArtifactError, match="not an artifact of this script"):
+    with pytest.raises(UserError, match="not an artifact of this script"):
         decode_artifact(sealed(content[:7] + b"\x01" + content[8:-32]))
     for length in (0, 1, 2**31, 2**32 - 1):  # of the header
         refused(sealed(content[: START - 4] + struct.pack("<I", length) + content[START:-32]))
@@ -558,6 +558,6 @@ def test_another_models_artifact_is_refused_and_loads_nothing(model_state, tiny,
     model = train_gpt.GPT(tiny())
     with torch.no_grad():
         [p.fill_(7.0) for p in model.parameters()]
-    with pytest.raises(ArtifactError, match="does not hold this model: cores"):
+    with pytest.raises(UserError, match="does not hold this model: cores"):
         train_gpt.load_quantized(model, tensors, Path("x.ptz"))
     assert all((p == 7).all() for p in model.parameters())

@@ -6,9 +6,9 @@ says it is.
 Every file is an honest artifact (all installed codecs, all bits) after one to four changes: of raw
 bytes, the header, the decompressed index, the arrays behind it, the tables and states of the coder.
 What is decompressed is compressed again, and seven files in eight get a right checksum: it is not
-what keeps damage from the decoder here. Counted are files refused (ArtifactError or UserError),
-harmless (they decode to tensors of the shapes that they state), and crashes (any other exception,
-or a warning); the first of each kind is kept beside the log. Exit status 1 if there is one.
+what keeps damage from the decoder here. Counted are files refused (UserError), harmless (they
+decode to tensors of the shapes that they state), and crashes (any other exception, or a warning);
+the first of each kind is kept beside the log. Exit status 1 if there is one.
 """
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def outcome(content):
     another shape or with a code beyond its bits."""
     try:
         settings, tensors, note = T.decode_artifact(content)
-    except T.ArtifactError as refusal:
+    except T.UserError as refusal:
         # the decoder turns whatever it meets into a refusal; these would be mistakes of its own
         assert not isinstance(refusal.__cause__, (Warning, MemoryError, NameError, AssertionError,
                                                   AttributeError, StopIteration)), refusal
