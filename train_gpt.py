@@ -1403,12 +1403,10 @@ def cudnn_attention(strict=False):
     MATH."""
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
              SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    plain, masked = (order[:1], order[:-1]) if strict else (order, order)
 
     def attend(q, k, v, mask=None):
-        allowed = order
-        if strict:
-            allowed = order[:1] if mask is None else order[:-1]
-        with sdpa_kernel(allowed, set_priority=True):
+        with sdpa_kernel(plain if mask is None else masked, set_priority=True):
             return sdpa(q, k, v, mask)
     return attend, visible_mask
 
@@ -1426,12 +1424,6 @@ def attention_kernel(name, strict=False):
     except Exception:  # a broken package counts as missing
         return None
     return flash_attention(module)
-
-
-def attention_of(kernel):
-    """attend(q, k, v, band, starts) from a pair of attention_kernel; None from None."""
-    return kernel and (lambda q, k, v, band=0, starts_BT=None:
-                       kernel[0](q, k, v, kernel[1](q, band, starts_BT)))
 
 
 @dataclass(frozen=True)
@@ -1484,8 +1476,9 @@ def choose_kernels(s, rt):
     starts = position == 350 if s.doc_attention else None
 
     def as_used(kernel):
-        attend, bands = attention_of(kernel), [0, 130] if s.scoring_shape[2] else [0]
-        return attend and (lambda *qkv: torch.cat([attend(*qkv, band, starts) for band in bands]))
+        bands = [0, 130] if s.scoring_shape[2] else [0]
+        return kernel and (lambda *qkv: torch.cat([
+            kernel[0](*qkv, kernel[1](qkv[0], band, starts)) for band in bands]))
 
     # For documents cuDNN comes last: it would read a mask [B, T, T].
     order = sorted(ATTENTION, key=lambda name: s.doc_attention and name == "cudnn")

@@ -13,7 +13,16 @@ from hypothesis import HealthCheck, given, settings as hypothesis_settings, stra
 import train_gpt
 from train_gpt import GPT, Settings, UserError, init_weights, kind_of
 
-CPU, sdpa = a_rank(), train_gpt.attention_of(train_gpt.attention_kernel("sdpa"))
+CPU = a_rank()
+
+
+def attend_by(name, strict=False):
+    """attend(q, k, v, band, starts) of a kernel."""
+    attend, visible = train_gpt.attention_kernel(name, strict)
+    return lambda q, k, v, band=0, starts=None: attend(q, k, v, visible(q, band, starts))
+
+
+sdpa = attend_by("sdpa")
 
 
 def randomized(s, seed=0, dtype=torch.float32):
@@ -582,7 +591,7 @@ def pytorchs_flash(monkeypatch):
 
 def test_pytorchs_flash_takes_bands_and_documents(tiny, pytorchs_flash):
     """Without a package: the right keys and gradients, and the choice for documents."""
-    flash = train_gpt.attention_of(train_gpt.attention_kernel("flash"))
+    flash = attend_by("flash")
     starts = torch.zeros(3, 40, dtype=torch.bool)
     starts[0, 0] = starts[1, 9] = starts[2, 39] = True
     inputs = [torch.randn(3, 40, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
@@ -618,8 +627,7 @@ def test_a_kernel_must_be_right_on_every_rank():
 
 def test_pytorchs_kernels_fall_back_on_others_unless_strict():
     q, k, v = (torch.randn(2, 24, heads, 8) for heads in (4, 2, 2))
-    attend, strict = (train_gpt.attention_of(train_gpt.attention_kernel("cudnn", strict))
-                      for strict in (False, True))
+    attend, strict = (attend_by("cudnn", strict) for strict in (False, True))
     for window in (0, 5):
         torch.testing.assert_close(attend(q, k, v, window), sdpa(q, k, v, window))
     with pytest.raises(RuntimeError):  # there is no such kernel here
