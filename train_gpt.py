@@ -1171,10 +1171,9 @@ def scaled_rms_norm(x_BTHE, gain_H):
     return (x32 * factor.unsqueeze(-1)).to(x_BTHE.dtype)
 
 
-def linear(x, w_RC, scale_R=None):
-    """x @ wᵀ in x's type, times the scale of the outputs. The scale multiplies the rows of w:
-    cheaper than another pass over the activations."""
-    return F.linear(x, (w_RC if scale_R is None else w_RC * scale_R[:, None]).to(x.dtype))
+def linear(x, w_RC):
+    """x @ wᵀ in x's type."""
+    return F.linear(x, w_RC.to(x.dtype))
 
 
 def adapted(y_BTR, u_BTD, pair=None):
@@ -1596,7 +1595,8 @@ class Attention(nn.Module):
         else:
             gate = y.new_ones(y.shape[:-1])
         y = GatedXSA.apply(y, v, gate) if xsa else y * gate.unsqueeze(-1)
-        return linear(y.flatten(-2), self.o, block.attn_scale), unmixed_v
+        # Scaling the rows of the matrix is cheaper than a pass over the activations.
+        return linear(y.flatten(-2), self.o * block.attn_scale[:, None]), unmixed_v
 
 
 class MLP(nn.Module):
