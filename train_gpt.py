@@ -3395,8 +3395,8 @@ class Checkpoints:
         self.text = [hashlib.sha256(validation.tobytes()).hexdigest(), s.context]
         data = [[p.name, len(t), hashlib.sha256(t[: 1 << 16].tobytes()).hexdigest()]
                 for p, t in zip(stream.paths, stream.shards)]
-        self.key = {name: getattr(s, name) for name in OF_TRAINING}
-        self.key.update(data=hashlib.sha256(compact_json(data=data)).hexdigest(),
+        self.key = dict({name: getattr(s, name) for name in OF_TRAINING},
+                        data=hashlib.sha256(compact_json(data=data)).hexdigest(),
                         code=hashlib.sha256(SOURCE).hexdigest())
 
     def save(self, trainer):
@@ -3443,12 +3443,11 @@ class Checkpoints:
                     vars(trainer.averages).update(state["averages"])
                     torch._foreach_copy_(trainer.weights, state["model"])
                     vars(trainer).update({name: state[name] for name in self.CARRIED})
-            if other:
-                raise UserError(f"RESUME=auto: {path} was made with {'; '.join(other)}: set these, "
-                                "with the same data (DATA) and script (CODE), or another OUT_DIR")
-            self.kept = [path]
-            self.rt.log(f"resume:step {trainer.step} train_time:{trainer.elapsed:.0f}ms")
-            return
+                    self.kept = [path]
+                    self.rt.log(f"resume:step {trainer.step} train_time:{trainer.elapsed:.0f}ms")
+                    return
+            raise UserError(f"RESUME=auto: {path} was made with {'; '.join(other)}: set these, "
+                            "with the same data (DATA) and script (CODE), or another OUT_DIR")
         self.rt.log("resume:no checkpoint, from the beginning")
 
     def remove(self, paths):
