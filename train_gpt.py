@@ -1191,8 +1191,7 @@ def leaky_square_mlp(u_ND, up_RD, down_DR, slope):
 
 # leaky_square_mlp as a Triton kernel, for compiled models on a GPU. It fuses the activation into
 # the first matrix product, and its derivative into the backward product. It stores LeakyReLU(x)²
-# with the sign of x as its last bit; the derivative follows from the two. The loss needs no kernel
-# of ours: the compiler's moves as few bytes.
+# with the sign of x as its last bit; the derivative follows from the two.
 jit = triton.jit if triton else lambda kernel: kernel
 MLP_TILE = dict(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3)
 
@@ -1398,8 +1397,7 @@ def flash_attention(module):
 
 def cudnn_attention(strict=False):
     """(attend, visible) of cuDNN. If it refuses an input, PyTorch's next kernel takes it; the last,
-    MATH, stores all scores. strict, to test cuDNN, allows only cuDNN, or with a mask all but
-    MATH."""
+    MATH, stores all scores. strict, to test cuDNN, leaves out the others, with a mask only MATH."""
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
              SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     plain, masked = (order[:1], order[:-1]) if strict else (order, order)
@@ -2098,8 +2096,7 @@ def progress_of(s, step, elapsed_ms):
 def warmdown_left(s, step, elapsed_ms):
     """1, then a linear decay to 0 over the last WARMDOWN_FRAC of the run or WARMDOWN_ITERS steps.
 
-    The end is ITERATIONS or the cap of the clock, whichever is nearer at the pace so far. A
-    warmdown longer than the run spans the run."""
+    The end is ITERATIONS or the cap of the clock, whichever is nearer at the pace so far."""
     if s.warmdown_frac:
         return min(1.0, max(0.0, 1 - progress_of(s, step, elapsed_ms)) / s.warmdown_frac)
     end = s.iterations or math.inf  # in steps
