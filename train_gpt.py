@@ -3491,7 +3491,8 @@ class Trainer:
                          if kind_of(name).kind in ("attn", "mlp") and bits_of(name, s) < 16]
         self.step, self.elapsed, self.step_ms = 0, 0.0, 0.0
         self.sums_ms = 0.0  # of a calibration's sums over ranks
-        self.save_ms = 0.0  # of the last checkpoint; the next begins only if as much is left
+        # Of the last checkpoint, at first a guess; the next begins only if as much is left.
+        self.save_ms = 50 * s.max_wallclock_seconds  # a twentieth of the clock
         self.scheduled = s  # for schedules: its clock ends where calibration begins
         self.last_loss = ""  # for the progress line; reading it from a GPU stalls it
         # Both stay on once set. Without LATE_PASSES there is one list, and `late` is on at once.

@@ -389,11 +389,13 @@ def slow_checkpoints(monkeypatch):
     monkeypatch.setattr(train_gpt, "write_whole", slow)
 
 
-@pytest.mark.parametrize("every, checkpoints", [(1000, 1), (0.7, 2)])
-def test_training_ends_in_time_though_a_checkpoint_takes_long(job, slow_checkpoints, every,
+@pytest.mark.parametrize("every, gptq, checkpoints", [(1000, 1, 1), (0.7, 1, 2), (2.88, 0, 1)])
+def test_training_ends_in_time_though_a_checkpoint_takes_long(job, slow_checkpoints, every, gptq,
                                                               checkpoints):
-    """After the first, none is begun that would pass the cap; the last is not training."""
-    done = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=3, CHECKPOINT_EVERY_SECONDS=every, GPTQ=1)
+    """None is begun that would pass the cap, and no first one shortly before the cap; the last is
+    not training."""
+    done = job(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=3, CHECKPOINT_EVERY_SECONDS=every,
+               GPTQ=gptq)
     assert done.returncode == 0 and 1 < done.result["train_seconds"] <= 3
     assert done.stdout.count("checkpoint:step") == checkpoints
     assert max(done.checkpoints) == done.result["steps"]
