@@ -185,7 +185,7 @@ class Settings:
     parallel: Literal["0", "one", "lanes"] = "lanes"
         # blocks from PARALLEL_FROM on: one: attention and MLP read the same input (#1493); lanes:
         # two residual streams with learned routing (#1529)
-    parallel_from: Count = 0  # first of those blocks; 0: 8/11 of NUM_LAYERS for lanes, 7/11 for one
+    parallel_from: Count = 0  # first of those blocks; 0: 8/11 of NUM_LAYERS
     unet_skips: Literal["0", "1", "gated"] = "gated"
         # skips from the first half of the passes to the second; 1: added; gated: blended (#1218)
     # 4 × 128: −0.005 to −0.018 at 600 steps, three seeds; −0.022 at 2,500, one. 11 × 64: −0.018 at
@@ -422,14 +422,14 @@ PRESETS["pr2014"] = dict(
 PRESETS["pr2135"] = dict(PRESETS["pr1855"], matrix_lr=0.028, gptq_batches=4, eval_seq_len=2560,
                          eval_match=1, ttt_lr=1.44e-4)
 PRESETS["pr1493"] = dict(
-    PRESETS["pr1855"], doc_attention=0, parallel="one", smear_gate="0", gated_attention="0",
-    muon_coefficients="classic", qk_gain_init=5.25, matrix_lr=0.022, muon_momentum=0.99, beta2=0.95,
-    warmdown_frac=0.72, lr_floor=0.0, mlp_clip_sigmas=12.85, attn_clip_sigmas=12.85, embed_bits=8,
-    embed_clip_sigmas=20.0, gptq_batches=8, eval_stride=64, ttt_lora_rank=0, ttt_lr=0.005,
-    ttt_chunk_tokens=32768)
+    PRESETS["pr1855"], doc_attention=0, parallel="one", parallel_from=7, smear_gate="0",
+    gated_attention="0", muon_coefficients="classic", qk_gain_init=5.25, matrix_lr=0.022,
+    muon_momentum=0.99, beta2=0.95, warmdown_frac=0.72, lr_floor=0.0, mlp_clip_sigmas=12.85,
+    attn_clip_sigmas=12.85, embed_bits=8, embed_clip_sigmas=20.0, gptq_batches=8, eval_stride=64,
+    ttt_lora_rank=0, ttt_lr=0.005, ttt_chunk_tokens=32768)
 PRESETS["pr1530"] = dict(
-    PRESETS["pr1493"], doc_attention=1, parallel="lanes", qk_gain_init=5.0, muon_momentum=0.97,
-    eval_stride=32, ttt_lora_rank=96, ttt_lr=1e-4, ttt_chunk_tokens=0)
+    PRESETS["pr1493"], doc_attention=1, parallel="lanes", parallel_from=0, qk_gain_init=5.0,
+    muon_momentum=0.97, eval_stride=32, ttt_lora_rank=96, ttt_lr=1e-4, ttt_chunk_tokens=0)
 PRESETS["pr1394"] = dict(
     PRESETS["pr1493"], late_passes="0-5,4-5,4-5,6-10", late_passes_from=0.5, parallel="0",
     qk_gain_init=4.0, matrix_lr=0.02, muon_wd=0.085, ema_decay=0.997, warmdown_frac=0.667,
@@ -564,8 +564,6 @@ def model_rules(s):
          "NTK needs more than two channels that rotate: set ROPE_NTK_REFERENCE=0"),
         (max(s.unique_layers, s.ttt_freeze_blocks) <= s.num_layers,
          "UNIQUE_LAYERS TTT_FREEZE_BLOCKS NUM_LAYERS", "must be at most NUM_LAYERS"),
-        (s.parallel_from < s.num_layers, "PARALLEL_FROM NUM_LAYERS",
-         f"must be a block of 0..{last}; PARALLEL=0: none is parallel"),
         (s.late_order and s.late_order[0] == 0 and len({*s.late_order}) == s.num_layers,
          "LATE_PASSES", f"must be blocks of 0..{last} and ranges such as 0-{last}, commas between, "
          "0 first and each at least once; auto fits NUM_LAYERS; empty: off"),
@@ -1530,8 +1528,7 @@ def pass_list(s, late=False):
     over cores, as in #537. Lanes begin in the second half."""
     order = s.late_order if late else list(range(s.num_layers))
     half, passes = len(order) // 2, []
-    of_11 = 7 if s.parallel == "one" else 8
-    first_parallel = s.parallel_from or round(of_11 * s.num_layers / 11)
+    first_parallel = s.parallel_from or round(8 * s.num_layers / 11)
     for position, block in enumerate(order):
         core, skips, second_half = block % s.cores, s.unet_skips != "0", position >= half
         parallel = block >= first_parallel and (second_half or s.parallel == "one")

@@ -40,8 +40,9 @@ SHAPE = dict(NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ
              DATA_PATH="data/datasets/fineweb10B_sp1024",
              TOKENIZER_PATH="data/tokenizers/fineweb_1024_bpe.model")
 COUNTS_STEPS = ("WARMDOWN_ITERS", "MUON_MOMENTUM_WARMUP_STEPS", "SWA_EVERY")
-NUMBERS_BLOCKS = ("VE_LAYERS", "LOOP_START", "LOOP_END", "PARALLEL_RESIDUAL_START",
-                  "PARALLEL_START_LAYER", "TTT_FREEZE_BLOCKS", "UNIQUE_LAYERS")
+NUMBERS_BLOCKS = ("VE_LAYERS", "LOOP_START", "LOOP_END", "PARALLEL_FROM",
+                  "PARALLEL_RESIDUAL_START", "PARALLEL_START_LAYER", "TTT_FREEZE_BLOCKS",
+                  "UNIQUE_LAYERS")
 STAGES = {  # column: the labels of its lines in the logs, the best first
     "last weights": ("last_validation",),
     "averaged": (r"post[-_]?(ema|swa|avg)", r"\b(ema|swa)\b", r"diagnostic"),

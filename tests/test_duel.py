@@ -248,13 +248,13 @@ def test_defaults_shrink_with_the_run_and_what_is_set_stays():
         ema_decay=float(os.environ.get('EMA_DECAY',.9965)); ve = os.environ.get("VE_LAYERS", "9,10")
         loop_start = int(os.environ.get("LOOP_START", 3)); end = os.environ.get("LOOP_END", "5")
         every = int(os.environ.get("MUON_MOMENTUM_WARMUP_STEPS", "1500"))
-        parallel_from = int(os.environ.get("PARALLEL_START_LAYER", 7))"""
+        parallel_from = int(os.environ.get("PARALLEL_FROM", 7))"""
     found = duel.scaled({"NUM_LAYERS": 4, "SEED": 7, "MUON_MOMENTUM_WARMUP_STEPS": "9"},
                         duel.default_in(source), 700)
     assert found == {"NUM_LAYERS": 4, "SEED": 7, "MUON_MOMENTUM_WARMUP_STEPS": "9",
                      "WARMDOWN_ITERS": 350, "SWA_EVERY": 5, "EMA_DECAY": round(0.9965 ** 10, 6),
                      "VE_LAYERS": "3", "LOOP_START": "1", "LOOP_END": "2",
-                     "PARALLEL_START_LAYER": "2"}
+                     "PARALLEL_FROM": "2"}
     assert "VE_LAYERS" not in duel.scaled({"NUM_LAYERS": 11}, duel.default_in(source), 700)
 
 

@@ -169,7 +169,6 @@ CONTRADICTIONS = [  # settings, each of them good, and the words of the one prob
     (dict(ROPE_DIMS=2, ROPE_NTK_REFERENCE=1024), "NTK needs more than two channels"),
     (dict(MODEL_DIM=16, ROPE_DIMS=0, ROPE_NTK_REFERENCE=1024), "NTK needs more than two channels"),
     (dict(UNIQUE_LAYERS=12), "UNIQUE_LAYERS=12"),
-    (dict(PARALLEL_FROM=11), "PARALLEL_FROM=11, NUM_LAYERS=11: must be a block"),
     (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS=12, NUM_LAYERS=11: must be at most"),
     (dict(BIGRAM_VOCAB_SIZE=1), "BIGRAM_VOCAB_SIZE=1"),
     (dict(TRAIN_BATCH_TOKENS=2049),
