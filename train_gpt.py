@@ -275,7 +275,7 @@ class Settings:
     # == Evaluation
     eval_seq_len: Count = 0  # tokens of a scoring window; 0: TRAIN_SEQ_LEN
     # LoRA TTT, 64 → 32: −0.003 (4 × 128) and −0.008 (demo) in less than twice the time.
-    eval_stride: Count = 32  # tokens scored per window or step of adapters; 0: plain scoring only
+    eval_stride: Count = 32  # tokens per step of adapters or sliding window; 0: plain scoring only
     # Tokens read for each that is scored: 32 in windows of stride 64, 1.5 in banded segments.
     eval_attention: Literal["banded", "window"] = "banded"
         # window: windows with stride EVAL_STRIDE; banded: segments of 2 × EVAL_SEQ_LEN tokens, each
@@ -475,7 +475,8 @@ OF_WEIGHT_TTT = {*_NAMES[_NAMES.index("TTT_OPTIMIZER"):], "TTT_MOMENTUM", "TTT_G
 
 def described_settings():
     """{setting: (section, help text)}, from the comments of the class above."""
-    body = SOURCE.decode().partition("\nclass Settings:")[2].partition("@property")[0]
+    body = "\n".join(SOURCE.decode().splitlines())  # without the \r of some editors
+    body = body.partition("\nclass Settings:")[2].partition("@property")[0]
     found, body = {}, body.replace("\n        # ", "  # ")  # help of several lines, on one
     for part in body.split("\n    # == ")[1:]:
         section, lines = part.split("\n", 1)
@@ -592,8 +593,8 @@ def run_rules(s, world_size):
          f"{rows} rows on {world_size} ranks; start a number of processes that divides the rows"),
         (s.micro_batch_tokens >= T, "MICRO_BATCH_TOKENS TRAIN_SEQ_LEN",
          "must hold a row; raise it"),
-        (s.eval_stride <= s.context, "EVAL_STRIDE",
-         f"exceeds the scoring window of {s.context} tokens; lower it"),
+        (s.eval_stride <= s.context or (s.ttt_shape if s.ttt_enabled else s.scoring_shape)[2],
+         "EVAL_STRIDE", f"exceeds the scoring window of {s.context} tokens; lower it"),
         (not s.ttt_enabled or s.eval_stride, "TTT_ENABLED EVAL_STRIDE",
          "TTT scores with a full context: set EVAL_STRIDE, or TTT_ENABLED=0"),
         (not s.ttt_enabled or s.ttt_lora_rank or s.ttt_chunk_tokens == 0

@@ -189,9 +189,12 @@ def our_side(preset, out, settings, steps):
     wanted = scaled(settings, lambda name: getattr(defaults, name.lower(), None), steps)
     if int(settings["NUM_LAYERS"]) < defaults.num_layers and re.search(r"\d", defaults.late_passes):
         wanted.setdefault("LATE_PASSES", "auto")  # the preset's passes name blocks
-    rows = int(settings["TRAIN_SEQ_LEN"]) / defaults.train_seq_len
+    rows = int(settings["TRAIN_SEQ_LEN"])
+    least = 1024 if rows > 512 else 1  # the script takes no shorter segments
+    segments = [(rows * tokens // defaults.train_seq_len, until)
+                for tokens, until in defaults.segments]
     wanted.setdefault("SEGMENT_SCHEDULE", ",".join(
-        f"{int(rows * tokens)}:{until}" for tokens, until in defaults.segments))
+        f"{tokens}:{until}" for tokens, until in segments if tokens >= least))
     folder = out / "ours"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -263,10 +263,11 @@ def test_an_unknown_preset_is_refused_in_words(tmp_path):
         duel.our_side("pr99", tmp_path, duel.SHAPE, 6)
 
 
+@pytest.mark.parametrize("rows", [256, 1024, 2048])
 @pytest.mark.parametrize("preset", [p for p in train_gpt.PRESETS if p[:2] in ("pr", "sp")] + [""])
-def test_every_preset_fits_the_small_shape(tmp_path, corpus, preset):
+def test_every_preset_fits_the_small_shape(tmp_path, corpus, preset, rows):
     shape = {**duel.SHAPE, "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.model,
-             "VOCAB_SIZE": 320, "ITERATIONS": 1000}
+             "VOCAB_SIZE": 320, "ITERATIONS": 1000, "TRAIN_SEQ_LEN": rows, "EVAL_SEQ_LEN": rows}
     side = duel.our_side(preset, tmp_path, shape, 1000)
     train_gpt.resolve_settings({name: str(value) for name, value in side.settings.items()})
 

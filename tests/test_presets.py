@@ -36,6 +36,27 @@ def test_parameter_count_to_the_unit(preset, count):
     assert sum(train_gpt.parameter_counts(settings_of(preset)).values()) == count
 
 
+PUBLISHED = {  # figures of the originals' commands that no run of a small model shows
+    "pr1019": dict(xsa_last_n=11, bigram_vocab_size=3072, bigram_dim=112, warmdown_iters=4000,
+                   matrix_lr=0.025, gptq=1, ttt_enabled=0),
+    "pr1493": dict(matrix_lr=0.022, muon_momentum=0.99, qk_gain_init=5.25, gptq_batches=8),
+    "pr1530": dict(matrix_lr=0.022, muon_momentum=0.97, qk_gain_init=5.0, ttt_lora_rank=96,
+                   eval_stride=32, doc_attention=1, gptq_batches=8, embed_bits=8),
+    "pr2014": dict(matrix_lr=0.026, qk_gain_init=5.25, train_seq_len=3072, context=3072,
+                   segments=[(1024, 0.1), (2048, 0.7)], gptq_batches=2, embed_bits=7),
+    "pr2135": dict(matrix_lr=0.028, qk_gain_init=5.0, train_seq_len=2048, context=2560,
+                   gptq_batches=4, mlp_clip_sigmas=11.5, warmdown_frac=0.85)}
+
+
+@pytest.mark.parametrize("preset, figures", PUBLISHED.items())
+def test_a_preset_has_the_figures_of_the_original(preset, figures):
+    s = settings_of(preset)
+    assert {name: getattr(s, name) for name in figures} == figures
+    forms = {p.block: p.form for p in train_gpt.pass_list(s, late=True) if p.form != "0"}
+    assert forms == {"pr1019": {}, "pr1493": dict.fromkeys((7, 8, 9, 10), "one")}.get(
+        preset, dict.fromkeys((8, 9, 10), "lanes"))
+
+
 SMALL = dict(NUM_LAYERS=11, MODEL_DIM=32, MLP_MULT=2, PARALLEL_FROM=8, EMA_DECAY=0.5,
              BIGRAM_VOCAB_SIZE=0)
 LATE = dict(SMALL, LATE_PASSES="0-5,3-5,6-10")

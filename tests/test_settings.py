@@ -1,5 +1,6 @@
 """Settings: which value wins, what is refused and in which words, what is left alone."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -224,7 +225,8 @@ def test_borders_of_the_contradictions_are_allowed():
             dict(MAX_WALLCLOCK_SECONDS=0), dict(EVAL_STRIDE=2048), dict(BIGRAM_VOCAB_SIZE=2),
             dict(XSA_LAST_N=12, UNIQUE_LAYERS=11, TTT_FREEZE_BLOCKS=11),
             *(dict(NUM_LAYERS=layers) for layers in range(1, 13)),
-            dict(LATE_PASSES="0-10, 3,3-5"), dict(EVAL_SEQ_LEN=1024, EVAL_STRIDE=1024)):
+            dict(LATE_PASSES="0-10, 3,3-5"), dict(EVAL_SEQ_LEN=1024, EVAL_STRIDE=1024),
+            dict(EVAL_STRIDE=4096, TTT_ENABLED=0)):  # banded windows do not slide
         resolved(**variables)
 
 
@@ -308,6 +310,19 @@ def test_help_explains_every_setting_in_its_section(capsys):
         line, = [line for line in out.splitlines() if line.startswith(f"  {name.upper()}=")]
         assert section and len(text) > 2 and f"={DEFAULTS[name]}  {text} [" in line, name
         assert out.index(f"\n{section}\n") < out.index(line)
+
+
+def test_a_copy_with_crlf_line_ends_knows_the_same_settings(tmp_path, monkeypatch):
+    """Git writes such copies on Windows; what is stored, and what a resumed run must have in
+    common, follow from the sections."""
+    path = tmp_path / "crlf.py"
+    path.write_bytes(train_gpt.SOURCE.replace(b"\n", b"\r\n"))
+    spec = importlib.util.spec_from_file_location("crlf", path)
+    copy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "crlf", copy)
+    spec.loader.exec_module(copy)
+    assert copy.DESCRIBED == DESCRIBED
+    assert (copy.NOT_STORED, copy.OF_TRAINING) == (train_gpt.NOT_STORED, train_gpt.OF_TRAINING)
 
 
 def test_unknown_flags_are_refused(capsys):
